@@ -1,0 +1,98 @@
+"""What changes when it cannot? The loss with spikes and sinks removed, each beside a random control.
+
+  python ablate.py out/quickstart/ckpt.pt
+
+Takes detect.py's flags and writes its findings and page too, with the interventions on top.
+"""
+
+import torch
+from tqdm import tqdm
+
+from detect import detect, flags, open_checkpoint
+from spikesink import findings, intervene, metrics, report
+from spikesink.errors import run
+
+SCHEMA = "spikesink-ablation-1"
+NOTE = (
+    "Spike interventions edit every entry the ratio rule marks, after every sub-layer; their control edits as many "
+    "random other channels of the same tokens. sink_mask masks, in each head, the keys that are sinks there in the "
+    "clean model, and renormalises; its control masks as many random other keys. edited: entries or keys. Means come "
+    "from other text. Intervals: paired bootstrap over sequences."
+)
+
+
+def measure(subject, ids, batch_size, intervention, desc):
+    """Loss per sequence (N,) in nats, and how many entries were edited.
+
+    `intervention(batch ids)` is a context manager that yields {"edited": n}.
+    """
+    losses, edited = [], 0
+    for batch in tqdm(ids.split(batch_size), desc=desc, disable=None, leave=False):
+        with intervention(batch) as count:
+            losses.append(subject.losses(batch).double().mean(1))
+        edited += count["edited"]
+    return torch.cat(losses), edited
+
+
+def effect(name, baseline, losses, edited):
+    """One entry of the findings: the loss under an intervention against the clean loss, paired by sequence."""
+    delta = losses - baseline
+    return {
+        "name": name,
+        "edited": edited,
+        "loss": losses.mean().item(),
+        "ppl": losses.mean().exp().item(),
+        "delta_loss": delta.mean().item(),
+        "ci95": metrics.bootstrap_ci(lambda i: delta[i].mean().item(), len(delta)),
+    }
+
+
+def ablate(opened, batch_size):
+    """Ablation findings of an opened checkpoint; `opened` needs other text to calibrate on."""
+    subject, ids = opened.subject, opened.ids
+    baseline = torch.cat([subject.losses(batch).double().mean(1) for batch in ids.split(batch_size)])
+    means = intervene.ChannelMeans(subject, opened.other_ids, batch_size)
+    # name, kind, name of the control, intervention(batch ids, control?)
+    table = [
+        (
+            f"spike_{edit}",
+            "spike",
+            "random_channels",
+            lambda batch, control, edit=edit: intervene.spikes(subject, edit, control, means),
+        )
+        for edit in intervene.SPIKE_EDITS
+    ]
+    table.append(("sink_mask", "sink", "random_keys", lambda batch, control: intervene.sinks(subject, batch, control)))
+    rows = []
+    for name, kind, control, intervention in table:
+        results = [
+            effect(label, baseline, *measure(subject, ids, batch_size, lambda b, c=c: intervention(b, c), label))
+            for c, label in ((False, name), (True, control))
+        ]
+        rows.append({**results[0], "kind": kind, "control": [results[1]]})
+    return {
+        "schema": SCHEMA,
+        **opened.about,
+        "calibration": {"n_seq": len(opened.other_ids)},
+        "note": NOTE,
+        "baseline": {"loss": baseline.mean().item(), "ppl": baseline.mean().exp().item()},
+        "interventions": rows,
+    }
+
+
+def main():
+    args = flags(__doc__).parse_args()
+    opened = open_checkpoint(args, calibration=True)
+    found = detect(opened, args.batch_size)
+    ablation = ablate(opened, args.batch_size)
+    print(f"measured on {report.conditions(found)}\n")
+    print(report.grid(*report.ablation_rows(ablation)))
+    print(f"\n{NOTE}")
+    json_path, html_path = opened.beside(args.json, "ablate.json"), opened.beside(args.html, "report.html")
+    findings.save(json_path, ablation)
+    report.page(html_path, found, ablation)
+    print(f"\nfindings: {json_path}\npage:     {html_path}")
+
+
+if __name__ == "__main__":
+    run(main)

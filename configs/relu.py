@@ -1,0 +1,3 @@
+"""ReLU in the FFN."""
+
+activation = "relu"

@@ -1,0 +1,3 @@
+"""x + norm(f(norm(x))) (CogView, Gemma 2)."""
+
+norm_place = "sandwich"

@@ -1,0 +1,112 @@
+"""Token files -> batches. A batch is a pure function of (seed, step, rank, world size).
+
+A dataset is a folder with train.bin and val.bin (little-endian unsigned tokens, nanoGPT's format) and meta.json:
+{"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "train_tokens": ..., "val_tokens": ...}.
+A folder without meta.json is read as nanoGPT's: uint16, GPT-2's vocabulary.
+"""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spikesink.errors import UserError, nearest
+
+ROOT = Path(__file__).parent
+SELF_MADE = ("stdlib", "backcopy")  # datasets that need no download and are made on first use, in seconds
+NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256}
+
+
+def folder(dataset):
+    """The folder of a dataset given by name (under data/) or as a path. Raises UserError with the command to run."""
+    path = Path(dataset) if Path(dataset).is_dir() else ROOT / dataset
+    if (path / "train.bin").is_file() or (path / "val.bin").is_file():
+        return path
+    if dataset in SELF_MADE:
+        runpy.run_path(str(path / "prepare.py"))["prepare"]()
+        return path
+    known = sorted(p.parent.name for p in ROOT.glob("*/prepare.py"))
+    if (path / "prepare.py").is_file():
+        raise UserError(f"dataset {dataset!r} is not prepared; run: python data/{dataset}/prepare.py")
+    raise UserError(f"there is no dataset {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}")
+
+
+def meta_of(path):
+    """meta.json of a dataset folder, checked. Raises UserError."""
+    file = Path(path) / "meta.json"
+    if not file.exists():
+        return dict(NANOGPT_META)
+    try:
+        meta = json.loads(file.read_text())
+        known = meta["dtype"] in ("uint8", "uint16", "uint32") and meta["vocab_size"] > 0
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{file} is not a dataset description; run the dataset's prepare.py again")
+    return meta
+
+
+class Tokens:
+    """One split of a dataset, memory-mapped and cut into windows of `block_size` tokens.
+
+    `batch(step)` gives x, y (int64, batch_size x block_size). Over an epoch every window is seen once, in an order
+    that depends on `seed` alone; the samples of a step are the same whatever the world size, so arms and machines
+    differ only where they are meant to. With `bos`, each window starts with the dataset's bos_id.
+    Raises UserError if the file is missing, truncated, of another dtype, empty or out of vocabulary.
+    """
+
+    def __init__(self, dataset, split, block_size, bos=False, seed=0):
+        path = folder(dataset)
+        self.meta = meta_of(path)
+        file = path / f"{split}.bin"
+        self.tokens = _map(file, self.meta, split)
+        self.block_size, self.seed = block_size, seed
+        self.bos_id = self.meta["bos_id"] if bos else None
+        if bos and self.meta.get("bos_id") is None:
+            raise UserError(f"bos=True, but dataset {dataset!r} has no bos_id in its meta.json")
+        sample = self.tokens[: 2**20].max()
+        if sample >= self.meta["vocab_size"]:
+            raise UserError(f"{file} holds token {sample}, outside the vocabulary of {self.meta['vocab_size']}")
+        self.span = block_size + (0 if bos else 1)  # tokens read per window
+        self.n_windows = (len(self.tokens) - self.span) // block_size + 1
+        if len(self.tokens) < self.span:
+            raise UserError(f"{file} holds {len(self.tokens)} tokens, fewer than one window of {self.span}")
+        self._order = (None, None)  # (epoch, permutation of the windows)
+
+    def _window(self, sample):
+        """The window that sample number `sample` of the endless, epoch by epoch shuffled, sequence falls on."""
+        epoch, place = divmod(sample, self.n_windows)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows))
+        return self._order[1][place]
+
+    def read(self, windows):
+        """x, y (int64, len(windows) x block_size) of the given windows."""
+        starts = np.asarray(windows)[:, None] * self.block_size
+        ids = self.tokens[starts + np.arange(self.span)].astype(np.int64)
+        if ids.max() >= self.meta["vocab_size"]:
+            raise UserError(f"token {ids.max()} is outside the vocabulary of {self.meta['vocab_size']}")
+        if self.bos_id is not None:
+            ids = np.concatenate([np.full((len(ids), 1), self.bos_id), ids], axis=1)
+        ids = torch.from_numpy(ids)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def batch(self, step, batch_size, micro=0, n_micro=1, rank=0, world=1):
+        """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""
+        first = ((step * n_micro + micro) * world + rank) * batch_size
+        return self.read([self._window(sample) for sample in range(first, first + batch_size)])
+
+
+def _map(file, meta, split):
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run the dataset's prepare.py")
+    size, dtype = file.stat().st_size, np.dtype(meta["dtype"]).newbyteorder("<")
+    if size == 0:
+        raise UserError(f"{file} is empty; run the dataset's prepare.py again")
+    expected = meta.get(f"{split}_tokens")
+    if size % dtype.itemsize or (expected is not None and size != expected * dtype.itemsize):
+        wanted = f"{expected} tokens" if expected is not None else "whole tokens"
+        raise UserError(f"{file} has {size} bytes, not {wanted} of {dtype.name}: truncated or of another dtype")
+    return np.memmap(file, dtype=dtype, mode="r")

@@ -1,0 +1,84 @@
+"""OpenWebText (Skylion007/openwebtext, 8,013,769 documents) as GPT-2 tokens: about 9.0B train, 4.5M val.
+
+  python data/openwebtext/prepare.py [--max_docs=N] [--parquet=DIR] [--bpe=gpt2.tiktoken]
+
+Needs about 17 GiB of disk for the result and streams the 24 GiB download shard by shard: nothing but the tokens is
+kept, and memory stays under 1 GiB. Interrupted, the same command goes on after the last whole shard. Every 2000th
+document is validation, nanoGPT's share. --parquet reads local shards (a "text" column) instead of the hub.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from data.tokenizer import GPT2Tokenizer  # noqa: E402
+from data.writer import DatasetWriter, progress  # noqa: E402
+from spikesink.errors import Flags, UserError, run  # noqa: E402
+
+NAME, CONFIG, REVISION = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
+ROWS = 8_013_769
+VAL_EVERY = 2000
+
+
+def shards(parquet=None):
+    """The dataset's parquet files, in order: paths under `parquet`, or addresses on the hub."""
+    if parquet:
+        files = sorted(str(path) for path in Path(parquet).glob("**/*.parquet"))
+        if not files:
+            raise UserError(f"there is no .parquet file under {parquet}")
+        return files
+    from datasets import load_dataset_builder
+
+    try:
+        return sorted(load_dataset_builder(NAME, CONFIG, revision=REVISION).config.data_files["train"])
+    except Exception as error:
+        raise UserError(
+            f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}); "
+            "copy its parquet shards here and give --parquet=DIR"
+        ) from None
+
+
+def texts(shard):
+    """The documents of one shard, streamed."""
+    from datasets import load_dataset
+
+    return (row["text"] for row in load_dataset("parquet", data_files=[shard], split="train", streaming=True))
+
+
+def prepare(folder, tokenizer, max_docs=None, parquet=None):
+    """Writes {train,val}.bin and meta.json to `folder`.
+
+    Raises UserError if the hub's dataset does not have the number of documents it should.
+    """
+    files = shards(parquet)
+    settings = {"source": parquet or REVISION, "max_docs": max_docs}
+    writer = DatasetWriter(folder, tokenizer, VAL_EVERY, settings)
+    for done, shard in enumerate(progress(files, desc="shards")):
+        if done < writer.source:
+            continue
+        left = None if max_docs is None else max_docs - writer.documents
+        writer.add(itertools.islice(texts(shard), left))
+        writer.mark(done + 1)
+        if left is not None and writer.documents >= max_docs:
+            break
+    if parquet is None and max_docs is None and writer.documents != ROWS:
+        raise UserError(f"{NAME} gave {writer.documents:,} documents, not {ROWS:,}: not the dataset that was asked for")
+    writer.finish(source=NAME, revision=parquet or REVISION)
+
+
+def main():
+    flags = Flags(description=__doc__)
+    flags.add_argument("--max_docs", type=int, help="stop after this many documents")
+    flags.add_argument("--parquet", help="folder of local parquet shards")
+    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    args = flags.parse_args()
+    if args.max_docs is not None and args.max_docs < 2:
+        raise UserError(f"--max_docs={args.max_docs} must be at least 2")
+    prepare(FOLDER, GPT2Tokenizer(args.bpe), args.max_docs, args.parquet)
+
+
+if __name__ == "__main__":
+    run(main)

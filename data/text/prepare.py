@@ -1,0 +1,69 @@
+"""Any local text: .txt, .jsonl (its "text" field), each also as .xz or .gz; a line <|endoftext|> ends a document.
+
+  python data/text/prepare.py --name=wiki --tokenizer=gpt2 --bpe=gpt2.tiktoken articles-*.txt.xz
+  python train.py prenorm --dataset=wiki
+
+Streams: memory stays bounded whatever the files' size. Interrupted, the same command goes on after the last whole file.
+"""
+
+import gzip
+import json
+import lzma
+import sys
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(DATA.parent))
+
+from data.tokenizer import TOKENIZERS, split_documents  # noqa: E402
+from data.writer import DatasetWriter, progress  # noqa: E402
+from spikesink.errors import Flags, UserError, run  # noqa: E402
+
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def documents(path):
+    """The documents of one file. Raises UserError naming the file where it cannot be read."""
+    path = Path(path)
+    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
+    if kind not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: know .txt and .jsonl, also as .xz or .gz, not {path.name!r}")
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines) if kind == ".jsonl" else split_documents(lines)
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: every line must be a JSON object with a "text" ({error})') from None
+
+
+def prepare(files, name, tokenizer, val_every, folder=None):
+    """Writes data/NAME/{train,val}.bin and meta.json; every `val_every`-th document is validation."""
+    files = [Path(file) for file in files]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"there is no file {file}")
+    settings = {"files": [str(f.resolve()) for f in files], "tokenizer": tokenizer.name, "val_every": val_every}
+    writer = DatasetWriter(folder or DATA / name, tokenizer, val_every, settings)
+    for done, file in enumerate(files):
+        if done >= writer.source:
+            writer.add(progress(documents(file), desc=file.name, unit=" documents"))
+            writer.mark(done + 1)
+    writer.finish(files=[file.name for file in files])
+
+
+def main():
+    flags = Flags(description=__doc__)
+    flags.add_argument("files", nargs="+", help="text files")
+    flags.add_argument("--name", default="text", help="of the dataset: data/NAME")
+    flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
+    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    flags.add_argument("--val_every", type=int, default=200, help="every n-th document is validation")
+    args = flags.parse_args()
+    if args.val_every < 2:
+        raise UserError(f"--val_every={args.val_every} must be at least 2")
+    prepare(args.files, args.name, TOKENIZERS[args.tokenizer](args.bpe), args.val_every)
+
+
+if __name__ == "__main__":
+    run(main)

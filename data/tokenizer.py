@@ -1,0 +1,117 @@
+"""Text <-> token ids: GPT-2's BPE, or bytes."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from spikesink.errors import UserError
+
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+END = "<|endoftext|>"
+
+
+class ByteTokenizer:
+    """UTF-8 bytes; id 256 begins a sequence and separates documents."""
+
+    name, vocab_size, bos_id, bpe = "byte", 257, 256, None
+
+    def encode(self, texts):
+        """A list of strings -> a list of arrays of ids."""
+        return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
+
+    def decode(self, token):
+        """One id -> text to show."""
+        return "<bos>" if token == self.bos_id else bytes([token]).decode("ascii", "backslashreplace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE through tiktoken; id 50256 (<|endoftext|>) begins a sequence and separates documents.
+
+    `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once.
+    """
+
+    name, vocab_size, bos_id = "gpt2", 50257, 50256
+
+    def __init__(self, bpe=None):
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+
+        self.bpe = str(Path(bpe).resolve()) if bpe else None
+        if bpe is None:
+            try:
+                self.encoding = tiktoken.get_encoding("gpt2")
+            except Exception as error:
+                raise UserError(
+                    f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); "
+                    "point at a local copy with --bpe=gpt2.tiktoken"
+                ) from None
+            return
+        if not Path(bpe).is_file():
+            raise UserError(f"there is no file of BPE ranks {bpe}")
+        try:
+            ranks = load_tiktoken_bpe(self.bpe)
+            self.encoding = tiktoken.Encoding(
+                "gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: 50256}, explicit_n_vocab=50257
+            )
+        except Exception as error:
+            raise UserError(f"{bpe} does not hold GPT-2's BPE ranks: {type(error).__name__}") from None
+
+    def encode(self, texts):
+        """A list of strings -> a list of arrays of ids; special tokens in the text are plain text."""
+        return [np.array(ids, dtype=np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=4)]
+
+    def decode(self, token):
+        """One id -> text to show; the ids that pad the vocabulary have none."""
+        return self.encoding.decode([token]) if token < self.vocab_size else f"<{token}>"
+
+
+class NoTokenizer:
+    """Ids without text (synthetic data, or a tokenizer that is not at hand): shown as numbers."""
+
+    def encode(self, texts):
+        raise UserError("this checkpoint's tokenizer is not at hand, so text cannot be encoded; use --tokens or --bpe")
+
+    def decode(self, token):
+        return f"<{token}>"
+
+
+TOKENIZERS = {"byte": lambda bpe: ByteTokenizer(), "gpt2": GPT2Tokenizer}
+
+
+def tokenizer_of(meta, bpe=None):
+    """The tokenizer of a dataset's meta.json; NoTokenizer where it has none or it cannot be had here."""
+    if meta.get("tokenizer") == "chars":
+        return CharTokenizer(meta["chars"], meta["bos_id"])
+    try:
+        return TOKENIZERS[meta["tokenizer"]](bpe or meta.get("bpe"))
+    except KeyError:
+        return NoTokenizer()
+    except UserError:
+        if bpe:
+            raise
+        return NoTokenizer()
+
+
+class CharTokenizer(NoTokenizer):
+    """An alphabet listed in meta.json, as the synthetic data has."""
+
+    def __init__(self, chars, bos_id):
+        self.chars, self.bos_id = chars, bos_id
+
+    def decode(self, token):
+        return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
+
+
+def split_documents(lines):
+    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each."""
+    document = []
+    for line in lines:
+        if line.rstrip("\n") == END:
+            if document:
+                yield "".join(document)
+            document = []
+        else:
+            document.append(line)
+    if re.search(r"\S", "".join(document)):
+        yield "".join(document)

@@ -1,0 +1,73 @@
+"""WikiText-103, raw (Salesforce/wikitext): about 118M GPT-2 tokens of Wikipedia; its own validation split.
+
+  python data/wikitext103/prepare.py [--parquet=DIR] [--bpe=gpt2.tiktoken]
+
+A document is an article: it starts at a top-level heading " = Title = ". --parquet reads local shards, named
+train-*.parquet and validation-*.parquet, instead of the hub.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from data.tokenizer import GPT2Tokenizer  # noqa: E402
+from data.writer import DatasetWriter, progress  # noqa: E402
+from spikesink.errors import Flags, UserError, run  # noqa: E402
+
+NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
+HEADING = re.compile(r" = [^=].* = \n")
+
+
+def rows(split, parquet=None):
+    """The lines of one split, streamed."""
+    from datasets import load_dataset
+
+    if parquet:
+        files = sorted(str(path) for path in Path(parquet).glob(f"**/{split}-*.parquet"))
+        if not files:
+            raise UserError(f"there is no {split}-*.parquet under {parquet}")
+        lines = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    else:
+        try:
+            lines = load_dataset(NAME, CONFIG, split=split, streaming=True)
+        except Exception as error:
+            raise UserError(
+                f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}); "
+                "copy its parquet shards here and give --parquet=DIR"
+            ) from None
+    return (row["text"] for row in lines)
+
+
+def articles(lines):
+    """Articles, from lines."""
+    article = []
+    for line in lines:
+        if HEADING.fullmatch(line) and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield "".join(article)
+
+
+def prepare(folder, tokenizer, parquet=None):
+    """Writes {train,val}.bin and meta.json to `folder`."""
+    writer = DatasetWriter(folder, tokenizer, val_every=1)
+    for source, split in (("validation", "val"), ("train", "train")):
+        writer.add(progress(articles(rows(source, parquet)), desc=source, unit=" articles"), split)
+    writer.finish(source=NAME)
+
+
+def main():
+    flags = Flags(description=__doc__)
+    flags.add_argument("--parquet", help="folder of local parquet shards")
+    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    args = flags.parse_args()
+    prepare(FOLDER, GPT2Tokenizer(args.bpe), args.parquet)
+
+
+if __name__ == "__main__":
+    run(main)

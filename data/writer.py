@@ -1,0 +1,91 @@
+"""Documents -> train.bin, val.bin, meta.json: streaming, resumable, never half-written under the final names."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from spikesink.checkpoint import write_atomic
+from spikesink.errors import UserError
+
+BATCH = 256  # documents encoded at a time
+
+
+class DatasetWriter:
+    """Appends encoded documents to train.bin.part and val.bin.part; `finish` gives them their names.
+
+    Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. What was
+    written up to the last `mark` survives a crash: a new writer on the same folder goes on from there (`documents`
+    and `source` say how far that was).
+    """
+
+    def __init__(self, folder, tokenizer, val_every, settings=None):
+        self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
+        self.settings = settings or {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.progress_file = self.folder / "progress.json"
+        self.tokens, self.documents, self.source = {"train": 0, "val": 0}, 0, 0
+        if self.progress_file.exists():
+            progress = json.loads(self.progress_file.read_text())
+            if progress["settings"] == self.settings:
+                self.tokens, self.documents, self.source = (progress[k] for k in ("tokens", "documents", "source"))
+        self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
+        for split, file in self.files.items():
+            file.truncate(2 * self.tokens[split])
+
+    def add(self, documents, split=None):
+        """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
+        documents = iter(documents)
+        while batch := list(itertools.islice(documents, BATCH)):
+            for ids in self.tokenizer.encode(batch):
+                to = split or ("val" if self.documents % self.val_every == 0 else "train")
+                self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype("<u2").tobytes())
+                self.tokens[to] += len(ids) + 1
+                self.documents += 1
+
+    def mark(self, source):
+        """Makes everything so far durable and notes that `source` sources are done."""
+        self.source = source
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        state = {"settings": self.settings, "tokens": self.tokens, "documents": self.documents, "source": source}
+        write_atomic(self.progress_file, lambda file: file.write(json.dumps(state).encode()))
+
+    def finish(self, **meta):
+        """Renames the files, writes meta.json and prints what there is. Raises UserError if a split is empty."""
+        for split, count in self.tokens.items():
+            self.files[split].close()
+            if count == 0:
+                raise UserError(f"{self.folder}: no document for the {split} split; give more text")
+        finish_dataset(
+            self.folder,
+            {
+                "dtype": "uint16",
+                "vocab_size": self.tokenizer.vocab_size,
+                "tokenizer": self.tokenizer.name,
+                "bos_id": self.tokenizer.bos_id,
+                "bpe": self.tokenizer.bpe,
+                "documents": self.documents,
+                **meta,
+            },
+            self.tokens,
+        )
+        self.progress_file.unlink(missing_ok=True)
+
+
+def finish_dataset(folder, meta, tokens):
+    """{split}.bin.part -> {split}.bin, and meta.json with the token counts."""
+    for split in tokens:
+        os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
+    meta = {**meta, **{f"{split}_tokens": count for split, count in tokens.items()}}
+    write_atomic(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    print(f"{folder}: {', '.join(f'{count:,} {split} tokens' for split, count in tokens.items())}")
+
+
+def progress(items, **kwargs):
+    """A progress bar that is quiet where the output is not a terminal."""
+    return tqdm(items, disable=None, **kwargs)

@@ -1,0 +1,49 @@
+"""What a user did wrong is one line on stderr and exit code 2; everything else is a traceback."""
+
+import argparse
+import difflib
+import sys
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message names what is wrong and what to do."""
+
+    exit_code = 2
+
+
+class StoppedError(UserError):
+    """A run that stopped itself (a non-finite loss): not a mistake in the command, so another exit code."""
+
+    exit_code = 3
+
+
+def nearest(name, known):
+    """' (did you mean X?)' for the known name closest to `name`, or ''."""
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse, with UserError for a bad flag and the nearest known one named."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+        return parsed
+
+
+def run(main):
+    """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

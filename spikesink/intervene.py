@@ -1,0 +1,153 @@
+"""Interventions as context managers, each with its matched control.
+
+    with intervene.spikes(subject, "zero"):
+        losses = subject.losses(ids)
+
+A spike is an entry of the residual stream that the ratio rule marks, wherever in the stream it stands; it is edited
+after every sub-layer, so it cannot come back. A sink is a key with alpha > 0.3 in the clean model, per sequence and head.
+"""
+
+import contextlib
+
+import torch
+
+from . import metrics
+from .hooks import hooked
+
+
+class ChannelMeans:
+    """Mean of each channel at every tap, over spike entries and over the others; the values that `mean` sets.
+
+    Measured on other text than it is used on. `spike` and `other` are lists of (C,), one per tap; 0 where no spike fell.
+    """
+
+    def __init__(self, subject, ids, batch_size=8):
+        sums = [None] * len(subject.streams)
+
+        def record(index):
+            def hook(module, args, kwargs, x):
+                marked = spike_entries(x)
+                parts = (x * marked, marked, x * ~marked, ~marked)
+                new = torch.stack([part.double().sum((0, 1)) for part in parts])  # (4, C)
+                sums[index] = new if sums[index] is None else sums[index] + new
+
+            return hook
+
+        with hooked([(tap.module, record(i)) for i, tap in enumerate(subject.streams)]):
+            for batch in ids.split(batch_size):
+                subject.losses(batch)
+        self.spike = [(s[0] / s[1].clamp_min(1)).float() for s in sums]
+        self.other = [(s[2] / s[3].clamp_min(1)).float() for s in sums]
+
+
+def spike_entries(x):
+    """Entries of a stream (B, T, C) that the primary spike rule marks: bool (B, T, C)."""
+    return metrics.SPIKE_RULES[metrics.PRIMARY_SPIKE_RULE][1](x.float())
+
+
+def random_channels(marked, generator):
+    """For each token, as many unmarked channels at random as it has marked ones: bool (B, T, C)."""
+    scores = torch.rand(marked.shape, generator=generator).to(marked.device).masked_fill(marked, -1.0)
+    ranks = scores.argsort(-1, descending=True).argsort(-1)
+    return ranks < marked.sum(-1, keepdim=True)
+
+
+def _zero(x, entries, marked, index, means):
+    return torch.zeros_like(x)
+
+
+def _mean(x, entries, marked, index, means):
+    return (means.spike if entries is marked else means.other)[index].to(x).expand_as(x)
+
+
+def _clip(x, entries, marked, index, means):
+    """Down to the rule's threshold; the control shrinks its entries by the same factor as the token's spikes."""
+    ratio = metrics.ratio_threshold(x.float())[:, None, None] / x.float().abs().clamp_min(1e-30)
+    if entries is marked:
+        return x * ratio.to(x.dtype)
+    shrink = ratio.masked_fill(~marked, 0).sum(-1, keepdim=True) / marked.sum(-1, keepdim=True).clamp_min(1)
+    return x * shrink.to(x.dtype)
+
+
+SPIKE_EDITS = {"zero": _zero, "mean": _mean, "clip": _clip}
+
+
+@contextlib.contextmanager
+def spikes(subject, edit, control=False, means=None, seed=0):
+    """Edits every spike entry after every sub-layer: zero, mean (needs `means`) or clip (to the rule's threshold).
+
+    control: the same edit on as many random other channels of the same tokens instead. Yields a dict whose "edited"
+    counts the entries edited so far.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = {"edited": 0}
+
+    def hook_of(index):
+        def hook(module, args, kwargs, x):
+            marked = spike_entries(x)
+            n = int(marked.sum())
+            if n == 0:
+                return None
+            entries = random_channels(marked, generator) if control else marked
+            count["edited"] += n
+            return torch.where(entries, SPIKE_EDITS[edit](x, entries, marked, index, means), x)
+
+        return hook
+
+    with hooked([(tap.module, hook_of(i)) for i, tap in enumerate(subject.streams)]):
+        yield count
+
+
+def sink_keys(subject, ids):
+    """Per layer the keys of ids (B, T) that are sinks in the model as it is: list of bool (B, H, T)."""
+    found = []
+
+    def hook(module, args, kwargs, output):
+        q, k, _ = args
+        received = sum(module.weights(part, k, i * 256).sum(-2) for i, part in enumerate(q.split(256, dim=-2)))
+        alpha = metrics.sink_alpha(received.float().cpu())
+        found.append((alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(alpha.size(-1)))
+
+    with hooked([(seam, hook) for seam in subject.attends]):
+        subject.losses(ids)
+    return found
+
+
+def random_keys(sinks, generator):
+    """For each head, as many eligible non-sink keys at random as it has sinks: bool (B, H, T)."""
+    scores = torch.rand(sinks.shape, generator=generator)
+    scores = scores.masked_fill(sinks | ~metrics.eligible_keys(sinks.size(-1)), -1.0)
+    ranks = scores.argsort(-1, descending=True).argsort(-1)
+    return (ranks < sinks.sum(-1, keepdim=True)) & (scores >= 0)
+
+
+@contextlib.contextmanager
+def mask_keys(subject, keys):
+    """Masks keys (per layer a bool (B, H, T)) for every query but their own; the softmax renormalises the rest."""
+
+    def hook_of(index):
+        def hook(module, args, kwargs):
+            mask = keys[index].to(args[0].device)
+            if not mask.any():
+                return None
+            bias = torch.zeros_like(mask, dtype=args[0].dtype).masked_fill(mask, -torch.inf)
+            return args, {**kwargs, "bias": bias[:, :, None, :]}
+
+        return hook
+
+    with hooked(before=[(seam, hook_of(i)) for i, seam in enumerate(subject.attends)]):
+        yield
+
+
+@contextlib.contextmanager
+def sinks(subject, ids, control=False, seed=0):
+    """Masks the keys of ids (B, T) that are sinks in the clean model, head by head, and renormalises.
+
+    control: as many random other keys with at least T/4 queries instead. Yields {"edited": keys masked}.
+    """
+    keys = sink_keys(subject, ids)
+    if control:
+        generator = torch.Generator().manual_seed(seed)
+        keys = [random_keys(found, generator) for found in keys]
+    with mask_keys(subject, keys):
+        yield {"edited": sum(int(found.sum()) for found in keys)}

@@ -1,0 +1,368 @@
+"""Train a GPT: python train.py CONFIG [CONFIG ...] [--key=value ...]
+
+  python train.py config/postnorm.py                            the 125M post-norm arm, on OpenWebText
+  python train.py postnorm scale/nano --dataset=stdlib          the same arm, small enough for a CPU
+  torchrun --nproc_per_node=8 train.py config/postnorm.py       on eight GPUs
+
+Writes OUT_DIR/ckpt.pt, OUT_DIR/log.jsonl and OUT_DIR/config.json. Stop it and add --resume to go on.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.loader import Tokens
+from model import GPT, GPTConfig
+from spikesink import __version__, checkpoint, config
+from spikesink.errors import StoppedError, UserError, run
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run. The defaults are nanoGPT's for GPT-2 small on OpenWebText, about 0.5M tokens a step."""
+
+    out_dir: str = ""  # default: out/ and the names of the config files
+    dataset: str = "openwebtext"  # a folder of data/, or a path
+    bos: bool = False  # every training window starts with the dataset's BOS token
+    max_iters: int = 600000  # optimiser steps
+    batch_size: int = 12  # sequences in a micro-batch
+    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.1  # on matrices and embeddings
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    lr_schedule: str = "cosine"  # cosine, constant_linear (constant, then linear over the last fifth) or constant
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
+    min_lr: float = 6e-5
+    eval_interval: int = 2000  # steps between validation losses
+    eval_iters: int = 200  # batches in a validation loss; always the same ones
+    log_interval: int = 1  # steps between lines of log.jsonl
+    save_interval: int = 2000  # steps between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 where the hardware has it
+    compile: bool = True  # torch.compile; needs a C++ compiler on a CPU
+    seed: int = 1337  # of the weights, the batches and dropout
+    resume: bool = False  # go on from OUT_DIR/ckpt.pt
+    overwrite: bool = False  # start again in an out_dir that holds a run
+
+    def __post_init__(self):
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} is not one of: {', '.join(LR_SCHEDULES)}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype={self.dtype!r} is not one of: auto, bfloat16, float32")
+        positive = "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval"
+        for key in positive.split():
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+# name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
+LR_SCHEDULES = {
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant_linear": lambda done: min(1.0, (1.0 - done) / 0.2),
+    "constant": lambda done: 1.0,
+}
+
+
+def learning_rate(step, cfg):
+    """Learning rate of update number `step` (from 0): linear warmup, then the schedule down to min_lr."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    end = cfg.lr_decay_iters or cfg.max_iters
+    done = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
+    return cfg.min_lr + LR_SCHEDULES[cfg.lr_schedule](done) * (cfg.learning_rate - cfg.min_lr)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process runs: its device, the autocast dtype and its place among the ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def find(cls, cfg):
+        """From the configuration and torchrun's environment. Raises UserError for a device that is not there."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device={cfg.device} is not at hand: {str(error).splitlines()[0]}") from None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if has_bfloat16(device) else "float32")
+        return cls(device, getattr(torch, dtype), rank, world)
+
+    def autocast(self):
+        """Mixed precision for the forward pass; weights, gradients and the residual stream stay float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def mean(self, value):
+        """The mean of a float tensor over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+
+def has_bfloat16(device):
+    """True if the hardware multiplies bfloat16 matrices natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cpp_compiler():
+    """True if torch.compile can build CPU code here."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def provenance():
+    """Versions and git commit, for the checkpoint."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "spikesink": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "git_commit": git.stdout.strip() or "unknown",
+    }
+
+
+@torch.no_grad()
+def validation_loss(model, data, cfg, machine):
+    """Mean loss (nats per token) over `eval_iters` fixed batches, shared out among the ranks."""
+    model.eval()
+    losses = []
+    for i in range(cfg.eval_iters):
+        x, y = data.batch(i, cfg.batch_size, rank=machine.rank, world=machine.world)
+        with machine.autocast():
+            losses.append(model(x.to(machine.device), y.to(machine.device))[1])
+    model.train()
+    return machine.mean(torch.stack(losses).mean()).item()
+
+
+class Run:
+    """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR/ckpt.pt."""
+
+    def __init__(self, model_config, cfg, given, machine):
+        self.cfg, self.given, self.machine = cfg, given, machine
+        self.out_dir = Path(cfg.out_dir)
+        self.path = self.out_dir / "ckpt.pt"
+        self.step = 0
+        self.val_loss = None
+        saved = self._claim_out_dir()
+        self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
+        self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
+        self.model_config = self._fit_vocabulary(model_config)
+        if cfg.gradient_accumulation_steps % machine.world:
+            raise UserError(
+                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
+                f"{machine.world} ranks"
+            )
+        self.n_micro = cfg.gradient_accumulation_steps // machine.world
+        torch.manual_seed(cfg.seed)
+        self.model = GPT(self.model_config).to(machine.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.optimiser_groups(cfg.weight_decay),
+            lr=cfg.learning_rate,
+            betas=(cfg.beta1, cfg.beta2),
+            fused=True,
+        )
+        if saved:
+            self._restore(saved)
+
+    def _claim_out_dir(self):
+        """The checkpoint to go on from, or None. Raises UserError rather than overwrite a run unasked."""
+        if self.cfg.resume:
+            return checkpoint.load(self.path)
+        if self.path.exists() and not self.cfg.overwrite:
+            raise UserError(
+                f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
+                "--out_dir=DIR goes elsewhere"
+            )
+        return None
+
+    def _fit_vocabulary(self, model_config):
+        needed = self.train_data.meta["vocab_size"]
+        if "vocab_size" not in self.given:
+            return dataclasses.replace(model_config, vocab_size=-(-needed // 64) * 64)
+        if model_config.vocab_size < needed:
+            raise UserError(f"vocab_size={model_config.vocab_size} is less than the {needed} of {self.cfg.dataset}")
+        return model_config
+
+    def _restore(self, saved):
+        ours = dataclasses.asdict(self.model_config)
+        for key, value in saved["model_args"].items():
+            if ours.get(key) != value:
+                raise UserError(f"{self.path} was trained with {key}={value}, not {ours.get(key)}; arms are not mixed")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.val_loss = saved["step"], saved["val_loss"]
+
+    def save(self):
+        """Everything that is needed to go on, and to know what this model is."""
+        checkpoint.save(
+            self.path,
+            {
+                "model_args": dataclasses.asdict(self.model_config),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "config": dataclasses.asdict(self.cfg),
+                "given": self.given,
+                "data": self.train_data.meta,
+                "step": self.step,
+                "tokens": self.step * self.tokens_per_step,
+                "val_loss": self.val_loss,
+                **provenance(),
+            },
+        )
+
+    @property
+    def tokens_per_step(self):
+        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model_config.block_size
+
+    def update(self, model):
+        """One optimiser step. Returns loss, gradient norm and learning rate.
+
+        Raises StoppedError, with the weights as they were, if the loss or a gradient is not finite.
+        """
+        cfg, machine = self.cfg, self.machine
+        # Dropout noise, like the batch, is a pure function of (seed, step, rank): there is no RNG state to lose.
+        torch.manual_seed(hash((cfg.seed, self.step, machine.rank)))
+        total = torch.zeros((), device=machine.device)
+        for micro in range(self.n_micro):
+            x, y = self.train_data.batch(self.step, cfg.batch_size, micro, self.n_micro, machine.rank, machine.world)
+            last = micro == self.n_micro - 1
+            with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync():
+                with machine.autocast():
+                    loss = model(x.to(machine.device), y.to(machine.device))[1] / self.n_micro
+                loss.backward()
+            total += loss.detach()
+        loss = machine.mean(total).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            good = f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was written yet"
+            raise StoppedError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; {good}"
+            )
+        lr = learning_rate(self.step, cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, norm, lr
+
+    def train(self, model):
+        """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP."""
+        cfg, chief = self.cfg, self.machine.rank == 0
+        log = open_log(self.out_dir / "log.jsonl", self.step) if chief else None
+        since, seen = time.perf_counter(), self.step
+        bar = tqdm(total=cfg.max_iters, initial=self.step, unit="step", disable=None if chief else True)
+        while self.step < cfg.max_iters:
+            loss, norm, lr = self.update(model)
+            last = self.step == cfg.max_iters
+            evaluated = last or self.step % cfg.eval_interval == 0
+            if evaluated or self.step % cfg.log_interval == 0:
+                now = time.perf_counter()
+                speed = (self.step - seen) * self.tokens_per_step / (now - since)
+                if evaluated:
+                    self.val_loss = validation_loss(model, self.val_data, cfg, self.machine)
+                row = {
+                    "step": self.step,
+                    "loss": loss,
+                    "val_loss": self.val_loss if evaluated else None,
+                    "tokens": self.step * self.tokens_per_step,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens_per_s": speed,
+                }
+                since, seen = time.perf_counter(), self.step
+                if chief:
+                    print(json.dumps(row), file=log, flush=True)
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    if evaluated:
+                        bar.write(
+                            f"step {self.step}: loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s",
+                            file=sys.stdout,
+                        )
+            if chief and (last or self.step % cfg.save_interval == 0):
+                self.save()
+            bar.update()
+        bar.close()
+
+
+def open_log(path, step):
+    """log.jsonl for appending, without the lines of steps after `step` that a resumed run writes again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    checkpoint.write_atomic(path, lambda file: file.write("".join(kept).encode()))
+    return open(path, "a", encoding="utf-8")
+
+
+def main():
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__ + config.describe((TrainConfig, GPTConfig)))
+        return
+    (model_config, cfg), given, files = config.load((GPTConfig, TrainConfig), sys.argv[1:], ROOT)
+    if not cfg.out_dir:
+        cfg = dataclasses.replace(cfg, out_dir=str(Path("out") / ("-".join(files) or "gpt2")))
+    machine = Machine.find(cfg)
+    if machine.world > 1:
+        dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+    run_ = Run(model_config, cfg, given, machine)
+    chief = machine.rank == 0
+    compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
+    if chief:
+        run_.out_dir.mkdir(parents=True, exist_ok=True)
+        everything = {**dataclasses.asdict(run_.model_config), **dataclasses.asdict(cfg)}
+        text = json.dumps({"given": given, "config": everything, **provenance()}, indent=1)
+        checkpoint.write_atomic(run_.out_dir / "config.json", lambda file: file.write(text.encode()))
+        print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
+        print(
+            f"{run_.model.num_params() / 1e6:.2f}M parameters, {run_.tokens_per_step:,} tokens a step, "
+            f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
+            f"{'compiled' if compiled else 'eager'}, {machine.world} rank(s), from step {run_.step} to {cfg.max_iters}"
+        )
+    model = run_.model
+    if compiled:
+        model = torch.compile(model)
+    if machine.world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    run_.train(model)
+    if machine.world > 1:
+        dist.destroy_process_group()
+    if chief:
+        print(f"checkpoint: {run_.path}\nnext: python detect.py {run_.path}")
+
+
+if __name__ == "__main__":
+    run(main)
