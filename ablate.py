@@ -5,6 +5,8 @@
 Takes detect.py's flags and writes its findings and page too, with the interventions on top.
 """
 
+from functools import partial
+
 import torch
 from tqdm import tqdm
 
@@ -47,29 +49,28 @@ def effect(name, baseline, losses, edited):
     }
 
 
+def table_of(subject, means):
+    """{name: (kind, name of its control, intervention(batch ids, control?))}."""
+
+    def of_spikes(edit):
+        return lambda batch, control: intervene.spikes(subject, edit, control, means)
+
+    table = {f"spike_{edit}": ("spike", "random_channels", of_spikes(edit)) for edit in intervene.SPIKE_EDITS}
+    table["sink_mask"] = ("sink", "random_keys", lambda batch, control: intervene.sinks(subject, batch, control))
+    return table
+
+
 def ablate(opened, batch_size):
     """Ablation findings of an opened checkpoint; `opened` needs other text to calibrate on."""
     subject, ids = opened.subject, opened.ids
     baseline = torch.cat([subject.losses(batch).double().mean(1) for batch in ids.split(batch_size)])
     means = intervene.ChannelMeans(subject, opened.other_ids, batch_size)
-    # name, kind, name of the control, intervention(batch ids, control?)
-    table = [
-        (
-            f"spike_{edit}",
-            "spike",
-            "random_channels",
-            lambda batch, control, edit=edit: intervene.spikes(subject, edit, control, means),
-        )
-        for edit in intervene.SPIKE_EDITS
-    ]
-    table.append(("sink_mask", "sink", "random_keys", lambda batch, control: intervene.sinks(subject, batch, control)))
     rows = []
-    for name, kind, control, intervention in table:
-        results = [
-            effect(label, baseline, *measure(subject, ids, batch_size, lambda b, c=c: intervention(b, c), label))
-            for c, label in ((False, name), (True, control))
-        ]
-        rows.append({**results[0], "kind": kind, "control": [results[1]]})
+    for name, (kind, control, intervention) in table_of(subject, means).items():
+        real = measure(subject, ids, batch_size, partial(intervention, control=False), name)
+        random = measure(subject, ids, batch_size, partial(intervention, control=True), control)
+        entry = effect(name, baseline, *real)
+        rows.append({**entry, "kind": kind, "control": [effect(control, baseline, *random)]})
     return {
         "schema": SCHEMA,
         **opened.about,
@@ -85,13 +86,12 @@ def main():
     opened = open_checkpoint(args, calibration=True)
     found = detect(opened, args.batch_size)
     ablation = ablate(opened, args.batch_size)
-    print(f"measured on {report.conditions(found)}\n")
-    print(report.grid(*report.ablation_rows(ablation)))
-    print(f"\n{NOTE}")
     json_path, html_path = opened.beside(args.json, "ablate.json"), opened.beside(args.html, "report.html")
     findings.save(json_path, ablation)
     report.page(html_path, found, ablation)
-    print(f"\nfindings: {json_path}\npage:     {html_path}")
+    print(f"measured on {report.conditions(found)}\n")
+    print(report.grid(*report.ablation_rows(ablation)))
+    print(f"\n{NOTE}\n\nfindings: {json_path}\npage:     {html_path}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def flags(description):
     source.add_argument("--data", metavar="NAME", help="dataset whose val split is used; default: the training data's")
     source.add_argument("--text", metavar="FILE", help="a text file, encoded as the training data was")
     source.add_argument("--tokens", metavar="FILE.npy", help="integer ids [n_seq, seq_len], used as they are")
-    parser.add_argument("--seq_len", type=count, metavar="N", help="tokens in a sequence, with BOS (default: 64, Gu et al.'s)")
+    parser.add_argument(
+        "--seq_len", type=count, metavar="N", help="tokens in a sequence, with BOS (default: 64, Gu et al.'s)"
+    )
     parser.add_argument("--n_seq", type=count, metavar="N", help="number of sequences (default: 100)")
     parser.add_argument("--batch_size", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
     parser.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
@@ -172,10 +174,10 @@ def main():
     args = flags(__doc__).parse_args()
     opened = open_checkpoint(args)
     found = detect(opened, args.batch_size)
-    print(report.terminal(found))
     json_path, html_path = opened.beside(args.json, "detect.json"), opened.beside(args.html, "detect.html")
     findings.save(json_path, found)
     report.page(html_path, found)
+    print(report.terminal(found))
     print(f"\nfindings: {json_path}\npage:     {html_path}")
 
 

@@ -5,12 +5,13 @@ The names are nanoGPT's (wte, wpe, h, ln_f, c_attn, c_proj, c_fc), so that GPT-2
 To add a choice, add a line to its table; to add an axis, add a field to GPTConfig and a table.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
+from torch import nn
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------- norms
@@ -230,7 +231,7 @@ class PlainFFN(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020); hidden width 8C/3 to the nearest 8: the plain FFN's parameters."""
+    """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020); hidden width 8C/3 to the nearest 8: a plain FFN's parameters."""
 
     def __init__(self, config):
         super().__init__()
@@ -321,7 +322,9 @@ class GPTConfig:
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"position=rope needs an even head width, not n_embd/n_head={self.n_embd // self.n_head}")
         if self.residual_scale == "deepnorm" and self.norm_place != "post":
-            raise ValueError(f"residual_scale=deepnorm is defined for norm_place=post, not norm_place={self.norm_place}")
+            raise ValueError(
+                f"residual_scale=deepnorm is defined for norm_place=post, not norm_place={self.norm_place}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -336,7 +339,7 @@ class SubLayer(nn.Module):
     def __init__(self, config, f):
         super().__init__()
         place = NORM_PLACES[config.norm_place]
-        norm = lambda used: NORMS[config.norm](config) if used else nn.Identity()  # noqa: E731
+        norm = lambda used: NORMS[config.norm](config) if used else nn.Identity()
         self.norm_before, self.norm_update, self.norm_after = norm(place.before), norm(place.update), norm(place.after)
         self.f = f
         self.scale = RESIDUAL_SCALES[config.residual_scale](config)
@@ -389,7 +392,7 @@ class GPT(nn.Module):
         Targets of -1 are not counted. Raises ValueError if T > block_size.
         """
         T = idx.size(1)
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         net = self.transformer
         x = net.wte(idx) + net.wpe(torch.arange(T, device=idx.device))
@@ -472,7 +475,5 @@ def gpt2_names(state_dict):
     for name, tensor in state_dict.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal-mask buffers
             continue
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor
+        renamed[functools.reduce(lambda n, pair: n.replace(*pair), renames.items(), name)] = tensor
     return renamed

@@ -67,7 +67,9 @@ class TrainConfig:
             raise ValueError(f"lr_schedule={self.lr_schedule!r} is not one of: {', '.join(LR_SCHEDULES)}")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} is not one of: auto, bfloat16, float32")
-        positive = "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval"
+        positive = (
+            "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval"
+        )
         for key in positive.split():
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
@@ -104,7 +106,7 @@ class Machine:
     @classmethod
     def find(cls, cfg):
         """From the configuration and torchrun's environment. Raises UserError for a device that is not there."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -158,15 +160,15 @@ def provenance():
 
 @torch.no_grad()
 def validation_loss(model, data, cfg, machine):
-    """Mean loss (nats per token) over `eval_iters` fixed batches, shared out among the ranks."""
+    """Mean loss (nats per token) over `eval_iters` fixed batches, the same ones for any number of ranks."""
     model.eval()
-    losses = []
-    for i in range(cfg.eval_iters):
-        x, y = data.batch(i, cfg.batch_size, rank=machine.rank, world=machine.world)
+    total = torch.zeros((), device=machine.device)
+    for i in range(machine.rank, cfg.eval_iters, machine.world):
+        x, y = data.batch(i, cfg.batch_size)
         with machine.autocast():
-            losses.append(model(x.to(machine.device), y.to(machine.device))[1])
+            total += model(x.to(machine.device), y.to(machine.device))[1]
     model.train()
-    return machine.mean(torch.stack(losses).mean()).item()
+    return machine.mean(total).item() * machine.world / cfg.eval_iters
 
 
 class Run:
@@ -247,6 +249,7 @@ class Run:
 
     @property
     def tokens_per_step(self):
+        """Tokens in one optimiser step, over all micro-batches and ranks."""
         return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model_config.block_size
 
     def update(self, model):
@@ -259,7 +262,9 @@ class Run:
         torch.manual_seed(hash((cfg.seed, self.step, machine.rank)))
         total = torch.zeros((), device=machine.device)
         for micro in range(self.n_micro):
-            x, y = self.train_data.batch(self.step, cfg.batch_size, micro, self.n_micro, machine.rank, machine.world)
+            x, y = self.train_data.batch(
+                self.step, cfg.batch_size, micro, self.n_micro, rank=machine.rank, world=machine.world
+            )
             last = micro == self.n_micro - 1
             with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync():
                 with machine.autocast():

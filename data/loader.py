@@ -93,7 +93,7 @@ class Tokens:
         ids = torch.from_numpy(ids)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def batch(self, step, batch_size, micro=0, n_micro=1, rank=0, world=1):
+    def batch(self, step, batch_size, micro=0, n_micro=1, *, rank=0, world=1):
         """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""
         first = ((step * n_micro + micro) * world + rank) * batch_size
         return self.read([self._window(sample) for sample in range(first, first + batch_size)])

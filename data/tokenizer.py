@@ -67,13 +67,26 @@ class GPT2Tokenizer:
 
 
 class NoTokenizer:
-    """Ids without text (synthetic data, or a tokenizer that is not at hand): shown as numbers."""
+    """Ids whose text is not at hand: shown as numbers."""
 
     def encode(self, texts):
+        """Raises UserError."""
         raise UserError("this checkpoint's tokenizer is not at hand, so text cannot be encoded; use --tokens or --bpe")
 
     def decode(self, token):
+        """One id -> text to show."""
         return f"<{token}>"
+
+
+class CharTokenizer(NoTokenizer):
+    """An alphabet listed in meta.json, as the synthetic data has."""
+
+    def __init__(self, chars, bos_id):
+        self.chars, self.bos_id = chars, bos_id
+
+    def decode(self, token):
+        """One id -> text to show."""
+        return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
 
 
 TOKENIZERS = {"byte": lambda bpe: ByteTokenizer(), "gpt2": GPT2Tokenizer}
@@ -91,16 +104,6 @@ def tokenizer_of(meta, bpe=None):
         if bpe:
             raise
         return NoTokenizer()
-
-
-class CharTokenizer(NoTokenizer):
-    """An alphabet listed in meta.json, as the synthetic data has."""
-
-    def __init__(self, chars, bos_id):
-        self.chars, self.bos_id = chars, bos_id
-
-    def decode(self, token):
-        return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
 
 
 def split_documents(lines):

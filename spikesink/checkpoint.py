@@ -5,6 +5,7 @@ The content hash lies inside the file, so that one rename is the whole commit: t
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -85,7 +86,8 @@ def load(path):
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; `python train.py configs/quickstart.py` makes one")
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on odd files: the error below says it all
+            whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "weights_only" in str(error) or "Unsupported" in str(error):

@@ -59,8 +59,8 @@ def typed(key, value, kind, origin):
 def load(schemas, argv, root):
     """Instances of the dataclasses `schemas`, from the config files and `--key=value` in `argv`.
 
-    Returns (instances, every value that was given as a dict, names of the config files). Keys are flat: a key belongs to
-    the one dataclass that has it. Raises UserError for an unknown key, a wrong type or an impossible value.
+    Returns (instances, every value that was given as a dict, names of the config files). Keys are flat: a key belongs
+    to the one dataclass that has it. Raises UserError for an unknown key, a wrong type or an impossible value.
     """
     fields = {f.name: f for schema in schemas for f in dataclasses.fields(schema)}
     values, files = {}, []

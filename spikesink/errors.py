@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 
 
@@ -30,9 +31,11 @@ class Flags(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
+        """Argparse calls this for every mistake it finds."""
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse's. Raises UserError."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -47,3 +50,8 @@ def run(main):
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

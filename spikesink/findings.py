@@ -15,7 +15,7 @@ SHOWN = 40  # tokens listed
 
 
 def detection(subject, observation, checkpoint, model, data):
-    """The findings of one observation. `checkpoint`, `model` and `data` are dicts that say what was observed, and how."""
+    """The findings of one observation; the dicts `checkpoint`, `model` and `data` say what was observed, and how."""
     obs = observation
     layers = [
         {"index": i, "layer": tap.layer, "kind": tap.kind, **stats.result()}
@@ -33,11 +33,25 @@ def detection(subject, observation, checkpoint, model, data):
     }
 
 
-def _token_row(subject, obs, sequence, position):
+def _strongest(score, ids):
+    """(sequence, position, number of sequences) of the largest scores (N, T), each (token id, position) once."""
+    seen = {}
+    for flat in score.flatten().argsort(descending=True).tolist():
+        n, t = divmod(flat, score.size(1))
+        key = (int(ids[n, t]), t)
+        if key not in seen:
+            if len(seen) == SHOWN:
+                break
+            seen[key] = (n, t, int((ids[:, t] == ids[n, t]).sum()))
+    return seen.values()
+
+
+def _token_row(subject, obs, sequence, position, occurrences):
     before = obs.ids[sequence, max(0, position - 12) : position].tolist()
     return {
         "sequence": sequence,
         "position": position,
+        "occurrences": occurrences,  # sequences with this token at this position; the strongest is shown
         "id": int(obs.ids[sequence, position]),
         "text": subject.decode(int(obs.ids[sequence, position])),
         "before": "".join(subject.decode(i) for i in before),
@@ -60,12 +74,11 @@ def _spikes(subject, obs):
     channels = torch.stack([torch.cat(s.channels) for s in obs.streams])
     peak, tap = magnitudes.max(0)  # (N, T)
     tokens = []
-    for flat in peak.flatten().argsort(descending=True)[:SHOWN].tolist():
-        n, t = divmod(flat, peak.size(1))
+    for n, t, occurrences in _strongest(peak, obs.ids):
         where = int(tap[n, t])
         tokens.append(
             {
-                **_token_row(subject, obs, n, t),
+                **_token_row(subject, obs, n, t, occurrences),
                 "magnitude": peak[n, t].item(),
                 "channel": int(channels[where, n, t]),
                 "layer": where,
@@ -82,8 +95,8 @@ def _spikes(subject, obs):
 
 def _sinks(subject, obs):
     N, T = obs.ids.shape
-    per_layer = lambda name: torch.stack([a.sums[name] for a in obs.attention]) / N  # noqa: E731, (L, H, ...)
-    total = lambda name: torch.stack([a.sums[name] for a in obs.attention])  # noqa: E731
+    per_layer = lambda name: torch.stack([a.sums[name] for a in obs.attention]) / N
+    total = lambda name: torch.stack([a.sums[name] for a in obs.attention])
     eligible = metrics.eligible_keys(T)
     gu = {}
     for epsilon in metrics.EPSILONS:
@@ -101,14 +114,13 @@ def _sinks(subject, obs):
             "first_second_half_queries": per_layer(f"late first {epsilon}").mean().item(),
             "max_first_half": per_layer(f"first half {epsilon}").mean().item(),
         }
-    ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()  # noqa: E731
+    ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()
     share_rule = obs.share > metrics.SHARE
     tokens = []
-    for flat in obs.max_alpha.masked_fill(~eligible, -1).flatten().argsort(descending=True)[:SHOWN].tolist():
-        n, t = divmod(flat, T)
+    for n, t, occurrences in _strongest(obs.max_alpha.masked_fill(~eligible, -1), obs.ids):
         tokens.append(
             {
-                **_token_row(subject, obs, n, t),
+                **_token_row(subject, obs, n, t, occurrences),
                 "alpha": obs.max_alpha[n, t].item(),
                 "heads": int(obs.sink_heads[n, t]),
                 "share": obs.share[n, t].item(),

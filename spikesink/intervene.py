@@ -4,7 +4,7 @@
         losses = subject.losses(ids)
 
 A spike is an entry of the residual stream that the ratio rule marks, wherever in the stream it stands; it is edited
-after every sub-layer, so it cannot come back. A sink is a key with alpha > 0.3 in the clean model, per sequence and head.
+after every sub-layer, so it cannot come back. A sink is a key with alpha > 0.3 in the clean model, by sequence and head.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from .hooks import hooked
 class ChannelMeans:
     """Mean of each channel at every tap, over spike entries and over the others; the values that `mean` sets.
 
-    Measured on other text than it is used on. `spike` and `other` are lists of (C,), one per tap; 0 where no spike fell.
+    Measured on other text than it is used on. `spike` and `other`: lists of (C,), one per tap; 0 where no spike fell.
     """
 
     def __init__(self, subject, ids, batch_size=8):

@@ -1,7 +1,7 @@
 """The field's definitions as pure functions of tensors; each cites its source.
 
-Shapes: N sequences, T tokens, C channels, H heads. `stream` is a residual stream (N, T, C) in float32. `received` is the
-attention mass (N, H, T) each key gets, summed over its queries. Positions count from 0 in code, from 1 in the papers.
+Shapes: N sequences, T tokens, C channels, H heads. `stream` is a residual stream (N, T, C) in float32. `received` is
+the attention mass (N, H, T) each key gets, summed over its queries. Positions count from 0 in code, from 1 in papers.
 """
 
 import torch
@@ -39,7 +39,7 @@ def channel_kurtosis(power):
 
 
 def entry_kurtosis(moments):
-    """E[(x - mu)^4] / sigma^4 over all entries, from the raw moments (E x, E x^2, E x^3, E x^4). Bondarenko 2306.12929."""
+    """E[(x - mu)^4] / sigma^4 over all entries, from their raw moments (E x, ..., E x^4). Bondarenko 2306.12929."""
     m1, m2, m3, m4 = moments
     variance = m2 - m1**2
     return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
@@ -137,7 +137,7 @@ def overlap(spike, sink):
     spike, sink = spike.double(), sink.double()
     both, spikes, sinks = (spike * sink).sum(), spike.sum(), sink.sum()
     expected = (spike.sum(0) * sink.sum(0)).sum() / len(spike)
-    ratio = lambda a, b: (a / b).item() if b > 0 else float("nan")  # noqa: E731
+    ratio = lambda a, b: (a / b).item() if b > 0 else float("nan")
     return {
         "p_sink_given_spike": ratio(both, spikes),
         "p_spike_given_sink": ratio(both, sinks),

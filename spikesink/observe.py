@@ -143,7 +143,7 @@ def observe(subject, ids, batch_size=8, progress=True):
     batches = []
     for start in tqdm(range(0, len(ids), batch_size), desc="observe", disable=None if progress else True):
         batches.append(_observe_batch(subject, ids[start : start + batch_size], streams, attention))
-    join = lambda key: torch.cat([batch[key] for batch in batches])  # noqa: E731
+    join = lambda key: torch.cat([batch[key] for batch in batches])
     return Observation(
         ids=ids,
         streams=streams,

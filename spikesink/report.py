@@ -1,16 +1,16 @@
 """Findings -> terminal table, figures, one self-contained HTML page."""
 
 import io
+import math
 from pathlib import Path
 
 import jinja2
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+import matplotlib.pyplot as plt
 
-from .findings import save_text  # noqa: E402
+from .findings import save_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SPIKE, SINK, GREY = "#c2410c", "#1d4ed8", "#78716c"
@@ -28,12 +28,12 @@ STYLE = {
 
 def visible(text):
     """Token text with white space that can be seen."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def number(value, form=".3g"):
     """A number for a table; a dash for one that is undefined."""
-    return "–" if value is None or value != value else format(value, form)
+    return "–" if value is None or math.isnan(value) else format(value, form)
 
 
 def interval(ci, form=".3g"):
@@ -45,7 +45,7 @@ def grid(header, rows):
     """Rows of text in aligned columns, the first to the left."""
     rows = [header, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    align = lambda row: "  ".join(  # noqa: E731
+    align = lambda row: "  ".join(
         [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
     )
     return "\n".join(align(row).rstrip() for row in rows)
@@ -75,8 +75,8 @@ def summary(findings):
     layer_name = name_of(layer)
     return [
         f"Spikes: largest |h| {top['magnitude']:.4g} at position {top['position']} ({visible(top['text'])}), channel "
-        f"{top['channel']}. Largest ratio: top-1 {layer['top1']:.4g} is {layer['top1'] / layer['median']:.0f}x the median "
-        f"after {layer_name}. {rule['tokens']} tokens ({rule['fraction']:.2%}) meet {rule['threshold']}; "
+        f"{top['channel']}. Largest ratio: top-1 {layer['top1']:.4g} is {layer['top1'] / layer['median']:.0f}x the "
+        f"median after {layer_name}. {rule['tokens']} tokens ({rule['fraction']:.2%}) meet {rule['threshold']}; "
         f"{massive} the absolute rule of Sun et al.",
         f"Sinks: Gu et al.'s Sink_1 at epsilon 0.3 is {gu['first']:.1%} {interval(gu['first_ci95'], '.1%')} of heads; "
         f"the strongest key with at least T/4 queries is position {best['position']}, {best['rate']:.1%}. Position 0 "
@@ -149,7 +149,13 @@ def terminal(findings, heads=16):
     rows.sort(key=lambda row: -float(row[2]))
     more = f"\n({len(rows) - heads} more heads in the JSON and the page)" if len(rows) > heads else ""
     tokens = [
-        [visible(t["text"]), str(t["position"]), str(t["sequence"]), number(t["magnitude"], ".4g"), ", ".join(t["rules"])]
+        [
+            visible(t["text"]),
+            str(t["position"]),
+            str(t["occurrences"]),
+            number(t["magnitude"], ".4g"),
+            ", ".join(t["rules"]),
+        ]
         for t in findings["spikes"]["tokens"][:5]
     ]
     return "\n\n".join(
@@ -157,7 +163,7 @@ def terminal(findings, heads=16):
             f"measured on {conditions(findings)}",
             grid(*layer_rows(findings)),
             grid(header, rows[:heads]) + more,
-            grid(["largest tokens", "position", "sequence", "|h|", "rules"], tokens),
+            grid(["largest tokens", "position", "occurrences", "|h|", "rules"], tokens),
             *summary(findings),
         ]
     )
@@ -166,7 +172,9 @@ def terminal(findings, heads=16):
 def ablation_rows(ablation):
     """(header, rows) of the interventions, each followed by its controls."""
     header = ["intervention", "edited", "loss", "ppl", "delta loss", "95% interval"]
-    rows = [["none (baseline)", "", f"{ablation['baseline']['loss']:.4f}", f"{ablation['baseline']['ppl']:.3f}", "", ""]]
+    rows = [
+        ["none (baseline)", "", f"{ablation['baseline']['loss']:.4f}", f"{ablation['baseline']['ppl']:.3f}", "", ""]
+    ]
     for row in ablation["interventions"]:
         for entry in (row, *row["control"]):
             label = entry["name"] if entry is row else f"  control: {entry['name']}"
@@ -176,8 +184,8 @@ def ablation_rows(ablation):
                     f"{entry['edited']:,}",
                     f"{entry['loss']:.4f}",
                     f"{entry['ppl']:.3f}",
-                    f"{entry['delta_loss']:+.4f}",
-                    interval(entry["ci95"], "+.4f"),
+                    f"{entry['delta_loss']:+.4f}" if entry["edited"] else "nothing to edit",
+                    interval(entry["ci95"], "+.4f") if entry["edited"] else "",
                 ]
             )
     return header, rows
@@ -212,8 +220,8 @@ def _heads(findings):
     figure, axes = plt.subplots(figsize=(6.2, max(1.8, min(5.0, 0.35 * len(rate) + 1.2))))
     image = axes.imshow(rate, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axes.set(title="Attention the first key gets from the queries that see it (alpha_1)", xlabel="head", ylabel="layer")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    for axis, n in ((axes.xaxis, len(rate[0])), (axes.yaxis, len(rate))):
+        axis.set_ticks(range(0, n, -(-n // 12)))
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -246,12 +254,9 @@ def _tokens(findings):
         (left, "spikes", "magnitude", SPIKE),
         (right, "sinks", "alpha", SINK),
     ):
-        best = {}  # the strongest occurrence of each token text
-        for token in findings[kind]["tokens"]:
-            best.setdefault((visible(token["text"]), token["position"]), token[key])
-        top = list(best.items())[:10]
-        axes.barh(range(len(top)), [value for _, value in top], color=color)
-        labels = [f"{text[:12].replace('$', chr(92) + '$')}  @{position}" for (text, position), _ in top]
+        top = findings[kind]["tokens"][:10]
+        axes.barh(range(len(top)), [token[key] for token in top], color=color)
+        labels = [f"{visible(token['text'])[:12]}  @{token['position']}".replace("$", r"\$") for token in top]
         axes.set_yticks(range(len(top)), labels)
         axes.invert_yaxis()
         axes.set_title("Largest |h|, by token" if kind == "spikes" else "Most attention in a head (alpha)")
@@ -259,7 +264,7 @@ def _tokens(findings):
 
 
 def _deltas(ablation):
-    rows = [entry for row in ablation["interventions"] for entry in (row, *row["control"])]
+    rows = [entry for row in ablation["interventions"] for entry in (row, *row["control"]) if entry["edited"]]
     figure, axes = plt.subplots(figsize=(6.2, 0.34 * len(rows) + 0.9))
     names = {row["name"] for row in ablation["interventions"]}
     for i, row in enumerate(rows):
@@ -284,7 +289,7 @@ def figures(findings, ablation=None):
             "positions": _svg(_positions(findings)),
             "tokens": _svg(_tokens(findings)),
         }
-        if ablation:
+        if ablation and any(row["edited"] for row in ablation["interventions"]):
             drawn["deltas"] = _svg(_deltas(ablation))
     return drawn
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Subject:
 
     @property
     def device(self):
+        """Where the model's parameters are."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()

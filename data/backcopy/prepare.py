@@ -16,8 +16,8 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.writer import finish_dataset  # noqa: E402
-from spikesink.errors import Flags, UserError, run  # noqa: E402
+from data.writer import finish_dataset
+from spikesink.errors import Flags, UserError, run
 
 LENGTH = 64  # characters after BOS; train with block_size=64
 ALPHABET = 63

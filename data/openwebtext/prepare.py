@@ -14,9 +14,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.tokenizer import GPT2Tokenizer  # noqa: E402
-from data.writer import DatasetWriter, progress  # noqa: E402
-from spikesink.errors import Flags, UserError, run  # noqa: E402
+from data.tokenizer import GPT2Tokenizer
+from data.writer import DatasetWriter, progress
+from spikesink.errors import Flags, UserError, run
 
 NAME, CONFIG, REVISION = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
 ROWS = 8_013_769
@@ -54,7 +54,7 @@ def prepare(folder, tokenizer, max_docs=None, parquet=None):
     Raises UserError if the hub's dataset does not have the number of documents it should.
     """
     files = shards(parquet)
-    settings = {"source": parquet or REVISION, "max_docs": max_docs}
+    settings = {"source": str(parquet or REVISION), "max_docs": max_docs}
     writer = DatasetWriter(folder, tokenizer, VAL_EVERY, settings)
     for done, shard in enumerate(progress(files, desc="shards")):
         if done < writer.source:
@@ -66,7 +66,7 @@ def prepare(folder, tokenizer, max_docs=None, parquet=None):
             break
     if parquet is None and max_docs is None and writer.documents != ROWS:
         raise UserError(f"{NAME} gave {writer.documents:,} documents, not {ROWS:,}: not the dataset that was asked for")
-    writer.finish(source=NAME, revision=parquet or REVISION)
+    writer.finish(source=NAME, revision=settings["source"])
 
 
 def main():

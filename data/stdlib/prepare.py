@@ -17,9 +17,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.tokenizer import ByteTokenizer  # noqa: E402
-from data.writer import DatasetWriter, progress  # noqa: E402
-from spikesink.errors import Flags, run  # noqa: E402
+from data.tokenizer import ByteTokenizer
+from data.writer import DatasetWriter, progress
+from spikesink.errors import Flags, run
 
 # not part of the documented library, or different from machine to machine
 LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "ensurepip", "__pycache__"}

@@ -15,9 +15,9 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.tokenizer import TOKENIZERS, split_documents  # noqa: E402
-from data.writer import DatasetWriter, progress  # noqa: E402
-from spikesink.errors import Flags, UserError, run  # noqa: E402
+from data.tokenizer import TOKENIZERS, split_documents
+from data.writer import DatasetWriter, progress
+from spikesink.errors import Flags, UserError, run
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.tokenizer import GPT2Tokenizer  # noqa: E402
-from data.writer import DatasetWriter, progress  # noqa: E402
-from spikesink.errors import Flags, UserError, run  # noqa: E402
+from data.tokenizer import GPT2Tokenizer
+from data.writer import DatasetWriter, progress
+from spikesink.errors import Flags, UserError, run
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 HEADING = re.compile(r" = [^=].* = \n")

@@ -1,0 +1,249 @@
+"""The loader's promises, and every prepare.py on local data of the real layout."""
+
+import base64
+import importlib.util
+import itertools
+import json
+import lzma
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import Tokens
+from data.tokenizer import ByteTokenizer, GPT2Tokenizer, split_documents
+from data.writer import DatasetWriter
+from spikesink.errors import UserError
+
+from .conftest import ROOT
+
+
+def prepare_module(name):
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """A file of BPE ranks of GPT-2's size: every byte, then pairs of bytes."""
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes(pair) for pair in itertools.islice(itertools.product(range(32, 256), repeat=2), 50_000)]
+    path = tmp_path_factory.mktemp("bpe") / "gpt2.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    return path
+
+
+def dataset(folder, train, val=None, **meta):
+    for split, tokens in (("train", train), ("val", train if val is None else val)):
+        np.asarray(tokens, dtype="<u2").tofile(folder / f"{split}.bin")
+    if meta:
+        (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 50257, "bos_id": 9, **meta}))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- loader
+
+
+def test_an_epoch_sees_every_window_once_and_the_next_in_another_order(tmp_path):
+    data = Tokens(dataset(tmp_path, np.arange(16 * 8 + 1)), "train", 8, seed=3)
+    epochs = [torch.cat([data.batch(step, 4)[0] for step in range(e * 4, e * 4 + 4)]) for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch[:, 0].tolist()) == list(range(0, 128, 8))
+    assert not torch.equal(*epochs)
+    x, y = data.batch(5, 4)
+    assert torch.equal(y[:, :-1], x[:, 1:]) and torch.equal(y, x + 1)
+
+
+def test_a_step_holds_the_same_samples_whatever_the_world_size(tmp_path):
+    data = Tokens(dataset(tmp_path, np.arange(64 * 8 + 1)), "train", 8, seed=1)
+    one = torch.cat([data.batch(3, 2, micro, 4)[0] for micro in range(4)])
+    two = torch.cat([data.batch(3, 2, micro, 2, rank=rank, world=2)[0] for micro in range(2) for rank in range(2)])
+    assert torch.equal(one, two)
+    assert not torch.equal(one, torch.cat([data.batch(4, 2, micro, 4)[0] for micro in range(4)]))
+
+
+def test_bos_starts_every_window_and_nothing_is_lost(tmp_path):
+    data = Tokens(dataset(tmp_path, np.arange(32), vocab_size=64, bos_id=63), "train", 8, bos=True)
+    x, y = data.read(range(4))
+    assert x[:, 0].tolist() == [63] * 4
+    assert torch.equal(y.flatten(), torch.arange(32)) and torch.equal(x[:, 1:], y[:, :-1])
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda f: (f / "train.bin").write_bytes(b""), "empty"),
+        (lambda f: (f / "train.bin").write_bytes(b"abc"), "3 bytes.*truncated"),
+        (lambda f: (f / "train.bin").write_bytes(b"\0" * 100), "100 bytes, not 128 tokens"),
+        (lambda f: (f / "train.bin").write_bytes(b"\xff" * 256), "65535.*vocabulary of 300"),
+        (lambda f: (f / "train.bin").unlink(), "missing"),
+        (lambda f: (f / "meta.json").write_text("{"), "not a dataset description"),
+        (lambda f: (f / "meta.json").write_text('{"dtype": "object", "vocab_size": 3}'), "not a dataset description"),
+        (lambda f: None, "128 tokens, fewer than one window of 257"),
+    ],
+)
+def test_spoiled_files_are_refused(tmp_path, spoil, words):
+    dataset(tmp_path, np.arange(128), train_tokens=128, vocab_size=300)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=words):
+        Tokens(tmp_path, "train", 256)
+
+
+def test_unknown_and_unprepared_datasets_name_what_to_do():
+    with pytest.raises(UserError, match="did you mean openwebtext"):
+        Tokens("openwebtxt", "train", 8)
+    if not (ROOT / "data/wikitext103/train.bin").exists():
+        with pytest.raises(UserError, match=r"python data/wikitext103/prepare\.py"):
+            Tokens("wikitext103", "train", 8)
+
+
+def test_nanogpt_files_load_as_they_are(tmp_path):
+    data = Tokens(dataset(tmp_path, [15496, 995, 50256] * 10), "val", 4)
+    assert data.meta["vocab_size"] == 50257 and data.read([0])[0].tolist() == [[15496, 995, 50256, 15496]]
+
+
+# ----------------------------------------------------------------------------------------------- prepare
+
+
+def test_text_from_txt_xz_and_jsonl(tmp_path):
+    documents = [f"document {i}\nwith ümlauts and <|endoftext|> inside a line" for i in range(7)]
+    plain = tmp_path / "a.txt"
+    plain.write_text("".join(f"{d}\n<|endoftext|>\n" for d in documents[:3]), encoding="utf-8")
+    packed = tmp_path / "b.txt.xz"
+    packed.write_bytes(lzma.compress("".join(f"{d}\n<|endoftext|>\n" for d in documents[3:5]).encode()))
+    lines = tmp_path / "c.jsonl"
+    lines.write_text("".join(json.dumps({"text": d + "\n"}) + "\n" for d in documents[5:]))
+    out = tmp_path / "out"
+    prepare_module("text").prepare([plain, packed, lines], "x", ByteTokenizer(), 3, out)
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["documents"], meta["vocab_size"], meta["bos_id"]) == (7, 257, 256)
+    text = {}
+    for split in ("train", "val"):
+        ids = np.fromfile(out / f"{split}.bin", dtype="<u2")
+        assert len(ids) == meta[f"{split}_tokens"]
+        text[split] = [
+            bytes(part[part < 256].astype(np.uint8)).decode() for part in np.split(ids, np.flatnonzero(ids == 256) + 1)
+        ]
+    assert [t.rstrip("\n") for t in text["val"] if t] == [documents[i] for i in (0, 3, 6)]
+    assert [t.rstrip("\n") for t in text["train"] if t] == [documents[i] for i in (1, 2, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "content, name", [(b"\xfd7zXZ\x00broken", "a.txt.xz"), (b"{]", "a.jsonl"), (b"x", "a.pdf"), (b"\xff\xfe", "a.txt")]
+)
+def test_unreadable_text_names_the_file(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        prepare_module("text").prepare([tmp_path / name], "x", ByteTokenizer(), 2, tmp_path / "out")
+    assert not (tmp_path / "out" / "train.bin").exists()
+
+
+def test_split_documents_keeps_every_character():
+    lines = ["a\n", "\n", "<|endoftext|>\n", "<|endoftext|>\n", "b <|endoftext|>\n", "c"]
+    assert list(split_documents(lines)) == ["a\n\n", "b <|endoftext|>\nc"]
+
+
+def test_gpt2_tokenizer_from_local_ranks(ranks):
+    tokenizer = GPT2Tokenizer(ranks)
+    (ids,) = tokenizer.encode(["Hello <|endoftext|>"])
+    assert b"".join(tokenizer.encoding.decode_single_token_bytes(int(i)) for i in ids) == b"Hello <|endoftext|>"
+    assert 50256 not in ids and tokenizer.decode(50256) == "<|endoftext|>" and tokenizer.decode(50300) == "<50300>"
+    with pytest.raises(UserError, match="there is no file"):
+        GPT2Tokenizer("nowhere.tiktoken")
+    with pytest.raises(UserError, match="does not hold GPT-2's BPE ranks"):
+        GPT2Tokenizer(__file__)
+
+
+def shards(folder, name, documents, n):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(exist_ok=True)
+    for i, part in enumerate(np.array_split(np.array(documents, dtype=object), n)):
+        pyarrow.parquet.write_table(pyarrow.table({"text": list(part)}), folder / f"{name}-{i:05}-of-{n:05}.parquet")
+
+
+def test_openwebtext_from_local_shards_resumes_to_the_same_files(tmp_path, ranks, monkeypatch):
+    module = prepare_module("openwebtext")
+    monkeypatch.setattr(module, "VAL_EVERY", 10)
+    documents = [f"web page number {i}, " * (i % 5 + 1) for i in range(90)]
+    shards(tmp_path / "parquet", "train", documents, 3)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    module.prepare(whole, GPT2Tokenizer(ranks), parquet=tmp_path / "parquet")
+    val = np.fromfile(whole / "val.bin", dtype="<u2")
+    assert (val == 50256).sum() == 9
+    decoded = GPT2Tokenizer(ranks).encoding.decode(val.tolist()).split("<|endoftext|>")[:-1]
+    assert decoded == documents[::10]
+
+    texts = module.texts
+
+    def fail_in_the_second_shard(shard):
+        for i, text in enumerate(texts(shard)):
+            if "00001-of" in shard and i == 20:
+                raise KeyboardInterrupt
+            yield text
+
+    monkeypatch.setattr(module, "texts", fail_in_the_second_shard)
+    with pytest.raises(KeyboardInterrupt):
+        module.prepare(broken, GPT2Tokenizer(ranks), parquet=tmp_path / "parquet")
+    assert not (broken / "train.bin").exists()
+    read = []
+    monkeypatch.setattr(module, "texts", lambda shard: read.append(shard) or texts(shard))
+    module.prepare(broken, GPT2Tokenizer(ranks), parquet=tmp_path / "parquet")
+    assert len(read) == 2  # the first shard is not read again
+    for name in ("train.bin", "val.bin"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_openwebtext_max_docs(tmp_path, ranks):
+    shards(tmp_path / "parquet", "train", [f"page {i}" for i in range(30)], 3)
+    prepare_module("openwebtext").prepare(
+        tmp_path / "o", GPT2Tokenizer(ranks), max_docs=15, parquet=tmp_path / "parquet"
+    )
+    assert json.loads((tmp_path / "o" / "meta.json").read_text())["documents"] == 15
+
+
+def test_wikitext_documents_are_articles(tmp_path, ranks):
+    lines = [" = One = \n", "", " a b \n", " = = Section = = \n", " c \n", " = Two = \n", " d \n"]
+    shards(tmp_path / "parquet", "train", lines * 3, 2)
+    shards(tmp_path / "parquet", "validation", lines, 1)
+    prepare_module("wikitext103").prepare(tmp_path / "w", GPT2Tokenizer(ranks), tmp_path / "parquet")
+    val = GPT2Tokenizer(ranks).encoding.decode(np.fromfile(tmp_path / "w" / "val.bin", dtype="<u2").tolist())
+    assert val.split("<|endoftext|>") == [" = One = \n a b \n = = Section = = \n c \n", " = Two = \n d \n", ""]
+    assert json.loads((tmp_path / "w" / "meta.json").read_text())["documents"] == 8
+
+
+def test_without_the_hub_it_is_one_line():
+    with pytest.raises(UserError, match="--parquet"):
+        prepare_module("openwebtext").shards()
+
+
+def test_backcopy_copies_after_triggers_and_follows_the_bigrams_elsewhere():
+    module = prepare_module("backcopy")
+    chars, probabilities = module.bigrams()
+    trigger = np.isin(list(chars), list(module.TRIGGERS))
+    rows = module.generate(20_000, probabilities, trigger, np.random.default_rng(0))
+    after = trigger[rows[:, 1:-1]]
+    assert after.sum() > 10_000 and (rows[:, 2:] == rows[:, :-2])[after].all()
+    assert not trigger[rows[:, 0]].any()
+    common = next(i for i in range(len(chars)) if not trigger[i])
+    following = rows[:, 1:][rows[:, :-1] == common]
+    measured = np.bincount(following, minlength=len(chars)) / len(following)
+    assert np.abs(measured - probabilities[common]).max() < 0.01
+
+
+def test_stdlib_is_deterministic_and_prose_first():
+    module = prepare_module("stdlib")
+    first, second = ([*itertools.islice(module.documents(), 90)] for _ in range(2))
+    assert first == second and "assert" in first[0]
+    assert module.docstrings('"""Top."""\ndef f():\n    "Inner."') == "Top.\n\nInner."
+    assert module.comments("x = 1  # why\n") == "why"
+
+
+def test_a_split_without_documents_is_refused(tmp_path):
+    writer = DatasetWriter(tmp_path, ByteTokenizer(), val_every=10)
+    writer.add(["only one"])
+    with pytest.raises(UserError, match="no document for the train split"):
+        writer.finish()

@@ -1,0 +1,211 @@
+"""The model against Hugging Face, explicit formulas and the residual identity."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+from model import GPT, GPTConfig
+
+from .conftest import TINY, tiny
+
+IDS = torch.randint(64, (3, 32), generator=torch.Generator().manual_seed(0))
+
+
+def hf_gpt2(**changes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 32, "vocab_size": 64}
+    source = GPT2LMHeadModel(GPT2Config(**shape, **changes)).eval()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return source
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
+def test_gpt2_logits_and_gradients_are_transformers(tmp_path, activation):
+    source = hf_gpt2(activation_function=activation, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    source.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).train()
+    theirs = source(IDS, labels=IDS)
+    logits, loss = ours(IDS[:, :-1], IDS[:, 1:])
+    torch.testing.assert_close(logits, theirs.logits[:, :-1], atol=1e-4, rtol=0)
+    loss.backward()
+    theirs.loss.backward()
+    block, reference = ours.transformer.h[0], source.transformer.h[0]
+    torch.testing.assert_close(
+        ours.transformer.wte.weight.grad, source.transformer.wte.weight.grad, atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        block.attn.f.c_attn.weight.grad, reference.attn.c_attn.weight.grad.T, atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(block.mlp.norm_before.weight.grad, reference.ln_2.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gpt2_that_this_model_cannot_compute_is_refused():
+    with pytest.raises(ValueError, match="n_inner"):
+        GPT.from_hf_gpt2(hf_gpt2(n_inner=100))
+    with pytest.raises(ValueError, match="tanh"):
+        GPT.from_hf_gpt2(hf_gpt2(activation_function="tanh"))
+
+
+def test_nanogpt_checkpoint_loads():
+    source = hf_gpt2()
+    names = {f"_orig_mod.{k}": v.T if k.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and v.dim() == 2 else v
+             for k, v in source.state_dict().items()}  # fmt: skip
+    names["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # nanoGPT's causal-mask buffer
+    args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "bias": True, "vocab_size": 64, "dropout": 0.0}
+    ours = GPT.from_checkpoint({"model_args": args, "model": names}).eval()
+    # nanoGPT computes exact GELU where GPT-2 has the tanh approximation
+    torch.testing.assert_close(ours(IDS)[0], source(IDS).logits, atol=5e-3, rtol=0)
+
+
+ARMS = [
+    *({"norm_place": p, "norm": n} for p, n in itertools.product(model_module.NORM_PLACES, model_module.NORMS)),
+    *({"activation": a, "ffn": f} for a, f in itertools.product(model_module.ACTIVATIONS, model_module.FFNS)),
+    *({"residual_scale": r} for r in model_module.RESIDUAL_SCALES if r != "deepnorm"),
+    {"residual_scale": "deepnorm", "init_scale": "deepnorm", "norm_place": "post"},
+    *({"position": p} for p in model_module.POSITIONS),
+    {"bias": True},
+]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
+def test_residual_identity(arm):
+    """stream_after == norm_after(stream_before + update), and the update is what the equation says."""
+    model = tiny(**arm)
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith((".update", "stream")):
+            module.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
+    logits, _ = model(IDS)
+    before = seen["transformer.stream"]
+    for i, block in enumerate(model.transformer.h):
+        for kind, sub in (("attn", block.attn), ("mlp", block.mlp)):
+            update, after = (seen[f"transformer.h.{i}.{kind}.{tap}"] for tap in ("update", "stream"))
+            torch.testing.assert_close(after, sub.norm_after(before + update), atol=0, rtol=0)
+            out = sub.f(sub.norm_before(before))
+            scale = sub.scale.scale if hasattr(sub.scale, "scale") else sub.scale.weight
+            torch.testing.assert_close(update, sub.norm_update(scale * out), atol=1e-6, rtol=1e-6)
+            before = after
+    torch.testing.assert_close(logits, model.transformer.ln_f(before) @ model.transformer.wte.weight.T)
+
+
+@pytest.mark.parametrize("place", model_module.NORM_PLACES)
+def test_norm_placement_is_the_written_formula(place):
+    model = tiny(norm_place=place, bias=True)
+    x = torch.randn(2, 8, 32)
+    sub = model.transformer.h[0].mlp
+    ffn = lambda h: F.linear(
+        F.gelu(F.linear(h, sub.f.c_fc.weight, sub.f.c_fc.bias)), sub.f.c_proj.weight, sub.f.c_proj.bias
+    )
+
+    def norm(h, layer):
+        centred = h - h.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+    expected = {
+        "pre": lambda: x + ffn(norm(x, sub.norm_before)),
+        "post": lambda: norm(x + ffn(x), sub.norm_after),
+        "sandwich": lambda: x + norm(ffn(norm(x, sub.norm_before)), sub.norm_update),
+        "output": lambda: x + norm(ffn(x), sub.norm_update),
+        "none": lambda: x + ffn(x),
+    }[place]()
+    torch.testing.assert_close(sub(x), expected, atol=1e-5, rtol=1e-5)
+    assert ("ln_f.weight" in "".join(model.state_dict())) == (place in ("pre", "sandwich", "output"))
+
+
+def test_deepnorm_is_layernorm_of_alpha_x_plus_f():
+    model = tiny(norm_place="post", residual_scale="deepnorm")
+    sub, x = model.transformer.h[0].attn, torch.randn(2, 8, 32)
+    alpha = (2 * 2) ** 0.25
+    torch.testing.assert_close(sub(x), sub.norm_after(alpha * x + sub.f(x)), atol=1e-4, rtol=1e-4)
+
+
+def test_gated_ffn_is_matched_and_written_out():
+    plain, gated = GPT(GPTConfig(**TINY)), GPT(GPTConfig(**{**TINY, "n_embd": 96}, ffn="gated"))
+    assert abs(gated.transformer.h[0].mlp.f.c_proj.weight.numel() * 3 / (8 * 96**2) - 1) < 0.02
+    ffn, x = tiny(ffn="gated", activation="silu").transformer.h[0].mlp.f, torch.randn(4, 32)
+    gate = x @ ffn.c_gate.weight.T
+    expected = (gate * torch.sigmoid(gate) * (x @ ffn.c_fc.weight.T)) @ ffn.c_proj.weight.T
+    torch.testing.assert_close(ffn(x), expected)
+    assert plain.num_params() > 0
+
+
+def test_attention_seam_is_explicit_softmax_with_and_without_bias():
+    seam = tiny().transformer.h[0].attn.f.attend
+    q, k, v = torch.randn(3, 2, 4, 20, 8).unbind()
+    logits = (q @ k.mT) / math.sqrt(8)
+    causal = torch.ones(20, 20).tril().bool()
+    plain = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+    torch.testing.assert_close(seam(q, k, v), plain @ v, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seam.weights(q[:, :, 7:12], k, 7), plain[:, :, 7:12], atol=1e-6, rtol=1e-5)
+    bias = torch.zeros(2, 4, 1, 20)
+    bias[..., 0] = -torch.inf  # masked for all but itself, and the rest renormalised
+    masked = plain.clone()
+    masked[:, :, 1:, 0] = 0
+    masked = masked / masked.sum(-1, keepdim=True)
+    torch.testing.assert_close(seam(q, k, v, bias, chunk=6), masked @ v, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seam(q, k, v, torch.zeros(1), chunk=6), plain @ v, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_scores_depend_on_distance_only():
+    rotate = tiny(position="rope").transformer.h[0].attn.f.rotate
+    q, k = (torch.randn(16).expand(1, 1, 32, 16) for _ in "qk")
+    q, k = rotate(q, k)
+    scores = (q @ k.mT)[0, 0]
+    for distance in (0, 1, 9):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+    assert (scores[10, 10] - scores[20, 10]).abs() > 1e-3
+
+
+def test_init_scales():
+    config = {**TINY, "n_embd": 128, "n_layer": 8}
+    std = lambda model, name: dict(model.named_parameters())[name].std().item()
+    out, into = "transformer.h.3.mlp.f.c_proj.weight", "transformer.h.3.mlp.f.c_fc.weight"
+    flat, gpt2 = GPT(GPTConfig(**config, init_scale="one")), GPT(GPTConfig(**config))
+    deep = GPT(GPTConfig(**config, init_scale="deepnorm"))
+    assert std(flat, out) == pytest.approx(0.02, rel=0.05)
+    assert std(gpt2, out) == pytest.approx(0.02 / 4, rel=0.05)
+    assert std(gpt2, into) == pytest.approx(0.02, rel=0.05)
+    xavier = math.sqrt(2 / (128 + 512))
+    assert std(deep, into) == pytest.approx(xavier * (8 * 8) ** -0.25, rel=0.05)
+    query = deep.transformer.h[0].attn.f.c_attn.weight[:128].std().item()
+    assert query == pytest.approx(math.sqrt(2 / 256), rel=0.05)
+
+
+def test_gpt2_small_has_gpt2s_parameters():
+    with torch.device("meta"):
+        assert GPT(GPTConfig(vocab_size=50257, bias=True)).num_params() == 124_439_808 - 1024 * 768
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"norm_place": "postnorm"}, "norm_place.*post"),
+        ({"n_embd": 33}, "n_embd=33.*n_head=2"),
+        ({"n_embd": 30, "n_head": 2, "position": "rope"}, "rope.*even"),
+        ({"residual_scale": "deepnorm"}, "deepnorm.*norm_place=pre"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"n_layer": 0}, "n_layer"),
+    ],
+)
+def test_impossible_configs_are_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**{**TINY, **change})
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match=r"33 tokens.*block_size=32"):
+        tiny()(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_compiles_as_one_graph():
+    compiled = torch.compile(tiny(norm_place="sandwich", ffn="gated"), fullgraph=True, backend="eager")
+    assert compiled(IDS)[0].shape == (3, 32, 64)
