@@ -16,10 +16,10 @@ from spikesink.errors import run
 
 SCHEMA = "spikesink-ablation-1"
 NOTE = (
-    "Spike interventions edit every entry the ratio rule marks, after every sub-layer; their control edits as many "
-    "random other channels of the same tokens. sink_mask masks, in each head, the keys that are sinks there in the "
-    "clean model, and renormalises; its control masks as many random other keys. edited: entries or keys. Means come "
-    "from other text. Intervals: paired bootstrap over sequences."
+    "Spike interventions edit, after every sub-layer, every entry that the ratio rule marks in the clean model; their "
+    "control edits as many random other channels of the same tokens. sink_mask masks, in each head, the keys that are "
+    "sinks there in the clean model, and renormalises; its control masks as many random other keys. edited: entries or "
+    "keys. Means come from other text. Intervals: 95%, paired bootstrap over sequences."
 )
 
 
@@ -53,7 +53,7 @@ def table_of(subject, means):
     """{name: (kind, name of its control, intervention(batch ids, control?))}."""
 
     def of_spikes(edit):
-        return lambda batch, control: intervene.spikes(subject, edit, control, means)
+        return lambda batch, control: intervene.spikes(subject, batch, edit, control=control, means=means)
 
     table = {f"spike_{edit}": ("spike", "random_channels", of_spikes(edit)) for edit in intervene.SPIKE_EDITS}
     table["sink_mask"] = ("sink", "random_keys", lambda batch, control: intervene.sinks(subject, batch, control))

@@ -288,8 +288,15 @@ class Run:
 
     def train(self, model):
         """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP."""
+        with (
+            open_log(self.out_dir / "log.jsonl", self.step)
+            if self.machine.rank == 0
+            else contextlib.nullcontext() as log
+        ):
+            self._train(model, log)
+
+    def _train(self, model, log):
         cfg, chief = self.cfg, self.machine.rank == 0
-        log = open_log(self.out_dir / "log.jsonl", self.step) if chief else None
         since, seen = time.perf_counter(), self.step
         bar = tqdm(total=cfg.max_iters, initial=self.step, unit="step", disable=None if chief else True)
         while self.step < cfg.max_iters:

@@ -36,6 +36,13 @@ class DatasetWriter:
         for split, file in self.files.items():
             file.truncate(2 * self.tokens[split])
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for file in self.files.values():
+            file.close()
+
     def add(self, documents, split=None):
         """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
         documents = iter(documents)

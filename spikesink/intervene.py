@@ -1,10 +1,11 @@
 """Interventions as context managers, each with its matched control.
 
-    with intervene.spikes(subject, "zero"):
+    with intervene.spikes(subject, ids, "zero"):
         losses = subject.losses(ids)
 
-A spike is an entry of the residual stream that the ratio rule marks, wherever in the stream it stands; it is edited
-after every sub-layer, so it cannot come back. A sink is a key with alpha > 0.3 in the clean model, by sequence and head.
+What is edited is fixed by the clean model on the same ids: a spike is an entry of the residual stream that the ratio
+rule marks, at whatever tap it stands; a sink is a key with alpha > 0.3 and at least T/4 queries, head by head. So an
+intervention and its control edit the same number of entries.
 """
 
 import contextlib
@@ -45,6 +46,18 @@ def spike_entries(x):
     return metrics.SPIKE_RULES[metrics.PRIMARY_SPIKE_RULE][1](x.float())
 
 
+def clean_spikes(subject, ids):
+    """The spike entries of ids (B, T) in the model as it is: per tap a bool (B, T, C)."""
+    found = []
+
+    def record(module, args, kwargs, x):
+        found.append(spike_entries(x))
+
+    with hooked([(tap.module, record) for tap in subject.streams]):
+        subject.losses(ids)
+    return found
+
+
 def random_channels(marked, generator):
     """For each token, as many unmarked channels at random as it has marked ones: bool (B, T, C)."""
     scores = torch.rand(marked.shape, generator=generator).to(marked.device).masked_fill(marked, -1.0)
@@ -52,50 +65,47 @@ def random_channels(marked, generator):
     return ranks < marked.sum(-1, keepdim=True)
 
 
-def _zero(x, entries, marked, index, means):
+def _zero(x, marked, means, control):
     return torch.zeros_like(x)
 
 
-def _mean(x, entries, marked, index, means):
-    return (means.spike if entries is marked else means.other)[index].to(x).expand_as(x)
+def _mean(x, marked, means, control):
+    return means[1 if control else 0].to(x).expand_as(x)
 
 
-def _clip(x, entries, marked, index, means):
-    """Down to the rule's threshold; the control shrinks its entries by the same factor as the token's spikes."""
-    ratio = metrics.ratio_threshold(x.float())[:, None, None] / x.float().abs().clamp_min(1e-30)
-    if entries is marked:
-        return x * ratio.to(x.dtype)
-    shrink = ratio.masked_fill(~marked, 0).sum(-1, keepdim=True) / marked.sum(-1, keepdim=True).clamp_min(1)
-    return x * shrink.to(x.dtype)
+def _clip(x, marked, means, control):
+    """Spikes down to the rule's threshold; the control shrinks its entries by the mean factor of the token's spikes."""
+    threshold = metrics.ratio_threshold(x.float())[:, None, None]
+    factor = (threshold / x.float().abs().clamp_min(1e-30)).clamp_max(1)
+    if control:
+        factor = (factor * marked).sum(-1, keepdim=True) / marked.sum(-1, keepdim=True).clamp_min(1)
+    return x * factor.to(x.dtype)
 
 
+# name -> what the edited entries of a stream x (B, T, C) become; `means` are its tap's (spike, other) channel means
 SPIKE_EDITS = {"zero": _zero, "mean": _mean, "clip": _clip}
 
 
 @contextlib.contextmanager
-def spikes(subject, edit, control=False, means=None, seed=0):
-    """Edits every spike entry after every sub-layer: zero, mean (needs `means`) or clip (to the rule's threshold).
+def spikes(subject, ids, edit, *, control=False, means=None, seed=0):
+    """Edits, after every sub-layer, the entries that are spikes of ids (B, T) in the clean model.
 
-    control: the same edit on as many random other channels of the same tokens instead. Yields a dict whose "edited"
-    counts the entries edited so far.
+    edit: zero, mean (needs `means`, a ChannelMeans) or clip (to the rule's threshold). control: the same edit on as
+    many random other channels of the same tokens. Yields {"edited": number of entries}.
     """
+    marked = clean_spikes(subject, ids)
     generator = torch.Generator().manual_seed(seed)
-    count = {"edited": 0}
+    entries = [random_channels(m, generator) for m in marked] if control else marked
 
     def hook_of(index):
         def hook(module, args, kwargs, x):
-            marked = spike_entries(x)
-            n = int(marked.sum())
-            if n == 0:
-                return None
-            entries = random_channels(marked, generator) if control else marked
-            count["edited"] += n
-            return torch.where(entries, SPIKE_EDITS[edit](x, entries, marked, index, means), x)
+            of_tap = (means.spike[index], means.other[index]) if means else None
+            return torch.where(entries[index], SPIKE_EDITS[edit](x, marked[index], of_tap, control), x)
 
         return hook
 
-    with hooked([(tap.module, hook_of(i)) for i, tap in enumerate(subject.streams)]):
-        yield count
+    with hooked([(tap.module, hook_of(i)) for i, tap in enumerate(subject.streams) if marked[i].any()]):
+        yield {"edited": sum(int(m.sum()) for m in marked)}
 
 
 def sink_keys(subject, ids):

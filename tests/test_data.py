@@ -243,7 +243,7 @@ def test_stdlib_is_deterministic_and_prose_first():
 
 
 def test_a_split_without_documents_is_refused(tmp_path):
-    writer = DatasetWriter(tmp_path, ByteTokenizer(), val_every=10)
-    writer.add(["only one"])
-    with pytest.raises(UserError, match="no document for the train split"):
-        writer.finish()
+    with DatasetWriter(tmp_path, ByteTokenizer(), val_every=10) as writer:
+        writer.add(["only one"])
+        with pytest.raises(UserError, match="no document for the train split"):
+            writer.finish()

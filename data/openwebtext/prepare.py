@@ -55,18 +55,20 @@ def prepare(folder, tokenizer, max_docs=None, parquet=None):
     """
     files = shards(parquet)
     settings = {"source": str(parquet or REVISION), "max_docs": max_docs}
-    writer = DatasetWriter(folder, tokenizer, VAL_EVERY, settings)
-    for done, shard in enumerate(progress(files, desc="shards")):
-        if done < writer.source:
-            continue
-        left = None if max_docs is None else max_docs - writer.documents
-        writer.add(itertools.islice(texts(shard), left))
-        writer.mark(done + 1)
-        if left is not None and writer.documents >= max_docs:
-            break
-    if parquet is None and max_docs is None and writer.documents != ROWS:
-        raise UserError(f"{NAME} gave {writer.documents:,} documents, not {ROWS:,}: not the dataset that was asked for")
-    writer.finish(source=NAME, revision=settings["source"])
+    with DatasetWriter(folder, tokenizer, VAL_EVERY, settings) as writer:
+        for done, shard in enumerate(progress(files, desc="shards")):
+            if done < writer.source:
+                continue
+            left = None if max_docs is None else max_docs - writer.documents
+            writer.add(itertools.islice(texts(shard), left))
+            writer.mark(done + 1)
+            if left is not None and writer.documents >= max_docs:
+                break
+        if parquet is None and max_docs is None and writer.documents != ROWS:
+            raise UserError(
+                f"{NAME} gave {writer.documents:,} documents, not {ROWS:,}: not the dataset that was asked for"
+            )
+        writer.finish(source=NAME, revision=settings["source"])
 
 
 def main():

@@ -64,15 +64,15 @@ def documents():
 def prepare(megabytes=8):
     """Writes train.bin, val.bin and meta.json beside this file."""
     limit, taken = megabytes * 2**20, 0
-    writer = DatasetWriter(FOLDER, ByteTokenizer(), val_every=20)
-    kept = []
-    for text in documents():
-        if taken >= limit:
-            break
-        kept.append(text)
-        taken += len(text.encode("utf-8", "replace"))
-    writer.add(kept)
-    writer.finish(python=sys.version.split()[0])
+    with DatasetWriter(FOLDER, ByteTokenizer(), val_every=20) as writer:
+        kept = []
+        for text in documents():
+            if taken >= limit:
+                break
+            kept.append(text)
+            taken += len(text.encode("utf-8", "replace"))
+        writer.add(kept)
+        writer.finish(python=sys.version.split()[0])
 
 
 def main():

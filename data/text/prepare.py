@@ -44,12 +44,12 @@ def prepare(files, name, tokenizer, val_every, folder=None):
         if not file.is_file():
             raise UserError(f"there is no file {file}")
     settings = {"files": [str(f.resolve()) for f in files], "tokenizer": tokenizer.name, "val_every": val_every}
-    writer = DatasetWriter(folder or DATA / name, tokenizer, val_every, settings)
-    for done, file in enumerate(files):
-        if done >= writer.source:
-            writer.add(progress(documents(file), desc=file.name, unit=" documents"))
-            writer.mark(done + 1)
-    writer.finish(files=[file.name for file in files])
+    with DatasetWriter(folder or DATA / name, tokenizer, val_every, settings) as writer:
+        for done, file in enumerate(files):
+            if done >= writer.source:
+                writer.add(progress(documents(file), desc=file.name, unit=" documents"))
+                writer.mark(done + 1)
+        writer.finish(files=[file.name for file in files])
 
 
 def main():

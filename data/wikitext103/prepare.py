@@ -55,10 +55,10 @@ def articles(lines):
 
 def prepare(folder, tokenizer, parquet=None):
     """Writes {train,val}.bin and meta.json to `folder`."""
-    writer = DatasetWriter(folder, tokenizer, val_every=1)
-    for source, split in (("validation", "val"), ("train", "train")):
-        writer.add(progress(articles(rows(source, parquet)), desc=source, unit=" articles"), split)
-    writer.finish(source=NAME)
+    with DatasetWriter(folder, tokenizer, val_every=1) as writer:
+        for source, split in (("validation", "val"), ("train", "train")):
+            writer.add(progress(articles(rows(source, parquet)), desc=source, unit=" articles"), split)
+        writer.finish(source=NAME)
 
 
 def main():
