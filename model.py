@@ -7,6 +7,7 @@ To add a choice, add a line to its table; to add an axis, add a field to GPTConf
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,21 +18,38 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------------------------------------- norms
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels (Ba et al. 2016); `bias` follows the model's."""
+class DyT(nn.Module):
+    """w * tanh(a x) + b (Zhu et al. 2025), a learned scalar."""
 
-    def __init__(self, config):
-        super().__init__(config.n_embd, eps=1e-5, bias=config.bias)
+    def __init__(self, size, alpha, gain, bias):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.weight = nn.Parameter(torch.ones(size)) if gain else 1.0
+        self.bias = nn.Parameter(torch.zeros(size)) if gain and bias else 0.0
+
+    def forward(self, x):
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
 
 
-class RMSNorm(nn.RMSNorm):
+def layernorm(config, size, role):
+    """LayerNorm (Ba et al. 2016)."""
+    return nn.LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
+
+
+def rmsnorm(config, size, role):
     """x / rms(x) * w (Zhang & Sennrich 2019)."""
-
-    def __init__(self, config):
-        super().__init__(config.n_embd, eps=1e-5)
+    return nn.RMSNorm(size, config.norm_eps, elementwise_affine=config.norm_gain)
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+def dyt(config, size, role):
+    """DyT as in Sun et al. 2026: alpha 0.8 around attention, 0.2 around the FFN, and the last norm stays RMSNorm."""
+    if role == "final":
+        return rmsnorm(config, size, role)
+    return DyT(size, {"attn": 0.8, "ffn": 0.2}[role], config.norm_gain, config.bias)
+
+
+# name -> constructor(config, size, role), role attn, ffn or final
+NORMS = {"layernorm": layernorm, "rmsnorm": rmsnorm, "dyt": dyt}
 
 
 class NormPlace(NamedTuple):
@@ -51,42 +69,67 @@ NORM_PLACES = {
     "none": NormPlace(False, False, False, False),
 }
 
+
+class QKNorm(nn.Module):
+    """Normalises queries and keys (B, T, H, D): each head by itself, or over the full heads x width."""
+
+    def __init__(self, config, full):
+        super().__init__()
+        self.full, D = full, config.head_width
+        self.q = NORMS[config.norm](config, config.n_head * D if full else D, "attn")
+        self.k = NORMS[config.norm](config, config.n_key_head * D if full else D, "attn")
+
+    def forward(self, q, k):
+        if self.full:
+            return self.q(q.flatten(-2)).view_as(q), self.k(k.flatten(-2)).view_as(k)
+        return self.q(q), self.k(k)
+
+
+class Unchanged(nn.Module):
+    """(q, k) as they are."""
+
+    def forward(self, q, k):
+        return q, k
+
+
+QK_NORMS = {
+    "none": lambda config: Unchanged(),
+    "head": lambda config: QKNorm(config, full=False),  # Qwen 3
+    "full": lambda config: QKNorm(config, full=True),  # OLMo 2, and the paper's "QK + output" arm
+}
+
 # -------------------------------------------------------------------------------------------- residual
 
 
-class FixedScale(nn.Module):
-    """update * scale, a constant."""
+class Scale(nn.Module):
+    """update * scale: a constant, or a parameter with one entry per channel or one in all."""
 
     def __init__(self, scale):
         super().__init__()
         self.scale = scale
 
     def forward(self, update):
-        return update if self.scale == 1 else self.scale * update
+        return self.scale * update
 
 
-class LearnedScale(nn.Module):
-    """update * w, with w learned: one per channel (LayerScale) or one scalar (ReZero)."""
-
-    def __init__(self, size, init):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), float(init)))
-
-    def forward(self, update):
-        return self.weight * update
-
-
-# The multiplier of each update in the forward pass. L = n_layer, so 2L updates are added to the stream.
+# The multiplier of each update in the forward pass, or a fixed number. L = n_layer: 2L updates are added to the stream.
 # deepnorm (Wang et al. 2022): LN(a x + f(x)) with a = (2L)^1/4 is written LN(x + f(x) / a), the same function of x.
 RESIDUAL_SCALES = {
-    "one": lambda c: FixedScale(1.0),
-    "inv_sqrt_2L": lambda c: FixedScale((2 * c.n_layer) ** -0.5),
-    "deepnorm": lambda c: FixedScale((2 * c.n_layer) ** -0.25),
-    "learned": lambda c: LearnedScale(c.n_embd, 0.1),  # LayerScale (Touvron et al. 2021), init for <= 18 layers
-    "rezero": lambda c: LearnedScale(1, 0.0),  # Bachlechner et al. 2020
+    "one": lambda c: nn.Identity(),
+    "inv_sqrt_2L": lambda c: Scale((2 * c.n_layer) ** -0.5),
+    "deepnorm": lambda c: Scale((2 * c.n_layer) ** -0.25),
+    "learned": lambda c: Scale(nn.Parameter(torch.full((c.n_embd,), 0.1))),  # LayerScale (Touvron et al. 2021)
+    "rezero": lambda c: Scale(nn.Parameter(torch.zeros(1))),  # Bachlechner et al. 2020
 }
 
-# ----------------------------------------------------------------------------------- positions, attention
+
+def residual_scale(config):
+    """The module of config.residual_scale: a name of RESIDUAL_SCALES or a number."""
+    named = RESIDUAL_SCALES.get(config.residual_scale)
+    return named(config) if named else Scale(float(config.residual_scale))
+
+
+# ------------------------------------------------------------------------------------------- positions
 
 
 class NoPosition(nn.Module):
@@ -106,24 +149,28 @@ class LearnedPosition(nn.Embedding):
         super().__init__(config.block_size, config.n_embd)
 
 
-class NoRotation(nn.Module):
-    """Leaves q and k as they are."""
+class Sinusoid(nn.Module):
+    """sin and cos of position x 10000^(-2i/C) (Vaswani et al. 2017), scaled to the rms of a new token embedding."""
 
     def __init__(self, config):
         super().__init__()
+        angles = torch.outer(
+            torch.arange(config.block_size), 1e4 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        )
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : config.n_embd]
+        self.register_buffer("table", INIT_STD * math.sqrt(2) * table, persistent=False)
 
-    def forward(self, q, k):
-        return q, k
+    def forward(self, positions):
+        return self.table[positions]
 
 
 class Rotary(nn.Module):
-    """RoPE (Su et al. 2021), base 10000, the two halves of a head rotated against each other as in Llama."""
+    """RoPE (Su et al. 2021), the two halves of a head rotated against each other as in Llama."""
 
     def __init__(self, config):
         super().__init__()
-        head_dim = config.n_embd // config.n_head
-        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angles = torch.outer(torch.arange(config.block_size), frequencies).repeat(1, 2)  # (T, D)
+        frequencies = config.rope_base ** (-torch.arange(0, config.head_width, 2) / config.head_width)
+        angles = torch.outer(torch.arange(config.n_register + config.block_size), frequencies).repeat(1, 2)  # (T, D)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -137,63 +184,235 @@ class Rotary(nn.Module):
         return rotate(q), rotate(k)
 
 
-# name -> (what is added to the token embedding, what is done to q and k)
+def alibi_slopes(n_head):
+    """ALiBi's slope per head (Press et al. 2022): 2^(-8i/n); beyond a power of 2, every other one of twice as many."""
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return torch.tensor(slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (n_head - power), 2)])
+
+
+class Position(NamedTuple):
+    """Where a kind of position enters: added to the token embedding, on q and k, or as slopes on the logits."""
+
+    embedding: Callable = NoPosition
+    rotation: Callable = lambda config: Unchanged()
+    alibi: bool = False
+
+
 POSITIONS = {
-    "learned": (LearnedPosition, NoRotation),
-    "rope": (NoPosition, Rotary),
-    "none": (NoPosition, NoRotation),
+    "learned": Position(embedding=LearnedPosition),
+    "sinusoidal": Position(embedding=Sinusoid),
+    "rope": Position(rotation=Rotary),
+    "alibi": Position(alibi=True),
+    "none": Position(),
 }
 
+# ------------------------------------------------------------------------------------------- attention
 
-class SoftmaxAttention(nn.Module):
+
+class Softmax(nn.Module):
+    """Rows sum to one."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, logits, q):
+        return logits.softmax(dim=-1), 0.0
+
+
+class SlotSoftmax(nn.Module):
+    """Softmax over the keys and one slot more that holds no token; the keys' weights sum to less than one.
+
+    The slot's logit: 0 (softmax-off-by-one, Miller 2023), learned per head (GPT-OSS), or q k* with a learned key (Gu et
+    al. 2024's K bias); its value: 0, or learned (KV bias).
+    """
+
+    def __init__(self, config, logit=False, key=False, value=False):
+        super().__init__()
+        H, D = config.n_head, config.head_width
+        self.logit = nn.Parameter(torch.zeros(H)) if logit else None
+        self.key = nn.Parameter(torch.zeros(H, D)) if key else None
+        self.value = nn.Parameter(torch.zeros(H, D)) if value else None
+
+    def forward(self, logits, q):
+        slot = torch.zeros_like(logits[..., :1])  # (B, H, R, 1)
+        if self.logit is not None:
+            slot = slot + self.logit[:, None, None]
+        if self.key is not None:
+            slot = q @ self.key[:, :, None] / math.sqrt(q.size(-1))
+        weights = torch.cat((logits, slot), dim=-1).softmax(dim=-1)
+        extra = 0.0 if self.value is None else weights[..., -1:] * self.value[:, None]  # (B, H, R, D)
+        return weights[..., :-1], extra
+
+
+class Sigmoid(nn.Module):
+    """sigmoid(logit - log(block_size)), without normalisation (Ramapuram et al. 2024)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.shift = math.log(config.block_size)
+
+    def forward(self, logits, q):
+        return torch.sigmoid(logits - self.shift), 0.0
+
+
+class ReLUAttention(nn.Module):
+    """relu(logit) / number of keys the query sees (Wortsman et al. 2023)."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, logits, q):
+        return F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True), 0.0
+
+
+class ClippedSoftmax(nn.Module):
+    """clip((zeta - gamma) softmax + gamma, 0, 1) (Bondarenko et al. 2023), gamma -0.03, zeta 1: exact zeros."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, logits, q):
+        return (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), 0.0
+
+
+# name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), what the slot adds to the output
+ATTENTIONS = {
+    "softmax": Softmax,
+    "softmax1": SlotSoftmax,
+    "sink_logit": functools.partial(SlotSoftmax, logit=True),
+    "k_bias": functools.partial(SlotSoftmax, key=True),
+    "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
+    "clipped": ClippedSoftmax,
+    "sigmoid": Sigmoid,
+    "relu": ReLUAttention,
+}
+UNNORMALISED = ("sigmoid", "relu")  # rows may sum to anything
+
+
+class Attend(nn.Module):
     """The attention seam: (q, k, v, bias) -> out. Instruments hook this module.
 
-    A hook sees q, k, v; `weights` gives any chunk of rows of the attention map; a pre-hook may pass `bias`.
+    A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
+        self.kind, self.dropout, self.window = config.attention, config.dropout, config.window
+        self.group = config.n_head // config.n_key_head
+        self.normalise = ATTENTIONS[config.attention](config)
+        slopes = alibi_slopes(config.n_head)[:, None, None] if POSITIONS[config.position].alibi else None
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def mask(self, first, R, T, device):
+        """What causality, the window and ALiBi add to the logits of queries first ... first + R - 1: ([H,] R, T)."""
+        distance = torch.arange(first, first + R, device=device)[:, None] - torch.arange(T, device=device)
+        hidden = (distance < 0) | (distance >= self.window) if self.window else distance < 0
+        mask = torch.zeros(R, T, device=device) if self.slopes is None else -self.slopes * distance
+        return mask.masked_fill(hidden, -torch.inf)
 
     def weights(self, q, k, first=0, bias=None):
-        """Attention weights (B, H, R, T) of the queries `first ... first + R - 1`; rows sum to one.
+        """Weights (B, H, R, T) of the queries q (B, H, R, D), the first at position `first`, and the slot's output.
 
-        q is (B, H, R, D), k is (B, H, T, D). `bias` broadcasts to (B, H, 1, T): added to the logit of a key for every
-        query but the one at the key's own position, so that a masked (-inf) first key leaves no empty row.
+        `bias` broadcasts to (B, H, 1, T): added to the logit of a key for every query but the one at the key's own
+        position, so that a masked (-inf) first key leaves no empty row.
         """
-        logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, R, T)
-        query = torch.arange(first, first + q.size(-2), device=q.device)[:, None]
-        key = torch.arange(k.size(-2), device=q.device)[None, :]
+        R, T = q.size(-2), k.size(-2)
+        k = k.repeat_interleave(self.group, dim=1)
+        logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(first, R, T, q.device)
         if bias is not None:
-            logits = logits + torch.where(query == key, 0.0, bias)
-        return logits.masked_fill(key > query, -torch.inf).softmax(dim=-1)
+            own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
+            logits = logits + torch.where(own, 0.0, bias)
+        return self.normalise(logits, q)
+
+    def shares(self, q, k, first=0, bias=None):
+        """The attention map (B, H, R, T) as reported: the part of its attention that a query gives to each key.
+
+        These are the weights, so rows sum to less than one where a slot takes some. Sigmoid and ReLU weights, which
+        may sum to anything, are divided by their row's sum; a row of zeros stays zero.
+        """
+        weights, _ = self.weights(q, k, first, bias)
+        if self.kind in UNNORMALISED:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        return weights
 
     def forward(self, q, k, v, bias=None, chunk=256):
-        """(B, H, T, D) x 3 -> (B, H, T, D); with a bias the map is made `chunk` queries at a time."""
-        if bias is None:
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-            )
-        rows = (self.weights(part, k, i * chunk, bias) @ v for i, part in enumerate(q.split(chunk, dim=-2)))
-        return torch.cat(list(rows), dim=-2)
+        """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
+
+        Softmax uses PyTorch's fused kernels. The other kinds, and any bias, make the map `chunk` queries at a time.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if self.kind == "softmax" and bias is None:
+            plain = self.slopes is None and not self.window
+            mask = None if plain else self.mask(0, q.size(-2), k.size(-2), q.device).to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain, enable_gqa=self.group > 1)
+        v = v.repeat_interleave(self.group, dim=1)
+        rows = []
+        for i, part in enumerate(q.split(chunk, dim=-2)):
+            weights, slot = self.weights(part, k, i * chunk, bias)
+            rows.append(F.dropout(weights, dropout, self.training) @ v + slot)
+        return torch.cat(rows, dim=-2)
+
+
+class NoGate(nn.Module):
+    """Leaves the attention output as it is."""
+
+    def forward(self, out, x, embedding):
+        return out
+
+
+class Gate(nn.Module):
+    """out * sigmoid(W source), out (B, T, H, D), one gate per entry of `shape` (Qiu et al. 2025; Sun et al. 2026)."""
+
+    def __init__(self, config, shape):
+        super().__init__()
+        self.shape = shape
+        width, self.source = GATE_INPUTS[config.gate_input]
+        self.width = width(config)
+        self.c_gate = nn.Linear(self.width, math.prod(shape), bias=config.bias)
+
+    def forward(self, out, x, embedding):
+        return out * torch.sigmoid(self.c_gate(self.source(x, embedding, self.width))).unflatten(-1, self.shape)
+
+
+GATES = {
+    "none": lambda c: NoGate(),
+    "channel": lambda c: Gate(c, (c.n_head, c.head_width)),
+    "head": lambda c: Gate(c, (c.n_head, 1)),
+    "single": lambda c: Gate(c, (1, 1)),
+}
+
+# name -> what a gate is linear in: (its width, the source), given the attention's input x and the token embedding e
+GATE_INPUTS = {
+    "input": (lambda c: c.n_embd, lambda x, e, width: x),  # conditional
+    "constant": (lambda c: 1, lambda x, e, width: x.new_ones(1)),
+    "position": (
+        lambda c: c.n_register + c.block_size,
+        lambda x, e, width: torch.eye(width, device=x.device)[: x.size(1)],
+    ),
+    "token": (lambda c: c.n_embd, lambda x, e, width: e),
+}
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention: c_proj(attend(q, k, v))."""
+    """Causal self-attention: c_proj(gate(attend(q, k, v)))."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.rotate = POSITIONS[config.position][1](config)
-        self.attend = SoftmaxAttention(config)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.heads, self.head_width = (config.n_head, config.n_key_head, config.n_key_head), config.head_width
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_width, bias=config.bias)
+        self.qk_norm = QK_NORMS[config.qk_norm](config)
+        self.rotate = POSITIONS[config.position].rotation(config)
+        self.attend = Attend(config)
+        self.gate = GATES[config.gate](config)
+        self.c_proj = nn.Linear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
-        qkv = self.c_attn(x).chunk(3, dim=-1)  # 3 x (B, T, C)
-        q, k, v = (p.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for p in qkv)  # (B, H, T, D)
-        q, k = self.rotate(q, k)
-        return self.c_proj(self.attend(q, k, v).transpose(1, 2).flatten(-2))
+    def forward(self, x, embedding):
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_width))  # (B, T, heads of q, k and v, D)
+        q, k, v = qkv.split(self.heads, dim=-2)
+        q, k, v = (p.transpose(1, 2) for p in (*self.qk_norm(q, k), v))  # (B, H, T, D)
+        out = self.attend(*self.rotate(q, k), v).transpose(1, 2)  # (B, T, H, D)
+        return self.c_proj(self.gate(out, x, embedding).flatten(-2))
 
 
 # ------------------------------------------------------------------------------------------------- FFN
@@ -212,6 +431,7 @@ ACTIVATIONS = {
     "relu": nn.ReLU,
     "relu2": ReLU2,
     "silu": nn.SiLU,
+    "tanh": nn.Tanh,
     "identity": nn.Identity,
 }
 
@@ -221,12 +441,12 @@ class PlainFFN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = 4 * config.n_embd
+        hidden = config.ffn_hidden or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x, embedding):
         return self.c_proj(self.act(self.c_fc(x)))
 
 
@@ -235,45 +455,60 @@ class GatedFFN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = 8 * round(config.n_embd / 3)
+        hidden = config.ffn_hidden or 8 * round(config.n_embd / 3)
         self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x, embedding):
         return self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x))
 
 
-FFNS = {"plain": PlainFFN, "gated": GatedFFN}
+class LinearFFN(nn.Module):
+    """c_proj(x): one matrix, no hidden layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, embedding):
+        return self.c_proj(x)
+
+
+FFNS = {"plain": PlainFFN, "gated": GatedFFN, "linear": LinearFFN, "attention": SelfAttention}
 
 # ------------------------------------------------------------------------------------------------ init
 
-
-def _gpt2_init(model, c_proj_scale):
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.02 * (c_proj_scale if name.endswith("c_proj.weight") else 1.0))
+INIT_STD = 0.02
 
 
-def _deepnorm_init(model):
+def gpt2_init(model, c_proj_scale):
+    """Matrices and embeddings N(0, 0.02), what writes to the stream times `c_proj_scale`; biases 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INIT_STD * (c_proj_scale if name.endswith("c_proj") else 1.0))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def deepnorm_init(model):
+    """Xavier, with gain (8L)^-1/4 on values, attention output and FFN (Wang et al. 2022, decoder-only)."""
+    gpt2_init(model, 1.0)
     gain = (8 * model.config.n_layer) ** -0.25
-    _gpt2_init(model, 1.0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("c_attn.weight"):
-            query, key, value = parameter.chunk(3)
-            nn.init.xavier_normal_(query)
-            nn.init.xavier_normal_(key)
-            nn.init.xavier_normal_(value, gain)
-        elif name.endswith(("c_proj.weight", "c_fc.weight", "c_gate.weight")):
-            nn.init.xavier_normal_(parameter, gain)
+    for name, module in model.named_modules():
+        if isinstance(module, SelfAttention):
+            sizes = [heads * module.head_width for heads in module.heads]
+            for part, part_gain in zip(module.c_attn.weight.split(sizes), (1.0, 1.0, gain), strict=True):
+                nn.init.xavier_normal_(part, part_gain)
+        elif name.endswith(("c_proj", "c_fc", "c_gate")):
+            nn.init.xavier_normal_(module.weight, gain)
 
 
-# Weights are N(0, 0.02), biases 0, norms 1; this says how the projections that write to the stream differ.
 INIT_SCALES = {
-    "one": lambda model: _gpt2_init(model, 1.0),
-    "inv_sqrt_2L": lambda model: _gpt2_init(model, (2 * model.config.n_layer) ** -0.5),  # GPT-2
-    "deepnorm": _deepnorm_init,  # Xavier, with gain (8L)^-1/4 on values, output and FFN weights (Wang et al. 2022)
+    "one": lambda model: gpt2_init(model, 1.0),
+    "inv_sqrt_2L": lambda model: gpt2_init(model, (2 * model.config.n_layer) ** -0.5),  # GPT-2
+    "deepnorm": deepnorm_init,
 }
 
 # ----------------------------------------------------------------------------------------------- config
@@ -281,32 +516,50 @@ INIT_SCALES = {
 CHOICES = {
     "norm_place": NORM_PLACES,
     "norm": NORMS,
-    "activation": ACTIVATIONS,
+    "qk_norm": QK_NORMS,
     "ffn": FFNS,
-    "residual_scale": RESIDUAL_SCALES,
-    "init_scale": INIT_SCALES,
+    "activation": ACTIVATIONS,
+    "attention": ATTENTIONS,
+    "gate": GATES,
+    "gate_input": GATE_INPUTS,
     "position": POSITIONS,
+    "init_scale": INIT_SCALES,
 }
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Raises ValueError naming the field, what was given and what is possible."""
+    """The architecture. Raises ValueError naming the fields, what was given and what is possible."""
 
     n_layer: int = 12
     n_head: int = 12
+    n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
     n_embd: int = 768
+    head_dim: int = 0  # width of a head; 0: n_embd / n_head
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
     bias: bool = False  # in linear layers and LayerNorms
     dropout: float = 0.0
-    norm_place: str = "pre"
-    norm: str = "layernorm"
-    activation: str = "gelu"
-    ffn: str = "plain"
-    residual_scale: str = "one"
-    init_scale: str = "inv_sqrt_2L"
-    position: str = "learned"
+    tie: bool = True  # the unembedding is the token embedding
+    norm_place: str = "pre"  # pre, post, sandwich, output, none
+    norm: str = "layernorm"  # layernorm, rmsnorm, dyt
+    norm_gain: bool = True  # learned gain (and bias) in the norms
+    norm_eps: float = 1e-5
+    qk_norm: str = "none"  # none, head, full (heads x width)
+    ffn: str = "plain"  # plain, gated, linear, attention
+    ffn_hidden: int = 0  # hidden width of the FFN; 0: 4 n_embd, or 8/3 n_embd if gated
+    activation: str = "gelu"  # gelu, gelu_tanh, relu, relu2, silu, tanh, identity
+    residual_scale: str = "one"  # forward multiplier: one, inv_sqrt_2L, deepnorm, learned, rezero or a number
+    init_scale: str = "inv_sqrt_2L"  # init of what writes to the stream: one, inv_sqrt_2L, deepnorm
+    attention: str = "softmax"  # softmax, softmax1, sink_logit, k_bias, kv_bias, clipped, sigmoid, relu
+    window: int = 0  # keys a query sees, itself included; 0: all before it
+    n_register: int = 0  # learned tokens before the sequence
+    gate: str = "none"  # on the attention output: none, channel, head, single
+    gate_input: str = "input"  # what a gate depends on: input, constant, position, token
+    position: str = "learned"  # learned, sinusoidal, rope, alibi, none
+    rope_base: float = 10000.0
+    stream_clip: float = 0.0  # the stream is clamped to +- this after every sub-layer; 0: not
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
 
     def __post_init__(self):
         for key, table in CHOICES.items():
@@ -315,40 +568,78 @@ class GPTConfig:
         for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("n_kv_head", "head_dim", "ffn_hidden", "window", "n_register", "stream_clip", "logit_cap"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"position=rope needs an even head width, not n_embd/n_head={self.n_embd // self.n_head}")
-        if self.residual_scale == "deepnorm" and self.norm_place != "post":
-            raise ValueError(
-                f"residual_scale=deepnorm is defined for norm_place=post, not norm_place={self.norm_place}"
-            )
+        if self.residual_scale not in RESIDUAL_SCALES and not is_number(self.residual_scale):
+            known = ", ".join(RESIDUAL_SCALES)
+            raise ValueError(f"residual_scale={self.residual_scale!r} is not a number or one of: {known}")
+        for refused, reason in (
+            (not self.head_dim and self.n_embd % self.n_head, "n_embd={n_embd} is not a multiple of n_head={n_head}"),
+            (self.n_head % self.n_key_head, "n_head={n_head} is not a multiple of n_kv_head={n_kv_head}"),
+            (self.position == "rope" and self.head_width % 2, "position=rope needs an even head_dim, not {head_width}"),
+            (
+                self.residual_scale == "deepnorm" and self.norm_place != "post",
+                "residual_scale=deepnorm is defined for norm_place=post, not norm_place={norm_place}",
+            ),
+            (self.gate == "none" and self.gate_input != "input", "gate_input={gate_input} needs a gate, not gate=none"),
+            (
+                self.ffn_hidden and self.ffn not in ("plain", "gated"),
+                "ffn_hidden={ffn_hidden} needs ffn=plain or gated, not ffn={ffn}",
+            ),
+            (
+                self.window and self.window < 2,
+                "window={window}: a query that sees itself alone is no attention; use 0 (all) or at least 2",
+            ),
+        ):
+            if refused:
+                raise ValueError(reason.format_map({key: getattr(self, key) for key in dir(self)}))
+
+    @property
+    def n_key_head(self):
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self):
+        """Width D of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+
+def is_number(text):
+    """True if `text` is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ model
 
 
 class SubLayer(nn.Module):
-    """x = norm_after(x + norm_update(scale * f(norm_before(x)))), f attention or an FFN; unused norms are identities.
+    """x = clip(norm_after(x + norm_update(scale * f(norm_before(x))))), f attention or an FFN.
 
-    Two taps for hooks: `update`, what is added to the stream, and `stream`, the stream after it.
+    Slots that are not used are identities. Two taps for hooks: `update`, what is added to the stream, and `stream`,
+    the stream after it.
     """
 
-    def __init__(self, config, f):
+    def __init__(self, config, f, role):
         super().__init__()
         place = NORM_PLACES[config.norm_place]
-        norm = lambda used: NORMS[config.norm](config) if used else nn.Identity()
+        norm = lambda used: NORMS[config.norm](config, config.n_embd, role) if used else nn.Identity()
         self.norm_before, self.norm_update, self.norm_after = norm(place.before), norm(place.update), norm(place.after)
         self.f = f
-        self.scale = RESIDUAL_SCALES[config.residual_scale](config)
+        self.scale = residual_scale(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.clip = nn.Hardtanh(-config.stream_clip, config.stream_clip) if config.stream_clip else nn.Identity()
         self.update, self.stream = nn.Identity(), nn.Identity()
 
-    def forward(self, x):
-        update = self.update(self.norm_update(self.scale(self.dropout(self.f(self.norm_before(x))))))
-        return self.stream(self.norm_after(x + update))
+    def forward(self, x, embedding):
+        update = self.update(self.norm_update(self.scale(self.dropout(self.f(self.norm_before(x), embedding)))))
+        return self.stream(self.clip(self.norm_after(x + update)))
 
 
 class Block(nn.Module):
@@ -356,34 +647,35 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attn = SubLayer(config, SelfAttention(config))
-        self.mlp = SubLayer(config, FFNS[config.ffn](config))
+        self.attn = SubLayer(config, SelfAttention(config), "attn")
+        self.mlp = SubLayer(config, FFNS[config.ffn](config), "ffn")
 
-    def forward(self, x):
-        return self.mlp(self.attn(x))
+    def forward(self, x, embedding):
+        return self.mlp(self.attn(x, embedding), embedding)
 
 
 class GPT(nn.Module):
-    """Embedding, n_layer blocks, final norm where the placement has one, and the tied unembedding."""
+    """Embedding, n_layer blocks, final norm where the placement has one, and the unembedding."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        final = NORM_PLACES[config.norm_place].final
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": POSITIONS[config.position][0](config),
+                "wpe": POSITIONS[config.position].embedding(config),
                 "drop": nn.Dropout(config.dropout),
                 "stream": nn.Identity(),  # tap: the stream before the first block
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": NORMS[config.norm](config) if NORM_PLACES[config.norm_place].final else nn.Identity(),
+                "ln_f": NORMS[config.norm](config, config.n_embd, "final") if final else nn.Identity(),
             }
         )
+        if config.n_register:
+            self.transformer["registers"] = nn.Embedding(config.n_register, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if config.tie:
+            self.lm_head.weight = self.transformer.wte.weight
         INIT_SCALES[config.init_scale](self)
 
     def forward(self, idx, targets=None):
@@ -391,15 +683,21 @@ class GPT(nn.Module):
 
         Targets of -1 are not counted. Raises ValueError if T > block_size.
         """
-        T = idx.size(1)
+        B, T = idx.shape
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
-        net = self.transformer
-        x = net.wte(idx) + net.wpe(torch.arange(T, device=idx.device))
+        net, n_register = self.transformer, self.config.n_register
+        embedding = net.wte(idx)
+        x = embedding + net.wpe(torch.arange(T, device=idx.device))
+        if n_register:  # they stand before the tokens, in front of position 0
+            registers = net.registers.weight.expand(B, -1, -1)
+            x, embedding = torch.cat((registers, x), dim=1), torch.cat((registers, embedding), dim=1)
         x = net.stream(net.drop(x))
         for block in net.h:
-            x = block(x)
-        logits = self.lm_head(net.ln_f(x))
+            x = block(x, embedding)
+        logits = self.lm_head(net.ln_f(x[:, n_register:]))
+        if self.config.logit_cap:
+            logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -409,6 +707,16 @@ class GPT(nn.Module):
         position = self.transformer.wpe.weight.numel() if self.config.position == "learned" else 0
         return sum(p.numel() for p in self.parameters()) - position
 
+    def flops_per_token(self, T):
+        """Training FLOPs per token at sequence length T: 6 per weight of a matrix, 12 H D T' per attention.
+
+        As in appendix B of PaLM, with T' at most the window. Embedding look-ups are free, the unembedding is not.
+        """
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        attentions = sum(isinstance(m, Attend) for m in self.modules())
+        seen = min(T, self.config.window or T)
+        return 6 * weights + 12 * attentions * self.config.n_head * self.config.head_width * seen
+
     def optimiser_groups(self, weight_decay):
         """nanoGPT's groups: matrices and embeddings decay, vectors (biases, norms, scales) do not."""
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -417,63 +725,24 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
+    def block_matrices(self):
+        """The weight matrices inside the blocks: what Muon updates."""
+        return [m.weight for m in self.transformer.h.modules() if isinstance(m, nn.Linear)]
+
     @classmethod
     def from_checkpoint(cls, content):
-        """The model of a checkpoint dict, ours or nanoGPT's: its entries `model_args` and `model`."""
+        """The model of a checkpoint dict: its entries `model_args` and `model`."""
         model = cls(GPTConfig(**content["model_args"]))
-        model.load_state_dict(gpt2_names(content["model"]))
+        model.load_state_dict(content["model"])
         return model
 
     @classmethod
     def from_pretrained(cls, name_or_path, **kwargs):
-        """GPT-2 weights from the Hugging Face hub or a local folder (`pip install spikesink[hf]`).
+        """GPT-2 or Llama weights from the Hugging Face hub or a local folder (`pip install spikesink[hf]`).
 
         `kwargs` go to transformers' `from_pretrained`. Raises ValueError where the checkpoint's architecture is not
         one this class computes.
         """
-        from transformers import GPT2LMHeadModel
+        from spikesink import convert  # the one place where this file needs another: other people's names
 
-        source = GPT2LMHeadModel.from_pretrained(name_or_path, use_safetensors=True, **kwargs)
-        return cls.from_hf_gpt2(source)
-
-    @classmethod
-    def from_hf_gpt2(cls, source):
-        """A copy of a transformers GPT2LMHeadModel; logits agree."""
-        hf = source.config
-        activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-        if hf.activation_function not in activations:
-            raise ValueError(f"activation_function={hf.activation_function!r} has no counterpart here")
-        if hf.n_inner not in (None, 4 * hf.n_embd) or hf.scale_attn_by_inverse_layer_idx or not hf.scale_attn_weights:
-            raise ValueError("this GPT-2 changes n_inner or the attention scaling, which has no counterpart here")
-        config = GPTConfig(
-            n_layer=hf.n_layer,
-            n_head=hf.n_head,
-            n_embd=hf.n_embd,
-            block_size=hf.n_positions,
-            vocab_size=hf.vocab_size,
-            bias=True,
-            activation=activations[hf.activation_function],
-        )
-        # transformers' Conv1D holds the transpose of nn.Linear's weight
-        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        state = {k: v.T if k.endswith(conv1d) else v for k, v in source.state_dict().items()}
-        model = cls(config)
-        model.load_state_dict(gpt2_names(state))
-        return model
-
-
-def gpt2_names(state_dict):
-    """A GPT-2 / nanoGPT state dict under this file's names: the norms move into their sub-layers."""
-    renames = {
-        "_orig_mod.": "",
-        ".ln_1.": ".attn.norm_before.",
-        ".ln_2.": ".mlp.norm_before.",
-        ".attn.c_": ".attn.f.c_",
-        ".mlp.c_": ".mlp.f.c_",
-    }
-    renamed = {}
-    for name, tensor in state_dict.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal-mask buffers
-            continue
-        renamed[functools.reduce(lambda n, pair: n.replace(*pair), renames.items(), name)] = tensor
-    return renamed
+        return cls.from_checkpoint(convert.from_pretrained(name_or_path, **kwargs))

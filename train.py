@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data.loader import Tokens
 from model import GPT, GPTConfig
-from spikesink import __version__, checkpoint, config
+from spikesink import __version__, checkpoint, config, convert
 from spikesink.errors import StoppedError, UserError, run
 
 ROOT = Path(__file__).parent
@@ -42,15 +42,22 @@ class TrainConfig:
     max_iters: int = 600000  # optimiser steps
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
+    init_from: str = "scratch"  # or a checkpoint of ours, or a Hugging Face folder or hub name: GPT-2, Llama
+    optimizer: str = "adamw"  # adamw, muon (matrices of the blocks; AdamW for the rest), sgd
     learning_rate: float = 6e-4
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95  # of sgd and muon
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     lr_schedule: str = "cosine"  # cosine, constant_linear (constant, then linear over the last fifth) or constant
     warmup_iters: int = 2000
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
     min_lr: float = 6e-5
+    loss_first: int = 0  # first position that the training loss counts
+    loss_last: int = 0  # the position after the last one that it counts; 0: all
+    penalty: str = "none"  # on the residual stream, against spikes: none, kurtosis, magnitude
+    penalty_weight: float = 1e-3
     eval_interval: int = 2000  # steps between validation losses
     eval_iters: int = 200  # batches in a validation loss; always the same ones
     log_interval: int = 1  # steps between lines of log.jsonl
@@ -63,10 +70,12 @@ class TrainConfig:
     overwrite: bool = False  # start again in an out_dir that holds a run
 
     def __post_init__(self):
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise ValueError(f"lr_schedule={self.lr_schedule!r} is not one of: {', '.join(LR_SCHEDULES)}")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"dtype={self.dtype!r} is not one of: auto, bfloat16, float32")
+        choices = {"lr_schedule": LR_SCHEDULES, "optimizer": OPTIMIZERS, "penalty": PENALTIES, "dtype": DTYPES}
+        for key, table in choices.items():
+            if getattr(self, key) not in table:
+                raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
+        if self.loss_last and self.loss_first >= self.loss_last:
+            raise ValueError(f"loss_first={self.loss_first} is not before loss_last={self.loss_last}")
         positive = (
             "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval"
         )
@@ -77,12 +86,58 @@ class TrainConfig:
             raise ValueError("resume and overwrite exclude each other")
 
 
+DTYPES = ("auto", "bfloat16", "float32")
+
 # name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
 LR_SCHEDULES = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
     "constant_linear": lambda done: min(1.0, (1.0 - done) / 0.2),
     "constant": lambda done: 1.0,
 }
+
+
+def adamw(groups, cfg):
+    """AdamW (Loshchilov & Hutter 2019), one fused kernel."""
+    betas = (cfg.beta1, cfg.beta2)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+
+
+def muon(model, cfg):
+    """Muon (Jordan et al. 2024) on the matrices of the blocks, its step scaled to AdamW's rms; AdamW on the rest."""
+    matrices = model.block_matrices()
+    taken = {id(matrix) for matrix in matrices}
+    groups = model.optimiser_groups(cfg.weight_decay)
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+    settings = {"lr": cfg.learning_rate, "momentum": cfg.momentum, "weight_decay": cfg.weight_decay}
+    return [torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"), adamw(rest, cfg)]
+
+
+def sgd(groups, cfg):
+    """SGD with momentum."""
+    return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum)
+
+
+# name -> the optimisers that share a model's parameters out among themselves
+OPTIMIZERS = {
+    "adamw": lambda model, cfg: [adamw(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "muon": muon,
+    "sgd": lambda model, cfg: [sgd(model.optimiser_groups(cfg.weight_decay), cfg)],
+}
+
+
+def kurtosis_penalty(x):
+    """He et al.'s kurtosis of a stream (B, T, C) over the batch: 1 if all channels are alike, C if one holds all."""
+    power = x.float().square().mean((0, 1))
+    return power.square().mean() / power.mean().square()
+
+
+def magnitude_penalty(x):
+    """max_j |x_j| / rms(x) of a token, averaged: what is left of the magnitude when the scale of the stream is free."""
+    x = x.float()
+    return (x.abs().amax(-1) / x.square().mean(-1).add(1e-12).sqrt()).mean()
+
+
+PENALTIES = {"none": None, "kurtosis": kurtosis_penalty, "magnitude": magnitude_penalty}
 
 
 def learning_rate(step, cfg):
@@ -171,6 +226,34 @@ def validation_loss(model, data, cfg, machine):
     return machine.mean(total).item() * machine.world / cfg.eval_iters
 
 
+def foreign_model(name, given):
+    """(GPTConfig, state dict) of `init_from`; given architecture keys change the config. Raises UserError."""
+    if Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file():
+        content = checkpoint.load(name)
+    else:
+        try:
+            content = convert.from_pretrained(name)
+        except ImportError:
+            raise UserError("init_from a Hugging Face model needs transformers: pip install -e .[hf]") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"init_from={name}: {str(error).splitlines()[0]}") from None
+    keys = {field.name for field in dataclasses.fields(GPTConfig)}
+    changes = {key: value for key, value in given.items() if key in keys}
+    try:
+        return GPTConfig(**{**content["model_args"], **changes}), content["model"]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"init_from={name}: {error}") from None
+
+
+def load_weights(model, weights, origin):
+    """Loads a state dict. Raises UserError naming the first entry that does not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"init_from={origin} does not fit the architecture that was given: {first}") from None
+
+
 class Run:
     """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR/ckpt.pt."""
 
@@ -181,6 +264,9 @@ class Run:
         self.step = 0
         self.val_loss = None
         saved = self._claim_out_dir()
+        weights = None
+        if cfg.init_from != "scratch":
+            model_config, weights = foreign_model(cfg.init_from, given)
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
         self.model_config = self._fit_vocabulary(model_config)
@@ -192,12 +278,12 @@ class Run:
         self.n_micro = cfg.gradient_accumulation_steps // machine.world
         torch.manual_seed(cfg.seed)
         self.model = GPT(self.model_config).to(machine.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.optimiser_groups(cfg.weight_decay),
-            lr=cfg.learning_rate,
-            betas=(cfg.beta1, cfg.beta2),
-            fused=True,
-        )
+        if weights is not None:
+            load_weights(self.model, weights, cfg.init_from)
+        self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
+        self.penalties = []  # of the current forward pass, one per sub-layer
+        if cfg.penalty != "none":
+            self._watch_streams()
         if saved:
             self._restore(saved)
 
@@ -212,9 +298,21 @@ class Run:
             )
         return None
 
+    def _watch_streams(self):
+        """Collects the penalty of the stream after every sub-layer, in passes that will be differentiated."""
+        penalty = PENALTIES[self.cfg.penalty]
+
+        def hook(module, args, x):
+            if torch.is_grad_enabled():
+                self.penalties.append(penalty(x))
+
+        for block in self.model.transformer.h:
+            for sub_layer in (block.attn, block.mlp):
+                sub_layer.stream.register_forward_hook(hook)
+
     def _fit_vocabulary(self, model_config):
         needed = self.train_data.meta["vocab_size"]
-        if "vocab_size" not in self.given:
+        if "vocab_size" not in self.given and self.cfg.init_from == "scratch":
             return dataclasses.replace(model_config, vocab_size=-(-needed // 64) * 64)
         if model_config.vocab_size < needed:
             raise UserError(f"vocab_size={model_config.vocab_size} is less than the {needed} of {self.cfg.dataset}")
@@ -226,7 +324,8 @@ class Run:
             if ours.get(key) != value:
                 raise UserError(f"{self.path} was trained with {key}={value}, not {ours.get(key)}; arms are not mixed")
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.val_loss = saved["step"], saved["val_loss"]
 
     def save(self):
@@ -236,7 +335,7 @@ class Run:
             {
                 "model_args": dataclasses.asdict(self.model_config),
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
                 "config": dataclasses.asdict(self.cfg),
                 "given": self.given,
                 "data": self.train_data.meta,
@@ -267,10 +366,15 @@ class Run:
             )
             last = micro == self.n_micro - 1
             with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync():
+                y[:, : cfg.loss_first] = -1
+                y[:, cfg.loss_last or y.size(1) :] = -1
                 with machine.autocast():
-                    loss = model(x.to(machine.device), y.to(machine.device))[1] / self.n_micro
-                loss.backward()
-            total += loss.detach()
+                    loss = model(x.to(machine.device), y.to(machine.device))[1]
+                total += loss.detach() / self.n_micro
+                if self.penalties:
+                    loss = loss + cfg.penalty_weight * torch.stack(self.penalties).mean()
+                    self.penalties.clear()
+                (loss / self.n_micro).backward()
         loss = machine.mean(total).item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -279,10 +383,11 @@ class Run:
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; {good}"
             )
         lr = learning_rate(self.step, cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss, norm, lr
 
@@ -360,7 +465,9 @@ def main():
         checkpoint.write_atomic(run_.out_dir / "config.json", lambda file: file.write(text.encode()))
         print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
         print(
-            f"{run_.model.num_params() / 1e6:.2f}M parameters, {run_.tokens_per_step:,} tokens a step, "
+            f"{run_.model.num_params() / 1e6:.2f}M parameters, "
+            f"{run_.model.flops_per_token(run_.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
+            f"{run_.tokens_per_step:,} tokens a step, "
             f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
             f"{'compiled' if compiled else 'eager'}, {machine.world} rank(s), from step {run_.step} to {cfg.max_iters}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from . import convert
 from .errors import UserError
 
 FORMAT = "spikesink-checkpoint-1"
@@ -98,5 +99,5 @@ def load(path):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")
         return whole["content"]
     if isinstance(whole, dict) and {"model", "model_args"} <= whole.keys():
-        return whole
+        return convert.from_nanogpt(whole)
     raise UserError(f"{path} is neither a checkpoint of train.py nor of nanoGPT")

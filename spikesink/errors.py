@@ -45,6 +45,7 @@ class Flags(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     try:
         main()
     except UserError as error:

@@ -53,8 +53,8 @@ def _token_row(subject, obs, sequence, position, occurrences):
         "position": position,
         "occurrences": occurrences,  # sequences with this token at this position; the strongest is shown
         "id": int(obs.ids[sequence, position]),
-        "text": subject.decode(int(obs.ids[sequence, position])),
-        "before": "".join(subject.decode(i) for i in before),
+        "text": subject.text(int(obs.ids[sequence, position])),
+        "before": "".join(subject.text(i) for i in before),
     }
 
 
@@ -128,6 +128,9 @@ def _sinks(subject, obs):
         )
     is_sink = obs.sink_heads > 0
     return {
+        "seams": [
+            {"layer": tap.layer, "kind": tap.kind} for tap in subject.attends
+        ],  # the rows of by_layer, by_head ...
         "primary": f"alpha > {metrics.PRIMARY_SINK_EPSILON} in at least one head, keys with at least T/4 queries",
         "gu": gu,
         "rules": {

@@ -114,11 +114,11 @@ def sink_keys(subject, ids):
 
     def hook(module, args, kwargs, output):
         q, k, _ = args
-        received = sum(module.weights(part, k, i * 256).sum(-2) for i, part in enumerate(q.split(256, dim=-2)))
+        received = sum(module.shares(part, k, i * 256).sum(-2) for i, part in enumerate(q.split(256, dim=-2)))
         alpha = metrics.sink_alpha(received.float().cpu())
         found.append((alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(alpha.size(-1)))
 
-    with hooked([(seam, hook) for seam in subject.attends]):
+    with hooked([(seam.module, hook) for seam in subject.attends]):
         subject.losses(ids)
     return found
 
@@ -145,7 +145,7 @@ def mask_keys(subject, keys):
 
         return hook
 
-    with hooked(before=[(seam, hook_of(i)) for i, seam in enumerate(subject.attends)]):
+    with hooked(before=[(seam.module, hook_of(i)) for i, seam in enumerate(subject.attends)]):
         yield
 
 

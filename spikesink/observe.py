@@ -83,7 +83,7 @@ class AttentionStats:
         entropy, first_argmax = q.new_zeros(B, H), q.new_zeros(B, H)
         keys = torch.arange(T, device=q.device)
         for first in range(0, T, chunk):
-            weights = seam.weights(q[:, :, first : first + chunk], k, first, bias)  # (B, H, R, T)
+            weights = seam.shares(q[:, :, first : first + chunk], k, first, bias)  # (B, H, R, T)
             queries = torch.arange(first, first + weights.size(-2), device=q.device)
             received += weights.sum(-2)
             late += weights[:, :, queries >= T // 2].sum(-2)
@@ -137,7 +137,7 @@ class Observation:
 
 
 def observe(subject, ids, batch_size=8, progress=True):
-    """Runs `subject` over ids (N, T) once and returns an Observation."""
+    """Runs `subject` over token ids (N, T) once and returns an Observation (of N x T with the registers)."""
     streams = [StreamStats() for _ in subject.streams]
     attention = [AttentionStats() for _ in subject.attends]
     batches = []
@@ -145,7 +145,7 @@ def observe(subject, ids, batch_size=8, progress=True):
         batches.append(_observe_batch(subject, ids[start : start + batch_size], streams, attention))
     join = lambda key: torch.cat([batch[key] for batch in batches])
     return Observation(
-        ids=ids,
+        ids=subject.seen(ids),
         streams=streams,
         attention=attention,
         spikes={rule: join(("spike", rule)) for rule in metrics.SPIKE_RULES},
@@ -161,7 +161,7 @@ def observe(subject, ids, batch_size=8, progress=True):
 @torch.no_grad()
 def _observe_batch(subject, ids, streams, attention):
     """One forward pass with every tap hooked; returns the per-token results of these sequences."""
-    B, T = ids.shape
+    B, T = subject.seen(ids).shape
     marked = {rule: 0 for rule in metrics.SPIKE_RULES}  # per rule: in how many layers each entry was marked (B, T, C)
     batch = {"share": torch.zeros(B, T), "max_alpha": torch.zeros(B, T), "sink_heads": torch.zeros(B, T)}
     batch |= {("first", epsilon): torch.zeros(B) for epsilon in metrics.EPSILONS}
@@ -190,7 +190,7 @@ def _observe_batch(subject, ids, streams, attention):
         return hook
 
     pairs = [(tap.module, on_stream(i)) for i, tap in enumerate(subject.streams)]
-    pairs += [(seam, on_attention(i)) for i, seam in enumerate(subject.attends)]
+    pairs += [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
     with hooked(pairs):
         batch["loss"] = subject.losses(ids).mean(1)
 

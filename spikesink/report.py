@@ -139,7 +139,8 @@ def head_rows(findings):
         "without sinks": sinks["distance_without_sinks"],
     }
     shape = [(layer, head) for layer, row in enumerate(sinks["alpha_first"]) for head in range(len(row))]
-    rows = [[f"{layer}.{head}", *(number(c[layer][head]) for c in columns.values())] for layer, head in shape]
+    names = [name_of(seam).removeprefix("attn ") for seam in sinks["seams"]]
+    rows = [[f"{names[layer]}.{head}", *(number(c[layer][head]) for c in columns.values())] for layer, head in shape]
     return ["head", *columns], rows
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Tap:
-    """A module whose output is the residual stream (B, T, C) after a sub-layer, or after the embedding (layer -1)."""
+    """A module to hook: the stream (B, T, C) after a sub-layer or the embedding (layer -1), or an attention seam."""
 
     layer: int
     kind: str  # embedding, attn, ffn
@@ -20,15 +20,17 @@ class Tap:
 class Subject:
     """A model under observation.
 
-    `streams`: the taps, in the order of the forward pass. `attends`: per layer the attention seam, a module called
-    as (q, k, v, bias=None) with q, k, v (B, H, T, D), that has `weights(q, k, first, bias)` -> (B, H, R, T).
-    `decode`: one token id -> text.
+    `streams`: the taps, in the order of the forward pass. `attends`: the attention seams, whose module is called as
+    (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of the map (B, H, R, T).
+    `n_register`: learned tokens that stand before every sequence, in the streams and the maps; instruments number
+    them -1, -2, ... where token ids stand. `decode`: one token id -> text.
     """
 
     model: nn.Module
     streams: list[Tap]
-    attends: list[nn.Module]
+    attends: list[Tap]
     n_head: int
+    n_register: int
     decode: Callable[[int], str]
 
     @classmethod
@@ -36,14 +38,27 @@ class Subject:
         """A GPT of model.py (recognised by its taps, not imported)."""
         net = model.transformer
         taps = [Tap(-1, "embedding", net.stream)]
+        seams = []
         for layer, block in enumerate(net.h):
-            taps += [Tap(layer, "attn", block.attn.stream), Tap(layer, "ffn", block.mlp.stream)]
-        return cls(model.eval(), taps, [block.attn.f.attend for block in net.h], model.config.n_head, decode)
+            for kind, sub_layer in (("attn", block.attn), ("ffn", block.mlp)):
+                taps.append(Tap(layer, kind, sub_layer.stream))
+                if hasattr(sub_layer.f, "attend"):
+                    seams.append(Tap(layer, kind, sub_layer.f.attend))
+        return cls(model.eval(), taps, seams, model.config.n_head, model.config.n_register, decode)
 
     @property
     def device(self):
         """Where the model's parameters are."""
         return next(self.model.parameters()).device
+
+    def seen(self, ids):
+        """Token ids as the streams and maps have them: with the registers' numbers -1, -2, ... in front."""
+        registers = -torch.arange(1, self.n_register + 1).expand(len(ids), -1)
+        return torch.cat((registers, ids), dim=1)
+
+    def text(self, token):
+        """Text to show for an id of `seen`."""
+        return f"<register {-1 - token}>" if token < 0 else self.decode(token)
 
     @torch.no_grad()
     def losses(self, ids):

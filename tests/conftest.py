@@ -26,7 +26,7 @@ def tiny(seed=0, **changes):
     model = GPT(GPTConfig(**{**TINY, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # rezero's scalar too
     return model.eval()
 
 

@@ -23,6 +23,63 @@ ARMS = {
     "relu": {"activation": "relu"},
     "swiglu": {"ffn": "gated", "activation": "silu"},
     "deepnorm": {"norm_place": "post", "residual_scale": "deepnorm", "init_scale": "deepnorm"},
+    "output": {"norm_place": "output"},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "dyt": {"norm": "dyt"},
+    "nogain": {"norm_gain": False},
+    "qknorm": {"norm": "rmsnorm", "qk_norm": "head"},
+    "qk_full": {"norm": "rmsnorm", "qk_norm": "full"},
+    "qk_output": {"norm": "rmsnorm", "norm_place": "output", "qk_norm": "full"},
+    "postnorm_qk": {"norm_place": "post", "norm": "rmsnorm", "qk_norm": "head"},
+    "geglu": {"ffn": "gated"},
+    "relu2": {"activation": "relu2"},
+    "silu": {"activation": "silu"},
+    "tanh": {"activation": "tanh"},
+    "identity": {"activation": "identity"},
+    "linear": {"ffn": "linear"},
+    "attention_ffn": {"ffn": "attention"},
+    "scaled_residual": {"residual_scale": "inv_sqrt_2L"},
+    "layerscale": {"residual_scale": "learned"},
+    "rezero": {"residual_scale": "rezero"},
+    "half_residual": {"residual_scale": "0.5"},
+    "flat_init": {"init_scale": "one"},
+    "softmax1": {"attention": "softmax1"},
+    "sink_logit": {"attention": "sink_logit"},
+    "kbias": {"attention": "k_bias"},
+    "kvbias": {"attention": "kv_bias"},
+    "clipped": {"attention": "clipped"},
+    "sigmoid": {"attention": "sigmoid"},
+    "relu_attention": {"attention": "relu"},
+    "window": {"window": 64},
+    "grouped": {"n_kv_head": 2},
+    "narrow_heads": {"head_dim": 8},
+    "wide_heads": {"head_dim": 128},
+    "registers": {"n_register": 4},
+    "bos": {"bos": True},
+    "gate_channel": {"gate": "channel"},
+    "gate_head": {"gate": "head"},
+    "gate_single": {"gate": "single"},
+    "gate_constant": {"gate": "channel", "gate_input": "constant"},
+    "gate_position": {"gate": "channel", "gate_input": "position"},
+    "gate_token": {"gate": "channel", "gate_input": "token"},
+    "sandwich_gate": {"norm_place": "sandwich", "gate": "channel"},
+    "rope": {"position": "rope"},
+    "alibi": {"position": "alibi"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "nopos": {"position": "none"},
+    "late_loss": {"loss_first": 64},
+    "early_loss": {"loss_last": 64},
+    "muon": {"optimizer": "muon"},
+    "sgd": {"optimizer": "sgd", "learning_rate": 0.1, "min_lr": 0.01},
+    "nodecay": {"weight_decay": 0.0},
+    "beta2": {"beta2": 0.999},
+    "stream_clip": {"stream_clip": 20.0},
+    "kurtosis_penalty": {"penalty": "kurtosis"},
+    "magnitude_penalty": {"penalty": "magnitude", "penalty_weight": 0.01},
+    "untied": {"tie": False},
+    "biased": {"bias": True},
+    "softcap": {"logit_cap": 30.0},
+    "llama": {"norm": "rmsnorm", "position": "rope", "ffn": "gated", "activation": "silu"},
 }
 
 
@@ -38,6 +95,10 @@ def flat(*argv):
 def test_arm_differs_from_the_baseline_in_its_declared_keys_alone(arm):
     base, this = flat(), flat(arm)
     assert {key: this[key] for key in this if this[key] != base[key]} == ARMS[arm]
+
+
+def test_every_arm_is_declared_here():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} - {"quickstart", "backcopy"} == set(ARMS)
 
 
 def test_every_config_file_loads_and_holds_only_lines_that_differ():

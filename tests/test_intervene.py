@@ -84,7 +84,7 @@ def test_masked_sink_is_the_renormalised_map(marked_ids):  # noqa: F811
     def look(module, args, kwargs, output):
         seen["out"], seen["v"] = output, args[2]
 
-    with intervene.sinks(subject, marked_ids) as count, hooked([(subject.attends[1], look)]):
+    with intervene.sinks(subject, marked_ids) as count, hooked([(subject.attends[1].module, look)]):
         subject.losses(marked_ids)
     assert count["edited"] == 12
     torch.testing.assert_close(seen["out"], expected @ seen["v"], atol=1e-5, rtol=1e-4)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import GPT, GPTConfig
+from spikesink import convert
 
 from .conftest import TINY, tiny
 
@@ -48,10 +49,10 @@ def test_gpt2_logits_and_gradients_are_transformers(tmp_path, activation):
 
 
 def test_gpt2_that_this_model_cannot_compute_is_refused():
-    with pytest.raises(ValueError, match="n_inner"):
-        GPT.from_hf_gpt2(hf_gpt2(n_inner=100))
-    with pytest.raises(ValueError, match="tanh"):
-        GPT.from_hf_gpt2(hf_gpt2(activation_function="tanh"))
+    with pytest.raises(ValueError, match="attention scaling"):
+        convert.from_hf(hf_gpt2(scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(ValueError, match="mish"):
+        convert.from_hf(hf_gpt2(activation_function="mish"))
 
 
 def test_nanogpt_checkpoint_loads():
@@ -60,18 +61,32 @@ def test_nanogpt_checkpoint_loads():
              for k, v in source.state_dict().items()}  # fmt: skip
     names["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # nanoGPT's causal-mask buffer
     args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "bias": True, "vocab_size": 64, "dropout": 0.0}
-    ours = GPT.from_checkpoint({"model_args": args, "model": names}).eval()
+    ours = GPT.from_checkpoint(convert.from_nanogpt({"model_args": args, "model": names})).eval()
     # nanoGPT computes exact GELU where GPT-2 has the tanh approximation
     torch.testing.assert_close(ours(IDS)[0], source(IDS).logits, atol=5e-3, rtol=0)
 
 
+def choices(key, *values, **others):
+    return [{key: value, **others} for value in values]
+
+
 ARMS = [
     *({"norm_place": p, "norm": n} for p, n in itertools.product(model_module.NORM_PLACES, model_module.NORMS)),
-    *({"activation": a, "ffn": f} for a, f in itertools.product(model_module.ACTIVATIONS, model_module.FFNS)),
-    *({"residual_scale": r} for r in model_module.RESIDUAL_SCALES if r != "deepnorm"),
+    *({"activation": a, "ffn": f} for a, f in itertools.product(model_module.ACTIVATIONS, ("plain", "gated"))),
+    *choices("ffn", "linear", "attention"),
+    *choices("qk_norm", *model_module.QK_NORMS, norm="rmsnorm", n_head=4, n_kv_head=2),
+    *choices("residual_scale", *(set(model_module.RESIDUAL_SCALES) - {"deepnorm"}), "0.3"),
     {"residual_scale": "deepnorm", "init_scale": "deepnorm", "norm_place": "post"},
-    *({"position": p} for p in model_module.POSITIONS),
-    {"bias": True},
+    *choices("position", *model_module.POSITIONS),
+    *choices("attention", *model_module.ATTENTIONS),
+    *(
+        {"gate": g, "gate_input": i}
+        for g, i in itertools.product(set(model_module.GATES) - {"none"}, model_module.GATE_INPUTS)
+    ),
+    {"bias": True, "tie": False, "logit_cap": 2.0, "norm_gain": False},
+    {"stream_clip": 0.5},
+    {"window": 4, "position": "alibi"},
+    {"n_register": 3, "position": "rope", "head_dim": 10, "ffn_hidden": 40},
 ]
 
 
@@ -84,16 +99,27 @@ def test_residual_identity(arm):
         if name.endswith((".update", "stream")):
             module.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
     logits, _ = model(IDS)
+    embedding = model.transformer.wte(IDS)
+    if model.config.n_register:
+        registers = model.transformer.registers.weight.expand(len(IDS), -1, -1)
+        embedding = torch.cat((registers, embedding), dim=1)
     before = seen["transformer.stream"]
     for i, block in enumerate(model.transformer.h):
         for kind, sub in (("attn", block.attn), ("mlp", block.mlp)):
             update, after = (seen[f"transformer.h.{i}.{kind}.{tap}"] for tap in ("update", "stream"))
-            torch.testing.assert_close(after, sub.norm_after(before + update), atol=0, rtol=0)
-            out = sub.f(sub.norm_before(before))
-            scale = sub.scale.scale if hasattr(sub.scale, "scale") else sub.scale.weight
+            expected = sub.norm_after(before + update)
+            if model.config.stream_clip:
+                expected = expected.clamp(-model.config.stream_clip, model.config.stream_clip)
+            torch.testing.assert_close(after, expected, atol=0, rtol=0)
+            out = sub.f(sub.norm_before(before), embedding)
+            scale = getattr(sub.scale, "scale", 1.0)
             torch.testing.assert_close(update, sub.norm_update(scale * out), atol=1e-6, rtol=1e-6)
             before = after
-    torch.testing.assert_close(logits, model.transformer.ln_f(before) @ model.transformer.wte.weight.T)
+    expected = model.transformer.ln_f(before[:, model.config.n_register :]) @ model.lm_head.weight.T
+    if model.config.logit_cap:
+        expected = model.config.logit_cap * torch.tanh(expected / model.config.logit_cap)
+    torch.testing.assert_close(logits, expected)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == model.config.tie
 
 
 @pytest.mark.parametrize("place", model_module.NORM_PLACES)
@@ -116,7 +142,7 @@ def test_norm_placement_is_the_written_formula(place):
         "output": lambda: x + norm(ffn(x), sub.norm_update),
         "none": lambda: x + ffn(x),
     }[place]()
-    torch.testing.assert_close(sub(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sub(x, None), expected, atol=1e-5, rtol=1e-5)
     assert ("ln_f.weight" in "".join(model.state_dict())) == (place in ("pre", "sandwich", "output"))
 
 
@@ -124,7 +150,7 @@ def test_deepnorm_is_layernorm_of_alpha_x_plus_f():
     model = tiny(norm_place="post", residual_scale="deepnorm")
     sub, x = model.transformer.h[0].attn, torch.randn(2, 8, 32)
     alpha = (2 * 2) ** 0.25
-    torch.testing.assert_close(sub(x), sub.norm_after(alpha * x + sub.f(x)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sub(x, None), sub.norm_after(alpha * x + sub.f(x, None)), atol=1e-4, rtol=1e-4)
 
 
 def test_gated_ffn_is_matched_and_written_out():
@@ -133,7 +159,7 @@ def test_gated_ffn_is_matched_and_written_out():
     ffn, x = tiny(ffn="gated", activation="silu").transformer.h[0].mlp.f, torch.randn(4, 32)
     gate = x @ ffn.c_gate.weight.T
     expected = (gate * torch.sigmoid(gate) * (x @ ffn.c_fc.weight.T)) @ ffn.c_proj.weight.T
-    torch.testing.assert_close(ffn(x), expected)
+    torch.testing.assert_close(ffn(x, None), expected)
     assert plain.num_params() > 0
 
 
@@ -144,7 +170,7 @@ def test_attention_seam_is_explicit_softmax_with_and_without_bias():
     causal = torch.ones(20, 20).tril().bool()
     plain = logits.masked_fill(~causal, -torch.inf).softmax(-1)
     torch.testing.assert_close(seam(q, k, v), plain @ v, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(seam.weights(q[:, :, 7:12], k, 7), plain[:, :, 7:12], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(seam.shares(q[:, :, 7:12], k, 7), plain[:, :, 7:12], atol=1e-6, rtol=1e-5)
     bias = torch.zeros(2, 4, 1, 20)
     bias[..., 0] = -torch.inf  # masked for all but itself, and the rest renormalised
     masked = plain.clone()
@@ -192,6 +218,13 @@ def test_gpt2_small_has_gpt2s_parameters():
         ({"n_embd": 33}, "n_embd=33.*n_head=2"),
         ({"n_embd": 30, "n_head": 2, "position": "rope"}, "rope.*even"),
         ({"residual_scale": "deepnorm"}, "deepnorm.*norm_place=pre"),
+        ({"residual_scale": "two"}, "residual_scale='two' is not a number or one of"),
+        ({"residual_scale": "nan"}, "residual_scale"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_head=4.*n_kv_head=3"),
+        ({"gate_input": "token"}, "gate_input=token needs a gate"),
+        ({"ffn": "linear", "ffn_hidden": 8}, "ffn_hidden=8.*ffn=linear"),
+        ({"window": 1}, "window=1"),
+        ({"window": -1}, "window=-1 must be 0 or more"),
         ({"dropout": 1.0}, "dropout"),
         ({"n_layer": 0}, "n_layer"),
     ],

@@ -36,12 +36,9 @@ def explicit_maps(model, ids):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**25])
-def test_attention_metrics_are_those_of_explicit_maps(ids, monkeypatch, chunk_bytes):
+def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, chunk_bytes):
     monkeypatch.setattr("spikesink.observe.ATTENTION_CHUNK_BYTES", chunk_bytes)
-    model = tiny()
-    with torch.no_grad():  # sharper attention, so that every threshold is crossed by some head
-        for block in model.transformer.h:
-            block.attn.f.c_attn.weight.mul_(20)
+    model, ids = planted(sink_logit=4.5), marked_ids
     sinks = found_in(model, ids)["sinks"]
     maps, norms = explicit_maps(model, ids)  # (L, N, H, T, T)
     L, N, H, T, _ = maps.shape

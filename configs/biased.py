@@ -1,0 +1,3 @@
+"""Biases in linear layers and norms, as GPT-2 has."""
+
+bias = True

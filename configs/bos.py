@@ -1,0 +1,3 @@
+"""Every training window starts with BOS."""
+
+bos = True

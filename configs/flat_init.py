@@ -1,0 +1,3 @@
+"""All matrices start alike: no 1/sqrt(2L) on what writes to the stream."""
+
+init_scale = "one"

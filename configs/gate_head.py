@@ -1,0 +1,3 @@
+"""Attention output gated per head by the input."""
+
+gate = "head"

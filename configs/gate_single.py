@@ -1,0 +1,3 @@
+"""Attention output gated by one number of the input."""
+
+gate = "single"

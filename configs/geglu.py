@@ -1,0 +1,3 @@
+"""Gated FFN with GELU (Shazeer 2020)."""
+
+ffn = "gated"

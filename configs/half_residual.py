@@ -1,0 +1,3 @@
+"""Every update times 0.5."""
+
+residual_scale = "0.5"

@@ -1,0 +1,3 @@
+"""An FFN of two matrices without a non-linearity."""
+
+activation = "identity"

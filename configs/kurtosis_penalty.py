@@ -1,0 +1,3 @@
+"""A penalty on the channel kurtosis of the stream."""
+
+penalty = "kurtosis"

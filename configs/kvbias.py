@@ -1,0 +1,3 @@
+"""A learned key with a learned value (Gu et al. 2024)."""
+
+attention = "kv_bias"

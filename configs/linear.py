@@ -1,0 +1,3 @@
+"""One matrix in place of the FFN (Sun et al. 2026)."""
+
+ffn = "linear"

@@ -1,0 +1,6 @@
+"""Llama's block: RMSNorm, rope, SwiGLU."""
+
+norm = "rmsnorm"
+position = "rope"
+ffn = "gated"
+activation = "silu"

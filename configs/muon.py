@@ -1,0 +1,3 @@
+"""Muon on the blocks' matrices (Jordan et al. 2024)."""
+
+optimizer = "muon"

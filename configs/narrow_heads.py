@@ -1,0 +1,3 @@
+"""Heads 8 wide (Sun et al. 2026)."""
+
+head_dim = 8

@@ -1,0 +1,3 @@
+"""No weight decay."""
+
+weight_decay = 0.0

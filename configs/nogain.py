@@ -1,0 +1,3 @@
+"""Norms without learned gain."""
+
+norm_gain = False

@@ -1,0 +1,3 @@
+"""No positions: causality alone tells them (Kazemnejad et al. 2023)."""
+
+position = "none"

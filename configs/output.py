@@ -1,0 +1,3 @@
+"""Norms on the sub-layers' output only (OLMo 2)."""
+
+norm_place = "output"

@@ -1,0 +1,3 @@
+"""ReLU attention, no normalisation (Wortsman et al. 2023)."""
+
+attention = "relu"

@@ -1,0 +1,3 @@
+"""RMSNorm for LayerNorm (Zhang & Sennrich 2019)."""
+
+norm = "rmsnorm"

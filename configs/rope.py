@@ -1,0 +1,3 @@
+"""Rotary positions (Su et al. 2021)."""
+
+position = "rope"

@@ -1,0 +1,3 @@
+"""Sigmoid attention, no normalisation (Ramapuram et al. 2024)."""
+
+attention = "sigmoid"

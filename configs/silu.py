@@ -1,0 +1,3 @@
+"""SiLU in the FFN."""
+
+activation = "silu"

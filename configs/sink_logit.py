@@ -1,0 +1,3 @@
+"""A learned logit per head that takes attention and gives nothing (GPT-OSS)."""
+
+attention = "sink_logit"

@@ -1,0 +1,3 @@
+"""Fixed sinusoids (Vaswani et al. 2017)."""
+
+position = "sinusoidal"

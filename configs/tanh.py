@@ -1,0 +1,3 @@
+"""tanh in the FFN."""
+
+activation = "tanh"

@@ -1,0 +1,3 @@
+"""Unembedding apart from the embedding."""
+
+tie = False

@@ -1,0 +1,3 @@
+"""Sliding window: a query sees 64 keys."""
+
+window = 64

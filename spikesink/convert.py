@@ -1,0 +1,225 @@
+"""Other people's weights: nanoGPT, GPT-2 and Llama <-> ours, as plain dicts.
+
+A model here is {"model_args": the fields of GPTConfig that differ from its defaults, "model": state dict}.
+"""
+
+import functools
+import re
+
+import torch
+
+GPT2_NAMES = {
+    ".attn.norm_before.": ".ln_1.",
+    ".mlp.norm_before.": ".ln_2.",
+    ".attn.f.c_": ".attn.c_",
+    ".mlp.f.c_": ".mlp.c_",
+}
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # transformers holds the transpose of nn.Linear's weight
+
+# our module in block i -> Llama's in layer i, stacked along the outputs
+LLAMA_LAYER = {
+    "attn.norm_before": ("input_layernorm",),
+    "attn.f.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.f.c_proj": ("self_attn.o_proj",),
+    "mlp.norm_before": ("post_attention_layernorm",),
+    "mlp.f.c_gate": ("mlp.gate_proj",),
+    "mlp.f.c_fc": ("mlp.up_proj",),
+    "mlp.f.c_proj": ("mlp.down_proj",),
+}
+LLAMA_ENDS = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+
+# our activation -> transformers' name for it
+ACTIVATIONS = {
+    "gelu_tanh": "gelu_new",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "tanh": "tanh",
+    "relu2": "relu2",
+}
+SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+
+
+def rename(name, table):
+    """`name` with every key of `table` replaced by its value."""
+    return functools.reduce(lambda text, pair: text.replace(*pair), table.items(), name)
+
+
+def activation_of(name):
+    """Our name of a transformers activation. Raises ValueError."""
+    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | SAME_ACTIVATION
+    if name not in known:
+        raise ValueError(f"activation function {name!r} has no counterpart here")
+    return known[name]
+
+
+# --------------------------------------------------------------------------------------------- theirs -> ours
+
+
+def from_nanogpt(content):
+    """A checkpoint of nanoGPT, or one of ours as it is."""
+    ours = {theirs: ours for ours, theirs in GPT2_NAMES.items()} | {"_orig_mod.": ""}
+    masks = (".attn.bias", ".attn.masked_bias")  # causal-mask buffers
+    state = {rename(k, ours): v for k, v in content["model"].items() if not k.endswith(masks)}
+    return {**content, "model": state}
+
+
+def from_gpt2(config, state):
+    """A model from a transformers GPT-2. Raises ValueError."""
+    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
+        raise ValueError("this GPT-2 changes the attention scaling, which has no counterpart here")
+    args = {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "block_size": config.n_positions,
+        "vocab_size": config.vocab_size,
+        "bias": True,
+        "tie": config.tie_word_embeddings,
+        "norm_eps": config.layer_norm_epsilon,
+        "ffn_hidden": config.n_inner or 0,
+        "activation": activation_of(config.activation_function),
+    }
+    return from_nanogpt({"model_args": args, "model": {k: v.T if CONV1D.search(k) else v for k, v in state.items()}})
+
+
+def from_llama(config, state):
+    """A model from a transformers Llama. Raises ValueError."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
+        raise ValueError("this Llama scales its rope or has biases, which has no counterpart here")
+    args = {
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_kv_head": config.num_key_value_heads,
+        "n_embd": config.hidden_size,
+        "head_dim": config.head_dim,
+        "block_size": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "tie": config.tie_word_embeddings,
+        "norm": "rmsnorm",
+        "norm_eps": config.rms_norm_eps,
+        "ffn": "gated",
+        "ffn_hidden": config.intermediate_size,
+        "activation": activation_of(config.hidden_act),
+        "position": "rope",
+        "rope_base": float(rope["rope_theta"]),
+    }
+    model = {ours: state[theirs] for ours, theirs in LLAMA_ENDS.items()}
+    for i in range(config.num_hidden_layers):
+        for ours, parts in LLAMA_LAYER.items():
+            model[f"transformer.h.{i}.{ours}.weight"] = torch.cat(
+                [state[f"model.layers.{i}.{p}.weight"] for p in parts]
+            )
+    return {"model_args": args, "model": model}
+
+
+FAMILIES = {"gpt2": from_gpt2, "llama": from_llama}
+
+
+def from_hf(source):
+    """A model from a transformers GPT2LMHeadModel or LlamaForCausalLM. Raises ValueError for any other."""
+    kind = source.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"a {kind} model has no counterpart here; known: {', '.join(FAMILIES)}")
+    return FAMILIES[kind](source.config, source.state_dict())
+
+
+def from_pretrained(name_or_path, **kwargs):
+    """A model from the Hugging Face hub or a local folder; safetensors only, no remote code. Raises ValueError."""
+    from transformers import AutoModelForCausalLM
+
+    safe = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+    return from_hf(AutoModelForCausalLM.from_pretrained(name_or_path, **{**safe, **kwargs}))
+
+
+# --------------------------------------------------------------------------------------------- ours -> theirs
+
+# what a model must be for the family to compute it: key -> value
+GPT2_NEEDS = {"position": "learned", "norm": "layernorm", "ffn": "plain", "n_kv_head": 0, "head_dim": 0}
+LLAMA_NEEDS = {"position": "rope", "norm": "rmsnorm", "ffn": "gated", "bias": False}
+BOTH_NEED = {
+    "norm_place": "pre",
+    "norm_gain": True,
+    "qk_norm": "none",
+    "residual_scale": "one",
+    "attention": "softmax",
+    "window": 0,
+    "n_register": 0,
+    "gate": "none",
+    "stream_clip": 0.0,
+    "logit_cap": 0.0,
+}
+
+
+def to_gpt2(args, state):
+    """(transformers config, state dict) of a GPT-2 that computes the same logits."""
+    from transformers import GPT2Config
+
+    shape = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    config = GPT2Config(
+        **shape,
+        n_positions=args["block_size"],
+        n_inner=args["ffn_hidden"] or None,
+        activation_function=ACTIVATIONS[args["activation"]],
+        layer_norm_epsilon=args["norm_eps"],
+        tie_word_embeddings=args["tie"],
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args["dropout"]),
+    )
+    model = {rename(k, GPT2_NAMES): v.T.contiguous() if CONV1D.search(k) else v for k, v in state.items()}
+    for name in [name for name in model if name.endswith(".weight") and not args["bias"]]:
+        outputs = model[name].size(-1)  # GPT-2 always has biases: ours are zero
+        if re.search(r"\.(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.", name):
+            model[name.removesuffix("weight") + "bias"] = torch.zeros(outputs)
+    return config, model
+
+
+def to_llama(args, state):
+    """(transformers config, state dict) of a Llama that computes the same logits."""
+    from transformers import LlamaConfig
+
+    head_dim = args["head_dim"] or args["n_embd"] // args["n_head"]
+    n_kv_head = args["n_kv_head"] or args["n_head"]
+    config = LlamaConfig(
+        num_hidden_layers=args["n_layer"],
+        num_attention_heads=args["n_head"],
+        num_key_value_heads=n_kv_head,
+        hidden_size=args["n_embd"],
+        head_dim=head_dim,
+        intermediate_size=state["transformer.h.0.mlp.f.c_fc.weight"].size(0),
+        max_position_embeddings=args["block_size"],
+        vocab_size=args["vocab_size"],
+        rms_norm_eps=args["norm_eps"],
+        hidden_act=ACTIVATIONS[args["activation"]],
+        tie_word_embeddings=args["tie"],
+        rope_parameters={"rope_type": "default", "rope_theta": args["rope_base"]},
+    )
+    model = {theirs: state[ours] for ours, theirs in LLAMA_ENDS.items()}
+    widths = [head_dim * heads for heads in (args["n_head"], n_kv_head, n_kv_head)]
+    for i in range(args["n_layer"]):
+        for ours, parts in LLAMA_LAYER.items():
+            weight = state[f"transformer.h.{i}.{ours}.weight"]
+            pieces = weight.split(widths) if len(parts) == len(widths) else [weight]
+            for part, piece in zip(parts, pieces, strict=True):
+                model[f"model.layers.{i}.{part}.weight"] = piece.contiguous()
+    return config, model
+
+
+def to_hf(args, state):
+    """(transformers config, state dict) of the GPT-2 or Llama with the same logits.
+
+    `args` are all fields of GPTConfig. Raises ValueError naming what neither family computes.
+    """
+    family, needs, convert = (
+        ("Llama", LLAMA_NEEDS, to_llama) if args["position"] == "rope" else ("GPT-2", GPT2_NEEDS, to_gpt2)
+    )
+    other = [f"{k}={args[k]} (it has {v})" for k, v in {**needs, **BOTH_NEED}.items() if args[k] != v]
+    if args["activation"] not in ACTIVATIONS:
+        other.append(f"activation={args['activation']}")
+    if other:
+        raise ValueError(f"{family} does not compute {', '.join(other)}")
+    return convert(args, state)
