@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from data.loader import Tokens
 from spikesink import checkpoint
 
 from .conftest import ROOT, SMALL_RUN
@@ -152,3 +153,121 @@ def test_two_ranks_train_like_one(tmp_path, toy_data):
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-4)
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+
+
+# ------------------------------------------------------------------------------- optimisers, penalties, loss range
+
+
+def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
+    from train import OPTIMIZERS, TrainConfig
+
+    from .conftest import tiny
+
+    model = tiny(bias=True, norm="rmsnorm")
+    first, second = OPTIMIZERS["muon"](model, TrainConfig(optimizer="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    of = lambda optimizer: [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert isinstance(first, torch.optim.Muon)
+    assert sorted(of(first) + of(second)) == sorted(names.values())
+    assert set(of(first)) == {n for n in names.values() if ".h." in n and n.endswith(".weight") and "norm" not in n}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_every_optimiser_learns_and_resumes_bitwise(train, tmp_path, optimizer):
+    extra = [f"--optimizer={optimizer}", "--lr_decay_iters=8", f"--learning_rate={0.3 if optimizer == 'sgd' else 1e-2}"]
+    train(tmp_path / "whole", *extra)
+    train(tmp_path / "halves", *extra, "--max_iters=4")
+    train(tmp_path / "halves", *extra, "--resume")
+    assert rows(tmp_path / "whole")[-1]["val_loss"] < rows(tmp_path / "whole")[3]["val_loss"]
+    one, two = (checkpoint.load(tmp_path / name) for name in ("whole", "halves"))
+    assert same(one["model"], two["model"])
+    assert same(one["optimizer"], two["optimizer"])
+
+
+def test_loss_range_counts_the_positions_it_says(train, tmp_path):
+    from model import GPT, GPTConfig
+
+    train(tmp_path, "--loss_first=3", "--loss_last=9", "--max_iters=1", "--gradient_accumulation_steps=1")
+    config = json.loads((tmp_path / "config.json").read_text())["config"]
+    torch.manual_seed(config["seed"])
+    model = GPT(GPTConfig(**{key: config[key] for key in GPTConfig.__dataclass_fields__}))
+    x, y = Tokens(config["dataset"], "train", 16, False, config["seed"]).batch(0, 4)
+    each = torch.nn.functional.cross_entropy(model(x)[0].transpose(1, 2), y, reduction="none")
+    assert rows(tmp_path)[0]["loss"] == pytest.approx(each[:, 3:9].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("penalty", ["kurtosis", "magnitude"])
+def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, penalty):
+    from train import PENALTIES
+
+    x = torch.randn(2, 5, 8)
+    power = x.square().mean((0, 1))
+    expected = {
+        "kurtosis": (power**2).mean() / power.mean() ** 2,
+        "magnitude": (x.abs().max(-1).values / x.square().mean(-1).sqrt()).mean(),
+    }[penalty]
+    torch.testing.assert_close(PENALTIES[penalty](x), expected)
+
+    measured = {}
+    for weight in ("0.0", "3.0"):
+        train(tmp_path / weight, f"--penalty={penalty}", f"--penalty_weight={weight}", "--max_iters=30")
+        from model import GPT
+
+        model, streams = GPT.from_checkpoint(checkpoint.load(tmp_path / weight)).eval(), []
+        model.transformer.h[0].mlp.stream.register_forward_hook(lambda m, a, out, s=streams: s.append(out))
+        model(torch.arange(16)[None])
+        measured[weight] = PENALTIES[penalty](streams[0]).item()
+    assert measured["3.0"] < measured["0.0"] * 0.97
+    # with no weight it is the run without a penalty, bit by bit: the penalty only adds its own gradient
+    train(tmp_path / "plain", "--max_iters=30")
+    assert same(checkpoint.load(tmp_path / "plain")["model"], checkpoint.load(tmp_path / "0.0")["model"])
+
+
+# ------------------------------------------------------------------------------------------------------ init_from
+
+
+def test_init_from_a_hugging_face_folder_and_a_checkpoint(train, tmp_path, cli, toy_data):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    source = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=70)).eval()
+    source.save_pretrained(tmp_path / "hf")
+    common = [f"--dataset={toy_data}", "--warmup_iters=0", "--learning_rate=1e-3", "--min_lr=1e-3", "--compile=False"]
+    common += [
+        "--max_iters=1",
+        "--gradient_accumulation_steps=1",
+        "--batch_size=4",
+        "--dtype=float32",
+        "--eval_iters=1",
+    ]
+    code, _, err = cli("train.py", *common, f"--init_from={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'a'}")
+    assert code == 0, err
+    x, y = Tokens(str(toy_data), "train", 16, False, 1337).batch(0, 4)
+    loss = torch.nn.functional.cross_entropy(source(x).logits.transpose(1, 2), y).item()
+    assert rows(tmp_path / "a")[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    saved = checkpoint.load(tmp_path / "a")["model_args"]
+    assert (saved["n_embd"], saved["vocab_size"], saved["activation"]) == (32, 70, "gelu_tanh")
+
+    code, _, err = cli(
+        "train.py", *common, f"--init_from={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}", "--logit_cap=30"
+    )
+    assert code == 0, err
+    assert checkpoint.load(tmp_path / "b")["model_args"]["logit_cap"] == 30
+
+    for extra, words in (
+        ([f"--init_from={tmp_path / 'a'}", "--ffn_hidden=100"], "does not fit the architecture that was given"),
+        ([f"--init_from={tmp_path / 'nowhere'}"], "init_from="),
+    ):
+        code, _, err = cli("train.py", *common, *extra, f"--out_dir={tmp_path / 'c'}")
+        assert code == 2
+        assert words in err
+        assert err.count("\n") == 1
+
+
+def test_arms_table(cli, toy_data):
+    code, out, err = cli("arms.py", "postnorm", "muon", "registers", "--steps=2", f"--dataset={toy_data}")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["arm", "postnorm", "muon", "registers"]
+    code, out, _ = cli("arms.py", "postnorm", "--steps=1", f"--dataset={toy_data}", "--markdown")
+    assert "| `postnorm` | `norm_place='post'` |" in out
