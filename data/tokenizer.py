@@ -22,7 +22,14 @@ class ByteTokenizer:
 
     def decode(self, token):
         """One id -> text to show."""
-        return "<bos>" if token == self.bos_id else bytes([token]).decode("ascii", "backslashreplace")
+        if token >= self.bos_id:
+            return "<bos>" if token == self.bos_id else f"<{token}>"
+        return bytes([token]).decode("ascii", "backslashreplace")
+
+    def text(self, ids):
+        """An array of ids -> text; documents stand a blank line apart."""
+        parts = np.split(ids, np.flatnonzero(ids == self.bos_id))
+        return "\n\n".join(part[part < 256].astype(np.uint8).tobytes().decode("utf-8", "replace") for part in parts)
 
 
 class GPT2Tokenizer:
@@ -65,13 +72,17 @@ class GPT2Tokenizer:
         """One id -> text to show; the ids that pad the vocabulary have none."""
         return self.encoding.decode([token]) if token < self.vocab_size else f"<{token}>"
 
+    def text(self, ids):
+        """An array of ids -> text; documents stand a blank line apart."""
+        return self.encoding.decode(ids.tolist()).replace(END, "\n\n")
+
 
 class NoTokenizer:
     """Ids whose text is not at hand: shown as numbers."""
 
     def encode(self, texts):
         """Raises UserError."""
-        raise UserError("this checkpoint's tokenizer is not at hand, so text cannot be encoded; use --tokens or --bpe")
+        raise UserError("this model's tokenizer is not at hand; give it ids with --tokens FILE.npy, or --bpe")
 
     def decode(self, token):
         """One id -> text to show."""

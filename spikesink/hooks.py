@@ -14,3 +14,34 @@ def hooked(forward=(), before=()):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def on_streams(taps, functions):
+    """A context manager in which functions[i](stream) is called at taps[i]; if it returns a tensor, that goes on."""
+    pairs = list(zip(taps, functions, strict=True))
+    return hooked(
+        [(tap.module, _after(function)) for tap, function in pairs if tap.at == "output"],
+        [(tap.module, _before(function)) for tap, function in pairs if tap.at == "input"],
+    )
+
+
+def _after(function):
+    def hook(module, args, kwargs, output):
+        stream, *rest = output if isinstance(output, tuple) else (output,)
+        new = function(stream)
+        if new is None:
+            return None
+        return (new, *rest) if isinstance(output, tuple) else new
+
+    return hook
+
+
+def _before(function):
+    def hook(module, args, kwargs):
+        if args:
+            new = function(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = function(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return hook

@@ -13,7 +13,7 @@ import contextlib
 import torch
 
 from . import metrics
-from .hooks import hooked
+from .hooks import hooked, on_streams
 
 
 class ChannelMeans:
@@ -26,15 +26,15 @@ class ChannelMeans:
         sums = [None] * len(subject.streams)
 
         def record(index):
-            def hook(module, args, kwargs, x):
+            def function(x):
                 marked = spike_entries(x)
                 parts = (x * marked, marked, x * ~marked, ~marked)
                 new = torch.stack([part.double().sum((0, 1)) for part in parts])  # (4, C)
                 sums[index] = new if sums[index] is None else sums[index] + new
 
-            return hook
+            return function
 
-        with hooked([(tap.module, record(i)) for i, tap in enumerate(subject.streams)]):
+        with on_streams(subject.streams, [record(i) for i in range(len(sums))]):
             for batch in ids.split(batch_size):
                 subject.losses(batch)
         self.spike = [(s[0] / s[1].clamp_min(1)).float() for s in sums]
@@ -49,11 +49,7 @@ def spike_entries(x):
 def clean_spikes(subject, ids):
     """The spike entries of ids (B, T) in the model as it is: per tap a bool (B, T, C)."""
     found = []
-
-    def record(module, args, kwargs, x):
-        found.append(spike_entries(x))
-
-    with hooked([(tap.module, record) for tap in subject.streams]):
+    with on_streams(subject.streams, [lambda x: found.append(spike_entries(x))] * len(subject.streams)):
         subject.losses(ids)
     return found
 
@@ -97,14 +93,16 @@ def spikes(subject, ids, edit, *, control=False, means=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     entries = [random_channels(m, generator) for m in marked] if control else marked
 
-    def hook_of(index):
-        def hook(module, args, kwargs, x):
+    def edit_of(index):
+        def function(x):
+            if not marked[index].any():
+                return None
             of_tap = (means.spike[index], means.other[index]) if means else None
             return torch.where(entries[index], SPIKE_EDITS[edit](x, marked[index], of_tap, control), x)
 
-        return hook
+        return function
 
-    with hooked([(tap.module, hook_of(i)) for i, tap in enumerate(subject.streams) if marked[i].any()]):
+    with on_streams(subject.streams, [edit_of(i) for i in range(len(marked))]):
         yield {"edited": sum(int(m.sum()) for m in marked)}
 
 

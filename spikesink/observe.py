@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from . import metrics
-from .hooks import hooked
+from .hooks import hooked, on_streams
 
 ATTENTION_CHUNK_BYTES = 2**25  # of one chunk of attention rows
 
@@ -169,13 +169,13 @@ def _observe_batch(subject, ids, streams, attention):
     eligible = metrics.eligible_keys(T)
 
     def on_stream(index):
-        def hook(module, args, kwargs, output):
-            x = output.detach().float()
+        def function(stream):
+            x = stream.detach().float()
             streams[index].add(x)
             for rule, (_, entries) in metrics.SPIKE_RULES.items():
                 marked[rule] = marked[rule] + entries(x).to(torch.int16)
 
-        return hook
+        return function
 
     def on_attention(index):
         def hook(module, args, kwargs, output):
@@ -189,9 +189,8 @@ def _observe_batch(subject, ids, streams, attention):
 
         return hook
 
-    pairs = [(tap.module, on_stream(i)) for i, tap in enumerate(subject.streams)]
-    pairs += [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
-    with hooked(pairs):
+    seams = [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
+    with on_streams(subject.streams, [on_stream(i) for i in range(len(streams))]), hooked(seams):
         batch["loss"] = subject.losses(ids).mean(1)
 
     batch["share"] /= batch["share"].sum(1, keepdim=True)

@@ -57,10 +57,11 @@ def grid(header, rows):
 def conditions(findings):
     """Under what conditions every number of these findings was measured."""
     data, checkpoint = findings["data"], findings["checkpoint"]
+    digest = (checkpoint["sha256"] or "unknown")[:12]
     start = "each starting with BOS" if data["bos"] else "no BOS"
     return (
         f"{data['n_seq']} sequences of {data['seq_len']} tokens of {data['name']}, {start}, {data['dtype']}; "
-        f"step {checkpoint['step']}, sha256 {checkpoint['sha256'][:12]}; loss {data['loss']:.3f} nats per token"
+        f"step {checkpoint['step']}, sha256 {digest}; loss {data['loss']:.3f} nats per token"
     )
 
 

@@ -12,8 +12,9 @@ class Tap:
     """A module to hook: the stream (B, T, C) after a sub-layer or the embedding (layer -1), or an attention seam."""
 
     layer: int
-    kind: str  # embedding, attn, ffn
+    kind: str  # embedding, attn, ffn, block
     module: nn.Module
+    at: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
 
 
 @dataclass(frozen=True)

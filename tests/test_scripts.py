@@ -129,7 +129,7 @@ MISTAKES = {
     "too many": (["{ckpt}", "--n_seq=100000", "--seq_len=16"], "fewer than the 100000 needed"),
     "unknown data": (["{ckpt}", "--data=nothing"], "no dataset 'nothing'"),
     "other vocabulary": (["{ckpt}", "--data=backcopy_like"], "no dataset"),
-    "missing text": (["{ckpt}", "--text=nowhere.txt"], "tokenizer is not at hand|nowhere.txt"),
+    "missing text": (["{ckpt}", "--text=nowhere.txt"], "nowhere.txt"),
     "missing tokens": (["{ckpt}", "--tokens=nowhere.npy"], "nowhere.npy"),
     "float tokens": (["{ckpt}", "--tokens={float}"], "not an integer array"),
     "pickled tokens": (["{ckpt}", "--tokens={pickled}"], "cannot read --tokens"),

@@ -1,0 +1,119 @@
+"""The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.loader import Tokens
+from data.tokenizer import NoTokenizer, tokenizer_of
+from spikesink.errors import UserError
+
+DEFAULT_LENGTH = 64  # Gu et al.'s
+
+
+class Sequences(NamedTuple):
+    """Token ids (N, T), int64; where they come from; whether each starts with BOS."""
+
+    ids: torch.Tensor
+    name: str
+    bos: bool
+
+
+@dataclass
+class Reader:
+    """How a model reads text."""
+
+    tokenizer: object  # encode(texts), decode(id), bos_id
+    meta: dict  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
+    dataset: str  # its default text
+    bos: bool  # sequences start with BOS
+    block_size: float  # the longest sequence it takes
+    vocab_size: int
+
+    def sequences(self, args, wanted):
+        """The sequences that `args` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
+
+        Fewer only where n_seq was not given. Raises UserError.
+        """
+        bos = self.bos and not args.tokens
+        if args.tokens:
+            name, ids = args.tokens, ids_of_array(args.tokens, args.seq_len)
+        else:
+            seq_len = args.seq_len or int(min(DEFAULT_LENGTH, self.block_size))
+            check_length(seq_len, self.block_size)
+            if args.text:
+                name, ids = args.text, ids_of_text(read_text(args.text), args.text, self.tokenizer, seq_len, bos)
+            else:
+                name = args.data or self.dataset
+                ids = self.of_dataset(name, seq_len, bos, wanted)
+        check_length(ids.size(1), self.block_size)
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise UserError(f"{name} holds token {int(ids.max())}, outside the vocabulary of {self.vocab_size}")
+        if args.n_seq and len(ids) < wanted:
+            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        return Sequences(ids if args.tokens and not args.n_seq else ids[:wanted], name, bos)
+
+    def of_dataset(self, name, seq_len, bos, wanted):
+        """Up to `wanted` sequences of the val split: windows from all over it, or its text encoded anew.
+
+        Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
+        """
+        if self.speaks(name):
+            data = Tokens(name, "val", seq_len, bos)
+            windows = np.linspace(0, data.n_windows - 1, min(wanted, data.n_windows)).astype(np.int64)
+            return data.read(windows)[0]
+        data = Tokens(name, "val", seq_len)
+        text_of = getattr(tokenizer_of(data.meta), "text", None)
+        if text_of is None or isinstance(self.tokenizer, NoTokenizer):
+            raise UserError(
+                f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}, "
+                "and no tokenizer is at hand to translate; give ids with --tokens FILE.npy"
+            )
+        ids = data.tokens[: 8 * wanted * seq_len]  # enough if a token of the model is up to 8 of the dataset's
+        return ids_of_text(text_of(ids), name, self.tokenizer, seq_len, bos)[:wanted]
+
+    def speaks(self, name):
+        """True if a dataset's ids are the model's own."""
+        theirs = Tokens(name, "val", 8).meta
+        return all(theirs.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
+
+
+def check_length(seq_len, block_size):
+    """Raises UserError for a sequence that the model cannot take, or that is too short to say anything."""
+    if seq_len > block_size:
+        raise UserError(f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}")
+    if seq_len < 8:
+        raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least 8")
+
+
+def ids_of_array(path, seq_len):
+    """int64 ids (N, T) of --tokens. Raises UserError if the file is not a 2-D integer array."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read --tokens {path}: {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
+        raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
+    return torch.from_numpy(array.astype(np.int64))[:, :seq_len]
+
+
+def read_text(path):
+    """A text file. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def ids_of_text(text, name, tokenizer, seq_len, bos):
+    """int64 ids (N, T) of a text, cut into sequences. Raises UserError if it is too short."""
+    (ids,) = tokenizer.encode([text])
+    taken = seq_len - bos
+    n = len(ids) // taken
+    if n == 0:
+        raise UserError(f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}")
+    ids = torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken)
+    return torch.cat([torch.full((n, 1), tokenizer.bos_id), ids], dim=1) if bos else ids

@@ -1,0 +1,307 @@
+"""Any decoder-only transformers model as a Subject: the attention seam through AttentionInterface, streams by hooks.
+
+Nothing of size T x T is made: masks stay functions until a chunk of rows asks for them, and attention that nobody edits
+runs through PyTorch's fused kernels.
+"""
+
+import hashlib
+import json
+import math
+import socket
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .checkpoint import file_hash
+from .errors import UserError
+from .subject import Subject, Tap
+
+NAME = "spikesink"
+REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+class LazyMask:
+    """A transformers mask that is still a function of (batch, head, query, key)."""
+
+    def __init__(self, function, batch_size, q_offset, kv_offset, kv_length, padding, device):
+        self.function, self.batch_size, self.padding, self.device = function, batch_size, padding, device
+        self.q_offset, self.kv_offset, self.kv_length = q_offset, kv_offset, kv_length
+
+    def rows(self, first, R):
+        """Which keys the queries first ... first + R - 1 see: bool, broadcastable to (B, H, R, T)."""
+        batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
+        query = torch.arange(first, first + R, device=self.device)[:, None] + self.q_offset
+        key = torch.arange(self.kv_length, device=self.device) + self.kv_offset
+        seen = self.function(batch, torch.zeros_like(batch), query[None, None], key[None, None, None])
+        if self.padding is not None:
+            seen = seen & self.padding[:, None, None, : self.kv_length]
+        return seen
+
+
+def lazy_mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=None,
+    attention_mask=None,
+    device="cpu",
+    **kwargs,
+):
+    """The AttentionMaskInterface entry, of transformers' signature. None where the mask is causal and nothing else."""
+    from transformers.masking_utils import causal_mask_function, prepare_padding_mask
+
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None and bool(padding.all()):
+        padding = None
+    if padding is None and mask_function is causal_mask_function and q_length == kv_length:
+        return None
+    return LazyMask(mask_function, batch_size, q_offset, kv_offset, kv_length, padding, device)
+
+
+class HFSeam(nn.Module):
+    """The attention seam of one transformers attention module: (q, k, v, bias) -> out, as Subject describes it.
+
+    What else the logits need (mask, scaling, soft-cap, sinks, position bias) is set before each call.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def set(self, module, mask, scaling, softcap=None, position_bias=None, sinks=None):
+        """Takes over what transformers passed to its attention function."""
+        self.mask, self.softcap, self.position_bias, self.sinks = mask, softcap, position_bias, sinks
+        self.scaling = scaling
+        self.causal = mask is None and getattr(module, "is_causal", True)
+        self.calls += 1
+
+    def additive(self, first, R, T, dtype, device):
+        """What the mask and the position bias add to the logits of a chunk of rows; None for nothing."""
+        if isinstance(self.mask, LazyMask):
+            seen = self.mask.rows(first, R)
+        elif self.causal:
+            query = torch.arange(first, first + R, device=device)[:, None]
+            seen = torch.arange(T, device=device) <= query
+        elif self.mask is None:
+            seen = torch.ones(1, 1, dtype=torch.bool, device=device)
+        elif self.mask.dtype == torch.bool:
+            seen = self.mask[..., first : first + R, :T]
+        else:  # additive, with the dtype's minimum for what is hidden
+            rows = self.mask[..., first : first + R, :T].to(dtype)
+            return rows if self.position_bias is None else rows + self.position_bias[:, :, first : first + R, :T]
+        start = torch.zeros((), dtype=dtype, device=device)
+        if self.position_bias is not None:
+            start = self.position_bias[:, :, first : first + R, :T].to(dtype)
+        return torch.where(seen, start, torch.finfo(dtype).min)
+
+    def shares(self, q, k, first=0, bias=None):
+        """Rows of the attention map (B, H, R, T), float32: see Subject. A sink logit's part belongs to no key."""
+        q, k = q.float(), k.float().repeat_interleave(q.size(1) // k.size(1), dim=1)
+        R, T = q.size(-2), k.size(-2)
+        logits = q @ k.transpose(-2, -1) * (q.size(-1) ** -0.5 if self.scaling is None else self.scaling)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits + self.additive(first, R, T, torch.float32, q.device)
+        if bias is not None:
+            own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
+            logits = logits + torch.where(own, 0.0, bias)
+        if self.sinks is None:
+            return logits.softmax(dim=-1)
+        sinks = self.sinks.float().view(1, -1, 1, 1).expand(len(q), -1, R, 1)
+        return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+
+    def forward(self, q, k, v, bias=None, chunk=256):
+        """q (B, H, T, D), k and v (B, heads of keys, T', D) -> (B, H, T, D), `chunk` queries at a time unless plain."""
+        fused = bias is None and self.sinks is None and self.softcap is None
+        gqa = q.size(1) != k.size(1)
+        if fused and self.position_bias is None and self.mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scaling, enable_gqa=gqa)
+        wide = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+        rows = []
+        for i, part in enumerate(q.split(chunk, dim=-2)):
+            if fused:
+                mask = self.additive(i * chunk, part.size(-2), k.size(-2), q.dtype, q.device)
+                mask = mask.expand(len(q), -1, part.size(-2), k.size(-2))
+                rows.append(F.scaled_dot_product_attention(part, k, v, mask, scale=self.scaling, enable_gqa=gqa))
+            else:
+                rows.append(self.shares(part, k, i * chunk, bias).to(v.dtype) @ wide)
+        return torch.cat(rows, dim=-2)
+
+
+def attention_function(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The AttentionInterface entry: hands the call to the module's seam."""
+    sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
+    seam = module._spikesink_seam
+    seam.set(module, attention_mask, scaling, kwargs.get("softcap"), kwargs.get("position_bias"), sinks)
+    return seam(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def gpt_neo_attention(self, query, key, value, attention_mask=None):
+    """GPTNeoSelfAttention._attn through the seam: no scaling, float32 logits, local layers see `window_size` keys."""
+    window = self.config.window_size if self.attention_type == "local" else key.size(-2)
+    causal = lambda batch, head, q, k: (k <= q) & (k > q - window)
+    padding = None
+    if isinstance(attention_mask, LazyMask):
+        padding = attention_mask.padding
+    mask = LazyMask(causal, len(query), 0, 0, key.size(-2), padding, query.device)
+    self._spikesink_seam.set(self, mask, 1.0)
+    return self._spikesink_seam(query.float(), key.float(), value), None
+
+
+def check_config(path):
+    """Refuses a config.json that names code or an attention implementation. Raises UserError."""
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        found = [key for key in REFUSED_KEYS if key in config]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if found:
+        raise UserError(f"{file} sets {found[0]}, which could run foreign code: remove the key if you trust the model")
+
+
+def blocks_of(model):
+    """The transformer's blocks: the one ModuleList whose every entry holds an attention module. Raises UserError."""
+    lists = [
+        modules
+        for modules in model.modules()
+        if isinstance(modules, nn.ModuleList) and len(modules) and all(map(attention_modules, modules))
+    ]
+    if len(lists) != 1:
+        kind = model.config.model_type
+        raise UserError(f"a {kind} has {len(lists)} stacks of blocks with attention; a decoder-only model has one")
+    return lists[0]
+
+
+def attention_modules(block):
+    """The modules of a block that call transformers' attention function, or GPT-Neo's own."""
+    return [m for m in block.modules() if type(m).__name__.endswith("Attention") and has_projections(m)]
+
+
+def has_projections(module):
+    """True for the module that projects to q, k and v itself, not for one that only wraps it."""
+    return any(isinstance(child, nn.Module) and hasattr(child, "weight") for child in module.children())
+
+
+def hub_answers(seconds=3.0):
+    """True if the hub's host takes a connection; True unasked where a proxy stands between."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if urllib.request.getproxies().get("https"):
+        return True
+    address = urllib.parse.urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def open_model(name_or_path, device="cpu"):
+    """A causal language model of the hub or of a folder, in float32, with the seam as its attention.
+
+    Safetensors only, no remote code. Raises UserError where it cannot be had or its attention cannot be observed.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        raise UserError("Hugging Face models need transformers: pip install -e .[hf]") from None
+    if Path(name_or_path).is_dir():
+        check_config(name_or_path)
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    settings = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+    settings["local_files_only"] = not hub_answers()  # else a missing network costs half a minute of retries
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"cannot open {name_or_path}: {str(error).strip().splitlines()[0]}") from None
+    return model.to(device).eval()
+
+
+def subject_of(model, decode):
+    """A Subject of a loaded transformers model. Streams: the input of block 0 and each block's output.
+
+    Raises UserError if the model's attention does not go through the seam.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, lazy_mask)
+    blocks = blocks_of(model)
+    seams = []
+    for layer, block in enumerate(blocks):
+        for module in attention_modules(block):
+            seam = HFSeam()
+            object.__setattr__(module, "_spikesink_seam", seam)  # not a submodule: the model stays as it was
+            if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
+                object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
+            seams.append(Tap(layer, "attn", seam))
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"a {model.config.model_type} takes no other attention: {str(error).splitlines()[0]}") from None
+    streams = [Tap(-1, "embedding", blocks[0], "input"), *(Tap(i, "block", block) for i, block in enumerate(blocks))]
+    subject = Subject(model, streams, seams, heads_of(model.config), 0, decode)
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.long, device=subject.device))
+    if not all(seam.module.calls for seam in seams):
+        raise UserError(f"the attention of a {model.config.model_type} cannot be observed (it bypasses the interface)")
+    return subject
+
+
+class Tokenizer:
+    """A transformers tokenizer as the instruments use one; without one, ids are shown as numbers."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.bos_id = tokenizer.bos_token_id
+        self.starts_with_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
+
+    @classmethod
+    def of(cls, name_or_path):
+        """The tokenizer beside a model, or None. Runs no remote code."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        except Exception:  # a folder without a tokenizer fails in many ways
+            return None
+        return cls(tokenizer) if tokenizer("a")["input_ids"] else None  # an empty one knows no text either
+
+    def encode(self, texts):
+        """A list of strings -> a list of lists of ids, without special tokens."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, token):
+        """One id -> text to show."""
+        return self.tokenizer.decode([token])
+
+
+def weights_hash(name_or_path):
+    """SHA-256 over the names and hashes of a folder's safetensors files; None for a name of the hub."""
+    digest = hashlib.sha256()
+    files = sorted(Path(name_or_path).glob("*.safetensors"))
+    for file in files:
+        digest.update(f"{file.name} {file_hash(file)}\n".encode())
+    return digest.hexdigest() if files else None
+
+
+def heads_of(config):
+    """Query heads of a transformers config."""
+    return getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or config.n_head
+
+
+def longest(config):
+    """The longest sequence the model takes, or infinity."""
+    known = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length")]
+    return min((length for length in known if length), default=math.inf)
