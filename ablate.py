@@ -2,7 +2,7 @@
 
   python ablate.py out/quickstart/ckpt.pt
 
-Takes detect.py's flags and writes its findings and page too, with the interventions on top.
+Takes detect.py's flags. Writes ablate.json, detect.json (what there is on the same text) and one page with both.
 """
 
 from functools import partial
@@ -18,19 +18,19 @@ SCHEMA = "spikesink-ablation-1"
 NOTE = (
     "Spike interventions edit, after every sub-layer, every entry that the ratio rule marks in the clean model; their "
     "control edits as many random other channels of the same tokens. sink_mask masks, in each head, the keys that are "
-    "sinks there in the clean model, and renormalises; its control masks as many random other keys. edited: entries or "
-    "keys. Means come from other text. Intervals: 95%, paired bootstrap over sequences."
+    "sinks there in the clean model (a softmax renormalises the rest); its control masks as many random other keys. "
+    "edited: entries or keys. Means come from other text. Intervals: 95%, paired bootstrap over sequences."
 )
 
 
 def measure(subject, ids, batch_size, intervention, desc):
     """Loss per sequence (N,) in nats, and how many entries were edited.
 
-    `intervention(batch ids)` is a context manager that yields {"edited": n}.
+    `intervention(batch ids, seed)` is a context manager that yields {"edited": n}.
     """
     losses, edited = [], 0
-    for batch in tqdm(ids.split(batch_size), desc=desc, disable=None, leave=False):
-        with intervention(batch) as count:
+    for seed, batch in enumerate(tqdm(ids.split(batch_size), desc=desc, disable=None, leave=False)):
+        with intervention(batch, seed=seed) as count:
             losses.append(subject.losses(batch).double().mean(1))
         edited += count["edited"]
     return torch.cat(losses), edited
@@ -50,13 +50,12 @@ def effect(name, baseline, losses, edited):
 
 
 def table_of(subject, means):
-    """{name: (kind, name of its control, intervention(batch ids, control?))}."""
-
-    def of_spikes(edit):
-        return lambda batch, control: intervene.spikes(subject, batch, edit, control=control, means=means)
-
-    table = {f"spike_{edit}": ("spike", "random_channels", of_spikes(edit)) for edit in intervene.SPIKE_EDITS}
-    table["sink_mask"] = ("sink", "random_keys", lambda batch, control: intervene.sinks(subject, batch, control))
+    """{name: (kind, name of its control, intervention(batch ids, control=, seed=))}."""
+    spikes = partial(intervene.spikes, subject, means=means)
+    table = {
+        f"spike_{edit}": ("spike", "random_channels", partial(spikes, edit=edit)) for edit in intervene.SPIKE_EDITS
+    }
+    table["sink_mask"] = ("sink", "random_keys", partial(intervene.sinks, subject))
     return table
 
 
@@ -84,9 +83,10 @@ def ablate(opened, batch_size):
 def main():
     args = flags(__doc__).parse_args()
     opened = open_checkpoint(args, calibration=True)
+    json_path, html_path = opened.outputs(args, "ablate.json", "report.html")
     found = detect(opened, args.batch_size)
     ablation = ablate(opened, args.batch_size)
-    json_path, html_path = opened.beside(args.json, "ablate.json"), opened.beside(args.html, "report.html")
+    findings.save(opened.beside(None, "detect.json"), found)
     findings.save(json_path, ablation)
     report.page(html_path, found, ablation)
     print(f"measured on {report.conditions(found)}\n")

@@ -75,9 +75,10 @@ def load_ours(path, args):
     """A checkpoint of train.py or of nanoGPT."""
     content = checkpoint.load(path)
     try:
-        model = GPT.from_checkpoint(content).to(args.device)
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+        model = GPT.from_checkpoint(content)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
+    model = hf.to_device(model, args.device)
     trained, meta, config = content.get("config", {}), content.get("data", NANOGPT_META), model.config
     tokenizer = tokenizer_of(meta, args.bpe)
     dataset = trained.get("dataset", "openwebtext")
@@ -134,6 +135,13 @@ class Opened:
         folder = path.parent if path.is_file() else path if path.is_dir() else Path()
         return Path(given or folder / name)
 
+    def outputs(self, args, json_name, html_name):
+        """Paths of the JSON and the page, found writable before any work is done. Raises UserError."""
+        paths = self.beside(args.json, json_name), self.beside(args.html, html_name)
+        for path in paths:
+            findings.check_writable(path)
+        return paths
+
 
 def open_checkpoint(args, calibration=False):
     """The model and the sequences that the command line names; with `calibration`, as many again of other text.
@@ -166,8 +174,8 @@ def detect(opened, batch_size):
 def main():
     args = flags(__doc__).parse_args()
     opened = open_checkpoint(args)
+    json_path, html_path = opened.outputs(args, "detect.json", "detect.html")
     found = detect(opened, args.batch_size)
-    json_path, html_path = opened.beside(args.json, "detect.json"), opened.beside(args.html, "detect.html")
     findings.save(json_path, found)
     report.page(html_path, found)
     print(report.terminal(found))

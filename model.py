@@ -8,7 +8,7 @@ To add a choice, add a line to its table; to add an axis, add a field to GPTConf
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -562,6 +562,10 @@ class GPTConfig:
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise ValueError(f"{field.name}={value!r} is not of type {field.type.__name__}")
         for key, table in CHOICES.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
@@ -571,6 +575,9 @@ class GPTConfig:
         for key in ("n_kv_head", "head_dim", "ffn_hidden", "window", "n_register", "stream_clip", "logit_cap"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
+        for key in ("norm_eps", "rope_base"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if self.residual_scale not in RESIDUAL_SCALES and not is_number(self.residual_scale):
@@ -620,7 +627,7 @@ def is_number(text):
 
 
 class SubLayer(nn.Module):
-    """x = clip(norm_after(x + norm_update(scale * f(norm_before(x))))), f attention or an FFN.
+    """x = clip(norm_after(x + scale * norm_update(f(norm_before(x))))), f attention or an FFN.
 
     Slots that are not used are identities. Two taps for hooks: `update`, what is added to the stream, and `stream`,
     the stream after it.
@@ -638,7 +645,7 @@ class SubLayer(nn.Module):
         self.update, self.stream = nn.Identity(), nn.Identity()
 
     def forward(self, x, embedding):
-        update = self.update(self.norm_update(self.scale(self.dropout(self.f(self.norm_before(x), embedding)))))
+        update = self.update(self.scale(self.norm_update(self.dropout(self.f(self.norm_before(x), embedding)))))
         return self.stream(self.clip(self.norm_after(x + update)))
 
 

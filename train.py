@@ -74,6 +74,16 @@ class TrainConfig:
         for key, table in choices.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
+        for key in ("weight_decay", "grad_clip", "min_lr", "warmup_iters", "lr_decay_iters", "seed", *LOSS_KEYS):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
+        for key in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be in [0, 1)")
+        if not 0 <= self.min_lr <= self.learning_rate or self.learning_rate == 0:
+            raise ValueError(
+                f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}, and that above 0"
+            )
         if self.loss_last and self.loss_first >= self.loss_last:
             raise ValueError(f"loss_first={self.loss_first} is not before loss_last={self.loss_last}")
         positive = (
@@ -85,6 +95,14 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
+
+LOSS_KEYS = ("loss_first", "loss_last", "penalty_weight")
+# what may change when a run is resumed; everything else is what the run is
+RESUMABLE = (
+    *("out_dir", "resume", "overwrite", "device", "dtype", "compile", "max_iters"),
+    *("learning_rate", "min_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "grad_clip"),
+    *("eval_interval", "eval_iters", "log_interval", "save_interval"),
+)
 
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -113,7 +131,7 @@ def muon(model, cfg):
 
 
 def sgd(groups, cfg):
-    """SGD with momentum."""
+    """SGD with momentum; its weight decay is the coupled one, L2."""
     return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum)
 
 
@@ -167,8 +185,8 @@ class Machine:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             device = torch.device(name)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(f"device={cfg.device} is not at hand: {str(error).splitlines()[0]}") from None
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -193,7 +211,7 @@ class Machine:
 def has_bfloat16(device):
     """True if the hardware multiplies bfloat16 matrices natively."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -254,6 +272,16 @@ def load_weights(model, weights, origin):
         raise UserError(f"init_from={origin} does not fit the architecture that was given: {first}") from None
 
 
+def make_folder(path):
+    """Makes a folder that can be written to. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir={path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to out_dir={path}: permission denied")
+
+
 class Run:
     """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR/ckpt.pt."""
 
@@ -264,12 +292,18 @@ class Run:
         self.step = 0
         self.val_loss = None
         saved = self._claim_out_dir()
+        if machine.rank == 0:
+            make_folder(self.out_dir)
         weights = None
         if cfg.init_from != "scratch":
             model_config, weights = foreign_model(cfg.init_from, given)
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
         self.model_config = self._fit_vocabulary(model_config)
+        if cfg.loss_first >= model_config.block_size:
+            raise UserError(
+                f"loss_first={cfg.loss_first} leaves nothing of block_size={model_config.block_size} to learn"
+            )
         if cfg.gradient_accumulation_steps % machine.world:
             raise UserError(
                 f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
@@ -319,9 +353,11 @@ class Run:
         return model_config
 
     def _restore(self, saved):
-        ours = dataclasses.asdict(self.model_config)
-        for key, value in saved["model_args"].items():
-            if ours.get(key) != value:
+        if "optimizer" not in saved or "step" not in saved:
+            raise UserError(f"{self.path} is not a run of train.py: start from it with --init_from={self.path}")
+        ours = dataclasses.asdict(self.model_config) | dataclasses.asdict(self.cfg)
+        for key, value in (saved["model_args"] | saved["config"]).items():
+            if ours.get(key) != value and key not in RESUMABLE:
                 raise UserError(f"{self.path} was trained with {key}={value}, not {ours.get(key)}; arms are not mixed")
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
@@ -437,10 +473,18 @@ class Run:
         bar.close()
 
 
+def step_of(line):
+    """The step of a line of log.jsonl; infinity for a broken one, which is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def open_log(path, step):
     """log.jsonl for appending, without the lines of steps after `step` that a resumed run writes again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("\n") and step_of(line) <= step]
     checkpoint.write_atomic(path, lambda file: file.write("".join(kept).encode()))
     return open(path, "a", encoding="utf-8")
 
@@ -459,7 +503,8 @@ def main():
     chief = machine.rank == 0
     compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
     if chief:
-        run_.out_dir.mkdir(parents=True, exist_ok=True)
+        if cfg.overwrite:
+            run_.path.unlink(missing_ok=True)
         everything = {**dataclasses.asdict(run_.model_config), **dataclasses.asdict(cfg)}
         text = json.dumps({"given": given, "config": everything, **provenance()}, indent=1)
         checkpoint.write_atomic(run_.out_dir / "config.json", lambda file: file.write(text.encode()))
@@ -475,7 +520,7 @@ def main():
     if compiled:
         model = torch.compile(model)
     if machine.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
     run_.train(model)
     if machine.world > 1:
         dist.destroy_process_group()

@@ -5,10 +5,13 @@ A dataset is a folder with train.bin and val.bin (little-endian unsigned tokens,
 A folder without meta.json is read as nanoGPT's: uint16, GPT-2's vocabulary.
 """
 
+import contextlib
 import json
 import runpy
+import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 
@@ -22,15 +25,24 @@ NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bo
 def folder(dataset):
     """The folder of a dataset given by name (under data/) or as a path. Raises UserError with the command to run."""
     path = Path(dataset) if Path(dataset).is_dir() else ROOT / dataset
-    if (path / "train.bin").is_file() or (path / "val.bin").is_file():
-        return path
     if dataset in SELF_MADE:
-        runpy.run_path(str(path / "prepare.py"))["prepare"]()
+        make_once(path)
+    if (path / "train.bin").is_file() or (path / "val.bin").is_file():
         return path
     known = sorted(p.parent.name for p in ROOT.glob("*/prepare.py"))
     if (path / "prepare.py").is_file():
-        raise UserError(f"dataset {dataset!r} is not prepared; run: python data/{dataset}/prepare.py")
+        raise UserError(f"dataset {dataset!r} is not prepared; run: python data/{path.name}/prepare.py")
     raise UserError(f"there is no dataset {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}")
+
+
+def make_once(path):
+    """Makes a self-made dataset unless it is there; of several processes one makes it and the others wait."""
+    whole = lambda: all((path / name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
+    if whole():
+        return
+    with filelock.FileLock(path / ".lock"), contextlib.redirect_stdout(sys.stderr):  # a remark, not anyone's output
+        if not whole():
+            runpy.run_path(str(path / "prepare.py"))["prepare"]()
 
 
 def meta_of(path):
@@ -63,9 +75,9 @@ class Tokens:
         file = path / f"{split}.bin"
         self.tokens = _map(file, self.meta, split)
         self.block_size, self.seed = block_size, seed
-        self.bos_id = self.meta["bos_id"] if bos else None
-        if bos and self.meta.get("bos_id") is None:
-            raise UserError(f"bos=True, but dataset {dataset!r} has no bos_id in its meta.json")
+        self.bos_id = self.meta.get("bos_id") if bos else None
+        if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < self.meta["vocab_size"]):
+            raise UserError(f"bos=True, but the meta.json of dataset {dataset!r} has no bos_id inside its vocabulary")
         sample = self.tokens[: 2**20].max()
         if sample >= self.meta["vocab_size"]:
             raise UserError(f"{file} holds token {sample}, outside the vocabulary of {self.meta['vocab_size']}")
@@ -91,7 +103,7 @@ class Tokens:
         if self.bos_id is not None:
             ids = np.concatenate([np.full((len(ids), 1), self.bos_id), ids], axis=1)
         ids = torch.from_numpy(ids)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        return ids[:, :-1].contiguous(), ids[:, 1:].clone()  # apart, so that targets can be edited
 
     def batch(self, step, batch_size, micro=0, n_micro=1, *, rank=0, world=1):
         """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""
@@ -108,5 +120,8 @@ def _map(file, meta, split):
     expected = meta.get(f"{split}_tokens")
     if size % dtype.itemsize or (expected is not None and size != expected * dtype.itemsize):
         wanted = f"{expected} tokens" if expected is not None else "whole tokens"
-        raise UserError(f"{file} has {size} bytes, not {wanted} of {dtype.name}: truncated or of another dtype")
+        raise UserError(
+            f"{file} has {size} bytes, not {wanted} of {dtype.name}: truncated or of another dtype; "
+            "run the dataset's prepare.py again"
+        )
     return np.memmap(file, dtype=dtype, mode="r")

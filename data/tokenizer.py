@@ -1,6 +1,7 @@
 """Text <-> token ids: GPT-2's BPE, or bytes."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +106,16 @@ TOKENIZERS = {"byte": lambda bpe: ByteTokenizer(), "gpt2": GPT2Tokenizer}
 
 def tokenizer_of(meta, bpe=None):
     """The tokenizer of a dataset's meta.json; NoTokenizer where it has none or it cannot be had here."""
-    if meta.get("tokenizer") == "chars":
+    if meta.get("tokenizer") == "chars" and {"chars", "bos_id"} <= meta.keys():
         return CharTokenizer(meta["chars"], meta["bos_id"])
+    if meta.get("tokenizer") not in TOKENIZERS:
+        return NoTokenizer()
     try:
         return TOKENIZERS[meta["tokenizer"]](bpe or meta.get("bpe"))
-    except KeyError:
-        return NoTokenizer()
-    except UserError:
+    except UserError as error:
         if bpe:
             raise
+        print(f"tokens are shown as numbers: {error}", file=sys.stderr)
         return NoTokenizer()
 
 

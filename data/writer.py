@@ -67,7 +67,11 @@ class DatasetWriter:
         for split, count in self.tokens.items():
             self.files[split].close()
             if count == 0:
-                raise UserError(f"{self.folder}: no document for the {split} split; give more text")
+                self.progress_file.unlink(missing_ok=True)
+                raise UserError(
+                    f"{self.folder}: {self.documents} document(s), none for the {split} split; give more text, "
+                    "or end each document with a line <|endoftext|>"
+                )
         finish_dataset(
             self.folder,
             {
@@ -85,12 +89,13 @@ class DatasetWriter:
 
 
 def finish_dataset(folder, meta, tokens):
-    """{split}.bin.part -> {split}.bin, and meta.json with the token counts."""
-    for split in tokens:
-        os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
+    """Writes meta.json with the token counts, then {split}.bin.part -> {split}.bin: no file is ever misread."""
     meta = {**meta, **{f"{split}_tokens": count for split, count in tokens.items()}}
     write_atomic(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
-    print(f"{folder}: {', '.join(f'{count:,} {split} tokens' for split, count in tokens.items())}")
+    for split in tokens:
+        os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"{shown}: {', '.join(f'{count:,} {split} tokens' for split, count in tokens.items())}")
 
 
 def progress(items, **kwargs):

@@ -1,11 +1,13 @@
 """dataclasses <- config files <- --key=value; typed, and typos are refused with the nearest name.
 
 A config file is Python: a list of `key = value` lines (it is executed: run only files you trust). `config/x.py`,
-`configs/x.py` and `x` name the same file. Several files compose left to right, then the command line has its say.
+`configs/x.py` and `x` name the same file. Sizes (scale/) are taken first, then the other files left to right, then the
+command line: an arm keeps what it says at every size.
 """
 
 import dataclasses
 import inspect
+import math
 import re
 import runpy
 import types
@@ -19,6 +21,8 @@ TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 def find_config(name, root):
     """The path of a config given as a path, as config/x.py, configs/x.py, configs/x or x. Raises UserError."""
     path = Path(name)
+    if not path.parts:
+        raise UserError(f"there is no config {name!r}: name one of configs/, or give no name for the defaults")
     relative = Path(*path.parts[1:]) if path.parts[0] in ("config", "configs") else path
     for candidate in (path, root / "configs" / relative):
         for tried in (candidate, Path(f"{candidate}.py")):
@@ -35,7 +39,7 @@ def read_config(path):
         names = runpy.run_path(str(path))
     except Exception as error:
         raise UserError(f"config {path} failed: {type(error).__name__}: {error}") from None
-    hidden = (types.ModuleType, types.FunctionType, type)
+    hidden = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, hidden)}
 
 
@@ -48,10 +52,12 @@ def typed(key, value, kind, origin):
         if kind is int and text:
             return int(value.replace("_", ""))
         if kind is float and (text or type(value) is int):
-            return float(value)
+            value = float(value)
+        if kind is str and type(value) in (int, float):
+            return str(value)
     except (KeyError, ValueError):
         pass
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(f"{origin}: {key}={value!r} is not of type {kind.__name__}")
     return value
 
@@ -63,7 +69,7 @@ def load(schemas, argv, root):
     to the one dataclass that has it. Raises UserError for an unknown key, a wrong type or an impossible value.
     """
     fields = {f.name: f for schema in schemas for f in dataclasses.fields(schema)}
-    values, files = {}, []
+    values = {}
 
     def take(key, value, origin):
         if key not in fields:
@@ -71,9 +77,8 @@ def load(schemas, argv, root):
         values[key] = typed(key, value, fields[key].type, origin)
 
     options = [arg for arg in argv if arg.startswith("--")]
-    for name in (arg for arg in argv if not arg.startswith("--")):
-        path = find_config(name, root)
-        files.append(path.stem)
+    paths = [find_config(arg, root) for arg in argv if not arg.startswith("--")]
+    for path in sorted(paths, key=lambda path: path.parent.name != "scale"):
         for key, value in read_config(path).items():
             take(key, value, str(path))
     for option in options:
@@ -85,7 +90,7 @@ def load(schemas, argv, root):
         instances = [s(**{f.name: values[f.name] for f in dataclasses.fields(s) if f.name in values}) for s in schemas]
     except ValueError as error:
         raise UserError(str(error)) from None
-    return instances, values, files
+    return instances, values, [path.stem for path in paths]
 
 
 def describe(schemas):

@@ -156,6 +156,9 @@ BOTH_NEED = {
 }
 
 
+DEFAULTS = {"activation": "gelu", "norm_eps": 1e-5, "ffn_hidden": 0, "tie": True, "bias": False, "dropout": 0.0}
+
+
 def to_gpt2(args, state):
     """(transformers config, state dict) of a GPT-2 that computes the same logits."""
     from transformers import GPT2Config
@@ -212,8 +215,10 @@ def to_llama(args, state):
 def to_hf(args, state):
     """(transformers config, state dict) of the GPT-2 or Llama with the same logits.
 
-    `args` are all fields of GPTConfig. Raises ValueError naming what neither family computes.
+    `args` are GPTConfig's fields; those that nanoGPT does not have are GPT-2's. Raises ValueError naming what neither
+    family computes.
     """
+    args = {**BOTH_NEED, **GPT2_NEEDS, **DEFAULTS, **args}
     family, needs, convert = (
         ("Llama", LLAMA_NEEDS, to_llama) if args["position"] == "rope" else ("GPT-2", GPT2_NEEDS, to_gpt2)
     )

@@ -6,6 +6,7 @@ For the arms that GPT-2 or Llama compute; others are refused with the reason. Lo
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -58,12 +59,19 @@ def halves(token, ranks):
 
 
 def export(content, folder, bpe=None):
-    """Writes the folder. `content` is a checkpoint's dict. Raises UserError for an arm that neither family computes."""
+    """Writes the folder, whole or not at all. `content` is a checkpoint's dict.
+
+    Raises UserError for an arm that neither family computes, or a file of ranks that is not there.
+    """
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+    meta = content.get("data", {})
+    bpe = bpe or meta.get("bpe")
+    if bpe and not Path(bpe).is_file():
+        raise UserError(f"there is no file of BPE ranks {bpe}")
     try:
         config, state = convert.to_hf(content["model_args"], content["model"])
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise UserError(f"cannot export: {error}") from None
     with torch.device("meta"):
         model = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type](config)
@@ -71,16 +79,19 @@ def export(content, folder, bpe=None):
     if config.tie_word_embeddings:
         model.tie_weights()
     folder = Path(folder)
-    model.save_pretrained(folder)
-    meta = content.get("data", {})
-    bpe = bpe or meta.get("bpe")
-    if meta.get("tokenizer") == "byte":
-        byte_tokenizer().save_pretrained(folder)
-    elif meta.get("tokenizer") == "gpt2" and bpe:
-        gpt2_tokenizer(bpe, folder).save_pretrained(folder)
-    else:
-        return "no tokenizer (give --bpe for GPT-2's)"
-    return "with its tokenizer"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / folder.name
+            model.save_pretrained(made)
+            if meta.get("tokenizer") == "byte":
+                byte_tokenizer().save_pretrained(made)
+            elif meta.get("tokenizer") == "gpt2" and bpe:
+                gpt2_tokenizer(bpe, made).save_pretrained(made)
+            made.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    return "with its tokenizer" if (folder / "tokenizer.json").exists() else "no tokenizer (give --bpe for GPT-2's)"
 
 
 def main():

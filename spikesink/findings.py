@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def detection(subject, observation, checkpoint, model, data):
         "schema": SCHEMA,
         "checkpoint": checkpoint,
         "model": model,
-        "data": {**data, "loss": obs.loss.mean().item()},
+        "data": {**data, "n_register": subject.n_register, "loss": obs.loss.mean().item()},
         "layers": layers,
         "spikes": _spikes(subject, obs),
         "sinks": _sinks(subject, obs),
@@ -81,7 +82,7 @@ def _spikes(subject, obs):
                 **_token_row(subject, obs, n, t, occurrences),
                 "magnitude": peak[n, t].item(),
                 "channel": int(channels[where, n, t]),
-                "layer": where,
+                "index": where,  # of the layer, in `layers`
                 "rules": [rule for rule in rules if obs.spikes[rule][n, t]],
             }
         )
@@ -147,6 +148,7 @@ def _sinks(subject, obs):
         "alpha_first": per_layer("alpha")[..., 0].tolist(),
         "any_sink_by_head": per_layer("any_sink").tolist(),
         "first_argmax": per_layer("first_argmax").tolist(),
+        "slot_share": (1 - per_layer("mass") / T).tolist(),  # attention that goes to no key
         "entropy": per_layer("entropy").tolist(),
         "distance": ratio(total("distance"), total("mass")),
         "distance_without_sinks": ratio(total("distance_others"), total("mass_others")),
@@ -176,6 +178,14 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_writable(path):
+    """Raises UserError if `path` cannot be written, before any work is done for it."""
+    path = Path(path)
+    folder = next(parent for parent in (path.parent, *path.parent.parents) if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}")
 
 
 def save_text(path, text):

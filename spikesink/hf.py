@@ -190,6 +190,14 @@ def has_projections(module):
     return any(isinstance(child, nn.Module) and hasattr(child, "weight") for child in module.children())
 
 
+def to_device(model, device):
+    """The model on a device. Raises UserError where there is no such device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} is not at hand: {str(error).splitlines()[0]}") from None
+
+
 def hub_answers(seconds=3.0):
     """True if the hub's host takes a connection; True unasked where a proxy stands between."""
     from huggingface_hub.constants import ENDPOINT
@@ -224,8 +232,11 @@ def open_model(name_or_path, device="cpu"):
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"cannot open {name_or_path}: {str(error).strip().splitlines()[0]}") from None
-    return model.to(device).eval()
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name_or_path} is no file or folder here, and no model that can be opened: {reason}"
+        ) from None
+    return to_device(model, device).eval()
 
 
 def subject_of(model, decode):

@@ -19,7 +19,7 @@ from .hooks import hooked, on_streams
 class ChannelMeans:
     """Mean of each channel at every tap, over spike entries and over the others; the values that `mean` sets.
 
-    Measured on other text than it is used on. `spike` and `other`: lists of (C,), one per tap; 0 where no spike fell.
+    Measured on other text than it is used on. Lists of (C,), one per tap; alike where no spike fell.
     """
 
     def __init__(self, subject, ids, batch_size=8):
@@ -37,8 +37,10 @@ class ChannelMeans:
         with on_streams(subject.streams, [record(i) for i in range(len(sums))]):
             for batch in ids.split(batch_size):
                 subject.losses(batch)
-        self.spike = [(s[0] / s[1].clamp_min(1)).float() for s in sums]
         self.other = [(s[2] / s[3].clamp_min(1)).float() for s in sums]
+        self.spike = [
+            torch.where(s[1] > 0, s[0] / s[1].clamp_min(1), o).float() for s, o in zip(sums, self.other, strict=True)
+        ]
 
 
 def spike_entries(x):
@@ -131,7 +133,7 @@ def random_keys(sinks, generator):
 
 @contextlib.contextmanager
 def mask_keys(subject, keys):
-    """Masks keys (per layer a bool (B, H, T)) for every query but their own; the softmax renormalises the rest."""
+    """Masks keys (per layer a bool (B, H, T)) for every query but their own; a softmax renormalises the rest."""
 
     def hook_of(index):
         def hook(module, args, kwargs):
@@ -148,7 +150,7 @@ def mask_keys(subject, keys):
 
 
 @contextlib.contextmanager
-def sinks(subject, ids, control=False, seed=0):
+def sinks(subject, ids, *, control=False, seed=0):
     """Masks the keys of ids (B, T) that are sinks in the clean model, head by head, and renormalises.
 
     control: as many random other keys with at least T/4 queries instead. Yields {"edited": keys masked}.

@@ -42,7 +42,7 @@ def entry_kurtosis(moments):
     """E[(x - mu)^4] / sigma^4 over all entries, from their raw moments (E x, ..., E x^4). Bondarenko 2306.12929."""
     m1, m2, m3, m4 = moments
     variance = m2 - m1**2
-    return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
+    return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else float("nan")
 
 
 # -------------------------------------------------------------------------------------------- spike rules
@@ -104,7 +104,10 @@ def queries_per_key(T):
 
 
 def sink_alpha(received):
-    """alpha_k = sum_{i >= k} A[i, k] / (number of such queries): (N, H, T). Gu et al. 2410.10781."""
+    """alpha_k = sum_{i >= k} A[i, k] / (number of such queries): (N, H, T). Gu et al. 2410.10781.
+
+    All later queries count, also those that a sliding window keeps from seeing the key.
+    """
     return received / queries_per_key(received.size(-1))
 
 

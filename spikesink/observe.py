@@ -4,12 +4,14 @@ Kept: running sums, and per token the largest magnitude by layer and what each r
 an activation after its sub-layer has run.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from . import metrics
+from .errors import UserError
 from .hooks import hooked, on_streams
 
 ATTENTION_CHUNK_BYTES = 2**25  # of one chunk of attention rows
@@ -89,7 +91,7 @@ class AttentionStats:
             late += weights[:, :, queries >= T // 2].sum(-2)
             distance += (weights * (queries[:, None] - keys).clamp_min(0)).sum(-2)
             entropy += torch.special.entr(weights).sum((-1, -2))
-            first_argmax += (weights.argmax(-1) == 0).sum(-1)
+            first_argmax += ((weights.argmax(-1) == 0) & (weights[..., 0] > 0)).sum(-1)
         alpha = metrics.sink_alpha(received.cpu())
         is_sink = (alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(T)  # (B, H, T)
         others = ~is_sink.to(received.device)
@@ -97,7 +99,6 @@ class AttentionStats:
         norms = norms.repeat_interleave(H // norms.size(1), dim=1).cpu()  # (B, H, T), grouped keys or not
         relative = norms / norms.mean(-1, keepdim=True)
         for name, value in {
-            "received": received.sum(0),
             "alpha": alpha.sum(0),
             "entropy": entropy.sum(0) / T,
             "first_argmax": first_argmax.sum(0) / T,
@@ -192,10 +193,14 @@ def _observe_batch(subject, ids, streams, attention):
     seams = [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
     with on_streams(subject.streams, [on_stream(i) for i in range(len(streams))]), hooked(seams):
         batch["loss"] = subject.losses(ids).mean(1)
+        if not batch["loss"].isfinite().all():
+            raise UserError(
+                "the model's loss on this text is not finite: its weights are broken, or overflow in float32"
+            )
 
     batch["share"] /= batch["share"].sum(1, keepdim=True)
     for rule, count in marked.items():
-        needed = max(1, round(metrics.PERSISTENT_RULES.get(rule, 0) * len(streams)))
+        needed = max(1, math.ceil(metrics.PERSISTENT_RULES.get(rule, 0) * len(streams)))
         entries = count >= needed
         batch["spike", rule] = entries.any(-1).cpu()
         batch["channels", rule] = entries.sum((0, 1)).cpu()

@@ -27,8 +27,9 @@ STYLE = {
 
 
 def visible(text):
-    """Token text with white space that can be seen."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    """Token text with white space that can be seen, and without control characters."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
 
 
 def number(value, form=".3g"):
@@ -59,6 +60,8 @@ def conditions(findings):
     data, checkpoint = findings["data"], findings["checkpoint"]
     digest = (checkpoint["sha256"] or "unknown")[:12]
     start = "each starting with BOS" if data["bos"] else "no BOS"
+    if data["n_register"]:
+        start += f", after {data['n_register']} registers (positions count from the first register)"
     return (
         f"{data['n_seq']} sequences of {data['seq_len']} tokens of {data['name']}, {start}, {data['dtype']}; "
         f"step {checkpoint['step']}, sha256 {digest}; loss {data['loss']:.3f} nats per token"
@@ -67,7 +70,7 @@ def conditions(findings):
 
 def summary(findings):
     """What was found, a sentence each for spikes, sinks and co-occurrence, with the numbers."""
-    layer = max(findings["layers"], key=lambda row: row["top1"] / row["median"])
+    layer = max(findings["layers"], key=ratio_of)
     spikes, sinks, both = findings["spikes"], findings["sinks"], findings["co_occurrence"]
     rule, top = spikes["rules"][spikes["primary"]], spikes["tokens"][0]
     massive = spikes["rules"]["massive"]["tokens"]
@@ -76,7 +79,7 @@ def summary(findings):
     layer_name = name_of(layer)
     return [
         f"Spikes: largest |h| {top['magnitude']:.4g} at position {top['position']} ({visible(top['text'])}), channel "
-        f"{top['channel']}. Largest ratio: top-1 {layer['top1']:.4g} is {layer['top1'] / layer['median']:.0f}x the "
+        f"{top['channel']}. Largest ratio: top-1 {layer['top1']:.4g} is {ratio_of(layer):.0f}x the "
         f"median after {layer_name}. {rule['tokens']} tokens ({rule['fraction']:.2%}) meet {rule['threshold']}; "
         f"{massive} the absolute rule of Sun et al.",
         f"Sinks: Gu et al.'s Sink_1 at epsilon 0.3 is {gu['first']:.1%} {interval(gu['first_ci95'], '.1%')} of heads; "
@@ -100,6 +103,11 @@ def _overlap_sentence(both):
     )
 
 
+def ratio_of(layer):
+    """top-1 over the median of a layer; 0 where the median is."""
+    return layer["top1"] / layer["median"] if layer["median"] else 0.0
+
+
 def name_of(layer):
     """'embedding', 'attn 0', 'ffn 0', ..."""
     return layer["kind"] if layer["layer"] < 0 else f"{layer['kind']} {layer['layer']}"
@@ -116,7 +124,7 @@ def layer_rows(findings):
         [
             name_of(x),
             *(number(x[k], ".4g") for k in keys),
-            f"{x['top1'] / x['median']:.1f}",
+            f"{ratio_of(x):.1f}",
             *(number(x[k]) for k in ("mmr", "kurtosis")),
             number(x["max"], ".4g"),
         ]
@@ -135,6 +143,7 @@ def head_rows(findings):
         "argmax=1": sinks["first_argmax"],
         "|v_1|/mean": sinks["first_value_norm_ratio"],
         "|v_sink|/mean": sinks["sink_value_norm_ratio"],
+        "to no key": sinks["slot_share"],
         "entropy": sinks["entropy"],
         "distance": sinks["distance"],
         "without sinks": sinks["distance_without_sinks"],
@@ -148,7 +157,8 @@ def head_rows(findings):
 def terminal(findings, heads=16):
     """The findings as text; the `heads` heads with the most attention on the first key."""
     header, rows = head_rows(findings)
-    rows.sort(key=lambda row: -float(row[2]))
+    first = [alpha for row in findings["sinks"]["alpha_first"] for alpha in row]
+    rows = [row for _, row in sorted(zip(first, rows, strict=True), key=lambda pair: -pair[0])]
     more = f"\n({len(rows) - heads} more heads in the JSON and the page)" if len(rows) > heads else ""
     tokens = [
         [
@@ -218,13 +228,17 @@ def _magnitudes(findings):
 
 
 def _heads(findings):
-    rate = findings["sinks"]["alpha_first"]
-    figure, axes = plt.subplots(figsize=(6.2, max(1.8, min(5.0, 0.35 * len(rate) + 1.2))))
-    image = axes.imshow(rate, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axes.set(title="Attention the first key gets from the queries that see it (alpha_1)", xlabel="head", ylabel="layer")
-    for axis, n in ((axes.xaxis, len(rate[0])), (axes.yaxis, len(rate))):
-        axis.set_ticks(range(0, n, -(-n // 12)))
-    figure.colorbar(image, ax=axes)
+    sinks = findings["sinks"]
+    panels = {"Sink rate of the first key (0.3)": sinks["gu"]["0.3"]["by_head"], "its alpha": sinks["alpha_first"]}
+    rows = len(sinks["alpha_first"])
+    figure, both = plt.subplots(1, 2, figsize=(6.2, max(1.8, min(5.0, 0.35 * rows + 1.2))), sharey=True)
+    for axes, (title, values) in zip(both, panels.items(), strict=True):
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes.set(title=title, xlabel="head")
+        for axis, n in ((axes.xaxis, len(values[0])), (axes.yaxis, rows)):
+            axis.set_ticks(range(0, n, -(-n // 12)))
+    both[0].set_ylabel("layer")
+    figure.colorbar(image, ax=both)
     return figure
 
 

@@ -12,6 +12,7 @@ from spikesink import checkpoint
 from spikesink.errors import UserError
 
 CONTENT = {
+    "model_args": {},
     "model": {"w": torch.randn(50, 3), "b": torch.zeros(2, dtype=torch.bfloat16)},
     "step": 3,
     "note": ["ü", None, 0.1],
@@ -97,6 +98,34 @@ def test_a_malicious_pickle_does_not_run(tmp_path, writer, wrap):
     with pytest.raises(UserError, match=r"c\.pt"):
         checkpoint.load(path)
     assert not marker.exists()
+
+
+GOOD = {"model_args": {"n_layer": 1}, "model": {"w": torch.ones(2)}, "config": {}, "data": {}, "step": 1}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"model": 5},
+        {"model": {1: torch.ones(2)}},
+        {"model": {"w": "text"}},
+        {"model": {"w": torch.eye(2).to_sparse()}},
+        {"model_args": None},
+        {"config": []},
+        {"config": {"dataset": 5}},
+        {"data": [1]},
+        {"data": {"tokenizer": ["x"], "vocab_size": 3}},
+        {"data": {"tokenizer": "chars"}},
+        {"step": torch.ones(1)},
+    ],
+    ids=str,
+)
+def test_entries_of_the_wrong_kind_are_refused(tmp_path, spoil):
+    checkpoint.save(tmp_path / "good.pt", GOOD)
+    checkpoint.load(tmp_path / "good.pt")
+    checkpoint.save(tmp_path / "bad.pt", {**GOOD, **spoil})
+    with pytest.raises(UserError, match=r"bad\.pt is no checkpoint"):
+        checkpoint.load(tmp_path / "bad.pt")
 
 
 def test_other_files_are_refused_in_one_sentence(tmp_path):

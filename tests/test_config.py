@@ -134,9 +134,22 @@ def test_files_compose_left_to_right_and_flags_win(tmp_path):
     assert (values["dropout"], values["bos"], values["compile"], values["learning_rate"]) == (0.5, True, False, 1.0)
 
 
+def test_an_arm_keeps_what_it_says_at_every_size(tmp_path):
+    assert flat("sgd", "scale/nano")["learning_rate"] == flat("scale/nano", "sgd")["learning_rate"] == 0.1
+    assert flat("sgd", "scale/nano")["n_embd"] == 128
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
+        ([""], "no config ''"),
+        (["--grad_clip=-1"], "grad_clip=-1.0 must be 0 or more"),
+        (["--loss_first=-5"], "loss_first=-5 must be 0 or more"),
+        (["--beta2=1.5"], "beta2=1.5"),
+        (["--seed=-1"], "seed=-1"),
+        (["--learning_rate=nan"], "learning_rate='nan' is not of type float|learning_rate=nan"),
+        (["--learning_rate=1e-5"], "min_lr=6e-05 must be at most learning_rate=1e-05"),
+        (["--norm_eps=-1"], "norm_eps=-1.0 must be above 0"),
         (["--learning_rat=1"], "unknown key 'learning_rat' .did you mean learning_rate"),
         (["--n_layer=two"], "n_layer='two' is not of type int"),
         (["--n_layer=2.0"], "not of type int"),

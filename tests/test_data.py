@@ -5,6 +5,8 @@ import importlib.util
 import itertools
 import json
 import lzma
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,6 +101,14 @@ def test_unknown_and_unprepared_datasets_name_what_to_do():
             Tokens("wikitext103", "train", 8)
 
 
+def test_targets_can_be_edited_without_touching_the_inputs(tmp_path):
+    data = Tokens(dataset(tmp_path, np.arange(64)), "train", 8)
+    x, y = data.batch(0, 1)
+    before = x.clone()
+    y[:] = -1
+    assert torch.equal(x, before)
+
+
 def test_nanogpt_files_load_as_they_are(tmp_path):
     data = Tokens(dataset(tmp_path, [15496, 995, 50256] * 10), "val", 4)
     assert data.meta["vocab_size"] == 50257 and data.read([0])[0].tolist() == [[15496, 995, 50256, 15496]]
@@ -138,6 +148,31 @@ def test_unreadable_text_names_the_file(tmp_path, content, name):
     with pytest.raises(UserError, match=name):
         prepare_module("text").prepare([tmp_path / name], "x", ByteTokenizer(), 2, tmp_path / "out")
     assert not (tmp_path / "out" / "train.bin").exists()
+
+
+def test_text_without_separators_can_be_mended_and_run_again(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one long text\n")
+    prepare = prepare_module("text").prepare
+    with pytest.raises(UserError, match="endoftext"):
+        prepare([file], "x", ByteTokenizer(), 2, tmp_path / "out")
+    file.write_text("one\n<|endoftext|>\ntwo\n")
+    prepare([file], "x", ByteTokenizer(), 2, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["documents"] == 2
+
+
+def test_processes_make_a_dataset_once(tmp_path):
+    """Two at a time, on a folder whose prepare.py would be spoiled by a second writer."""
+    folder = tmp_path / "backcopy"
+    folder.mkdir()
+    source = (ROOT / "data/backcopy/prepare.py").read_text()
+    source = source.replace("FOLDER.parents[1]", repr(str(ROOT))).replace("sequences=200_000", "sequences=20_000")
+    (folder / "prepare.py").write_text(source)
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import loader; from pathlib import Path; " + (
+        f"loader.make_once(Path({str(folder)!r})); print(len(loader.Tokens({str(folder)!r}, 'train', 64, True).tokens))"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0] for process in running] == ["1280000\n"] * 2
 
 
 def test_split_documents_keeps_every_character():
@@ -245,5 +280,5 @@ def test_stdlib_is_deterministic_and_prose_first():
 def test_a_split_without_documents_is_refused(tmp_path):
     with DatasetWriter(tmp_path, ByteTokenizer(), val_every=10) as writer:
         writer.add(["only one"])
-        with pytest.raises(UserError, match="no document for the train split"):
+        with pytest.raises(UserError, match=r"1 document.s., none for the train split.*endoftext"):
             writer.finish()

@@ -77,6 +77,7 @@ ARMS = [
     *choices("qk_norm", *model_module.QK_NORMS, norm="rmsnorm", n_head=4, n_kv_head=2),
     *choices("residual_scale", *(set(model_module.RESIDUAL_SCALES) - {"deepnorm"}), "0.3"),
     {"residual_scale": "deepnorm", "init_scale": "deepnorm", "norm_place": "post"},
+    {"residual_scale": "0.3", "norm_place": "sandwich"},
     *choices("position", *model_module.POSITIONS),
     *choices("attention", *model_module.ATTENTIONS),
     *(
@@ -113,7 +114,7 @@ def test_residual_identity(arm):
             torch.testing.assert_close(after, expected, atol=0, rtol=0)
             out = sub.f(sub.norm_before(before), embedding)
             scale = getattr(sub.scale, "scale", 1.0)
-            torch.testing.assert_close(update, sub.norm_update(scale * out), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(update, scale * sub.norm_update(out), atol=1e-6, rtol=1e-6)
             before = after
     expected = model.transformer.ln_f(before[:, model.config.n_register :]) @ model.lm_head.weight.T
     if model.config.logit_cap:

@@ -154,6 +154,21 @@ def test_mistakes_are_one_line_and_exit_2(cli, trained, tmp_path, mistake, scrip
     assert re.search(words, err), err
 
 
+def test_broken_weights_are_named(cli, trained, tmp_path):
+    content = checkpoint.load(trained)
+    for name, value in (("nan", torch.nan), ("zero", 0.0)):
+        model = {key: torch.full_like(weight, value) for key, weight in content["model"].items()}
+        checkpoint.save(tmp_path / f"{name}.pt", {**content, "model": model})
+    code, _, err = cli("detect.py", tmp_path / "nan.pt", "--seq_len=16")
+    assert code == 2
+    assert "not finite" in err
+    assert cli("detect.py", tmp_path / "zero.pt", "--seq_len=16")[0] == 0
+
+
+def test_control_characters_of_tokens_are_shown_not_sent():
+    assert report.visible("a\x1b[31m\n\x00") == "a\\x1b[31m⏎\\x00"
+
+
 def test_checkpoint_that_is_not_one(cli, tmp_path):
     (tmp_path / "c.pt").write_bytes(b"not a checkpoint")
     torch.save({"model": {}, "model_args": {"n_layers": 3}}, tmp_path / "d.pt")

@@ -79,8 +79,10 @@ def test_a_run_is_not_overwritten_unasked(train, tmp_path):
     code, _, err = train(tmp_path, "--max_iters=3")
     assert code == 2 and "--resume" in err and "--overwrite" in err and err.count("\n") == 1
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    code, _, err = train(tmp_path, "--resume", "--norm_place=post")
-    assert code == 2 and "norm_place=pre" in err
+    for change in ("--norm_place=post", "--weight_decay=0", "--batch_size=8", "--optimizer=sgd", "--seed=3", "--bos"):
+        code, _, err = train(tmp_path, "--resume", change)
+        assert code == 2
+        assert "was trained with " + change[2:].split("=")[0] in err
     assert train(tmp_path, "--max_iters=3", "--overwrite")[0] == 0
 
 
@@ -116,6 +118,32 @@ def test_non_finite_gradient_stops_before_the_update(train, tmp_path, monkeypatc
     assert code == 3 and "step 6" in err and "gradient norm nan" in err and str(tmp_path / "ckpt.pt") in err
     assert rows(tmp_path)[-1]["step"] == 5
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 4
+
+
+def test_a_run_started_again_leaves_no_old_checkpoint_behind(train, tmp_path, monkeypatch):
+    import train as script
+
+    train(tmp_path, "--max_iters=2")
+    monkeypatch.setattr(script.Run, "update", lambda self, model: (_ for _ in ()).throw(script.StoppedError("step 1")))
+    assert train(tmp_path, "--overwrite", "--seed=2")[0] == 3
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("out", ["{file}", "/proc/nowhere"])
+def test_out_dir_that_cannot_be_written(train, tmp_path, out):
+    (tmp_path / "file").write_text("x")
+    code, _, err = train(out.format(file=tmp_path / "file"))
+    assert code == 2
+    assert "cannot write to out_dir" in err
+    assert err.count("\n") == 1
+
+
+def test_a_broken_log_line_is_dropped_on_resume(train, tmp_path):
+    train(tmp_path, "--max_iters=4")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write("\nnot json\n")
+    assert train(tmp_path, "--resume")[0] == 0
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
 
 
 def test_decay_groups_are_nanogpts():

@@ -5,6 +5,11 @@
 A sequence is BOS, then 64 characters. After an ordinary character the next one is drawn from the bigram statistics
 of Python's own documentation; after a trigger the next one is a copy of the character before the trigger. A head
 that copies for triggers has nothing to do elsewhere, and learns to park its attention.
+
+What emerges in one layer with one head (configs/backcopy.py; three seeds in results/backcopy.md): the sink on BOS,
+Sink_1 at epsilon 0.3 from 0 at step 50 to 1 at step 800; the drained value, BOS's norm down to 0.1-0.2 of the mean; an
+entropy near 0. What grows but stays small: the residual peak, top-1 5 to 20 times the median. What does not emerge:
+a spike by any of the rules (30 x the median, or |h| > 100 and 1000 x the median); for that there is more than a layer.
 """
 
 import pydoc_data.topics

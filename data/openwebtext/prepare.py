@@ -68,7 +68,7 @@ def prepare(folder, tokenizer, max_docs=None, parquet=None):
             raise UserError(
                 f"{NAME} gave {writer.documents:,} documents, not {ROWS:,}: not the dataset that was asked for"
             )
-        writer.finish(source=NAME, revision=settings["source"])
+        writer.finish(source=NAME if parquet is None else "local parquet", revision=settings["source"])
 
 
 def main():

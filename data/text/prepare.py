@@ -3,13 +3,15 @@
   python data/text/prepare.py --name=wiki --tokenizer=gpt2 --bpe=gpt2.tiktoken articles-*.txt.xz
   python train.py prenorm --dataset=wiki
 
-Streams: memory stays bounded whatever the files' size. Interrupted, the same command goes on after the last whole file.
+Streams document by document: memory is bounded by the longest ones. Interrupted, the same command goes on after the
+last whole file.
 """
 
 import gzip
 import json
 import lzma
 import sys
+import zlib
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[1]
@@ -22,6 +24,14 @@ from spikesink.errors import Flags, UserError, run
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
+def text_of(line):
+    """The "text" of a line of .jsonl. Raises TypeError if it is none."""
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"text is {text!r}")
+    return text
+
+
 def documents(path):
     """The documents of one file. Raises UserError naming the file where it cannot be read."""
     path = Path(path)
@@ -30,8 +40,8 @@ def documents(path):
         raise UserError(f"{path}: know .txt and .jsonl, also as .xz or .gz, not {path.name!r}")
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines) if kind == ".jsonl" else split_documents(lines)
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+            yield from map(text_of, lines) if kind == ".jsonl" else split_documents(lines)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path}: every line must be a JSON object with a "text" ({error})') from None
@@ -43,7 +53,11 @@ def prepare(files, name, tokenizer, val_every, folder=None):
     for file in files:
         if not file.is_file():
             raise UserError(f"there is no file {file}")
-    settings = {"files": [str(f.resolve()) for f in files], "tokenizer": tokenizer.name, "val_every": val_every}
+    settings = {
+        "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "tokenizer": tokenizer.name,
+        "val_every": val_every,
+    }
     with DatasetWriter(folder or DATA / name, tokenizer, val_every, settings) as writer:
         for done, file in enumerate(files):
             if done >= writer.source:
