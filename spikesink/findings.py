@@ -148,7 +148,10 @@ def _sinks(subject, obs):
         "alpha_first": per_layer("alpha")[..., 0].tolist(),
         "any_sink_by_head": per_layer("any_sink").tolist(),
         "first_argmax": per_layer("first_argmax").tolist(),
-        "slot_share": (1 - per_layer("mass") / T).tolist(),  # attention that goes to no key
+        "slot_share": (1 - per_layer("mass") / T)
+        .clamp_min(0)
+        .round(decimals=6)
+        .tolist(),  # attention that goes to no key
         "entropy": per_layer("entropy").tolist(),
         "distance": ratio(total("distance"), total("mass")),
         "distance_without_sinks": ratio(total("distance_others"), total("mass_others")),
