@@ -15,6 +15,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+
+class Apply(nn.Module):
+    """A function without weights, as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
 # ---------------------------------------------------------------------------------------------- norms
 
 
@@ -85,15 +97,8 @@ class QKNorm(nn.Module):
         return self.q(q), self.k(k)
 
 
-class Unchanged(nn.Module):
-    """(q, k) as they are."""
-
-    def forward(self, q, k):
-        return q, k
-
-
 QK_NORMS = {
-    "none": lambda config: Unchanged(),
+    "none": lambda config: Apply(lambda q, k: (q, k)),
     "head": lambda config: QKNorm(config, full=False),  # Qwen 3
     "full": lambda config: QKNorm(config, full=True),  # OLMo 2, and the paper's "QK + output" arm
 }
@@ -101,45 +106,40 @@ QK_NORMS = {
 # -------------------------------------------------------------------------------------------- residual
 
 
-class Scale(nn.Module):
-    """update * scale: a constant, or a parameter with one entry per channel or one in all."""
+class LearnedScale(nn.Module):
+    """update * scale, a parameter with one entry per channel or one in all."""
 
-    def __init__(self, scale):
+    def __init__(self, size, init):
         super().__init__()
-        self.scale = scale
+        self.scale = nn.Parameter(torch.full((size,), init))
 
     def forward(self, update):
         return self.scale * update
+
+
+def fixed_scale(scale):
+    """update * scale, a constant."""
+    return Apply(lambda update: scale * update)
 
 
 # The multiplier of each update in the forward pass, or a fixed number. L = n_layer: 2L updates are added to the stream.
 # deepnorm (Wang et al. 2022): LN(a x + f(x)) with a = (2L)^1/4 is written LN(x + f(x) / a), the same function of x.
 RESIDUAL_SCALES = {
     "one": lambda c: nn.Identity(),
-    "inv_sqrt_2L": lambda c: Scale((2 * c.n_layer) ** -0.5),
-    "deepnorm": lambda c: Scale((2 * c.n_layer) ** -0.25),
-    "learned": lambda c: Scale(nn.Parameter(torch.full((c.n_embd,), 0.1))),  # LayerScale (Touvron et al. 2021)
-    "rezero": lambda c: Scale(nn.Parameter(torch.zeros(1))),  # Bachlechner et al. 2020
+    "inv_sqrt_2L": lambda c: fixed_scale((2 * c.n_layer) ** -0.5),
+    "deepnorm": lambda c: fixed_scale((2 * c.n_layer) ** -0.25),
+    "learned": lambda c: LearnedScale(c.n_embd, 0.1),  # LayerScale (Touvron et al. 2021), its init for <= 18 layers
+    "rezero": lambda c: LearnedScale(1, 0.0),  # Bachlechner et al. 2020
 }
 
 
 def residual_scale(config):
     """The module of config.residual_scale: a name of RESIDUAL_SCALES or a number."""
     named = RESIDUAL_SCALES.get(config.residual_scale)
-    return named(config) if named else Scale(float(config.residual_scale))
+    return named(config) if named else fixed_scale(float(config.residual_scale))
 
 
 # ------------------------------------------------------------------------------------------- positions
-
-
-class NoPosition(nn.Module):
-    """Adds nothing to the token embedding."""
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, positions):
-        return 0.0
 
 
 class LearnedPosition(nn.Embedding):
@@ -194,8 +194,8 @@ def alibi_slopes(n_head):
 class Position(NamedTuple):
     """Where a kind of position enters: added to the token embedding, on q and k, or as slopes on the logits."""
 
-    embedding: Callable = NoPosition
-    rotation: Callable = lambda config: Unchanged()
+    embedding: Callable = lambda config: Apply(lambda positions: 0.0)
+    rotation: Callable = lambda config: Apply(lambda q, k: (q, k))
     alibi: bool = False
 
 
@@ -210,14 +210,15 @@ POSITIONS = {
 # ------------------------------------------------------------------------------------------- attention
 
 
-class Softmax(nn.Module):
-    """Rows sum to one."""
+class Rows(nn.Module):
+    """weights = function(logits), and no slot."""
 
-    def __init__(self, config):
+    def __init__(self, function):
         super().__init__()
+        self.function = function
 
     def forward(self, logits, q):
-        return logits.softmax(dim=-1), 0.0
+        return self.function(logits), 0.0
 
 
 class SlotSoftmax(nn.Module):
@@ -245,47 +246,19 @@ class SlotSoftmax(nn.Module):
         return weights[..., :-1], extra
 
 
-class Sigmoid(nn.Module):
-    """sigmoid(logit - log(block_size)), without normalisation (Ramapuram et al. 2024)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.shift = math.log(config.block_size)
-
-    def forward(self, logits, q):
-        return torch.sigmoid(logits - self.shift), 0.0
-
-
-class ReLUAttention(nn.Module):
-    """relu(logit) / number of keys the query sees (Wortsman et al. 2023)."""
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, logits, q):
-        return F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True), 0.0
-
-
-class ClippedSoftmax(nn.Module):
-    """clip((zeta - gamma) softmax + gamma, 0, 1) (Bondarenko et al. 2023), gamma -0.03, zeta 1: exact zeros."""
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, logits, q):
-        return (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), 0.0
-
-
 # name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), what the slot adds to the output
 ATTENTIONS = {
-    "softmax": Softmax,
+    "softmax": lambda c: Rows(lambda logits: logits.softmax(dim=-1)),
     "softmax1": SlotSoftmax,
     "sink_logit": functools.partial(SlotSoftmax, logit=True),
     "k_bias": functools.partial(SlotSoftmax, key=True),
     "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
-    "clipped": ClippedSoftmax,
-    "sigmoid": Sigmoid,
-    "relu": ReLUAttention,
+    # clip((zeta - gamma) softmax + gamma, 0, 1), zeta 1, gamma -0.03 (Bondarenko et al. 2023): exact zeros
+    "clipped": lambda c: Rows(lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1)),
+    # Ramapuram et al. 2024
+    "sigmoid": lambda c: Rows(lambda logits: torch.sigmoid(logits - math.log(c.block_size))),
+    # divided by the number of keys the query sees (Wortsman et al. 2023)
+    "relu": lambda c: Rows(lambda logits: F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True)),
 }
 UNNORMALISED = ("sigmoid", "relu")  # rows may sum to anything
 
@@ -354,13 +327,6 @@ class Attend(nn.Module):
         return torch.cat(rows, dim=-2)
 
 
-class NoGate(nn.Module):
-    """Leaves the attention output as it is."""
-
-    def forward(self, out, x, embedding):
-        return out
-
-
 class Gate(nn.Module):
     """out * sigmoid(W source), out (B, T, H, D), one gate per entry of `shape` (Qiu et al. 2025; Sun et al. 2026)."""
 
@@ -376,7 +342,7 @@ class Gate(nn.Module):
 
 
 GATES = {
-    "none": lambda c: NoGate(),
+    "none": lambda c: Apply(lambda out, x, embedding: out),
     "channel": lambda c: Gate(c, (c.n_head, c.head_width)),
     "head": lambda c: Gate(c, (c.n_head, 1)),
     "single": lambda c: Gate(c, (1, 1)),
@@ -418,18 +384,11 @@ class SelfAttention(nn.Module):
 # ------------------------------------------------------------------------------------------------- FFN
 
 
-class ReLU2(nn.Module):
-    """relu(x)^2 (So et al. 2021, Primer)."""
-
-    def forward(self, x):
-        return F.relu(x).square()
-
-
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # GPT-2's own
     "relu": nn.ReLU,
-    "relu2": ReLU2,
+    "relu2": lambda: Apply(lambda x: F.relu(x).square()),  # So et al. 2021, Primer
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "identity": nn.Identity,

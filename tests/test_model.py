@@ -113,7 +113,9 @@ def test_residual_identity(arm):
                 expected = expected.clamp(-model.config.stream_clip, model.config.stream_clip)
             torch.testing.assert_close(after, expected, atol=0, rtol=0)
             out = sub.f(sub.norm_before(before), embedding)
-            scale = getattr(sub.scale, "scale", 1.0)
+            scale = {"inv_sqrt_2L": 0.5, "deepnorm": 4**-0.25, "0.3": 0.3}.get(
+                arm.get("residual_scale"), getattr(sub.scale, "scale", 1.0)
+            )
             torch.testing.assert_close(update, scale * sub.norm_update(out), atol=1e-6, rtol=1e-6)
             before = after
     expected = model.transformer.ln_f(before[:, model.config.n_register :]) @ model.lm_head.weight.T
