@@ -86,7 +86,7 @@ SPIKE_EDITS = {"zero": _zero, "mean": _mean, "clip": _clip}
 
 @contextlib.contextmanager
 def spikes(subject, ids, edit, *, control=False, means=None, seed=0):
-    """Edits, after every sub-layer, the entries that are spikes of ids (B, T) in the clean model.
+    """Edits, at every tap of the stream, the entries that are spikes of ids (B, T) in the clean model.
 
     edit: zero, mean (needs `means`, a ChannelMeans) or clip (to the rule's threshold). control: the same edit on as
     many random other channels of the same tokens. Yields {"edited": number of entries}.
