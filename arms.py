@@ -26,7 +26,7 @@ NOT_ARMS = ("quickstart", "backcopy")
 MARKDOWN = """# Arms
 
 A file per arm, holding only the lines that differ from the baseline (`prenorm`: GPT-2 small, every default). Sizes are
-in `scale/`; several files compose, left to right: `python train.py postnorm scale/nano --dataset=stdlib`.
+in `scale/` and are taken first, so an arm keeps what it says: `python train.py postnorm scale/nano --dataset=stdlib`.
 
 Parameters and training FLOPs per token are at GPT-2 small's size, T = 1024; the loss and the rest after {steps} steps
 at nano scale, one seed: a sign of life, not a finding. Made by `python arms.py --markdown > configs/README.md`.
