@@ -1,12 +1,13 @@
 """Any decoder-only transformers model as a Subject: the attention seam through AttentionInterface, streams by hooks.
 
-Nothing of size T x T is made: masks stay functions until a chunk of rows asks for them, and attention that nobody edits
-runs through PyTorch's fused kernels.
+Nothing of size T x T is made here: masks stay functions until a chunk of rows asks for them, and attention that nobody
+edits runs through PyTorch's fused kernels (a model that passes a T x T position bias has made that itself).
 """
 
 import hashlib
 import json
 import math
+import os
 import socket
 import sys
 import urllib.parse
@@ -19,9 +20,11 @@ from torch.nn import functional as F
 
 from .checkpoint import file_hash
 from .errors import UserError
+from .hooks import hooked, on_streams
 from .subject import Subject, Tap
 
 NAME = "spikesink"
+CHUNK_BYTES = 2**25  # of one chunk of rows of the attention map
 REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -71,16 +74,11 @@ class HFSeam(nn.Module):
     What else the logits need (mask, scaling, soft-cap, sinks, position bias) is set before each call.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def set(self, module, mask, scaling, softcap=None, position_bias=None, sinks=None):
+    def set(self, module, mask, scaling, softcap=None, position_bias=None, sinks=None, is_causal=None):
         """Takes over what transformers passed to its attention function."""
         self.mask, self.softcap, self.position_bias, self.sinks = mask, softcap, position_bias, sinks
         self.scaling = scaling
-        self.causal = mask is None and getattr(module, "is_causal", True)
-        self.calls += 1
+        self.causal = mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
     def additive(self, first, R, T, dtype, device):
         """What the mask and the position bias add to the logits of a chunk of rows; None for nothing."""
@@ -117,8 +115,9 @@ class HFSeam(nn.Module):
         sinks = self.sinks.float().view(1, -1, 1, 1).expand(len(q), -1, R, 1)
         return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
-    def forward(self, q, k, v, bias=None, chunk=256):
-        """q (B, H, T, D), k and v (B, heads of keys, T', D) -> (B, H, T, D), `chunk` queries at a time unless plain."""
+    def forward(self, q, k, v, bias=None):
+        """q (B, H, T, D), k and v (B, heads of keys, T', D) -> (B, H, T, D), some queries at a time unless plain."""
+        chunk = max(1, CHUNK_BYTES // (4 * len(q) * q.size(1) * k.size(-2)))
         fused = bias is None and self.sinks is None and self.softcap is None
         gqa = q.size(1) != k.size(1)
         if fused and self.position_bias is None and self.mask is None:
@@ -139,7 +138,8 @@ def attention_function(module, query, key, value, attention_mask, scaling=None, 
     """The AttentionInterface entry: hands the call to the module's seam."""
     sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
     seam = module._spikesink_seam
-    seam.set(module, attention_mask, scaling, kwargs.get("softcap"), kwargs.get("position_bias"), sinks)
+    others = {key: kwargs.get(key) for key in ("softcap", "position_bias", "is_causal")}
+    seam.set(module, attention_mask, scaling, **others, sinks=sinks)
     return seam(query, key, value).transpose(1, 2).contiguous(), None
 
 
@@ -155,16 +155,37 @@ def gpt_neo_attention(self, query, key, value, attention_mask=None):
     return self._spikesink_seam(query.float(), key.float(), value), None
 
 
-def check_config(path):
+def check_folder(path):
+    """Refuses a folder whose files name code, an attention implementation, or weights elsewhere. Raises UserError."""
+    path = Path(path)
+    check_config(path / "config.json")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = read_json(index).get("weight_map", {})
+        if not isinstance(files, dict) or any(Path(str(file)).name != file for file in files.values()):
+            raise UserError(f"{index} points to weights outside its folder")
+
+
+def check_config(file):
     """Refuses a config.json that names code or an attention implementation. Raises UserError."""
-    file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        found = [key for key in REFUSED_KEYS if key in config]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+    config = read_json(file)
+    found = [key for key in REFUSED_KEYS if key in config]
+    quantised = config.get("quantization_config")
+    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4"):
+        found.append("quantization_config")
     if found:
         raise UserError(f"{file} sets {found[0]}, which could run foreign code: remove the key if you trust the model")
+
+
+def read_json(file):
+    """The object in a JSON file. Raises UserError."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {file}: it holds no object")
+    return value
 
 
 def blocks_of(model):
@@ -176,7 +197,7 @@ def blocks_of(model):
     ]
     if len(lists) != 1:
         kind = model.config.model_type
-        raise UserError(f"a {kind} has {len(lists)} stacks of blocks with attention; a decoder-only model has one")
+        raise UserError(f"a {kind} has {len(lists)} stacks of blocks that all hold attention; one is needed")
     return lists[0]
 
 
@@ -213,43 +234,66 @@ def hub_answers(seconds=3.0):
 
 
 def open_model(name_or_path, device="cpu"):
-    """A causal language model of the hub or of a folder, in float32, with the seam as its attention.
+    """A causal language model of the hub or of a folder, in float32.
 
-    Safetensors only, no remote code. Raises UserError where it cannot be had or its attention cannot be observed.
+    Safetensors only, no remote code. Raises UserError where it cannot be had whole.
     """
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # no third party converts other formats for us
     try:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from transformers.utils import cached_file, logging
     except ImportError:
         raise UserError("Hugging Face models need transformers: pip install -e .[hf]") from None
-    if Path(name_or_path).is_dir():
-        check_config(name_or_path)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    settings = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-    settings["local_files_only"] = not hub_answers()  # else a missing network costs half a minute of retries
+    local = Path(name_or_path).is_dir()
+    offline = local or not hub_answers()  # else a missing network costs half a minute of retries
+    safe = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32, "local_files_only": offline}
+    if local:
+        check_folder(name_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **settings)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name_or_path} is no file or folder here, and no model that can be opened: {reason}"
-        ) from None
+        if not local:
+            check_config(cached_file(name_or_path, "config.json", local_files_only=offline))
+        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **safe, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # a hostile or broken folder fails in many ways
+        reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+        where = "" if local else "is no file or folder here, and as a model of the hub "
+        raise UserError(f"{name_or_path} {where}cannot be opened: {reason}") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{name_or_path} lacks {len(missing)} weights, the first {missing[0]}: it would be random")
+    model.config.use_cache, model.config.return_dict = False, True
     return to_device(model, device).eval()
 
 
 def subject_of(model, decode):
     """A Subject of a loaded transformers model. Streams: the input of block 0 and each block's output.
 
-    Raises UserError if the model's attention does not go through the seam.
+    Raises UserError unless a trial run gives the logits that the model gave before, causally, with one call of the
+    seam per attention module and streams (B, T, C): what cannot be observed is refused, not guessed.
     """
+    kind = model.config.model_type
+    try:
+        return _tried_subject(model, decode)
+    except UserError:
+        raise
+    except Exception as error:  # models fail in their own ways
+        reason = (str(error).strip() or "-").splitlines()[0]
+        raise UserError(f"a {kind} cannot be observed: {type(error).__name__}: {reason}") from None
+
+
+@torch.no_grad()
+def _tried_subject(model, decode):
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    ids = torch.arange(3, 19, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    before = model(ids)[0]
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, lazy_mask)
-    blocks = blocks_of(model)
-    seams = []
+    blocks, seams = blocks_of(model), []
     for layer, block in enumerate(blocks):
         for module in attention_modules(block):
             seam = HFSeam()
@@ -257,17 +301,32 @@ def subject_of(model, decode):
             if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
                 object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
             seams.append(Tap(layer, "attn", seam))
-    try:
-        model.set_attn_implementation(NAME)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"a {model.config.model_type} takes no other attention: {str(error).splitlines()[0]}") from None
+    model.set_attn_implementation(NAME)
     streams = [Tap(-1, "embedding", blocks[0], "input"), *(Tap(i, "block", block) for i, block in enumerate(blocks))]
-    subject = Subject(model, streams, seams, heads_of(model.config), 0, decode)
-    with torch.no_grad():
-        model(torch.zeros(1, 2, dtype=torch.long, device=subject.device))
-    if not all(seam.module.calls for seam in seams):
-        raise UserError(f"the attention of a {model.config.model_type} cannot be observed (it bypasses the interface)")
-    return subject
+
+    shapes, heads = [], []
+    count_heads = lambda module, args, kwargs, output: heads.append(args[0].size(1))
+    with (
+        on_streams(streams, [lambda x: shapes.append(tuple(x.shape))] * len(streams)),
+        hooked([(seam.module, count_heads) for seam in seams]),
+    ):
+        after = model(ids)[0]
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.config.vocab_size
+    changed = model(other)[0]
+    scale = before.abs().max().clamp_min(1e-6)
+    problems = {
+        "its attention bypasses the interface": len(heads) < len(seams),
+        "its attention calls the interface more than once": len(heads) > len(seams),
+        "its layers have different numbers of heads": len(set(heads)) > 1,
+        "its residual stream is not one vector per token": len(set(shapes)) != 1 or len(shapes[0]) != 3,
+        "its logits change under our attention": (after - before).abs().max() > 1e-3 * scale,
+        "it is not causal": (changed - after)[:, :-1].abs().max() > 1e-5 * scale,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(f"a {model.config.model_type} cannot be observed: {problem}")
+    return Subject(model, streams, seams, heads[0], 0, decode)
 
 
 class Tokenizer:
@@ -283,8 +342,9 @@ class Tokenizer:
         """The tokenizer beside a model, or None. Runs no remote code."""
         from transformers import AutoTokenizer
 
+        offline = Path(name_or_path).is_dir() or not hub_answers()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
         except Exception:  # a folder without a tokenizer fails in many ways
             return None
         return cls(tokenizer) if tokenizer("a")["input_ids"] else None  # an empty one knows no text either
@@ -307,12 +367,8 @@ def weights_hash(name_or_path):
     return digest.hexdigest() if files else None
 
 
-def heads_of(config):
-    """Query heads of a transformers config."""
-    return getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or config.n_head
-
-
 def longest(config):
     """The longest sequence the model takes, or infinity."""
-    known = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "seq_length")]
-    return min((length for length in known if length), default=math.inf)
+    keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+    known = [getattr(config, key, None) for key in keys]
+    return min((length for length in known if isinstance(length, int) and length > 0), default=math.inf)

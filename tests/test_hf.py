@@ -57,13 +57,17 @@ FAMILIES = {
 }
 
 
-def build(family, seed=0):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager").eval()
+def shaken(model):
+    """The model with weights large enough that every part matters."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def build(family, seed=0):
+    torch.manual_seed(seed)
+    return shaken(AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager").eval())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,10 +131,80 @@ def test_edited_stream_reaches_the_next_block():
     assert seen[0].abs().max() == 0  # attention and FFN of zeros, without biases, are zeros
 
 
-def test_families_that_bypass_the_interface_are_refused():
-    config = transformers.FalconConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, vocab_size=64)
-    with pytest.raises(UserError, match="falcon cannot be observed"):
-        hf.subject_of(AutoModelForCausalLM.from_config(config), str)
+REFUSED = {
+    r"falcon.*bypasses": lambda: transformers.FalconConfig(
+        num_hidden_layers=1, num_attention_heads=2, hidden_size=16, vocab_size=64
+    ),
+    r"bert.*not causal": lambda: transformers.BertConfig(**{**SHAPE, "pad_token_id": 0}),
+    r"diffllama.*more than once": lambda: transformers.DiffLlamaConfig(
+        **{k: v for k, v in GROUPED.items() if k != "head_dim"}
+    ),
+    r"mamba.*stacks of blocks": lambda: transformers.MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=64),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_observed_is_refused_with_the_reason(words):
+    model = shaken(AutoModelForCausalLM.from_config(REFUSED[words]()).eval())
+    with pytest.raises(UserError, match=words):
+        hf.subject_of(model, str)
+
+
+def test_an_attention_that_computes_something_else_is_noticed(monkeypatch):
+    shares = hf.HFSeam.additive
+    monkeypatch.setattr(hf.HFSeam, "additive", lambda self, *args: shares(self, *args) * 0)  # a mask that is lost
+    with pytest.raises(UserError, match="gpt_oss cannot be observed: its logits change"):
+        hf.subject_of(build("gpt_oss"), str)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path, cli):
+    build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"lacks 9 weights, the first model\.layers\.2"):
+        hf.open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 128},
+        {"num_attention_heads": "4"},
+        {"num_attention_heads": 0},
+        {"model_type": ["a"]},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"rope_parameters": {"rope_type": "nope"}},
+    ],
+    ids=str,
+)
+def test_broken_configs_are_one_line(tmp_path, cli, change):
+    build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    cli("detect.py", "--help")
+    code, _, err = cli("detect.py", tmp_path)
+    assert code == 2
+    assert err.count("\n") == 1, err
+
+
+def test_truncated_and_faraway_weights_are_one_line(tmp_path, cli):
+    build("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    cli("detect.py", "--help")
+    assert cli("detect.py", tmp_path)[0] == 2
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+    code, _, err = cli("detect.py", tmp_path)
+    assert code == 2
+    assert "outside its folder" in err
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+def test_chunks_of_rows_are_the_whole(monkeypatch, family):
+    subject = hf.subject_of(build(family), str)
+    whole = subject.losses(IDS)
+    monkeypatch.setattr(hf, "CHUNK_BYTES", 4 * 3 * 4 * 24 * 5)  # five queries at a time
+    torch.testing.assert_close(subject.losses(IDS), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_in_the_lazy_mask():
