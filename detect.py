@@ -139,7 +139,7 @@ class Opened:
         """Paths of the JSON and the page, found writable before any work is done. Raises UserError."""
         paths = self.beside(args.json, json_name), self.beside(args.html, html_name)
         for path in paths:
-            findings.check_writable(path)
+            checkpoint.check_writable(path)
         return paths
 
 
@@ -149,7 +149,9 @@ def open_checkpoint(args, calibration=False):
     Raises UserError.
     """
     loaded = load(args)
-    read = loaded.reader.sequences(args, (args.n_seq or 100) * (2 if calibration else 1))
+    n_seq = args.n_seq or 100
+    # of 2n - 1 evenly spread sequences every second one: the n that detect takes, and those in between
+    read = loaded.reader.sequences(args, 2 * n_seq - 1 if calibration and n_seq > 1 else n_seq + calibration)
     ids, other_ids = (read.ids[::2], read.ids[1::2]) if calibration else (read.ids, read.ids[:0])
     if calibration and len(other_ids) == 0:
         raise UserError(f"{read.name} has {len(ids)} sequence; means are taken on other text, so at least 2 are needed")

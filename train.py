@@ -9,11 +9,13 @@ Writes OUT_DIR/ckpt.pt, OUT_DIR/log.jsonl and OUT_DIR/config.json. Stop it and a
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,8 +28,8 @@ from tqdm import tqdm
 
 from data.loader import Tokens
 from model import GPT, GPTConfig
-from spikesink import __version__, checkpoint, config, convert
-from spikesink.errors import StoppedError, UserError, run
+from spikesink import __version__, checkpoint, config, convert, hf
+from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
 
 ROOT = Path(__file__).parent
 
@@ -250,11 +252,9 @@ def foreign_model(name, given):
         content = checkpoint.load(name)
     else:
         try:
-            content = convert.from_pretrained(name)
-        except ImportError:
-            raise UserError("init_from a Hugging Face model needs transformers: pip install -e .[hf]") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"init_from={name}: {str(error).splitlines()[0]}") from None
+            content = convert.from_hf(hf.open_model(name))
+        except ValueError as error:
+            raise UserError(f"init_from={name}: {error}") from None
     keys = {field.name for field in dataclasses.fields(GPTConfig)}
     changes = {key: value for key, value in given.items() if key in keys}
     try:
@@ -268,18 +268,11 @@ def load_weights(model, weights, origin):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"init_from={origin} does not fit the architecture that was given: {first}") from None
-
-
-def make_folder(path):
-    """Makes a folder that can be written to. Raises UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to out_dir={path}: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to out_dir={path}: permission denied")
+        first = ", ".join(str(error).splitlines()[1].strip().split(", ")[:3])
+        raise UserError(
+            f"init_from={origin} does not fit the architecture that was given ({first} ...): leave scale/ and the arm "
+            "out, or give what it was trained with"
+        ) from None
 
 
 class Run:
@@ -291,9 +284,9 @@ class Run:
         self.path = self.out_dir / "ckpt.pt"
         self.step = 0
         self.val_loss = None
+        self.signal = None  # the name of a signal that asked the run to stop
         saved = self._claim_out_dir()
-        if machine.rank == 0:
-            make_folder(self.out_dir)
+        checkpoint.check_writable(self.path)
         weights = None
         if cfg.init_from != "scratch":
             model_config, weights = foreign_model(cfg.init_from, given)
@@ -325,7 +318,7 @@ class Run:
         """The checkpoint to go on from, or None. Raises UserError rather than overwrite a run unasked."""
         if self.cfg.resume:
             return checkpoint.load(self.path)
-        if self.path.exists() and not self.cfg.overwrite:
+        if (self.path.exists() or (self.out_dir / "log.jsonl").exists()) and not self.cfg.overwrite:
             raise UserError(
                 f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
                 "--out_dir=DIR goes elsewhere"
@@ -363,6 +356,14 @@ class Run:
         for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(state)
         self.step, self.val_loss = saved["step"], saved["val_loss"]
+        if saved.get("data") != self.train_data.meta:
+            raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
+        if self.step > self.cfg.max_iters:
+            raise UserError(f"{self.path} is at step {self.step}, beyond max_iters={self.cfg.max_iters}")
+        quiet = ("out_dir", "resume", "overwrite")
+        for key, value in saved["config"].items():
+            if ours.get(key) != value and key not in quiet and self.machine.rank == 0:
+                print(f"changed on resume: {key} {value} -> {ours.get(key)}")
 
     def save(self):
         """Everything that is needed to go on, and to know what this model is."""
@@ -436,6 +437,11 @@ class Run:
         ):
             self._train(model, log)
 
+    def _stop(self, number, frame):
+        """Asks for a stop after the current step; the same signal again has its usual effect."""
+        self.signal = signal.Signals(number).name
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
     def _train(self, model, log):
         cfg, chief = self.cfg, self.machine.rank == 0
         since, seen = time.perf_counter(), self.step
@@ -467,9 +473,13 @@ class Run:
                             f"step {self.step}: loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s",
                             file=sys.stdout,
                         )
-            if chief and (last or self.step % cfg.save_interval == 0):
+            stopped = self.signal is not None
+            if chief and (last or stopped or self.step % cfg.save_interval == 0):
                 self.save()
             bar.update()
+            if stopped and not last:
+                bar.close()
+                raise InterruptedRunError(f"{self.signal} at step {self.step}: saved {self.path}; go on with --resume")
         bar.close()
 
 
@@ -503,6 +513,10 @@ def main():
     chief = machine.rank == 0
     compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
     if chief:
+        try:
+            run_.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {run_.out_dir}: {error.strerror}") from None
         if cfg.overwrite:
             run_.path.unlink(missing_ok=True)
         everything = {**dataclasses.asdict(run_.model_config), **dataclasses.asdict(cfg)}
@@ -520,7 +534,11 @@ def main():
     if compiled:
         model = torch.compile(model)
     if machine.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
+        ddp = torch.nn.parallel.DistributedDataParallel
+        sync = {"forward_sync_buffers", "broadcast_buffers"} & set(inspect.signature(ddp).parameters)
+        model = ddp(model, **{max(sync): False})  # the new name of the option where torch has it; buffers are constants
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run_._stop)
     run_.train(model)
     if machine.world > 1:
         dist.destroy_process_group()

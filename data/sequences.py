@@ -51,29 +51,31 @@ class Reader:
                 ids = self.of_dataset(name, seq_len, bos, wanted)
         check_length(ids.size(1), self.block_size)
         if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise UserError(f"{name} holds token {int(ids.max())}, outside the vocabulary of {self.vocab_size}")
+            worst = int(ids.min() if ids.min() < 0 else ids.max())
+            raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
         if args.n_seq and len(ids) < wanted:
             raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
         return Sequences(ids if args.tokens and not args.n_seq else ids[:wanted], name, bos)
 
     def of_dataset(self, name, seq_len, bos, wanted):
-        """Up to `wanted` sequences of the val split: windows from all over it, or its text encoded anew.
+        """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
 
         Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
         """
+        data = Tokens(name, "val", seq_len, bos and self.speaks(name))
+        windows = np.linspace(0, data.n_windows - 1, min(wanted, data.n_windows)).astype(np.int64)
         if self.speaks(name):
-            data = Tokens(name, "val", seq_len, bos)
-            windows = np.linspace(0, data.n_windows - 1, min(wanted, data.n_windows)).astype(np.int64)
             return data.read(windows)[0]
-        data = Tokens(name, "val", seq_len)
         text_of = getattr(tokenizer_of(data.meta), "text", None)
         if text_of is None or isinstance(self.tokenizer, NoTokenizer):
             raise UserError(
                 f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}, "
                 "and no tokenizer is at hand to translate; give ids with --tokens FILE.npy"
             )
-        ids = data.tokens[: 8 * wanted * seq_len]  # enough if a token of the model is up to 8 of the dataset's
-        return ids_of_text(text_of(ids), name, self.tokenizer, seq_len, bos)[:wanted]
+        # from the same places, long enough if a token of the model is up to 8 of the dataset's
+        starts = np.minimum(windows * seq_len, len(data.tokens) - 8 * seq_len).clip(0)
+        texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
+        return torch.cat([ids_of_text(text, name, self.tokenizer, seq_len, bos)[:1] for text in texts])
 
     def speaks(self, name):
         """True if a dataset's ids are the model's own."""

@@ -38,6 +38,14 @@ def write_atomic(path, write):
         os.close(folder)
 
 
+def check_writable(path):
+    """Raises UserError if `path` cannot be written, before any work is done for it."""
+    path = Path(path)
+    folder = next(parent for parent in (path.parent, *path.parent.parents) if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}")
+
+
 def content_hash(value):
     """SHA-256 (hex) of nested dicts, lists, tensors and plain values: types, keys, shapes, dtypes and bytes."""
     digest = hashlib.sha256()

@@ -24,13 +24,20 @@ def find_config(name, root):
     if not path.parts:
         raise UserError(f"there is no config {name!r}: name one of configs/, or give no name for the defaults")
     relative = Path(*path.parts[1:]) if path.parts[0] in ("config", "configs") else path
+    if name.startswith("-") or "=" in name:
+        raise UserError(f"there is no config {name!r}; keys are written --key=value")
+    if path.suffix in (".pt", ".pth", ".zip", ".safetensors"):
+        raise UserError(
+            f"{name} is no config; a checkpoint goes on with --resume and its out_dir, or --init_from={name}"
+        )
     for candidate in (path, root / "configs" / relative):
         for tried in (candidate, Path(f"{candidate}.py")):
-            if tried.is_file():
+            if tried.is_file() and tried.suffix == ".py":
                 return tried
     known = [str(p.relative_to(root / "configs").with_suffix("")) for p in (root / "configs").rglob("*.py")]
     wanted = str(relative).removesuffix(".py")
-    raise UserError(f"there is no config {name!r}{nearest(wanted, known)}; known: {', '.join(sorted(known))}")
+    hint = nearest(wanted, known) or f"; known: {', '.join(sorted(known))}; keys are written --key=value"
+    raise UserError(f"there is no config {name!r}{hint}")
 
 
 def read_config(path):

@@ -169,6 +169,8 @@ def to_gpt2(args, state):
         n_positions=args["block_size"],
         n_inner=args["ffn_hidden"] or None,
         activation_function=ACTIVATIONS[args["activation"]],
+        bos_token_id=None,
+        eos_token_id=None,
         layer_norm_epsilon=args["norm_eps"],
         tie_word_embeddings=args["tie"],
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args["dropout"]),
@@ -198,6 +200,8 @@ def to_llama(args, state):
         vocab_size=args["vocab_size"],
         rms_norm_eps=args["norm_eps"],
         hidden_act=ACTIVATIONS[args["activation"]],
+        bos_token_id=None,
+        eos_token_id=None,
         tie_word_embeddings=args["tie"],
         rope_parameters={"rope_type": "default", "rope_theta": args["rope_base"]},
     )

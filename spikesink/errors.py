@@ -24,6 +24,12 @@ def nearest(name, known):
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+class InterruptedRunError(UserError):
+    """A run that was asked to stop, and saved itself."""
+
+    exit_code = 130
+
+
 class Flags(argparse.ArgumentParser):
     """argparse, with UserError for a bad flag and the nearest known one named."""
 

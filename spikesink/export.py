@@ -64,7 +64,9 @@ def export(content, folder, bpe=None):
     Raises UserError for an arm that neither family computes, or a file of ranks that is not there.
     """
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     meta = content.get("data", {})
     bpe = bpe or meta.get("bpe")
     if bpe and not Path(bpe).is_file():
@@ -73,6 +75,7 @@ def export(content, folder, bpe=None):
         config, state = convert.to_hf(content["model_args"], content["model"])
     except ValueError as error:
         raise UserError(f"cannot export: {error}") from None
+    config.bos_token_id = config.eos_token_id = meta.get("bos_id")
     with torch.device("meta"):
         model = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type](config)
     model.load_state_dict(state, assign=True)

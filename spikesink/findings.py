@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -181,14 +180,6 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_writable(path):
-    """Raises UserError if `path` cannot be written, before any work is done for it."""
-    path = Path(path)
-    folder = next(parent for parent in (path.parent, *path.parent.parents) if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}")
 
 
 def save_text(path, text):

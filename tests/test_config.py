@@ -143,6 +143,9 @@ def test_an_arm_keeps_what_it_says_at_every_size(tmp_path):
     "argv, words",
     [
         ([""], "no config ''"),
+        (["-n_head=4"], "keys are written --key=value"),
+        (["n_head=4"], "keys are written --key=value"),
+        (["out/ckpt.pt"], "is no config; a checkpoint goes on with --resume"),
         (["--grad_clip=-1"], "grad_clip=-1.0 must be 0 or more"),
         (["--loss_first=-5"], "loss_first=-5 must be 0 or more"),
         (["--beta2=1.5"], "beta2=1.5"),

@@ -126,7 +126,7 @@ def test_text_from_txt_xz_and_jsonl(tmp_path):
     lines = tmp_path / "c.jsonl"
     lines.write_text("".join(json.dumps({"text": d + "\n"}) + "\n" for d in documents[5:]))
     out = tmp_path / "out"
-    prepare_module("text").prepare([plain, packed, lines], "x", ByteTokenizer(), 3, out)
+    prepare_module("text").prepare([plain, packed, lines], out, ByteTokenizer(), 3)
     meta = json.loads((out / "meta.json").read_text())
     assert (meta["documents"], meta["vocab_size"], meta["bos_id"]) == (7, 257, 256)
     text = {}
@@ -146,7 +146,7 @@ def test_text_from_txt_xz_and_jsonl(tmp_path):
 def test_unreadable_text_names_the_file(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
-        prepare_module("text").prepare([tmp_path / name], "x", ByteTokenizer(), 2, tmp_path / "out")
+        prepare_module("text").prepare([tmp_path / name], tmp_path / "out", ByteTokenizer(), 2)
     assert not (tmp_path / "out" / "train.bin").exists()
 
 
@@ -155,10 +155,25 @@ def test_text_without_separators_can_be_mended_and_run_again(tmp_path):
     file.write_text("one long text\n")
     prepare = prepare_module("text").prepare
     with pytest.raises(UserError, match="endoftext"):
-        prepare([file], "x", ByteTokenizer(), 2, tmp_path / "out")
+        prepare([file], tmp_path / "out", ByteTokenizer(), 2)
     file.write_text("one\n<|endoftext|>\ntwo\n")
-    prepare([file], "x", ByteTokenizer(), 2, tmp_path / "out")
+    prepare([file], tmp_path / "out", ByteTokenizer(), 2)
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["documents"] == 2
+
+
+def test_one_long_text_is_cut_at_line_ends_and_nothing_is_lost():
+    module = prepare_module("text")
+    text = "".join(f"line {i}\n" for i in range(20_000))
+    parts = list(module.pieces(["short", text]))
+    assert "".join(parts) == "short" + text
+    assert len(parts) == 1 + -(-len(text) // module.PIECE)
+    assert all(part.endswith("\n") for part in parts[1:])
+
+
+@pytest.mark.parametrize("name", ["stdlib", "../x", "a/b", ""])
+def test_a_dataset_takes_nobodys_place(name):
+    with pytest.raises(UserError, match="taken or is no plain name"):
+        prepare_module("text").new_folder(name, True)
 
 
 def test_processes_make_a_dataset_once(tmp_path):

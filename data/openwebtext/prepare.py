@@ -17,6 +17,7 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from data.tokenizer import GPT2Tokenizer
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, run
+from spikesink.hf import hub_answers
 
 NAME, CONFIG, REVISION = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
 ROWS = 8_013_769
@@ -33,10 +34,12 @@ def shards(parquet=None):
     from datasets import load_dataset_builder
 
     try:
+        if not hub_answers():
+            raise ConnectionError("no answer")
         return sorted(load_dataset_builder(NAME, CONFIG, revision=REVISION).config.data_files["train"])
     except Exception as error:
         raise UserError(
-            f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}); "
+            f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "
             "copy its parquet shards here and give --parquet=DIR"
         ) from None
 

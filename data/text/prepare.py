@@ -3,13 +3,14 @@
   python data/text/prepare.py --name=wiki --tokenizer=gpt2 --bpe=gpt2.tiktoken articles-*.txt.xz
   python train.py prenorm --dataset=wiki
 
-Streams document by document: memory is bounded by the longest ones. Interrupted, the same command goes on after the
-last whole file.
+A document of more than 65,536 characters is cut at line ends, so one plain file will do. Streams document by document.
+Interrupted, the same command goes on after the last whole file.
 """
 
 import gzip
 import json
 import lzma
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -21,6 +22,7 @@ from data.tokenizer import TOKENIZERS, split_documents
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, run
 
+PIECE = 2**16  # characters
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -47,8 +49,35 @@ def documents(path):
         raise UserError(f'{path}: every line must be a JSON object with a "text" ({error})') from None
 
 
-def prepare(files, name, tokenizer, val_every, folder=None):
-    """Writes data/NAME/{train,val}.bin and meta.json; every `val_every`-th document is validation."""
+def new_folder(name, overwrite):
+    """data/NAME, if that takes nobody's place. Raises UserError."""
+    folder = DATA / name
+    if not re.fullmatch(r"[\w-]+", name) or ((folder / "prepare.py").exists() and name != "text"):
+        raise UserError(f"--name={name} is taken or is no plain name; choose another")
+    if (folder / "meta.json").exists() and not overwrite:
+        raise UserError(f"{folder.name} is prepared already: --overwrite replaces it, --name=OTHER goes elsewhere")
+    return folder
+
+
+def pieces(documents):
+    """Documents, those of more than PIECE characters cut at line ends: one plain text file makes many."""
+    for document in documents:
+        if len(document) <= PIECE:
+            yield document
+            continue
+        lines, size = [], 0
+        for line in document.splitlines(keepends=True):
+            lines.append(line)
+            size += len(line)
+            if size >= PIECE:
+                yield "".join(lines)
+                lines, size = [], 0
+        if lines:
+            yield "".join(lines)
+
+
+def prepare(files, folder, tokenizer, val_every):
+    """Writes {train,val}.bin and meta.json to `folder`; every `val_every`-th document is validation."""
     files = [Path(file) for file in files]
     for file in files:
         if not file.is_file():
@@ -58,10 +87,10 @@ def prepare(files, name, tokenizer, val_every, folder=None):
         "tokenizer": tokenizer.name,
         "val_every": val_every,
     }
-    with DatasetWriter(folder or DATA / name, tokenizer, val_every, settings) as writer:
+    with DatasetWriter(folder, tokenizer, val_every, settings) as writer:
         for done, file in enumerate(files):
             if done >= writer.source:
-                writer.add(progress(documents(file), desc=file.name, unit=" documents"))
+                writer.add(progress(pieces(documents(file)), desc=file.name, unit=" documents"))
                 writer.mark(done + 1)
         writer.finish(files=[file.name for file in files])
 
@@ -73,10 +102,12 @@ def main():
     flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
     flags.add_argument("--val_every", type=int, default=200, help="every n-th document is validation")
+    flags.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     args = flags.parse_args()
     if args.val_every < 2:
         raise UserError(f"--val_every={args.val_every} must be at least 2")
-    prepare(args.files, args.name, TOKENIZERS[args.tokenizer](args.bpe), args.val_every)
+    folder = new_folder(args.name, args.overwrite)
+    prepare(args.files, folder, TOKENIZERS[args.tokenizer](args.bpe), args.val_every)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from data.tokenizer import GPT2Tokenizer
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, run
+from spikesink.hf import hub_answers
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 HEADING = re.compile(r" = [^=].* = \n")
@@ -32,10 +33,12 @@ def rows(split, parquet=None):
         lines = load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
         try:
+            if not hub_answers():
+                raise ConnectionError("no answer")
             lines = load_dataset(NAME, CONFIG, split=split, streaming=True)
         except Exception as error:
             raise UserError(
-                f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}); "
+                f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "
                 "copy its parquet shards here and give --parquet=DIR"
             ) from None
     return (row["text"] for row in lines)
