@@ -63,7 +63,8 @@ class Reader:
         Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
         """
         data = Tokens(name, "val", seq_len, bos and self.speaks(name))
-        windows = np.linspace(0, data.n_windows - 1, min(wanted, data.n_windows)).astype(np.int64)
+        count = min(wanted, data.n_windows)
+        windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
         if self.speaks(name):
             return data.read(windows)[0]
         text_of = getattr(tokenizer_of(data.meta), "text", None)

@@ -62,6 +62,17 @@ def test_detection_loss_is_the_models_own(detected, trained):
     assert detected("--n_seq=20")[0]["data"]["loss"] == pytest.approx(model(x[:, :-1], x[:, 1:])[1].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("extra", [[], ["--n_seq=7"]])
+def test_ablate_measures_on_the_sequences_of_detect(trained, extra):
+    import detect
+
+    args = detect.flags("").parse_args([str(trained), "--seq_len=16", *(extra or ["--n_seq=60"])])
+    one, two = detect.open_checkpoint(args), detect.open_checkpoint(args, calibration=True)
+    assert torch.equal(one.ids, two.ids)
+    assert len(two.other_ids) == len(one.ids) - 1
+    assert not any((two.other_ids == row).all(1).any() for row in one.ids)
+
+
 def test_tokens_are_used_as_they_are(detected, tmp_path):
     ids = np.random.default_rng(0).integers(0, 60, (10, 16))
     np.save(tmp_path / "t.npy", ids)
