@@ -106,5 +106,6 @@ def describe(schemas):
     for schema in schemas:
         comments = dict(re.findall(r"^ {4}(\w+): .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
         lines += ["", f"{schema.__name__}: {inspect.getdoc(schema).splitlines()[0]}"]
-        lines += [f"  --{f.name}={f.default!s:<14} {comments.get(f.name, '')}" for f in dataclasses.fields(schema)]
+        options = [(f"--{f.name}={f.default}", comments.get(f.name, "")) for f in dataclasses.fields(schema)]
+        lines += [f"  {option:<34} {comment}".rstrip() for option, comment in options]
     return "\n".join(lines)
