@@ -61,14 +61,13 @@ def try_arm(name, steps, dataset):
         data = Tokens(dataset, "val", 64, cfg.bos)
         subject = Subject.of_gpt(trial.model, str)
         found = findings.detection(subject, observe(subject, data.read(range(16))[0], progress=False), {}, {}, {})
-    ratio = max(layer["top1"] / layer["median"] for layer in found["layers"])
     return {
         "arm": name,
         "params": large.num_params(),
         "flops": large.flops_per_token(full.block_size),
         "loss": loss,
         "val_loss": found["data"]["loss"],
-        "spike": ratio,
+        "spike": max(map(report.ratio_of, found["layers"])),
         "sink": found["sinks"]["gu"]["0.3"]["first"],
     }
 

@@ -706,9 +706,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path, **kwargs):
         """GPT-2 or Llama weights from the Hugging Face hub or a local folder (`pip install spikesink[hf]`).
 
-        `kwargs` go to transformers' `from_pretrained`. Raises ValueError where the checkpoint's architecture is not
-        one this class computes.
+        `kwargs` go to transformers' `from_pretrained`. Raises UserError where the model cannot be had whole, ValueError
+        where its architecture is not one this class computes.
         """
-        from spikesink import convert  # the one place where this file needs another: other people's names
+        from spikesink import convert, hf  # the one place where this file needs others: other people's weights
 
-        return cls.from_checkpoint(convert.from_pretrained(name_or_path, **kwargs))
+        return cls.from_checkpoint(convert.from_hf(hf.open_model(name_or_path, **kwargs)))

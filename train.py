@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data.loader import Tokens
 from model import GPT, GPTConfig
-from spikesink import __version__, checkpoint, config, convert, hf
+from spikesink import __version__, checkpoint, config, convert, hf, metrics
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
 
 ROOT = Path(__file__).parent
@@ -76,7 +76,10 @@ class TrainConfig:
         for key, table in choices.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
-        for key in ("weight_decay", "grad_clip", "min_lr", "warmup_iters", "lr_decay_iters", "seed", *LOSS_KEYS):
+        for key in (
+            *("weight_decay", "grad_clip", "min_lr", "warmup_iters", "lr_decay_iters", "seed"),
+            *("loss_first", "loss_last", "penalty_weight"),
+        ):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
         for key in ("beta1", "beta2", "momentum"):
@@ -98,7 +101,6 @@ class TrainConfig:
             raise ValueError("resume and overwrite exclude each other")
 
 
-LOSS_KEYS = ("loss_first", "loss_last", "penalty_weight")
 # what may change when a run is resumed; everything else is what the run is
 RESUMABLE = (
     *("out_dir", "resume", "overwrite", "device", "dtype", "compile", "max_iters"),
@@ -147,8 +149,7 @@ OPTIMIZERS = {
 
 def kurtosis_penalty(x):
     """He et al.'s kurtosis of a stream (B, T, C) over the batch: 1 if all channels are alike, C if one holds all."""
-    power = x.float().square().mean((0, 1))
-    return power.square().mean() / power.mean().square()
+    return metrics.channel_kurtosis(x.float().square().mean((0, 1)))
 
 
 def magnitude_penalty(x):
@@ -430,11 +431,8 @@ class Run:
 
     def train(self, model):
         """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP."""
-        with (
-            open_log(self.out_dir / "log.jsonl", self.step)
-            if self.machine.rank == 0
-            else contextlib.nullcontext() as log
-        ):
+        chief = self.machine.rank == 0
+        with open_log(self.out_dir / "log.jsonl", self.step) if chief else contextlib.nullcontext() as log:
             self._train(model, log)
 
     def _stop(self, number, frame):

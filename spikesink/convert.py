@@ -129,14 +129,6 @@ def from_hf(source):
     return FAMILIES[kind](source.config, source.state_dict())
 
 
-def from_pretrained(name_or_path, **kwargs):
-    """A model from the Hugging Face hub or a local folder; safetensors only, no remote code. Raises ValueError."""
-    from transformers import AutoModelForCausalLM
-
-    safe = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-    return from_hf(AutoModelForCausalLM.from_pretrained(name_or_path, **{**safe, **kwargs}))
-
-
 # --------------------------------------------------------------------------------------------- ours -> theirs
 
 # what a model must be for the family to compute it: key -> value

@@ -4,6 +4,7 @@ Nothing of size T x T is made here: masks stay functions until a chunk of rows a
 edits runs through PyTorch's fused kernels (a model that passes a T x T position bias has made that itself).
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -21,10 +22,9 @@ from torch.nn import functional as F
 from .checkpoint import file_hash
 from .errors import UserError
 from .hooks import hooked, on_streams
-from .subject import Subject, Tap
+from .subject import Subject, Tap, rows_at_once
 
 NAME = "spikesink"
-CHUNK_BYTES = 2**25  # of one chunk of rows of the attention map
 REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -81,7 +81,7 @@ class HFSeam(nn.Module):
         self.causal = mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
     def additive(self, first, R, T, dtype, device):
-        """What the mask and the position bias add to the logits of a chunk of rows; None for nothing."""
+        """What the mask and the position bias add to the logits of a chunk of rows."""
         if isinstance(self.mask, LazyMask):
             seen = self.mask.rows(first, R)
         elif self.causal:
@@ -117,7 +117,7 @@ class HFSeam(nn.Module):
 
     def forward(self, q, k, v, bias=None):
         """q (B, H, T, D), k and v (B, heads of keys, T', D) -> (B, H, T, D), some queries at a time unless plain."""
-        chunk = max(1, CHUNK_BYTES // (4 * len(q) * q.size(1) * k.size(-2)))
+        chunk = rows_at_once(q, k)
         fused = bias is None and self.sinks is None and self.softcap is None
         gqa = q.size(1) != k.size(1)
         if fused and self.position_bias is None and self.mask is None:
@@ -219,6 +219,7 @@ def to_device(model, device):
         raise UserError(f"--device {device} is not at hand: {str(error).splitlines()[0]}") from None
 
 
+@functools.cache
 def hub_answers(seconds=3.0):
     """True if the hub's host takes a connection; True unasked where a proxy stands between."""
     from huggingface_hub.constants import ENDPOINT
@@ -233,10 +234,10 @@ def hub_answers(seconds=3.0):
     return True
 
 
-def open_model(name_or_path, device="cpu"):
-    """A causal language model of the hub or of a folder, in float32.
+def open_model(name_or_path, device="cpu", **kwargs):
+    """A causal language model of the hub or of a folder, in float32; `kwargs` go to transformers' `from_pretrained`.
 
-    Safetensors only, no remote code. Raises UserError where it cannot be had whole.
+    Safetensors only, no remote code, whatever they say. Raises UserError where it cannot be had whole.
     """
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # no third party converts other formats for us
     try:
@@ -255,7 +256,7 @@ def open_model(name_or_path, device="cpu"):
     try:
         if not local:
             check_config(cached_file(name_or_path, "config.json", local_files_only=offline))
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **safe, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **safe}, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # a hostile or broken folder fails in many ways

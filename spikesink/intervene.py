@@ -14,6 +14,7 @@ import torch
 
 from . import metrics
 from .hooks import hooked, on_streams
+from .subject import rows_at_once
 
 
 class ChannelMeans:
@@ -114,7 +115,8 @@ def sink_keys(subject, ids):
 
     def hook(module, args, kwargs, output):
         q, k, _ = args
-        received = sum(module.shares(part, k, i * 256).sum(-2) for i, part in enumerate(q.split(256, dim=-2)))
+        chunk = rows_at_once(q, k)
+        received = sum(module.shares(part, k, i * chunk).sum(-2) for i, part in enumerate(q.split(chunk, dim=-2)))
         alpha = metrics.sink_alpha(received.float().cpu())
         found.append((alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(alpha.size(-1)))
 

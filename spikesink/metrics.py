@@ -35,7 +35,7 @@ def channel_kurtosis(power):
 
     He et al. 2405.19279, equation 2: 1 if all channels are alike, C if one holds everything.
     """
-    return (power.square().mean() / power.mean().square()).item()
+    return power.square().mean() / power.mean().square()
 
 
 def entry_kurtosis(moments):

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from . import metrics
 from .errors import UserError
 from .hooks import hooked, on_streams
-
-ATTENTION_CHUNK_BYTES = 2**25  # of one chunk of attention rows
+from .subject import rows_at_once
 
 
 class StreamStats:
@@ -60,7 +59,7 @@ class StreamStats:
             "median": (self.sums["median"] / self.sequences).item(),
             "max": self.largest,
             "mmr": (self.sums["mmr"] / self.sequences).item(),
-            "kurtosis": metrics.channel_kurtosis(self.channel_power / tokens),
+            "kurtosis": metrics.channel_kurtosis(self.channel_power / tokens).item(),
             "entry_kurtosis": metrics.entry_kurtosis((self.moments / (tokens * channels)).tolist()),
             "inf_norm": top1,
         }
@@ -76,10 +75,10 @@ class AttentionStats:
         self.sums[name] = self.sums.get(name, 0) + value.double().cpu()
 
     def add(self, seam, q, k, v, bias):
-        """One batch. Returns `received` (B, H, T), the attention mass of each key, on the CPU."""
+        """One batch. Returns the attention mass of each key and its alpha, both (B, H, T), on the CPU."""
         B, H, T, _ = q.shape
         q, k, v = q.float(), k.float(), v.float()
-        chunk = max(1, ATTENTION_CHUNK_BYTES // (4 * B * H * T))
+        chunk = rows_at_once(q, k)
         received = q.new_zeros(B, H, T)
         late, distance = torch.zeros_like(received), torch.zeros_like(received)
         entropy, first_argmax = q.new_zeros(B, H), q.new_zeros(B, H)

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+CHUNK_BYTES = 2**25  # of one chunk of rows of an attention map
+
+
+def rows_at_once(q, k):
+    """How many queries of q (B, H, T, D) to take at a time, so that their rows over the keys k fit CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
+
 
 @dataclass(frozen=True)
 class Tap:

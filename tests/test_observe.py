@@ -37,7 +37,7 @@ def explicit_maps(model, ids):
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**25])
 def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, chunk_bytes):
-    monkeypatch.setattr("spikesink.observe.ATTENTION_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("spikesink.subject.CHUNK_BYTES", chunk_bytes)
     model, ids = planted(sink_logit=4.5), marked_ids
     sinks = found_in(model, ids)["sinks"]
     maps, norms = explicit_maps(model, ids)  # (L, N, H, T, T)
@@ -118,8 +118,8 @@ def test_sun_et_al_rule_at_its_boundaries():
 
 
 def test_kurtosis_bounds():
-    assert metrics.channel_kurtosis(torch.ones(50)) == pytest.approx(1)
-    assert metrics.channel_kurtosis(torch.eye(50)[0]) == pytest.approx(50)
+    assert metrics.channel_kurtosis(torch.ones(50)).item() == pytest.approx(1)
+    assert metrics.channel_kurtosis(torch.eye(50)[0]).item() == pytest.approx(50)
 
 
 def test_uniform_share_is_that_of_uniform_attention():

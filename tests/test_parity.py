@@ -29,8 +29,13 @@ def shaken(model):
     return model
 
 
-def compare(config, theirs, names):
-    """Equal logits, loss and gradients. `names`: our parameter -> theirs, stacked; layer numbers are {i}."""
+def compare(config, theirs, names, moved=None):
+    """Equal logits, loss and gradients. `names`: our parameter -> theirs, stacked; layer numbers are {i}.
+
+    `moved`: our parameter -> what turns theirs, value or gradient, into ours where the layout differs.
+    """
+    moved = moved or {}
+    as_ours = lambda name, parts: moved.get(name, lambda tensor: tensor)(torch.cat(parts))
     ours = GPT(config)
     state, pairs = ours.state_dict(), {}
     reference = dict(theirs.named_parameters())
@@ -40,7 +45,7 @@ def compare(config, theirs, names):
     covered = set(pairs) | ({"lm_head.weight"} if config.tie else set())
     assert covered == set(state), covered ^ set(state)
     for our_name, their_names in pairs.items():
-        state[our_name] = torch.cat([reference[name].detach() for name in their_names])
+        state[our_name] = as_ours(our_name, [reference[name].detach() for name in their_names])
     state["lm_head.weight"] = state["lm_head.weight"] if not config.tie else state["transformer.wte.weight"]
     ours.load_state_dict(state)
     result = theirs(IDS, labels=IDS)
@@ -50,7 +55,7 @@ def compare(config, theirs, names):
     result.loss.backward()
     gradients = dict(ours.named_parameters())
     for our_name, their_names in pairs.items():
-        expected = torch.cat([reference[name].grad for name in their_names])
+        expected = as_ours(our_name, [reference[name].grad for name in their_names])
         torch.testing.assert_close(gradients[our_name].grad, expected, atol=1e-5, rtol=1e-3, msg=our_name)
 
 
@@ -152,8 +157,6 @@ def test_opt_relu_learned_positions_and_the_post_norm_layout_of_350m(place):
         attention_dropout=0.0, tie_word_embeddings=True,
     )  # fmt: skip
     theirs = shaken(OPTForCausalLM(hf))
-    # OPT's table starts with two unused rows
-    positions = theirs.model.decoder.embed_positions
     config = GPTConfig(**{**SHAPE, "block_size": 34}, bias=True, activation="relu", norm_place=place)
     layer, norm = "model.decoder.layers.{i}.", "norm_before" if place == "pre" else "norm_after"
     names = with_bias(
@@ -169,35 +172,8 @@ def test_opt_relu_learned_positions_and_the_post_norm_layout_of_350m(place):
     )
     names["transformer.wte.weight"] = ["model.decoder.embed_tokens.weight"]
     names["transformer.wpe.weight"] = ["model.decoder.embed_positions.weight"]
-    with torch.no_grad():  # position p is row p for us and row p + 2 for them
-        rows = positions.weight.clone()
-        positions.weight.copy_(rows.roll(2, 0))
-    compare_rolled(config, theirs, names, rows)
-
-
-def compare_rolled(config, theirs, names, rows):
-    """`compare`, with the position table taken as `rows` and its gradient left out (the two are shifted)."""
-    ours = GPT(config)
-    reference = dict(theirs.named_parameters())
-    state = {}
-    for i in range(config.n_layer):
-        for our_name, their_names in names.items():
-            state[our_name.format(i=i)] = torch.cat([reference[n.format(i=i)].detach() for n in their_names])
-    state["transformer.wpe.weight"], state["lm_head.weight"] = rows, state["transformer.wte.weight"]
-    ours.load_state_dict(state)
-    result = theirs(IDS, labels=IDS, attention_mask=torch.ones_like(IDS))
-    logits, loss = ours(IDS[:, :-1], IDS[:, 1:])
-    torch.testing.assert_close(logits, result.logits[:, :-1], atol=1e-4, rtol=1e-4)
-    loss.backward()
-    result.loss.backward()
-    shifted = reference["model.decoder.embed_positions.weight"].grad.roll(-2, 0)
-    torch.testing.assert_close(ours.transformer.wpe.weight.grad, shifted, atol=1e-5, rtol=1e-3)
-    for i in range(config.n_layer):
-        for our_name, their_names in names.items():
-            if "wpe" not in our_name:
-                expected = torch.cat([reference[n.format(i=i)].grad for n in their_names])
-                gradient = dict(ours.named_parameters())[our_name.format(i=i)].grad
-                torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
+    # position p is row p for us and row p + 2 for them
+    compare(config, theirs, names, moved={"transformer.wpe.weight": lambda table: table.roll(-2, 0)})
 
 
 def test_gpt_oss_sink_logit():
