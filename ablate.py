@@ -62,7 +62,7 @@ def table_of(subject, means):
 
 def ablate(opened, batch_size):
     """Ablation findings of an opened checkpoint; `opened` needs other text to calibrate on."""
-    subject, ids = opened.subject, opened.ids
+    subject, ids = opened.subjects[0], opened.ids
     baseline = torch.cat([subject.losses(batch).double().mean(1) for batch in ids.split(batch_size)])
     means = intervene.ChannelMeans(subject, opened.other_ids, batch_size)
     rows = []
@@ -85,7 +85,7 @@ def main():
     args = flags(__doc__).parse_args()
     opened = open_checkpoint(args, calibration=True)
     json_path, html_path = opened.outputs(args, "ablate.json", "report.html")
-    found = detect(opened, args.batch_size)
+    found = detect(opened, args)
     ablation = ablate(opened, args.batch_size)
     findings.save(opened.beside(None, "detect.json"), found)
     findings.save(json_path, ablation)

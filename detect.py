@@ -10,6 +10,7 @@ Reads checkpoints of train.py, nanoGPT and transformers; nothing in them is exec
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -19,16 +20,21 @@ from data.sequences import Reader
 from data.tokenizer import NoTokenizer, tokenizer_of
 from model import GPT
 from spikesink import checkpoint, findings, hf, report
+from spikesink.anatomy import anatomy
+from spikesink.calibrate import nulls
 from spikesink.errors import Flags, UserError, run
 from spikesink.observe import observe
 from spikesink.subject import Subject
 
 
-def count(text):
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def whole(text, least=0):
+    """A whole number of at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+count = functools.partial(whole, least=1)
 
 
 def flags(description):
@@ -44,6 +50,9 @@ def flags(description):
     )
     parser.add_argument("--n_seq", type=count, metavar="N", help="number of sequences (default: 100)")
     parser.add_argument("--batch_size", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
+    parser.add_argument(
+        "--nulls", type=whole, metavar="N", help="sequences of each null, 0 for none (default: up to 16)"
+    )
     parser.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda ...")
     parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: beside the checkpoint)")
@@ -55,7 +64,7 @@ def flags(description):
 class Loaded:
     """A model as the instruments and the findings need it."""
 
-    subject: Subject
+    subjects: list[Subject]  # one, or the parts of an encoder-decoder
     reader: Reader  # how it reads text
     checkpoint: dict  # the findings' entry: path, sha256, step
     model: dict  # the findings' entry: its architecture
@@ -83,12 +92,13 @@ def load_ours(path, args):
     tokenizer = tokenizer_of(meta, args.bpe)
     dataset = trained.get("dataset", "openwebtext")
     return Loaded(
-        Subject.of_gpt(model, tokenizer.decode),
+        [Subject.of_gpt(model, tokenizer.decode)],
         Reader(tokenizer, meta, dataset, bool(trained.get("bos", False)), config.block_size, config.vocab_size),
         {
             "path": str(path),
             "sha256": checkpoint.file_hash(path),
             "step": content.get("step", content.get("iter_num")),
+            "tokens": content.get("tokens"),  # of training; None where unknown
         },
         {**dataclasses.asdict(config), "parameters": model.num_params()},
     )
@@ -110,9 +120,9 @@ def load_hf(args):
         "vocab_size",
     )
     return Loaded(
-        hf.subject_of(model, tokenizer.decode),
+        hf.subjects_of(model, tokenizer.decode),
         Reader(tokenizer, {}, "stdlib", bos, hf.longest(config), config.vocab_size),
-        {"path": str(name), "sha256": hf.weights_hash(name), "step": None},
+        {"path": str(name), "sha256": hf.weights_hash(name), "step": None, "tokens": None},
         {
             **{key: getattr(config, key) for key in shown if hasattr(config, key)},
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -124,10 +134,11 @@ def load_hf(args):
 class Opened:
     """A model, the sequences it is observed on, and what the findings say of both."""
 
-    subject: Subject
+    subjects: list[Subject]
     ids: torch.Tensor  # (N, T)
     other_ids: torch.Tensor  # (N', T), other text of the same kind, to calibrate on; empty unless asked for
     about: dict  # the findings' entries checkpoint, model, data
+    vocab_size: int
 
     def beside(self, given, name):
         """A path that was given, or `name` in the checkpoint's folder, or here for a model of the hub."""
@@ -164,20 +175,28 @@ def open_checkpoint(args, calibration=False):
         "dtype": "float32",
     }
     about = {"checkpoint": loaded.checkpoint, "model": loaded.model, "data": data}
-    return Opened(loaded.subject, ids, other_ids, about)
+    return Opened(loaded.subjects, ids, other_ids, about, loaded.reader.vocab_size)
 
 
-def detect(opened, batch_size):
-    """Findings of an opened checkpoint."""
-    observation = observe(opened.subject, opened.ids, batch_size)
-    return findings.detection(opened.subject, observation, **opened.about)
+def detect(opened, args):
+    """Findings of an opened checkpoint; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
+    first, *others = (detect_part(subject, opened, args) for subject in opened.subjects)
+    return {**first, "parts": {found["part"]: found for found in others}} if others else first
+
+
+def detect_part(subject, opened, args):
+    """Findings of one Subject: the observation, its nulls, its anatomy."""
+    observation = observe(subject, opened.ids, args.batch_size)
+    null = nulls(subject, opened.ids, opened.vocab_size, args.nulls, args.batch_size)
+    parts = anatomy(subject, opened.ids, observation, args.batch_size)
+    return findings.detection(subject, observation, **opened.about, null=null, anatomy=parts)
 
 
 def main():
     args = flags(__doc__).parse_args()
     opened = open_checkpoint(args)
     json_path, html_path = opened.outputs(args, "detect.json", "detect.html")
-    found = detect(opened, args.batch_size)
+    found = detect(opened, args)
     findings.save(json_path, found)
     report.page(html_path, found)
     print(report.terminal(found))

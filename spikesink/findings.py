@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import metrics
+from . import calibrate, metrics
 from .checkpoint import write_atomic
 from .errors import UserError
 
@@ -14,22 +14,39 @@ SCHEMA = "spikesink-findings-1"
 SHOWN = 40  # tokens listed
 
 
-def detection(subject, observation, checkpoint, model, data):
-    """The findings of one observation; the dicts `checkpoint`, `model` and `data` say what was observed, and how."""
-    obs = observation
+def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
+    """The findings of one observation; the dicts `checkpoint`, `model` and `data` say what was observed, and how.
+
+    `null`: calibrate.nulls of the same subject, `anatomy`: anatomy.anatomy; empty where they were not run.
+    """
     layers = [
         {"index": i, "layer": tap.layer, "kind": tap.kind, **stats.result()}
         for i, (tap, stats) in enumerate(zip(subject.streams, obs.streams, strict=True))
     ]
+    co_occurrence = _co_occurrence(obs)
+    null = null or {}
+    trained = checkpoint.get("step"), checkpoint.get("tokens")
     return {
         "schema": SCHEMA,
+        "part": subject.part,
+        "causal": subject.causal,
         "checkpoint": checkpoint,
         "model": model,
-        "data": {**data, "n_register": subject.n_register, "loss": obs.loss.mean().item()},
+        "data": {
+            **data,
+            "n_register": subject.n_register,
+            "loss": obs.loss.mean().item(),
+            "loss_of": "the next token" if subject.shift else "each token, none masked",
+        },
+        "verdicts": calibrate.verdicts(obs, null, co_occurrence, {"parameters": 0, **model}, *trained),
         "layers": layers,
-        "spikes": _spikes(subject, obs),
-        "sinks": _sinks(subject, obs),
-        "co_occurrence": _co_occurrence(obs),
+        "spikes": _spikes(subject, obs, null),
+        "sinks": _sinks(subject, obs, null),
+        "co_occurrence": co_occurrence,
+        "sensitivity": calibrate.curves(obs),
+        "measures": calibrate.measures(obs),
+        "nulls": null,
+        "anatomy": anatomy or {},
     }
 
 
@@ -58,21 +75,21 @@ def _token_row(subject, obs, sequence, position, occurrences):
     }
 
 
-def _spikes(subject, obs):
-    rules = {}
-    for rule, (text, _) in metrics.SPIKE_RULES.items():
+def _spikes(subject, obs, null):
+    rules, n_tokens = {}, int(obs.tokens.sum())
+    texts = {rule: definition.text for rule, definition in metrics.SPIKE_RULES.items()}
+    for rule, text in {**texts, "percentile": metrics.PERCENTILE_RULE}.items():
         channels = obs.spike_channels[rule]
         order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
         rules[rule] = {
             "threshold": text,
             "tokens": int(obs.spikes[rule].sum()),
-            "fraction": obs.spikes[rule].double().mean().item(),
+            "fraction": obs.spikes[rule].sum().item() / n_tokens,
+            "false_positives": calibrate.false_positives(null, rule),
             "n_channels": len(order),
             "channels": order[:SHOWN].tolist(),
         }
-    magnitudes = torch.stack([torch.cat(s.magnitudes) for s in obs.streams])  # (taps, N, T)
-    channels = torch.stack([torch.cat(s.channels) for s in obs.streams])
-    peak, tap = magnitudes.max(0)  # (N, T)
+    peak, tap = obs.magnitudes.max(0)  # (N, T)
     tokens = []
     for n, t, occurrences in _strongest(peak, obs.ids):
         where = int(tap[n, t])
@@ -80,7 +97,7 @@ def _spikes(subject, obs):
             {
                 **_token_row(subject, obs, n, t, occurrences),
                 "magnitude": peak[n, t].item(),
-                "channel": int(channels[where, n, t]),
+                "channel": int(obs.channels[where, n, t]),
                 "index": where,  # of the layer, in `layers`
                 "rules": [rule for rule in rules if obs.spikes[rule][n, t]],
             }
@@ -88,26 +105,27 @@ def _spikes(subject, obs):
     return {
         "primary": metrics.PRIMARY_SPIKE_RULE,
         "rules": rules,
-        "by_position": obs.spikes[metrics.PRIMARY_SPIKE_RULE].double().mean(0).tolist(),
+        "by_position": (obs.spikes[metrics.PRIMARY_SPIKE_RULE].double().sum(0) / obs.tokens.sum(0)).tolist(),
         "tokens": tokens,
     }
 
 
-def _sinks(subject, obs):
+def _sinks(subject, obs, null):
     N, T = obs.ids.shape
-    per_layer = lambda name: torch.stack([a.sums[name] for a in obs.attention]) / N
+    n_tokens, at_position = int(obs.tokens.sum()), obs.tokens.sum(0)  # sequences that reach each position (T,)
     total = lambda name: torch.stack([a.sums[name] for a in obs.attention])
-    eligible = metrics.eligible_keys(T)
+    per_layer = lambda name: total(name) / N
+    often = obs.eligible.sum(0) >= N / 2  # positions whose key has enough queries in most sequences
     gu = {}
     for epsilon in metrics.EPSILONS:
-        rate = per_layer(f"hits {epsilon}")  # (L, H, T), share of sequences
+        rate = total(f"hits {epsilon}") / at_position  # (L, H, T), share of sequences
         by_position = rate.mean((0, 1))
-        per_sequence = obs.first_rate[epsilon]
-        best = int(by_position.masked_fill(~eligible, -1).argmax())
+        first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
+        best = int(by_position.masked_fill(~often, -1).argmax())
         gu[str(epsilon)] = {
             "by_position": by_position.tolist(),
             "first": by_position[0].item(),
-            "first_ci95": metrics.bootstrap_ci(lambda i, x=per_sequence: x[i].mean().item(), N),
+            "first_ci95": metrics.bootstrap_ci(lambda i, x=first: x[i].mean().item(), N),
             "by_layer": rate[..., 0].mean(1).tolist(),
             "by_head": rate[..., 0].tolist(),
             "best_eligible": {"position": best, "rate": by_position[best].item()},
@@ -116,8 +134,9 @@ def _sinks(subject, obs):
         }
     ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()
     share_rule = obs.share > metrics.SHARE
+    uniform = sum(_uniform(subject, int(n), T) for n in obs.tokens.sum(1)) / at_position
     tokens = []
-    for n, t, occurrences in _strongest(obs.max_alpha.masked_fill(~eligible, -1), obs.ids):
+    for n, t, occurrences in _strongest(obs.max_alpha.masked_fill(~obs.eligible, -1), obs.ids):
         tokens.append(
             {
                 **_token_row(subject, obs, n, t, occurrences),
@@ -127,6 +146,7 @@ def _sinks(subject, obs):
             }
         )
     is_sink = obs.sink_heads > 0
+    same_text = torch.nan if subject.part == "cross" else 1.0
     return {
         "seams": [
             {"layer": tap.layer, "kind": tap.kind} for tap in subject.attends
@@ -134,42 +154,63 @@ def _sinks(subject, obs):
         "primary": f"alpha > {metrics.PRIMARY_SINK_EPSILON} in at least one head, keys with at least T/4 queries",
         "gu": gu,
         "rules": {
-            "gu": {"tokens": int(is_sink.sum()), "fraction": is_sink.double().mean().item()},
+            "gu": {
+                "tokens": int(is_sink.sum()),
+                "fraction": is_sink.sum().item() / n_tokens,
+                "false_positives": calibrate.false_positives(null, "gu"),
+            },
             "share": {
                 "threshold": f"more than {metrics.SHARE:.0%} of all attention mass of its sequence",
                 "tokens": int(share_rule.sum()),
-                "fraction": share_rule.double().mean().item(),
+                "fraction": share_rule.sum().item() / n_tokens,
+                "false_positives": calibrate.false_positives(null, "share"),
             },
         },
-        "share": obs.share.mean(0).tolist(),
-        "share_uniform": metrics.uniform_share(T).tolist(),
-        "token_rate": is_sink.double().mean(0).tolist(),
+        "share": (obs.share.double().sum(0) / at_position).tolist(),
+        "share_uniform": uniform.tolist(),
+        "token_rate": (is_sink.double().sum(0) / at_position).tolist(),
         "alpha_first": per_layer("alpha")[..., 0].tolist(),
-        "any_sink_by_head": per_layer("any_sink").tolist(),
+        "any_sink_by_head": (obs.best_alpha > metrics.PRIMARY_SINK_EPSILON).double().mean(0).tolist(),
         "first_argmax": per_layer("first_argmax").tolist(),
-        "slot_share": (1 - per_layer("mass") / T)
+        "slot_share": (1 - total("mass") / total("queries"))
         .clamp_min(0)
         .round(decimals=6)
         .tolist(),  # attention that goes to no key
         "entropy": per_layer("entropy").tolist(),
-        "distance": ratio(total("distance"), total("mass")),
-        "distance_without_sinks": ratio(total("distance_others"), total("mass_others")),
+        # in an encoder-decoder's cross-attention, positions of two texts: no distance
+        "distance": ratio(total("distance") * same_text, total("mass")),
+        "distance_without_sinks": ratio(total("distance_others") * same_text, total("mass_others")),
         "first_value_norm_ratio": per_layer("first_value").tolist(),
         "sink_value_norm_ratio": ratio(total("sink_value"), total("sinks")),
         "tokens": tokens,
     }
 
 
+def _uniform(subject, n, T):
+    """Each key's share of a sequence of n tokens if attention were even, padded to T: (T,)."""
+    share = metrics.uniform_share(metrics.queries_per_key(n), subject.causal)
+    return torch.nn.functional.pad(share, (0, T - n))
+
+
 def _co_occurrence(obs):
     spike, sink = obs.spikes[metrics.PRIMARY_SPIKE_RULE], obs.sink_heads > 0
+    return {
+        **_overlap(spike, sink, obs.tokens),
+        "without_first": _overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
+    }
+
+
+def _overlap(spike, sink, tokens):
+    """The overlap of spike and sink tokens (N, T), its intervals over sequences and its permutation p."""
     return {
         "spike_rule": metrics.PRIMARY_SPIKE_RULE,
         "sink_rule": f"gu {metrics.PRIMARY_SINK_EPSILON}",
         "spike_tokens": int(spike.sum()),
         "sink_tokens": int(sink.sum()),
         "both": int((spike & sink).sum()),
-        **metrics.overlap(spike, sink),
-        "ci95": metrics.bootstrap_ci(lambda i: metrics.overlap(spike[i], sink[i]), len(spike)),
+        **metrics.overlap(spike, sink, tokens),
+        "ci95": metrics.bootstrap_ci(lambda i: metrics.overlap(spike[i], sink[i], tokens[i]), len(spike)),
+        "p_permutation": metrics.permutation_p(spike, sink),
     }
 
 

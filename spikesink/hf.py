@@ -1,9 +1,11 @@
-"""Any decoder-only transformers model as a Subject: the attention seam through AttentionInterface, streams by hooks.
+"""Any transformers model as Subjects: the attention seam through AttentionInterface, streams by hooks.
 
 Nothing of size T x T is made here: masks stay functions until a chunk of rows asks for them, and attention that nobody
 edits runs through PyTorch's fused kernels (a model that passes a T x T position bias has made that itself).
 """
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,12 +21,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .blocks import SEAM, Stack, stacks_of
 from .checkpoint import file_hash
 from .errors import UserError
-from .hooks import hooked, on_streams
-from .subject import Subject, Tap, rows_at_once
+from .subject import Subject, rows_at_once
 
 NAME = "spikesink"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -35,14 +38,14 @@ class LazyMask:
         self.function, self.batch_size, self.padding, self.device = function, batch_size, padding, device
         self.q_offset, self.kv_offset, self.kv_length = q_offset, kv_offset, kv_length
 
-    def rows(self, first, R):
-        """Which keys the queries first ... first + R - 1 see: bool, broadcastable to (B, H, R, T)."""
+    def rows(self, first, R, T):
+        """Which of the first T keys the queries first ... first + R - 1 see: bool, broadcastable to (B, H, R, T)."""
         batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
         query = torch.arange(first, first + R, device=self.device)[:, None] + self.q_offset
-        key = torch.arange(self.kv_length, device=self.device) + self.kv_offset
+        key = torch.arange(T, device=self.device) + self.kv_offset
         seen = self.function(batch, torch.zeros_like(batch), query[None, None], key[None, None, None])
         if self.padding is not None:
-            seen = seen & self.padding[:, None, None, : self.kv_length]
+            seen = seen & self.padding[:, None, None, :T]
         return seen
 
 
@@ -71,8 +74,11 @@ def lazy_mask(
 class HFSeam(nn.Module):
     """The attention seam of one transformers attention module: (q, k, v, bias) -> out, as Subject describes it.
 
-    What else the logits need (mask, scaling, soft-cap, sinks, position bias) is set before each call.
+    What else the logits need (mask, scaling, soft-cap, sinks, position bias) is set before each call. `spares_own`: a
+    query's own key is not biased, so that a masked first key leaves no empty row; so wherever attention is causal.
     """
+
+    spares_own = True
 
     def set(self, module, mask, scaling, softcap=None, position_bias=None, sinks=None, is_causal=None):
         """Takes over what transformers passed to its attention function."""
@@ -83,7 +89,7 @@ class HFSeam(nn.Module):
     def additive(self, first, R, T, dtype, device):
         """What the mask and the position bias add to the logits of a chunk of rows."""
         if isinstance(self.mask, LazyMask):
-            seen = self.mask.rows(first, R)
+            seen = self.mask.rows(first, R, T)
         elif self.causal:
             query = torch.arange(first, first + R, device=device)[:, None]
             seen = torch.arange(T, device=device) <= query
@@ -109,7 +115,7 @@ class HFSeam(nn.Module):
         logits = logits + self.additive(first, R, T, torch.float32, q.device)
         if bias is not None:
             own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
-            logits = logits + torch.where(own, 0.0, bias)
+            logits = logits + torch.where(own & self.spares_own, 0.0, bias)
         if self.sinks is None:
             return logits.softmax(dim=-1)
         sinks = self.sinks.float().view(1, -1, 1, 1).expand(len(q), -1, R, 1)
@@ -134,10 +140,17 @@ class HFSeam(nn.Module):
         return torch.cat(rows, dim=-2)
 
 
+def seam_of(module):
+    """The seam of an attention module, made when it is first called. Not a submodule: the model stays as it was."""
+    if not hasattr(module, SEAM):
+        object.__setattr__(module, SEAM, HFSeam())
+    return getattr(module, SEAM)
+
+
 def attention_function(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The AttentionInterface entry: hands the call to the module's seam."""
     sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
-    seam = module._spikesink_seam
+    seam = seam_of(module)
     others = {key: kwargs.get(key) for key in ("softcap", "position_bias", "is_causal")}
     seam.set(module, attention_mask, scaling, **others, sinks=sinks)
     return seam(query, key, value).transpose(1, 2).contiguous(), None
@@ -151,8 +164,8 @@ def gpt_neo_attention(self, query, key, value, attention_mask=None):
     if isinstance(attention_mask, LazyMask):
         padding = attention_mask.padding
     mask = LazyMask(causal, len(query), 0, 0, key.size(-2), padding, query.device)
-    self._spikesink_seam.set(self, mask, 1.0)
-    return self._spikesink_seam(query.float(), key.float(), value), None
+    seam_of(self).set(self, mask, 1.0)
+    return seam_of(self)(query.float(), key.float(), value), None
 
 
 def check_folder(path):
@@ -188,29 +201,6 @@ def read_json(file):
     return value
 
 
-def blocks_of(model):
-    """The transformer's blocks: the one ModuleList whose every entry holds an attention module. Raises UserError."""
-    lists = [
-        modules
-        for modules in model.modules()
-        if isinstance(modules, nn.ModuleList) and len(modules) and all(map(attention_modules, modules))
-    ]
-    if len(lists) != 1:
-        kind = model.config.model_type
-        raise UserError(f"a {kind} has {len(lists)} stacks of blocks that all hold attention; one is needed")
-    return lists[0]
-
-
-def attention_modules(block):
-    """The modules of a block that call transformers' attention function, or GPT-Neo's own."""
-    return [m for m in block.modules() if type(m).__name__.endswith("Attention") and has_projections(m)]
-
-
-def has_projections(module):
-    """True for the module that projects to q, k and v itself, not for one that only wraps it."""
-    return any(isinstance(child, nn.Module) and hasattr(child, "weight") for child in module.children())
-
-
 def to_device(model, device):
     """The model on a device. Raises UserError where there is no such device."""
     try:
@@ -234,14 +224,28 @@ def hub_answers(seconds=3.0):
     return True
 
 
+def model_class(config):
+    """The transformers class that gives a model of this config its language-model head."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    names = config.architectures or [""]
+    causal = getattr(config, "is_decoder", False) or names[0].endswith(("ForCausalLM", "LMHeadModel"))
+    masked = type(config) in AutoModelForMaskedLM._model_mapping
+    return AutoModelForMaskedLM if masked and not causal else AutoModelForCausalLM
+
+
 def open_model(name_or_path, device="cpu", **kwargs):
-    """A causal language model of the hub or of a folder, in float32; `kwargs` go to transformers' `from_pretrained`.
+    """A language model of the hub or of a folder, in float32; `kwargs` go to transformers' `from_pretrained`.
+
+    Causal, masked (BERT) or encoder-decoder (T5, BART), as its config says.
 
     Safetensors only, no remote code, whatever they say. Raises UserError where it cannot be had whole.
     """
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # no third party converts other formats for us
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.utils import cached_file, logging
     except ImportError:
         raise UserError("Hugging Face models need transformers: pip install -e .[hf]") from None
@@ -256,7 +260,9 @@ def open_model(name_or_path, device="cpu", **kwargs):
     try:
         if not local:
             check_config(cached_file(name_or_path, "config.json", local_files_only=offline))
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **{**kwargs, **safe}, output_loading_info=True)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
+        kind = model_class(config)
+        model, info = kind.from_pretrained(name_or_path, **{**kwargs, **safe}, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # a hostile or broken folder fails in many ways
@@ -270,15 +276,15 @@ def open_model(name_or_path, device="cpu", **kwargs):
     return to_device(model, device).eval()
 
 
-def subject_of(model, decode):
-    """A Subject of a loaded transformers model. Streams: the input of block 0 and each block's output.
+def subjects_of(model, decode):
+    """The Subjects of a loaded transformers model: one, or an encoder-decoder's decoder, encoder and cross.
 
-    Raises UserError unless a trial run gives the logits that the model gave before, causally, with one call of the
-    seam per attention module and streams (B, T, C): what cannot be observed is refused, not guessed.
+    Raises UserError unless trial runs give the logits that the model gave before, with one call of the seam per
+    attention module and streams (B, T, C): what cannot be observed is refused, not guessed.
     """
     kind = model.config.model_type
     try:
-        return _tried_subject(model, decode)
+        return _tried_subjects(model, decode)
     except UserError:
         raise
     except Exception as error:  # models fail in their own ways
@@ -286,48 +292,100 @@ def subject_of(model, decode):
         raise UserError(f"a {kind} cannot be observed: {type(error).__name__}: {reason}") from None
 
 
+def _caller(model):
+    """ids (B, T) -> logits; an encoder-decoder reads the ids, and its decoder is taught to repeat them."""
+    if not model.config.is_encoder_decoder:
+        return lambda ids: model(ids)[0]
+    start = torch.tensor([[start_token(model.config)]])
+    shifted = lambda ids: torch.cat((start.to(ids.device).expand(len(ids), 1), ids[:, :-1]), dim=1)
+    return lambda ids: model(input_ids=ids, decoder_input_ids=shifted(ids))[0]
+
+
+def start_token(config):
+    """What a decoder's input starts with."""
+    tokens = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    return next((token for token in tokens if token is not None), 0)
+
+
 @torch.no_grad()
-def _tried_subject(model, decode):
+def _tried_subjects(model, decode):
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    ids = torch.arange(3, 19, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    before = model(ids)[0]
+    kind, vocabulary = model.config.model_type, model.config.vocab_size
+    first_device = Subject(model, [], [], 0, 0, decode, None).device
+    both = model.config.is_encoder_decoder
+    ids = torch.arange(3, 19, device=first_device)[None] % vocabulary
+    run = (lambda x, y: model(input_ids=x, decoder_input_ids=y)[0]) if both else (lambda x, y: model(x)[0])
+    target = ids[:, :11] if both else ids  # shorter, so that cross-attention is told by its shape
+    before = run(ids, target)
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, lazy_mask)
-    blocks, seams = blocks_of(model), []
-    for layer, block in enumerate(blocks):
-        for module in attention_modules(block):
-            seam = HFSeam()
-            object.__setattr__(module, "_spikesink_seam", seam)  # not a submodule: the model stays as it was
-            if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
-                object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
-            seams.append(Tap(layer, "attn", seam))
+    for module in model.modules():
+        if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
+            object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
     model.set_attn_implementation(NAME)
-    streams = [Tap(-1, "embedding", blocks[0], "input"), *(Tap(i, "block", block) for i, block in enumerate(blocks))]
+    after = run(ids, target)
+    if (after - before).abs().max() > 1e-3 * before.abs().max().clamp_min(1e-6):
+        raise UserError(f"a {kind} cannot be observed: its logits change under our attention")
 
-    shapes, heads = [], []
-    count_heads = lambda module, args, kwargs, output: heads.append(args[0].size(1))
-    with (
-        on_streams(streams, [lambda x: shapes.append(tuple(x.shape))] * len(streams)),
-        hooked([(seam.module, count_heads) for seam in seams]),
-    ):
-        after = model(ids)[0]
-    other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % model.config.vocab_size
-    changed = model(other)[0]
-    scale = before.abs().max().clamp_min(1e-6)
-    problems = {
-        "its attention bypasses the interface": len(heads) < len(seams),
-        "its attention calls the interface more than once": len(heads) > len(seams),
-        "its layers have different numbers of heads": len(set(heads)) > 1,
-        "its residual stream is not one vector per token": len(set(shapes)) != 1 or len(shapes[0]) != 3,
-        "its logits change under our attention": (after - before).abs().max() > 1e-3 * scale,
-        "it is not causal": (changed - after)[:, :-1].abs().max() > 1e-5 * scale,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise UserError(f"a {model.config.model_type} cannot be observed: {problem}")
-    return Subject(model, streams, seams, heads[0], 0, decode)
+    changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % vocabulary), dim=1)
+    parts = {}
+    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks_of(model), strict=True):
+        stack = Stack(blocks)
+        with stack.watched():
+            run(ids, target)
+        clean = stack.output
+        with stack.watched():
+            run(*((ids, changed(target)) if name == "decoder" else (changed(ids), target)))
+        rest = (stack.output - clean)[:, :-1].abs().max()
+        causal = not bool(rest > 1e-5 * clean.abs().max())
+        parts[name] = (*stack.taps(kind), causal)
+
+    def rebuild(part):
+        new = type(model)(copy.deepcopy(model.config)).eval().to(first_device)
+        return next(s for s in subjects_of(new, decode) if s.part == part)
+
+    subjects = []
+    for part, (streams, inner, gated, seams, causal) in parts.items():
+        for cross in (False, True):
+            own = [tap for tap in seams if (tap.kind == "cross") == cross]
+            if not own:
+                continue
+            name = "cross" if cross else part
+            for tap in own:
+                tap.module.spares_own = causal and not cross
+            heads = {tap.module.heads for tap in own}
+            if len(heads) > 1:
+                raise UserError(f"a {kind} cannot be observed: its layers have different numbers of heads")
+            subject = Subject(
+                model,
+                streams,
+                own,
+                heads.pop(),
+                n_register=0,
+                decode=decode,
+                logits=_caller(model),
+                inner=inner,
+                gated=gated,
+                causal=causal,
+                shift=int(causal and not both),
+                part=name,
+                start=start_token(model.config) if part == "decoder" else None,
+                rebuild=functools.partial(rebuild, name),
+            )
+            subjects.append(subject)
+    order = ["", "decoder", "encoder", "cross"]
+    subjects.sort(key=lambda s: order.index(s.part))
+    if both:  # the keys of cross-attention are the encoder's tokens
+        _, encoder, cross = subjects
+        theirs = {key: getattr(encoder, key) for key in ("streams", "inner", "gated", "causal", "start")}
+        subjects[2] = dataclasses.replace(cross, **theirs)
+    return subjects
+
+
+def subject_of(model, decode):
+    """The Subject of a model that is not an encoder-decoder, or the decoder's."""
+    return subjects_of(model, decode)[0]
 
 
 class Tokenizer:
@@ -343,7 +401,10 @@ class Tokenizer:
         """The tokenizer beside a model, or None. Runs no remote code."""
         from transformers import AutoTokenizer
 
-        offline = Path(name_or_path).is_dir() or not hub_answers()
+        folder = Path(name_or_path)
+        if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            return None  # transformers would make one up
+        offline = folder.is_dir() or not hub_answers()
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
         except Exception:  # a folder without a tokenizer fails in many ways

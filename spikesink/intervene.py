@@ -20,11 +20,12 @@ from .subject import rows_at_once
 class ChannelMeans:
     """Mean of each channel at every tap, over spike entries and over the others; the values that `mean` sets.
 
-    Measured on other text than it is used on. Lists of (C,), one per tap; alike where no spike fell.
+    Measured on other text than it is used on. Lists of (C,), one per writable tap; alike where no spike fell.
     """
 
     def __init__(self, subject, ids, batch_size=8):
-        sums = [None] * len(subject.streams)
+        taps = writable(subject)
+        sums = [None] * len(taps)
 
         def record(index):
             def function(x):
@@ -35,7 +36,7 @@ class ChannelMeans:
 
             return function
 
-        with on_streams(subject.streams, [record(i) for i in range(len(sums))]):
+        with on_streams(taps, [record(i) for i in range(len(sums))]):
             for batch in ids.split(batch_size):
                 subject.losses(batch)
         self.other = [(s[2] / s[3].clamp_min(1)).float() for s in sums]
@@ -44,15 +45,20 @@ class ChannelMeans:
         ]
 
 
+def writable(subject):
+    """The taps of the stream where an edit reaches every later module."""
+    return [tap for tap in subject.streams if tap.writable]
+
+
 def spike_entries(x):
     """Entries of a stream (B, T, C) that the primary spike rule marks: bool (B, T, C)."""
-    return metrics.SPIKE_RULES[metrics.PRIMARY_SPIKE_RULE][1](x.float())
+    return metrics.SPIKE_RULES[metrics.PRIMARY_SPIKE_RULE].entries(x.float())
 
 
 def clean_spikes(subject, ids):
-    """The spike entries of ids (B, T) in the model as it is: per tap a bool (B, T, C)."""
-    found = []
-    with on_streams(subject.streams, [lambda x: found.append(spike_entries(x))] * len(subject.streams)):
+    """The spike entries of ids (B, T) in the model as it is: per writable tap a bool (B, T, C)."""
+    found, taps = [], writable(subject)
+    with on_streams(taps, [lambda x: found.append(spike_entries(x))] * len(taps)):
         subject.losses(ids)
     return found
 
@@ -74,7 +80,7 @@ def _mean(x, marked, means, control):
 
 def _clip(x, marked, means, control):
     """Spikes down to the rule's threshold; the control shrinks its entries by the mean factor of the token's spikes."""
-    threshold = metrics.ratio_threshold(x.float())[:, None, None]
+    threshold = metrics.ratio_threshold(metrics.median_magnitude(x.float()))[:, None, None]
     factor = (threshold / x.float().abs().clamp_min(1e-30)).clamp_max(1)
     if control:
         factor = (factor * marked).sum(-1, keepdim=True) / marked.sum(-1, keepdim=True).clamp_min(1)
@@ -105,30 +111,37 @@ def spikes(subject, ids, edit, *, control=False, means=None, seed=0):
 
         return function
 
-    with on_streams(subject.streams, [edit_of(i) for i in range(len(marked))]):
+    with on_streams(writable(subject), [edit_of(i) for i in range(len(marked))]):
         yield {"edited": sum(int(m.sum()) for m in marked)}
+
+
+@torch.no_grad()
+def sinks_in(seam, q, k, causal):
+    """Which keys of a seam's map are sinks: alpha > 0.3 and enough queries. bool (B, H, T), on the CPU."""
+    rows = rows_at_once(q, k)
+    received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
+    for first in range(0, q.size(-2), rows):
+        part = q[:, :, first : first + rows]
+        seen = first + part.size(-2) if causal else k.size(-2)
+        received[..., :seen] += seam.shares(part, k[:, :, :seen], first).sum(-2)
+    queries = metrics.queries_per_key(k.size(-2), None if causal else q.size(-2))
+    alpha = metrics.sink_alpha(received.cpu(), queries)
+    return (alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(queries)
 
 
 def sink_keys(subject, ids):
     """Per layer the keys of ids (B, T) that are sinks in the model as it is: list of bool (B, H, T)."""
     found = []
-
-    def hook(module, args, kwargs, output):
-        q, k, _ = args
-        chunk = rows_at_once(q, k)
-        received = sum(module.shares(part, k, i * chunk).sum(-2) for i, part in enumerate(q.split(chunk, dim=-2)))
-        alpha = metrics.sink_alpha(received.float().cpu())
-        found.append((alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(alpha.size(-1)))
-
+    hook = lambda module, args, kwargs, output: found.append(sinks_in(module, *args[:2], subject.causal))
     with hooked([(seam.module, hook) for seam in subject.attends]):
         subject.losses(ids)
     return found
 
 
-def random_keys(sinks, generator):
-    """For each head, as many eligible non-sink keys at random as it has sinks: bool (B, H, T)."""
+def random_keys(sinks, eligible, generator):
+    """For each head, as many eligible (T,) non-sink keys at random as it has sinks: bool (B, H, T)."""
     scores = torch.rand(sinks.shape, generator=generator)
-    scores = scores.masked_fill(sinks | ~metrics.eligible_keys(sinks.size(-1)), -1.0)
+    scores = scores.masked_fill(sinks | ~eligible, -1.0)
     ranks = scores.argsort(-1, descending=True).argsort(-1)
     return (ranks < sinks.sum(-1, keepdim=True)) & (scores >= 0)
 
@@ -160,6 +173,8 @@ def sinks(subject, ids, *, control=False, seed=0):
     keys = sink_keys(subject, ids)
     if control:
         generator = torch.Generator().manual_seed(seed)
-        keys = [random_keys(found, generator) for found in keys]
+        T = keys[0].size(-1)
+        eligible = metrics.eligible_keys(metrics.queries_per_key(T, None if subject.causal else T))
+        keys = [random_keys(found, eligible, generator) for found in keys]
     with mask_keys(subject, keys):
         yield {"edited": sum(int(found.sum()) for found in keys)}

@@ -4,12 +4,21 @@ Shapes: N sequences, T tokens, C channels, H heads. `stream` is a residual strea
 the attention mass (N, H, T) each key gets, summed over its queries. Positions count from 0 in code, from 1 in papers.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)  # thresholds of Gu et al.'s sink metric; 0.3 is theirs
 SPIKE_RATIO = 30.0  # of the scale-free spike rule
 PERCENTILE, PERSISTENCE = 99.9, 0.5
 SHARE = 0.2  # of all attention mass, for the share rule
+
+# what the sensitivity curves run over
+RATIOS = (5, 10, 15, 20, 30, 40, 50, 75, 100, 200, 500, 1000)
+PERCENTILES = (99.0, 99.5, 99.9, 99.95, 99.99)
+EPSILON_CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 # -------------------------------------------------------------------------------- magnitudes in the stream
 
@@ -21,7 +30,19 @@ def top_magnitudes(stream, n=3):
 
 def median_magnitude(stream):
     """The median |h| of each sequence's [T x C] matrix: (N,). Sun et al. 2402.17762."""
-    return stream.abs().flatten(1).median(dim=1).values
+    return torch.stack([_median(row) for row in stream.abs().flatten(1)])
+
+
+def _median(values, sample=2**14):
+    """values (n,) .median(), exactly. Long rows are narrowed first to what a sample brackets: three times as fast."""
+    n = len(values)
+    if n <= 2 * sample:
+        return values.median()
+    few = values[:: n // sample].sort().values
+    low, high = few[int(0.47 * len(few))], few[int(0.53 * len(few))]
+    middle = values[(values >= low) & (values <= high)]
+    rank = (n - 1) // 2 - int((values < low).sum())  # of the median, in the middle
+    return middle.kthvalue(rank + 1).values if 0 <= rank < len(middle) else values.median()
 
 
 def max_median_ratio(stream):
@@ -48,82 +69,90 @@ def entry_kurtosis(moments):
 # -------------------------------------------------------------------------------------------- spike rules
 
 
-def massive_threshold(stream):
+def ratio_threshold(median, ratio=SPIKE_RATIO):
+    """`ratio` x the median |h| (N,) of each sequence: the scale-free form of Sun et al.'s rule, for small models."""
+    return ratio * median
+
+
+def massive_threshold(median):
     """max(100, 1000 x median |h|) of each sequence: (N,). Massive activations, Sun et al. 2402.17762.
 
     Theirs is |h| > 100 and |h| >= 1000 x median; below about 1B parameters it rarely fires.
     """
-    return (1000 * median_magnitude(stream)).clamp_min(torch.nextafter(torch.tensor(100.0), torch.tensor(torch.inf)))
+    return (1000 * median).clamp_min(torch.nextafter(torch.tensor(100.0), torch.tensor(torch.inf)).item())
 
 
-def ratio_threshold(stream, ratio=SPIKE_RATIO):
-    """`ratio` x median |h| of each sequence: (N,). The scale-free form of Sun et al.'s rule, for small models."""
-    return ratio * median_magnitude(stream)
+def sigma_threshold(std, sigmas=6.0):
+    """6 sigma of each sequence's entries, exclusive: (N,). Bondarenko 2306.12929: |x - mu| > 6 sigma."""
+    return torch.nextafter(sigmas * std, torch.full_like(std, torch.inf))
 
 
-def percentile_threshold(stream, percentile=PERCENTILE):
-    """The given percentile of |h| in each sequence: (N,). An entry is a spike if above it in enough layers."""
-    flat = stream.abs().flatten(1)
-    above = max(1, round(flat.size(1) * (1 - percentile / 100)))
-    return flat.topk(above + 1).values[:, -1] if above < flat.size(1) else flat.amin(1)
+class SpikeRule(NamedTuple):
+    """Marks the entries of one layer's stream with |x - centre| >= threshold, each a tensor (N,) of sequences."""
+
+    text: str
+    bounds: Callable  # (median |h|, mean, standard deviation), each (N,) -> (centre, threshold)
+
+    def entries(self, stream):
+        """The marked entries: bool (N, T, C)."""
+        std, mean = torch.std_mean(stream.flatten(1), dim=1)
+        centre, threshold = (b[:, None, None] for b in self.bounds(median_magnitude(stream), mean, std))
+        return (stream - centre).abs() >= threshold
 
 
-def sigma_outliers(stream, sigmas=6.0):
-    """|x - mu| > 6 sigma over each sequence's entries: bool (N, T, C). Bondarenko 2306.12929."""
-    flat = stream.flatten(1)
-    mean, std = flat.mean(1)[:, None, None], flat.std(1)[:, None, None]
-    return (stream - mean).abs() > sigmas * std
-
-
-# name -> (what it says, entries of one layer that it marks: bool (N, T, C)). The persistent one is counted over layers.
 SPIKE_RULES = {
-    "ratio": (
+    "ratio": SpikeRule(
         f"|h| >= {SPIKE_RATIO:g} x median |h| of the layer",
-        lambda x: x.abs() >= ratio_threshold(x)[:, None, None],
+        lambda median, mean, std: (torch.zeros_like(mean), ratio_threshold(median)),
     ),
-    "massive": (
+    "massive": SpikeRule(
         "|h| > 100 and |h| >= 1000 x median |h| of the layer",
-        lambda x: x.abs() >= massive_threshold(x)[:, None, None],
+        lambda median, mean, std: (torch.zeros_like(mean), massive_threshold(median)),
     ),
-    "six_sigma": ("|x - mu| > 6 sigma of the layer", sigma_outliers),
-    "percentile": (
-        f"|h| above its layer's {PERCENTILE}th percentile in at least {PERSISTENCE:.0%} of the layers",
-        lambda x: x.abs() > percentile_threshold(x)[:, None, None],
-    ),
+    "six_sigma": SpikeRule("|x - mu| > 6 sigma of the layer", lambda median, mean, std: (mean, sigma_threshold(std))),
 }
-PERSISTENT_RULES = {"percentile": PERSISTENCE}
+PERCENTILE_RULE = f"|h| above its layer's {PERCENTILE}th percentile in at least {PERSISTENCE:.0%} of the layers"
 PRIMARY_SPIKE_RULE = "ratio"
 PRIMARY_SINK_EPSILON = 0.3
+
+
+def entries_above(percentile, size):
+    """How many of a layer's `size` entries are above its given percentile, at least 1."""
+    return max(1, round(size * (1 - percentile / 100)))
+
 
 # -------------------------------------------------------------------------------------------------- sinks
 
 
-def queries_per_key(T):
-    """How many queries can see key k under causal attention, T - k: (T,)."""
-    return torch.arange(T, 0, -1)
+def queries_per_key(T, n_queries=None):
+    """How many queries may see key k: T - k under causal attention, else all `n_queries`. (T,)"""
+    return torch.arange(T, 0, -1) if n_queries is None else torch.full((T,), n_queries)
 
 
-def sink_alpha(received):
-    """alpha_k = sum_{i >= k} A[i, k] / (number of such queries): (N, H, T). Gu et al. 2410.10781.
+def sink_alpha(received, queries):
+    """alpha_k = sum_i A[i, k] / (number of queries that may see k, `queries` (T,)): (N, H, T). Gu et al. 2410.10781.
 
-    All later queries count, also those that a sliding window keeps from seeing the key.
+    Under causal attention these are the queries i >= k, also those that a sliding window keeps from seeing the key.
     """
-    return received / queries_per_key(received.size(-1))
+    return received / queries
 
 
-def eligible_keys(T):
-    """Keys with at least T/4 queries: bool (T,). Later ones pass any threshold by ordinary local attention."""
-    return queries_per_key(T) >= T / 4
+def eligible_keys(queries):
+    """Keys with at least a quarter of the queries: bool (T,). Others pass any threshold by ordinary local attention."""
+    return queries >= queries.max() / 4
 
 
-def second_half_alpha(received_late):
+def second_half_alpha(received_late, queries):
     """alpha_k over the queries of the second half only: (N, H, T); `received_late` is their attention mass."""
-    T = received_late.size(-1)
-    return received_late / queries_per_key(T).clamp_max(T - T // 2)
+    n = int(queries.max())
+    return received_late / queries.clamp_max(n - n // 2)
 
 
-def uniform_share(T):
-    """Each key's share of the mass if every query spread its attention evenly over its past: (T,), sums to 1."""
+def uniform_share(queries, causal):
+    """Each key's share of the mass if every query spread its attention evenly over what it may see: (T,), sums to 1."""
+    T = len(queries)
+    if not causal:
+        return torch.full((T,), 1 / T, dtype=torch.float64)
     per_query = 1.0 / torch.arange(1, T + 1, dtype=torch.float64)
     return per_query.flip(0).cumsum(0).flip(0) / T
 
@@ -131,22 +160,43 @@ def uniform_share(T):
 # ------------------------------------------------------------------------------------------ co-occurrence
 
 
-def overlap(spike, sink):
-    """P(sink|spike), P(spike|sink), Jaccard and lift of two bool arrays (N, T); nan where undefined.
+def overlap(spike, sink, tokens=None):
+    """P(sink|spike), P(spike|sink), Jaccard, lift and what position explains, of bool arrays (N, T); nan if undefined.
 
-    Lift is the overlap over its expectation when, at each position, the sink labels are permuted among the
-    sequences: 1 if position alone explains it. The expectation is exact: sum_t spikes_t x sinks_t / N.
+    `tokens`: bool (N, T), which entries are tokens and not padding. `lift` is the overlap over its expectation when, at
+    each position, the sink labels are permuted among the sequences: 1 if position alone explains it. `lift_anywhere`:
+    over its expectation when they are permuted among all tokens. `explained_by_position`: the part of the overlap in
+    excess of the latter that the former has too. Expectations are exact, not drawn.
     """
-    spike, sink = spike.double(), sink.double()
+    present = torch.ones_like(spike) if tokens is None else tokens
+    n, spike, sink = present.double().sum(0).clamp_min(1), spike.double(), sink.double()
     both, spikes, sinks = (spike * sink).sum(), spike.sum(), sink.sum()
-    expected = (spike.sum(0) * sink.sum(0)).sum() / len(spike)
+    at_position = (spike.sum(0) * sink.sum(0) / n).sum()
+    anywhere = spikes * sinks / present.sum()
     ratio = lambda a, b: (a / b).item() if b > 0 else float("nan")
     return {
         "p_sink_given_spike": ratio(both, spikes),
         "p_spike_given_sink": ratio(both, sinks),
         "jaccard": ratio(both, spikes + sinks - both),
-        "lift": ratio(both, expected),
+        "lift": ratio(both, at_position),
+        "lift_anywhere": ratio(both, anywhere),
+        "explained_by_position": ratio((at_position - anywhere).clamp_min(0), both - anywhere),
     }
+
+
+def permutation_p(spike, sink, permutations=999, seed=0):
+    """One-sided p of the overlap of bool arrays (N, T) when sink labels are permuted among sequences, per position."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = (spike.any(0) & sink.any(0)).nonzero()[:, 0]  # elsewhere the overlap is zero either way
+    spike, sink = spike[:, columns], sink[:, columns]
+    observed = (spike & sink).sum()
+    if not len(columns):
+        return 1.0
+    draws = [
+        (spike & sink.gather(0, torch.rand(sink.shape, generator=generator).argsort(0))).sum()
+        for _ in range(permutations)
+    ]
+    return (1 + sum(int(draw >= observed) for draw in draws)) / (1 + permutations)
 
 
 def bootstrap_ci(statistic, n, resamples=1000, seed=0):

@@ -1,17 +1,34 @@
 """What the instruments need of a model: residual-stream taps, attention seams, token text."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-CHUNK_BYTES = 2**25  # of one chunk of rows of an attention map
+CHUNK_BYTES = 2**20  # of one chunk of rows of an attention map: what stays in a core's cache
+PADDING = -100  # stands in ids where there is no token
 
 
 def rows_at_once(q, k):
-    """How many queries of q (B, H, T, D) to take at a time, so that their rows over the keys k fit CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
+    """How many queries of q (B, H, T, D) to take at a time, so that their rows over the keys k about fit CHUNK_BYTES.
+
+    At least 16: fewer rows would read every key again for too little work.
+    """
+    return max(16, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
+
+
+def batches(ids, batch_size):
+    """Yields (sequence numbers, their ids (B, T)), at most `batch_size` sequences of one length at a time.
+
+    Padding is cut off, so that no model ever sees it and it enters no statistic.
+    """
+    lengths = (ids != PADDING).sum(1)
+    for length in lengths.unique().tolist():
+        for rows in (lengths == length).nonzero()[:, 0].split(batch_size):
+            some = ids[rows]
+            yield rows, some[some != PADDING].view(len(rows), length)
 
 
 @dataclass(frozen=True)
@@ -19,19 +36,37 @@ class Tap:
     """A module to hook: the stream (B, T, C) after a sub-layer or the embedding (layer -1), or an attention seam."""
 
     layer: int
-    kind: str  # embedding, attn, ffn, block
+    kind: str  # embedding, attn, cross, ffn, block
     module: nn.Module
     at: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
+    writable: bool = True  # what a hook writes here is what every later module reads
+
+
+@dataclass(frozen=True)
+class GatedFFN:
+    """Weights of c_proj(act(c_gate x) * c_fc x), whose input is norm(stream): gate and up (M, C), down (C, M)."""
+
+    layer: int
+    gate: Callable[[], torch.Tensor]
+    up: Callable[[], torch.Tensor]
+    down: Callable[[], torch.Tensor]
+    gain: Callable[[], torch.Tensor]  # of the norm before it (C,)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under observation.
+    """A model under observation, or one part of it.
 
-    `streams`: the taps, in the order of the forward pass. `attends`: the attention seams, whose module is called as
-    (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of the map (B, H, R, T).
-    `n_register`: learned tokens that stand before every sequence, in the streams and the maps; instruments number
-    them -1, -2, ... where token ids stand. `decode`: one token id -> text.
+    `streams`: the taps, in the order of the forward pass. `inner`: taps off the stream, a list per place (PLACES),
+    each in the same order; a sub-layer whose parts could not be told apart has none. `attends`: the attention seams,
+    whose module is called as (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of
+    the map (B, H, R, T). `n_register`: learned tokens that stand before every sequence, in the streams and the maps;
+    instruments number them -1, -2, ... where token ids stand. `decode`: one token id -> text.
+
+    `logits`: token ids (B, T) -> (B, T, V). `shift`: how far ahead they predict, 1 for a causal model, 0 where they
+    are of the token itself (a masked model; the decoder of an encoder-decoder, whose input is shifted already).
+    `causal`: a query sees no later key. An encoder-decoder is three subjects: `part` is encoder, decoder or cross (the
+    decoder's attention to the encoder's tokens, with the encoder's streams). `start`: the decoder's first token.
     """
 
     model: nn.Module
@@ -40,27 +75,56 @@ class Subject:
     n_head: int
     n_register: int
     decode: Callable[[int], str]
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    inner: dict[str, list[Tap]] = field(default_factory=dict)
+    gated: list[GatedFFN] = field(default_factory=list)
+    causal: bool = True
+    shift: int = 1
+    part: str = ""
+    start: int | None = None
+    rebuild: Callable[[], "Subject"] | None = None  # the same model with new random weights
 
     @classmethod
     def of_gpt(cls, model, decode):
         """A GPT of model.py (recognised by its taps, not imported)."""
         net = model.transformer
-        taps = [Tap(-1, "embedding", net.stream)]
-        seams = []
+        streams, seams, gated = [Tap(-1, "embedding", net.stream)], [], []
+        inner = {place: [] for place in PLACES}
         for layer, block in enumerate(net.h):
             for kind, sub_layer in (("attn", block.attn), ("ffn", block.mlp)):
-                taps.append(Tap(layer, kind, sub_layer.stream))
-                if hasattr(sub_layer.f, "attend"):
-                    seams.append(Tap(layer, kind, sub_layer.f.attend))
-        return cls(model.eval(), taps, seams, model.config.n_head, model.config.n_register, decode)
+                f = sub_layer.f
+                inner["normed"].append(Tap(layer, kind, f, "input"))
+                inner["output"].append(Tap(layer, kind, f))
+                inner["update"].append(Tap(layer, kind, sub_layer.update))
+                streams.append(Tap(layer, kind, sub_layer.stream))
+                if hasattr(f, "attend"):
+                    seams.append(Tap(layer, kind, f.attend))
+                gated += gated_ffn(layer, f, sub_layer.norm_before)
+        model.eval()
+        config = model.config
+        return cls(
+            model,
+            streams,
+            seams,
+            config.n_head,
+            config.n_register,
+            decode,
+            lambda ids: model(ids)[0],
+            inner,
+            gated,
+            rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters()).device), decode),
+        )
 
     @property
     def device(self):
-        """Where the model's parameters are."""
-        return next(self.model.parameters()).device
+        """Where the model's input goes."""
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     def seen(self, ids):
-        """Token ids as the streams and maps have them: with the registers' numbers -1, -2, ... in front."""
+        """Token ids (B, T) as the streams and maps have them: the registers' numbers -1, -2, ... or the decoder's
+        start token in front."""
+        if self.start is not None:
+            return torch.cat((torch.full_like(ids[:, :1], self.start), ids[:, :-1]), dim=1)
         registers = -torch.arange(1, self.n_register + 1).expand(len(ids), -1)
         return torch.cat((registers, ids), dim=1)
 
@@ -70,8 +134,37 @@ class Subject:
 
     @torch.no_grad()
     def losses(self, ids):
-        """One forward pass: the next-token loss in nats of ids (B, T), as (B, T - 1), float32 on the CPU."""
+        """One forward pass: the loss in nats of each token that is predicted, (B, T - shift), float32 on the CPU."""
         ids = ids.to(self.device)
-        logits = self.model(ids)[0].float()
-        losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        return losses.cpu()
+        logits = self.logits(ids)
+        targets = ids[:, self.shift :].to(logits.device)
+        parts = zip(logits[:, : targets.size(1)].split(1024, dim=1), targets.split(1024, dim=1), strict=True)
+        losses = [nn.functional.cross_entropy(x.float().transpose(1, 2), y, reduction="none") for x, y in parts]
+        return torch.cat(losses, dim=1).cpu()
+
+
+PLACES = {
+    "normed": "the input of attention or FFN, after the norm before it",
+    "output": "the output of attention or FFN, before any norm",
+    "update": "what is added to the stream, after any norm of the update",
+}
+GATED_NAMES = (("c_gate", "c_fc", "c_proj"), ("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+
+
+def gated_ffn(layer, module, norm):
+    """[GatedFFN] of a module that names its three matrices as GPT, Llama or T5 do, else []; `norm` stands before it."""
+    for names in GATED_NAMES:
+        parts = [getattr(module, name, None) for name in names]
+        if all(isinstance(part, nn.Linear) for part in parts):
+            weights = [lambda part=part: part.weight.detach().float() for part in parts]
+            size = parts[0].in_features
+            return [GatedFFN(layer, *weights, functools.partial(norm_gain, norm or nn.Identity(), size))]
+    return []
+
+
+@torch.no_grad()
+def norm_gain(norm, size):
+    """The gain (C,) of any LayerNorm or RMSNorm, as it acts on x = (1, -1, 1, ...), of mean 0 and rms 1."""
+    x = 1.0 - 2.0 * (torch.arange(size) % 2)
+    x = x.to(next(norm.parameters(), x))
+    return (norm(x[None, None]) - norm(-x[None, None]))[0, 0].float() / (2 * x.float())

@@ -25,6 +25,16 @@ SHAPE = {
     "pad_token_id": None,
 }
 GROUPED = {**SHAPE, "num_key_value_heads": 2, "head_dim": 8}
+T5 = {
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "vocab_size": 64,
+    "decoder_start_token_id": 0,
+}
+BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 EXPERTS = {
     "num_local_experts": 2,
     "num_experts_per_tok": 1,
@@ -54,7 +64,29 @@ FAMILIES = {
     "gemma2": lambda: transformers.Gemma2Config(**{**GROUPED, "pad_token_id": 0}, sliding_window=6),
     "gpt_oss": lambda: transformers.GptOssConfig(**GROUPED, **EXPERTS, sliding_window=6),
     "phi": lambda: transformers.PhiConfig(**SHAPE),
+    "cohere": lambda: transformers.CohereConfig(**{**GROUPED, "pad_token_id": 0}),
+    "granite": lambda: transformers.GraniteConfig(**GROUPED, residual_multiplier=0.5),
+    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=2),
+    "bert": lambda: transformers.BertConfig(**{**SHAPE, "pad_token_id": 0}),
+    "roberta": lambda: transformers.RobertaConfig(**{**SHAPE, "pad_token_id": 63, "max_position_embeddings": 128}),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        n_layers=2, n_heads=4, dim=32, hidden_dim=64, vocab_size=64, max_position_embeddings=64
+    ),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **{**SHAPE, "pad_token_id": 0}, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=1
+    ),
+    "t5": lambda: transformers.T5Config(**T5),
+    "t5_gated": lambda: transformers.T5Config(**T5, feed_forward_proj="gated-gelu"),
+    "bart": lambda: transformers.BartConfig(
+        **{f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in BART.items()},
+        d_model=32,
+        vocab_size=64,
+        max_position_embeddings=64,
+    ),
 }
+# how many of a block's sub-layers the stream can be followed through
+STEPS = {"gpt_neox": 1, "phi": 1, "cohere": 1, "granite": 1}
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
 
 
 def shaken(model):
@@ -67,32 +99,84 @@ def shaken(model):
 
 def build(family, seed=0):
     torch.manual_seed(seed)
-    return shaken(AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager").eval())
+    config = FAMILIES[family]()
+    return shaken(hf.model_class(config).from_config(config, attn_implementation="eager").eval())
+
+
+def eager_truth(model):
+    """{part: (maps, hidden states, causal)} and the logits, of transformers' own eager attention."""
+    with torch.no_grad():
+        if not model.config.is_encoder_decoder:
+            out = model(IDS, output_attentions=True, output_hidden_states=True)
+            causal = model.config.model_type not in ENCODERS
+            return {"": (out.attentions, out.hidden_states, causal)}, out.logits
+        start = torch.full((3, 1), model.config.decoder_start_token_id)
+        decoder_ids = torch.cat((start, IDS[:, :-1]), dim=1)
+        out = model(IDS, decoder_input_ids=decoder_ids, output_attentions=True, output_hidden_states=True)
+    return {
+        "decoder": (out.decoder_attentions, out.decoder_hidden_states, True),
+        "encoder": (out.encoder_attentions, out.encoder_hidden_states, False),
+        "cross": (out.cross_attentions, out.encoder_hidden_states, False),
+    }, out.logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_findings_are_those_of_eager_maps_and_hidden_states(family):
     model = build(family)
-    with torch.no_grad():
-        eager = model(IDS, output_attentions=True, output_hidden_states=True)
-    subject = hf.subject_of(model, str)
-    obs = observe(subject, IDS, batch_size=3, progress=False)
-    found = findings.detection(subject, obs, {}, {}, {})
-    alpha_all = []
-    for stats, maps in zip(obs.attention, eager.attentions, strict=True):
-        alpha_all.append(maps.sum(2) / torch.arange(24, 0, -1))
-        torch.testing.assert_close(stats.sums["alpha"], alpha_all[-1].sum(0).double(), atol=1e-5, rtol=1e-5)
-    alpha = torch.stack(alpha_all)  # (L, N, H, T)
-    for epsilon in ("0.2", "0.3", "0.5", "0.8"):
-        expected = (alpha > float(epsilon)).float().mean((0, 1, 2))
-        assert found["sinks"]["gu"][epsilon]["by_position"] == pytest.approx(expected.tolist(), abs=1e-6)
-    # hidden_states[-1] is after the final norm, so the last block is not compared there
-    for layer, states in zip(found["layers"], eager.hidden_states[:-1], strict=False):
-        assert layer["top1"] == pytest.approx(states.abs().flatten(1).max(1).values.mean().item(), rel=1e-4)
-    logits = eager.logits.float()
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    assert obs.loss.mean().item() == pytest.approx(loss.item(), rel=1e-5)
-    assert len(found["layers"]) == 3
+    truth, logits = eager_truth(model)
+    subjects = hf.subjects_of(model, str)
+    assert [subject.part for subject in subjects] == list(truth)
+    for subject in subjects:
+        maps, states, causal = truth[subject.part]
+        assert subject.causal == causal
+        obs = observe(subject, IDS, batch_size=2, progress=False)
+        found = findings.detection(subject, obs, {}, {}, {})
+        queries = torch.arange(24, 0, -1) if causal else torch.tensor(24)
+        alpha = torch.stack([m.sum(2) / queries for m in maps])  # (L, N, H, T)
+        for stats, of_layer in zip(obs.attention, alpha, strict=True):
+            torch.testing.assert_close(stats.sums["alpha"], of_layer.sum(0).double(), atol=1e-5, rtol=1e-5)
+        for epsilon in ("0.2", "0.3", "0.5", "0.8"):
+            expected = (alpha > float(epsilon)).float().mean((0, 1, 2))
+            assert found["sinks"]["gu"][epsilon]["by_position"] == pytest.approx(expected.tolist(), abs=1e-6)
+        entropy = -(torch.stack(maps) * torch.stack(maps).clamp_min(1e-30).log()).sum(-1).mean((1, 3))
+        torch.testing.assert_close(torch.tensor(found["sinks"]["entropy"]), entropy, atol=1e-4, rtol=1e-4)
+        # after the embedding and after each block; hidden_states[-1] is after the final norm, if there is one
+        kinds = ["ffn", "block", "embedding"]
+        ends = [layer["top1"] for layer in found["layers"] if layer["kind"] in kinds]
+        expected = [x.abs().flatten(1).max(1).values.mean().item() for x in states[:-1]]
+        assert ends[: len(expected)] == pytest.approx(expected, rel=1e-4)
+        steps = STEPS.get(family, 3 if subject.part == "decoder" else 2)
+        assert len(found["layers"]) == 1 + 2 * steps
+        shift = 1 if causal and subject.part == "" else 0
+        targets = IDS[:, shift:]
+        loss = torch.nn.functional.cross_entropy(logits[:, : targets.size(1)].flatten(0, 1), targets.flatten())
+        assert obs.loss.mean().item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if STEPS.get(f) != 1])
+def test_updates_add_up_to_the_stream(family):
+    """stream after = stream before + update, or a norm of that, at every sub-layer that was told apart."""
+    from spikesink.hooks import on_streams
+
+    for subject in hf.subjects_of(build(family), str):
+        seen = {}
+        taps = subject.streams + subject.inner["update"]
+        keep = lambda i, seen=seen: lambda x: seen.update({i: x.view(*IDS.shape, -1)})
+        with on_streams(taps, [keep(i) for i in range(len(taps))]):
+            subject.losses(IDS)
+        streams, updates = len(subject.streams), len(subject.inner["update"])
+        assert updates == streams - 1
+        for i in range(updates):
+            total, after = seen[i] + seen[streams + i], seen[i + 1]
+            if not torch.equal(total, after):  # post-norm: the same up to a norm's affine map of the normalised sum
+                normal = lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+                line = torch.stack(
+                    [
+                        torch.corrcoef(torch.stack((a, b)))[0, 1]
+                        for a, b in zip(normal(total).flatten(0, 1).T, after.flatten(0, 1).T, strict=True)
+                    ]
+                )
+                assert line.abs().min() > 0.99
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
@@ -125,8 +209,9 @@ def test_edited_stream_reaches_the_next_block():
     from spikesink.hooks import on_streams
 
     seen = []
+    taps = [tap for tap in subject.streams if tap.writable]
     functions = [lambda x: torch.zeros_like(x), lambda x: seen.append(x), lambda x: None]
-    with on_streams(subject.streams, functions):
+    with on_streams(taps, functions):
         subject.losses(IDS)
     assert seen[0].abs().max() == 0  # attention and FFN of zeros, without biases, are zeros
 
@@ -135,11 +220,10 @@ REFUSED = {
     r"falcon.*bypasses": lambda: transformers.FalconConfig(
         num_hidden_layers=1, num_attention_heads=2, hidden_size=16, vocab_size=64
     ),
-    r"bert.*not causal": lambda: transformers.BertConfig(**{**SHAPE, "pad_token_id": 0}),
     r"diffllama.*more than once": lambda: transformers.DiffLlamaConfig(
         **{k: v for k, v in GROUPED.items() if k != "head_dim"}
     ),
-    r"mamba.*stacks of blocks": lambda: transformers.MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=64),
+    r"mamba.*bypasses": lambda: transformers.MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=64),
 }
 
 
@@ -214,7 +298,7 @@ def test_padding_is_in_the_lazy_mask():
     padding[0, :2] = False
     mask = hf.lazy_mask(2, 6, 6, mask_function=causal_mask_function, attention_mask=padding)
     expected = torch.ones(6, 6).tril().bool() & padding[:, None, None]
-    assert torch.equal(mask.rows(2, 3).expand(2, 1, 3, 6), expected[:, :, 2:5])
+    assert torch.equal(mask.rows(2, 3, 6).expand(2, 1, 3, 6), expected[:, :, 2:5])
     assert hf.lazy_mask(2, 6, 6, mask_function=causal_mask_function) is None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spikesink import intervene
+from spikesink import intervene, metrics
 from spikesink.hooks import hooked
 
 from .conftest import subject_of, tiny
@@ -93,7 +93,8 @@ def test_masked_sink_is_the_renormalised_map(marked_ids):  # noqa: F811
 def test_random_keys_are_as_many_and_never_sinks():
     sinks = torch.zeros(3, 2, 32, dtype=torch.bool)
     sinks[0, 0, 0] = sinks[1, 1, :3] = True
-    control = intervene.random_keys(sinks, torch.Generator().manual_seed(0))
+    eligible = metrics.eligible_keys(metrics.queries_per_key(32))
+    control = intervene.random_keys(sinks, eligible, torch.Generator().manual_seed(0))
     assert torch.equal(control.sum(-1), sinks.sum(-1))
     assert not (control & sinks).any()
     assert not control[..., 25:].any()  # fewer than T/4 queries

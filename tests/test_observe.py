@@ -45,7 +45,9 @@ def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, c
     alpha = torch.zeros(L, N, H, T)
     for k in range(1, T + 1):  # Gu et al.'s formula, keys counted from 1
         alpha[..., k - 1] = sum(maps[..., i - 1, k - 1] for i in range(k, T + 1)) / (T - k + 1)
-    torch.testing.assert_close(torch.stack([metrics.sink_alpha(m.sum(-2)) for m in maps]), alpha)
+    torch.testing.assert_close(
+        torch.stack([metrics.sink_alpha(m.sum(-2), metrics.queries_per_key(T)) for m in maps]), alpha
+    )
     for epsilon in (0.2, 0.3, 0.5, 0.8):
         hits = (alpha > epsilon).float()
         ours = sinks["gu"][str(epsilon)]
@@ -110,7 +112,7 @@ def test_layer_statistics_are_the_written_formulas(ids):
 def test_sun_et_al_rule_at_its_boundaries():
     x = torch.full((1, 10, 10), 0.05)
     x[0, 3, 4] = 100.0
-    entries = metrics.SPIKE_RULES["massive"][1]
+    entries = metrics.SPIKE_RULES["massive"].entries
     assert not entries(x).any()  # |h| > 100 is strict
     x[0, 3, 4] = -100.5
     assert entries(x).nonzero().tolist() == [[0, 3, 4]]
@@ -125,12 +127,13 @@ def test_kurtosis_bounds():
 def test_uniform_share_is_that_of_uniform_attention():
     maps = torch.ones(9, 9).tril().double()
     maps /= maps.sum(-1, keepdim=True)
-    torch.testing.assert_close(metrics.uniform_share(9), maps.sum(0) / 9)
+    torch.testing.assert_close(metrics.uniform_share(metrics.queries_per_key(9), causal=True), maps.sum(0) / 9)
 
 
 def test_eligible_keys_have_a_quarter_of_the_queries():
-    assert metrics.eligible_keys(64).nonzero().flatten().tolist() == list(range(49))  # key 48 has 16 queries
-    assert metrics.eligible_keys(10).sum() == 8  # key 7 has 3, key 8 has 2 < 2.5
+    eligible = lambda T: metrics.eligible_keys(metrics.queries_per_key(T))
+    assert eligible(64).nonzero().flatten().tolist() == list(range(49))  # key 48 has 16 queries
+    assert eligible(10).sum() == 8  # key 7 has 3, key 8 has 2 < 2.5
 
 
 def test_step_0_model_has_neither(ids):
