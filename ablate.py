@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from detect import detect, flags, open_checkpoint
 from spikesink import findings, intervene, metrics, report
-from spikesink.errors import run
+from spikesink.errors import UserError, run
 
 SCHEMA = "spikesink-ablation-1"
 NOTE = (
@@ -83,6 +83,8 @@ def ablate(opened, batch_size):
 
 def main():
     args = flags(__doc__).parse_args()
+    if not args.checkpoint:
+        raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
     opened = open_checkpoint(args, calibration=True)
     json_path, html_path = opened.outputs(args, "ablate.json", "report.html")
     found = detect(opened, args)

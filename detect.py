@@ -3,7 +3,9 @@
   python detect.py out/quickstart/ckpt.pt
   python detect.py ckpt.pt --data wikitext103 --seq_len 1024 --json findings.json --html findings.html
 
-  python detect.py gpt2                                        a decoder-only model of the Hugging Face hub, or a folder
+  python detect.py gpt2                                        a model of the Hugging Face hub, or a folder
+  python detect.py ckpt.pt --prompt "The cat sat on the mat."  one text, token by token
+  python detect.py --compare out/prenorm out/postnorm          side by side
 
 Reads checkpoints of train.py, nanoGPT and transformers; nothing in them is executed.
 """
@@ -14,12 +16,13 @@ import functools
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.loader import NANOGPT_META
 from data.sequences import Reader
 from data.tokenizer import NoTokenizer, tokenizer_of
 from model import GPT
-from spikesink import checkpoint, findings, hf, report
+from spikesink import checkpoint, findings, hf, prompt, report
 from spikesink.anatomy import anatomy
 from spikesink.calibrate import nulls
 from spikesink.errors import Flags, UserError, run
@@ -40,7 +43,9 @@ count = functools.partial(whole, least=1)
 def flags(description):
     """The flags that say which model is looked at, on what, and where the findings go."""
     parser = Flags(description=description)
-    parser.add_argument("checkpoint", help="ckpt.pt or the folder that holds it, or a Hugging Face folder or hub name")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="ckpt.pt or the folder that holds it, or a Hugging Face folder or hub name"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="NAME", help="dataset whose val split is used; default: the training data's")
     source.add_argument("--text", metavar="FILE", help="a text file, encoded as the training data was")
@@ -91,9 +96,10 @@ def load_ours(path, args):
     trained, meta, config = content.get("config", {}), content.get("data", NANOGPT_META), model.config
     tokenizer = tokenizer_of(meta, args.bpe)
     dataset = trained.get("dataset", "openwebtext")
+    before = (getattr(tokenizer, "bos_id", meta.get("bos_id")),) if trained.get("bos", False) else ()
     return Loaded(
         [Subject.of_gpt(model, tokenizer.decode)],
-        Reader(tokenizer, meta, dataset, bool(trained.get("bos", False)), config.block_size, config.vocab_size),
+        Reader(tokenizer, meta, dataset, before, (), config.block_size, config.vocab_size),
         {
             "path": str(path),
             "sha256": checkpoint.file_hash(path),
@@ -110,7 +116,7 @@ def load_hf(args):
     model = hf.open_model(name, args.device)
     config = model.config
     tokenizer = hf.Tokenizer.of(name) or NoTokenizer()
-    bos = getattr(tokenizer, "starts_with_bos", False)
+    before, after = getattr(tokenizer, "before", ()), getattr(tokenizer, "after", ())
     shown = (
         "model_type",
         "num_hidden_layers",
@@ -121,7 +127,7 @@ def load_hf(args):
     )
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, {}, "stdlib", bos, hf.longest(config), config.vocab_size),
+        Reader(tokenizer, {}, "stdlib", before, after, hf.longest(config), config.vocab_size),
         {"path": str(name), "sha256": hf.weights_hash(name), "step": None, "tokens": None},
         {
             **{key: getattr(config, key) for key in shown if hasattr(config, key)},
@@ -175,7 +181,9 @@ def open_checkpoint(args, calibration=False):
         "dtype": "float32",
     }
     about = {"checkpoint": loaded.checkpoint, "model": loaded.model, "data": data}
-    return Opened(loaded.subjects, ids, other_ids, about, loaded.reader.vocab_size)
+    return Opened(
+        loaded.subjects, ids, other_ids, about, loaded.reader.meta.get("vocab_size", loaded.reader.vocab_size)
+    )
 
 
 def detect(opened, args):
@@ -192,14 +200,81 @@ def detect_part(subject, opened, args):
     return findings.detection(subject, observation, **opened.about, null=null, anatomy=parts)
 
 
-def main():
-    args = flags(__doc__).parse_args()
+def look_at_prompt(args):
+    """--prompt: one text, token by token."""
+    loaded = load(args)
+    subject = loaded.subjects[0]
+    opened = Opened(loaded.subjects, loaded.reader.prompt(args.prompt), None, {"checkpoint": loaded.checkpoint}, 0)
+    json_path, html_path = opened.outputs(args, "prompt.json", "prompt.html")
+    found = prompt.inspect(subject, opened.ids, loaded.checkpoint, loaded.model)
+    findings.save(json_path, found)
+    report.prompt_page(html_path, found)
+    print(report.prompt_terminal(found))
+    return json_path, html_path
+
+
+def compare(args):
+    """--compare: several checkpoints side by side, each on the text that its flags give."""
+    paths = ([args.checkpoint] if args.checkpoint else []) + args.compare
+    json_path, html_path = Path(args.json or "compare.json"), Path(args.html or "compare.html")
+    for path in (json_path, html_path):
+        checkpoint.check_writable(path)
+    found = []
+    for path in tqdm(paths, desc="checkpoints", disable=None, leave=False):
+        args.checkpoint = path
+        found.append(detect(open_checkpoint(args), args))
+    names = short_names(paths)
+    findings.save(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
+    report.comparison_page(html_path, names, found)
+    print(report.grid(*report.comparison_rows(names, found)))
+    for header, rows in [report.architecture_rows(names, found)]:
+        if rows:
+            print("\nwhat differs in their architecture\n" + report.grid(header, rows))
+    return json_path, html_path
+
+
+def short_names(paths):
+    """Paths without the parts that all of them share."""
+    split = [Path(path).parts for path in paths]
+    while len({parts[-1] for parts in split}) == 1 and all(len(parts) > 1 for parts in split):
+        split = [parts[:-1] for parts in split]
+    while len({parts[0] for parts in split}) == 1 and all(len(parts) > 1 for parts in split):
+        split = [parts[1:] for parts in split]
+    return ["/".join(parts) for parts in split]
+
+
+def look_at_checkpoint(args):
+    """One checkpoint on many sequences; with --vocab, every token of its vocabulary too."""
     opened = open_checkpoint(args)
     json_path, html_path = opened.outputs(args, "detect.json", "detect.html")
     found = detect(opened, args)
+    if args.vocab:
+        encoder = next((subject for subject in opened.subjects if subject.part == "encoder"), opened.subjects[0])
+        of_part = dict(report.parts_of(found))[encoder.part]
+        found["vocabulary"] = prompt.vocabulary(encoder, of_part, opened.ids, opened.vocab_size)
     findings.save(json_path, found)
     report.page(html_path, found)
     print(report.terminal(found))
+    if args.vocab:
+        print(f"\n{report.vocabulary_terminal(found['vocabulary'])}")
+    return json_path, html_path
+
+
+def main():
+    parser = flags(__doc__)
+    parser.add_argument("--prompt", metavar="TEXT", help="look at one text instead, token by token")
+    parser.add_argument("--compare", nargs="+", metavar="CKPT", help="put these checkpoints side by side")
+    parser.add_argument(
+        "--vocab", action="store_true", help="also try every token of the vocabulary: which of them spike?"
+    )
+    args = parser.parse_args()
+    if not args.checkpoint and not args.compare:
+        raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")
+    asked = [name for name in ("prompt", "compare", "vocab") if getattr(args, name)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two questions: ask one at a time")
+    look = look_at_prompt if args.prompt is not None else compare if args.compare else look_at_checkpoint
+    json_path, html_path = look(args)
     print(f"\nfindings: {json_path}\npage:     {html_path}")
 
 

@@ -291,7 +291,7 @@ class Attend(nn.Module):
         position, so that a masked (-inf) first key leaves no empty row.
         """
         R, T = q.size(-2), k.size(-2)
-        k = k.repeat_interleave(self.group, dim=1)
+        k = k if k.size(1) == q.size(1) else k.repeat_interleave(self.group, dim=1)
         logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(first, R, T, q.device)
         if bias is not None:
             own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)

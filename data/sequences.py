@@ -10,12 +10,14 @@ import torch
 from data.loader import Tokens
 from data.tokenizer import NoTokenizer, tokenizer_of
 from spikesink.errors import UserError
+from spikesink.subject import PADDING
 
 DEFAULT_LENGTH = 64  # Gu et al.'s
 
 
 class Sequences(NamedTuple):
-    """Token ids (N, T), int64; where they come from; whether each starts with BOS."""
+    """Token ids (N, T), int64, PADDING where a shorter one has none; where they come from; whether BOS (or what the
+    tokenizer puts there) starts each."""
 
     ids: torch.Tensor
     name: str
@@ -29,7 +31,8 @@ class Reader:
     tokenizer: object  # encode(texts), decode(id), bos_id
     meta: dict  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
     dataset: str  # its default text
-    bos: bool  # sequences start with BOS
+    before: tuple  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
+    after: tuple  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
     block_size: float  # the longest sequence it takes
     vocab_size: int
 
@@ -38,31 +41,32 @@ class Reader:
 
         Fewer only where n_seq was not given. Raises UserError.
         """
-        bos = self.bos and not args.tokens
+        bos = bool(self.before) and not args.tokens
         if args.tokens:
             name, ids = args.tokens, ids_of_array(args.tokens, args.seq_len)
         else:
             seq_len = args.seq_len or int(min(DEFAULT_LENGTH, self.block_size))
             check_length(seq_len, self.block_size)
             if args.text:
-                name, ids = args.text, ids_of_text(read_text(args.text), args.text, self.tokenizer, seq_len, bos)
+                name, ids = args.text, self.of_text(read_text(args.text), args.text, seq_len)
             else:
                 name = args.data or self.dataset
-                ids = self.of_dataset(name, seq_len, bos, wanted)
+                ids = self.of_dataset(name, seq_len, wanted)
         check_length(ids.size(1), self.block_size)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            worst = int(ids.min() if ids.min() < 0 else ids.max())
+        real = ids[ids != PADDING]
+        if real.min() < 0 or real.max() >= self.vocab_size:
+            worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
         if args.n_seq and len(ids) < wanted:
             raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
         return Sequences(ids if args.tokens and not args.n_seq else ids[:wanted], name, bos)
 
-    def of_dataset(self, name, seq_len, bos, wanted):
+    def of_dataset(self, name, seq_len, wanted):
         """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
 
         Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
         """
-        data = Tokens(name, "val", seq_len, bos and self.speaks(name))
+        data = Tokens(name, "val", seq_len, bool(self.before) and self.speaks(name))
         count = min(wanted, data.n_windows)
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
         if self.speaks(name):
@@ -76,7 +80,35 @@ class Reader:
         # from the same places, long enough if a token of the model is up to 8 of the dataset's
         starts = np.minimum(windows * seq_len, len(data.tokens) - 8 * seq_len).clip(0)
         texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
-        return torch.cat([ids_of_text(text, name, self.tokenizer, seq_len, bos)[:1] for text in texts])
+        return torch.cat([self.of_text(text, name, seq_len)[:1] for text in texts])
+
+    def of_text(self, text, name, seq_len):
+        """int64 ids (N, seq_len) of a text, cut into sequences. Raises UserError if it is too short."""
+        (ids,) = self.tokenizer.encode([text])
+        taken = seq_len - len(self.before) - len(self.after)
+        n = len(ids) // taken
+        if n == 0:
+            raise UserError(f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}")
+        return self.framed(torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken))
+
+    def prompt(self, text):
+        """int64 ids (1, T) of a prompt, with the special tokens around it. Raises UserError if there is none."""
+        if isinstance(self.tokenizer, NoTokenizer):
+            raise UserError("the model has no tokenizer at hand, so a prompt cannot be read; give ids with --tokens")
+        (ids,) = self.tokenizer.encode([text])
+        if not len(ids):
+            raise UserError("the prompt is empty")
+        framed = self.framed(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None])
+        if framed.size(1) > self.block_size:
+            raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
+        return framed
+
+    def framed(self, ids):
+        """ids (N, T) between the special tokens."""
+        around = [
+            torch.tensor(special, dtype=torch.int64).expand(len(ids), -1) for special in (self.before, self.after)
+        ]
+        return torch.cat((around[0], ids, around[1]), dim=1)
 
     def speaks(self, name):
         """True if a dataset's ids are the model's own."""
@@ -93,14 +125,18 @@ def check_length(seq_len, block_size):
 
 
 def ids_of_array(path, seq_len):
-    """int64 ids (N, T) of --tokens. Raises UserError if the file is not a 2-D integer array."""
+    """int64 ids (N, T) of --tokens. Raises UserError if the file is not a 2-D integer array, or a row is too short."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read --tokens {path}: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
-    return torch.from_numpy(array.astype(np.int64))[:, :seq_len]
+    ids = torch.from_numpy(array.astype(np.int64))[:, :seq_len]
+    shortest = int((ids != PADDING).sum(1).min())
+    if shortest < min(8, ids.size(1)):
+        raise UserError(f"--tokens {path} has a sequence of {shortest} tokens without padding ({PADDING}); at least 8")
+    return ids
 
 
 def read_text(path):
@@ -109,14 +145,3 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-
-
-def ids_of_text(text, name, tokenizer, seq_len, bos):
-    """int64 ids (N, T) of a text, cut into sequences. Raises UserError if it is too short."""
-    (ids,) = tokenizer.encode([text])
-    taken = seq_len - bos
-    n = len(ids) // taken
-    if n == 0:
-        raise UserError(f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}")
-    ids = torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken)
-    return torch.cat([torch.full((n, 1), tokenizer.bos_id), ids], dim=1) if bos else ids

@@ -12,10 +12,11 @@ from . import metrics
 from .hooks import hooked, on_streams
 from .intervene import sinks_in
 from .observe import StreamStats
-from .subject import PLACES, batches
+from .subject import PLACES, batches, for_heads
 
 SEQUENCES, PER_SEQUENCE = 16, 4  # how many are dissected, and tokens in each
 CHANNELS = 8
+LEAST_FALL = 0.1  # of the peak: less is no step-down
 
 
 def anatomy(subject, ids, obs, batch_size=8, seed=0):
@@ -132,7 +133,7 @@ def _dissect_batch(subject, ids, sequences, tokens, rows, stats, keys, generator
         def hook(module, args, kwargs, output):
             q, k, _ = args
             sinks = sinks_in(module, q, k, subject.causal)
-            k = k.float().cpu().repeat_interleave(q.size(1) // k.size(1), dim=1)
+            k = for_heads(k.float().cpu(), q.size(1))
             draw = torch.rand(sinks.shape, generator=generator).masked_fill(sinks, -1.0)
             draw[..., 0] = -1.0  # the first key is often the same in every sequence
             control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
@@ -162,7 +163,8 @@ def step_up_and_down(path, taps):
     """Where spikes rise and fall, and the channels they share, from the tokens' streams at every tap (taps, K, C).
 
     A token's channel is that of its largest |h|; its step-up is the tap where that entry gains most towards its peak,
-    its step-down the later tap where it loses most. Reported: the commonest of each over tokens, with means.
+    its step-down the later tap where it loses most, if at least a tenth of the peak. Reported: the commonest of each over
+    tokens, with means.
     """
     size = path.abs()
     K, C = path.shape[1:]
@@ -177,7 +179,7 @@ def step_up_and_down(path, taps):
     starts = entry[0] * peak.sign() / peak.abs().clamp_min(1e-30)
     up = torch.where(starts >= change[up - 1, token], 0, up) if len(path) > 1 else up  # there from the embedding on
     later = change.masked_fill(tap <= peak_tap, torch.inf)
-    falls = (peak_tap < len(path) - 1) & (later.amin(0) < 0)
+    falls = (peak_tap < len(path) - 1) & (later.amin(0) <= -LEAST_FALL)
     named = lambda index: {"index": index, "layer": taps[index].layer, "kind": taps[index].kind}
 
     up_index = int(up.mode().values)
@@ -202,6 +204,7 @@ def step_up_and_down(path, taps):
     values = shared[:, top]
     relative = values / values[:, :1].abs().clamp_min(1e-30)
     return {
+        "path": {str(int(c)): path[:, :, c].mean(1).tolist() for c in top[:3]},  # mean over tokens, at every tap
         "step_up": step_up,
         "step_down": step_down,
         "peak": {**named(at), "tokens": (peak_tap == at).double().mean().item()},

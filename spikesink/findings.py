@@ -11,6 +11,7 @@ from .checkpoint import write_atomic
 from .errors import UserError
 
 SCHEMA = "spikesink-findings-1"
+COMPARISON_SCHEMA = "spikesink-comparison-1"
 SHOWN = 40  # tokens listed
 
 
@@ -48,6 +49,12 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
         "nulls": null,
         "anatomy": anatomy or {},
     }
+
+
+def name_of(layer):
+    """'embedding', 'attn 0', 'ffn 0', ... of a Tap, or of a layer of the findings."""
+    kind, number = (layer["kind"], layer["layer"]) if isinstance(layer, dict) else (layer.kind, layer.layer)
+    return kind if number < 0 else f"{kind} {number}"
 
 
 def _strongest(score, ids):
@@ -155,6 +162,7 @@ def _sinks(subject, obs, null):
         "gu": gu,
         "rules": {
             "gu": {
+                "threshold": f"alpha > {metrics.PRIMARY_SINK_EPSILON} in a head, keys with at least T/4 queries",
                 "tokens": int(is_sink.sum()),
                 "fraction": is_sink.sum().item() / n_tokens,
                 "false_positives": calibrate.false_positives(null, "gu"),

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .blocks import SEAM, Stack, stacks_of
 from .checkpoint import file_hash
 from .errors import UserError
-from .subject import Subject, rows_at_once
+from .subject import Subject, for_heads, rows_at_once
 
 NAME = "spikesink"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
@@ -107,12 +107,12 @@ class HFSeam(nn.Module):
 
     def shares(self, q, k, first=0, bias=None):
         """Rows of the attention map (B, H, R, T), float32: see Subject. A sink logit's part belongs to no key."""
-        q, k = q.float(), k.float().repeat_interleave(q.size(1) // k.size(1), dim=1)
         R, T = q.size(-2), k.size(-2)
-        logits = q @ k.transpose(-2, -1) * (q.size(-1) ** -0.5 if self.scaling is None else self.scaling)
+        q = q.float() * (q.size(-1) ** -0.5 if self.scaling is None else self.scaling)
+        logits = q @ for_heads(k.float(), q.size(1)).transpose(-2, -1)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits + self.additive(first, R, T, torch.float32, q.device)
+        logits += self.additive(first, R, T, torch.float32, q.device)
         if bias is not None:
             own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
             logits = logits + torch.where(own & self.spares_own, 0.0, bias)
@@ -128,7 +128,7 @@ class HFSeam(nn.Module):
         gqa = q.size(1) != k.size(1)
         if fused and self.position_bias is None and self.mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scaling, enable_gqa=gqa)
-        wide = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+        wide = for_heads(v, q.size(1))
         rows = []
         for i, part in enumerate(q.split(chunk, dim=-2)):
             if fused:
@@ -393,8 +393,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.bos_id = tokenizer.bos_token_id
-        self.starts_with_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
+        self.before, self.after = self._frame()
 
     @classmethod
     def of(cls, name_or_path):
@@ -410,6 +409,14 @@ class Tokenizer:
         except Exception:  # a folder without a tokenizer fails in many ways
             return None
         return cls(tokenizer) if tokenizer("a")["input_ids"] else None  # an empty one knows no text either
+
+    def _frame(self):
+        """The special tokens that the tokenizer puts before and after a text."""
+        with_them, (plain,) = self.tokenizer("a")["input_ids"], self.encode(["a"])
+        for start in range(len(with_them) - len(plain) + 1):
+            if plain and with_them[start : start + len(plain)] == plain:
+                return tuple(with_them[:start]), tuple(with_them[start + len(plain) :])
+        return (), ()
 
     def encode(self, texts):
         """A list of strings -> a list of lists of ids, without special tokens."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import metrics
 from .errors import UserError
 from .hooks import hooked, on_streams
-from .subject import PADDING, batches, rows_at_once
+from .subject import PADDING, batches, for_heads, rows_at_once
 
 
 class StreamStats:
@@ -33,15 +33,16 @@ class StreamStats:
         self.sequences, self.tokens = self.sequences + B, self.tokens + B * T
         size = x.abs()
         magnitude, channel = size.max(dim=-1)
-        median = metrics.median_magnitude(x)
-        ranked = size.flatten(1).topk(min(T * C, 1 + metrics.entries_above(min(metrics.PERCENTILES), T * C)))
+        wanted = max(3, 1 + metrics.entries_above(min(metrics.PERCENTILES), T * C))
+        of_sequences = [metrics.median_and_largest(values, wanted) for values in size.flatten(1)]
+        median, largest, where = (torch.stack(part) for part in zip(*of_sequences, strict=True))
         square = x.square()
         power = square.sum(1)  # (B, C)
         moments = torch.stack(
             [m.sum((1, 2), dtype=torch.float64) for m in (x, square, square * x)]
             + [square.square_().sum((1, 2), dtype=torch.float64)]
         )
-        self._sum("top", ranked.values[:, :3])
+        self._sum("top", largest[:, :3])
         self._sum("median", median)
         self._sum("mmr", (magnitude / size.median(-1).values.clamp_min(1e-30)).mean(1))
         self.largest = max(self.largest, magnitude.max().item())
@@ -49,7 +50,7 @@ class StreamStats:
         self.moments += moments.sum(1).cpu()
         mean, mean_square = moments[0] / (T * C), moments[1] / (T * C)
         std = ((mean_square - mean**2) * T * C / max(1, T * C - 1)).clamp_min(0).sqrt()
-        return Layer(x, magnitude, channel, ranked, median, mean.float(), std.float())
+        return Layer(x, magnitude, channel, largest, where, median, mean.float(), std.float())
 
     def _sum(self, name, value):
         self.sums[name] = self.sums.get(name, 0) + value.double().sum(0).cpu()
@@ -78,7 +79,8 @@ class Layer:
     x: torch.Tensor
     magnitude: torch.Tensor  # (B, T), largest |x| of each token
     channel: torch.Tensor  # (B, T), where it is
-    ranked: torch.return_types.topk  # largest |x| of each sequence, and where: (B, K), K as the percentiles need
+    largest: torch.Tensor  # (B, K), largest |x| of each sequence, as many as the percentiles need
+    where: torch.Tensor  # (B, K), and in which of its T x C entries
     median: torch.Tensor  # (B,), of |x|
     mean: torch.Tensor  # (B,), of x
     std: torch.Tensor  # (B,), of x
@@ -95,10 +97,9 @@ class Layer:
     def above(self, percentile):
         """Entries above a percentile of their sequence's |x|, as `marked` gives them."""
         B, T, C = self.x.shape
-        count = metrics.entries_above(percentile, T * C)
-        values, where = self.ranked.values, self.ranked.indices
-        last = values[:, min(count, values.size(1) - 1), None]
-        return (where + torch.arange(B, device=where.device)[:, None] * T * C)[values > last].cpu()
+        threshold = self.largest[:, min(metrics.entries_above(percentile, T * C), self.largest.size(1) - 1), None]
+        first = torch.arange(B, device=self.where.device)[:, None] * T * C
+        return (self.where + first)[self.largest > threshold].cpu()
 
 
 class AttentionStats:
@@ -122,7 +123,7 @@ class AttentionStats:
         """One batch: each key's attention mass and alpha (B, H, T), and which are eligible (T,); all on the CPU."""
         B, H, n_queries, _ = q.shape
         T = k.size(-2)
-        q, k, v = q.float(), k.float(), v.float()
+        q, k = q.float(), for_heads(k.float(), H)
         received = q.new_zeros(B, H, T)
         late, distance = torch.zeros_like(received), torch.zeros_like(received)
         entropy, first_argmax = q.new_zeros(B, H), q.new_zeros(B, H)
@@ -146,8 +147,7 @@ class AttentionStats:
         eligible = metrics.eligible_keys(possible)
         is_sink = (alpha > metrics.PRIMARY_SINK_EPSILON) & eligible  # (B, H, T)
         others = ~is_sink.to(received.device)
-        norms = v.norm(dim=-1)
-        norms = norms.repeat_interleave(H // norms.size(1), dim=1).cpu()  # (B, H, T), grouped keys or not
+        norms = for_heads(v.float().norm(dim=-1), H).cpu()  # (B, H, T)
         relative = norms / norms.mean(-1, keepdim=True)
         for name, value in {
             "alpha": alpha.sum(0),

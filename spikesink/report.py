@@ -1,56 +1,14 @@
-"""Findings -> terminal table, figures, one self-contained HTML page."""
+"""Findings -> words and tables for a terminal, and self-contained HTML pages."""
 
-import io
-import math
 from pathlib import Path
 
 import jinja2
-import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from . import figures
+from .findings import name_of, save_text
+from .words import grid, interval, number, ratio_of, visible
 
-from .findings import save_text
-
-TEMPLATE = Path(__file__).with_name("report.html")
-SPIKE, SINK, GREY = "#c2410c", "#1d4ed8", "#78716c"
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "spikesink",
-    "figure.constrained_layout.use": True,
-}
-
-
-def visible(text):
-    """Token text with white space that can be seen, and without control characters."""
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
-
-
-def number(value, form=".3g"):
-    """A number for a table; a dash for one that is undefined."""
-    return "–" if value is None or math.isnan(value) else format(value, form)
-
-
-def interval(ci, form=".3g"):
-    """A 95% interval for a table; empty if it is undefined."""
-    return "" if ci is None else f"[{ci[0]:{form}}, {ci[1]:{form}}]"
-
-
-def grid(header, rows):
-    """Rows of text in aligned columns, the first to the left."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    align = lambda row: "  ".join(
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-    )
-    return "\n".join(align(row).rstrip() for row in rows)
-
+PAGES = Path(__file__).with_name("pages")
 
 # ---------------------------------------------------------------------------------------------- in words
 
@@ -65,7 +23,16 @@ def conditions(findings):
     return (
         f"{data['n_seq']} sequences of {data['seq_len']} tokens of {data['name']}, {start}, {data['dtype']}; "
         f"step {checkpoint['step']}, sha256 {digest}; loss {data['loss']:.3f} nats per token"
+        + ("" if data["loss_of"] == "the next token" else f" (of {data['loss_of']})")
     )
+
+
+def verdict_lines(findings):
+    """A line per phenomenon: present, absent or underpowered, and why."""
+    return [
+        f"{name.replace('_', '-')}: {verdict['verdict'].upper()}. {verdict['reason']}."
+        for name, verdict in findings["verdicts"].items()
+    ]
 
 
 def summary(findings):
@@ -99,18 +66,64 @@ def _overlap_sentence(both):
     return (
         f"Co-occurrence: P(sink | spike) {both['p_sink_given_spike']:.0%} {interval(ci['p_sink_given_spike'], '.0%')}, "
         f"P(spike | sink) {both['p_spike_given_sink']:.0%} {interval(ci['p_spike_given_sink'], '.0%')}, lift over what "
-        f"position alone explains {number(both['lift'], '.2f')} {interval(ci['lift'], '.2f')}."
+        f"position alone explains {number(both['lift'], '.2f')} {interval(ci['lift'], '.2f')}, p "
+        f"{both['p_permutation']:.3g}. {_without_first(both['without_first'])}"
     )
 
 
-def ratio_of(layer):
-    """top-1 over the median of a layer; 0 where the median is."""
-    return layer["top1"] / layer["median"] if layer["median"] else 0.0
+def _without_first(rest):
+    if not (rest["spike_tokens"] and rest["sink_tokens"]):
+        return f"Without position 0: {rest['spike_tokens']} spike tokens, {rest['sink_tokens']} sink tokens."
+    return (
+        f"Without position 0: P(sink | spike) {rest['p_sink_given_spike']:.0%}, "
+        f"lift {number(rest['lift'], '.2f')}, p {rest['p_permutation']:.3g}."
+    )
 
 
-def name_of(layer):
-    """'embedding', 'attn 0', 'ffn 0', ..."""
-    return layer["kind"] if layer["layer"] < 0 else f"{layer['kind']} {layer['layer']}"
+def anatomy_lines(findings):
+    """How the spike is made, and what the sinks' keys look like, in sentences."""
+    of = findings["anatomy"]
+    if not of:
+        return []
+    up, down, channels = of["step_up"], of["step_down"], of["channels"]
+    lines = [
+        f"Anatomy ({of['of']}: {of['tokens']} in {of['n_seq']} sequences, {of['distinct_tokens']} distinct). Step-up "
+        f"at {name_of(up)} for {up['tokens']:.0%} of them ({up['part_of_peak']:.0%} of the peak); "
+        + (
+            f"step-down at {name_of(down)} for {down['tokens']:.0%} ({down['part_of_peak']:+.0%} of the peak)."
+            if down
+            else "no step-down (none loses a tenth of its peak)."
+        ),
+        "Shared channels: "
+        + ", ".join(
+            f"{c['channel']} ({c['value']:+.4g}, {c['ratio']:+.2f} +- {c['ratio_std']:.2f} of the first)"
+            for c in channels[:4]
+        )
+        + ".",
+    ]
+    cosines = [row for row in of["normed_cosine"] if row["spikes"] is not None]
+    if cosines:
+        most = max(cosines, key=lambda row: row["spikes"])
+        lines.append(
+            f"Normalised, these tokens are most alike at the input of {name_of(most)}: mean cosine "
+            f"{most['spikes']:.2f}, {number(most['others'], '.2f')} between other tokens."
+        )
+    ranks = [h for row in of["key_subspace"] for h in row["heads"] if h["dims95"]]
+    if ranks:
+        mean = lambda key: sum(h[key] or 0 for h in ranks) / len(ranks)
+        lines.append(
+            f"Sink keys: 95% of their energy in {mean('dims95'):.1f} dimensions on average over {len(ranks)} heads, "
+            f"{mean('others_dims95'):.1f} for as many other keys."
+        )
+    form = of["quadratic_form"]
+    if form:
+        shown = ", ".join(f"{c['channel']} ({c['norm']:.2f}x, {c['dominance']:.2f})" for c in form["channels"])
+        others = ", ".join(f"{c['channel']} ({c['norm']:.2f}x, {c['dominance']:.2f})" for c in form["others"])
+        lines.append(
+            f"Quadratic form of ffn {form['layer']} (norm over the median channel's, part held by one direction): "
+            f"shared channels {shown}; random channels {others}."
+        )
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------- terminal
@@ -154,8 +167,70 @@ def head_rows(findings):
     return ["head", *columns], rows
 
 
-def terminal(findings, heads=16):
-    """The findings as text; the `heads` heads with the most attention on the first key."""
+def null_rows(findings):
+    """(header, rows) of the model beside its nulls; percentages of tokens, but of sequences where it says so."""
+    header = [
+        "measured on",
+        "sequences",
+        "largest |h|/median",
+        "kurtosis",
+        "spikes",
+        "massive",
+        "6 sigma",
+        "percentile",
+    ]
+    header += ["sinks", "best head, of sequences", "share rule", "loss"]
+    rows = []
+    for name, m in {"this model": findings["measures"], **findings["nulls"]}.items():
+        if "skipped" in m:
+            rows.append([f"{name} (skipped: {m['skipped']})", *[""] * (len(header) - 1)])
+            continue
+        rules = m["rules"]
+        percent = lambda rule, key="tokens", rules=rules: f"{rules[rule][key]:.2%}"
+        rows.append(
+            [
+                name.replace("_", " "),
+                str(m["n_seq"]),
+                number(m["largest_ratio"], ".4g"),
+                number(m["kurtosis"]),
+                *(percent(rule) for rule in ("ratio", "massive", "six_sigma", "percentile", "gu")),
+                percent("gu", "best_head"),
+                percent("share"),
+                number(m["loss"], ".3f"),
+            ]
+        )
+    return header, rows
+
+
+def inner_rows(findings):
+    """(header, rows) of the tensors off the stream, sub-layer by sub-layer."""
+    header = ["of", *(f"{place} {key}" for place in ("normed", "output", "update") for key in ("top1", "top1/median"))]
+    header += ["update kurtosis"]
+    inner = findings["anatomy"]["inner"]
+    rows = [
+        [
+            name_of(update),
+            *(cell for x in (normed, output, update) for cell in (number(x["top1"], ".4g"), f"{ratio_of(x):.1f}")),
+            number(update["kurtosis"]),
+        ]
+        for normed, output, update in zip(inner["normed"], inner["output"], inner["update"], strict=True)
+    ]
+    return header, rows
+
+
+def parts_of(findings):
+    """[(name, findings)] of an encoder-decoder's parts, or of the one there is, named ''."""
+    return [(findings["part"], findings), *findings.get("parts", {}).items()]
+
+
+def terminal(findings):
+    """The findings as text, part by part."""
+    parts = parts_of(findings)
+    return "\n\n".join((f"== {name} ==\n\n" if len(parts) > 1 else "") + _terminal_part(found) for name, found in parts)
+
+
+def _terminal_part(findings, heads=16):
+    """One part; the `heads` heads with the most attention on the first key."""
     header, rows = head_rows(findings)
     first = [alpha for row in findings["sinks"]["alpha_first"] for alpha in row]
     rows = [row for _, row in sorted(zip(first, rows, strict=True), key=lambda pair: -pair[0])]
@@ -173,10 +248,13 @@ def terminal(findings, heads=16):
     return "\n\n".join(
         [
             f"measured on {conditions(findings)}",
+            "\n".join(verdict_lines(findings)),
             grid(*layer_rows(findings)),
             grid(header, rows[:heads]) + more,
             grid(["largest tokens", "position", "occurrences", "|h|", "rules"], tokens),
+            *([grid(*null_rows(findings))] if findings["nulls"] else []),
             *summary(findings),
+            *anatomy_lines(findings),
         ]
     )
 
@@ -203,126 +281,164 @@ def ablation_rows(ablation):
     return header, rows
 
 
-# ---------------------------------------------------------------------------------------------------- page
+def prompt_rows(found):
+    """(header, rows) of a prompt, a row per token."""
+    header = ["token", "position", "|h|", "x median", "channel", "after", "rules", "share", "alpha", "head", "sink in"]
+    header += ["most heads look at"]
+    texts = [visible(token["text"]) for token in found["tokens"]]
+    rows = [
+        [
+            text,
+            str(t["position"]),
+            number(t["magnitude"], ".4g"),
+            f"{t['ratio']:.1f}",
+            str(t["channel"]),
+            t["after"],
+            ", ".join(t["rules"]),
+            f"{t['share']:.1%}",
+            number(t["alpha"]) + ("*" if t["few_queries"] else ""),
+            t["head"],
+            f"{t['sink_heads']} heads",
+            f"{texts[t['looks_at']['position']]} @{t['looks_at']['position']} ({t['looks_at']['heads']})",
+        ]
+        for text, t in zip(texts, found["tokens"], strict=True)
+    ]
+    return header, rows
 
 
-def _svg(figure):
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+def prompt_head_rows(found, heads=None):
+    """(header, rows): the token each head attends to most, heads with the strongest such token first."""
+    texts = [visible(token["text"]) for token in found["tokens"]]
+    rows = []
+    for head in sorted(found["heads"], key=lambda h: -h["alpha"][h["most_at"]])[:heads]:
+        at = head["most_at"]
+        queries = sum(to == at for to in head["looks_at"])
+        rows.append([head["head"], f"{texts[at]} @{at}", number(head["alpha"][at]), f"{queries} of {len(texts)}"])
+    return ["head", "attends most to", "alpha", "queries with their maximum there"], rows
 
 
-def _magnitudes(findings):
-    figure, axes = plt.subplots(figsize=(6.2, 3.2))
-    layers = findings["layers"]
-    for key, style in (("top1", "-o"), ("top2", "--"), ("top3", ":")):
-        axes.plot([x[key] for x in layers], style, color=SPIKE, markersize=3, label=f"{key[:3]}-{key[3]}")
-    axes.plot([x["median"] for x in layers], color=GREY, label="median")
-    axes.set(yscale="log", title="Largest |h| in the residual stream against its median", ylabel="|h|")
-    step = max(1, len(layers) // 12)
-    axes.set_xticks(range(0, len(layers), step), [name_of(x) for x in layers[::step]], rotation=40, ha="right")
-    axes.legend(frameon=False, ncols=4)
-    return figure
+PROMPT_NOTE = (
+    "|h|: the token's largest magnitude in the residual stream, after which sub-layer, and against that layer's median "
+    "on this text. share: of all attention. alpha: mean attention from the queries that can see the token, in the head "
+    "that gives it most; * fewer than T/4 queries, where ordinary local attention is large too."
+)
 
 
-def _heads(findings):
-    sinks = findings["sinks"]
-    panels = {"Sink rate of the first key (0.3)": sinks["gu"]["0.3"]["by_head"], "its alpha": sinks["alpha_first"]}
-    rows = len(sinks["alpha_first"])
-    figure, both = plt.subplots(1, 2, figsize=(6.2, max(1.8, min(5.0, 0.35 * rows + 1.2))), sharey=True)
-    for axes, (title, values) in zip(both, panels.items(), strict=True):
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        axes.set(title=title, xlabel="head")
-        for axis, n in ((axes.xaxis, len(values[0])), (axes.yaxis, rows)):
-            axis.set_ticks(range(0, n, -(-n // 12)))
-    both[0].set_ylabel("layer")
-    figure.colorbar(image, ax=both)
-    return figure
+def prompt_terminal(found):
+    """A prompt's findings as text."""
+    return "\n\n".join([grid(*prompt_rows(found)), grid(*prompt_head_rows(found, 12)), PROMPT_NOTE])
 
 
-def _positions(findings):
-    sinks = findings["sinks"]
-    T = len(sinks["share"])
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.2, 4.4), sharex=True)
-    top.plot(sinks["share"], color=SINK, label="measured")
-    top.plot(sinks["share_uniform"], "--", color=GREY, label="causal-uniform")
-    top.set(yscale="log", title="Share of all attention received, by position", ylabel="share")
-    top.legend(frameon=False)
-    for epsilon, shade in zip(("0.2", "0.3", "0.5", "0.8"), (0.35, 1.0, 0.6, 0.8), strict=True):
-        curve = sinks["gu"][epsilon]["by_position"]
-        bottom.plot(curve, color=SINK, alpha=shade, lw=1.8 if epsilon == "0.3" else 0.9, label=f"epsilon {epsilon}")
-    bottom.axvspan(0.75 * T, T - 1, color=GREY, alpha=0.15, lw=0)
-    bottom.set(
-        ylim=(-0.03, 1.03),
-        xlabel="position of the key (shaded: fewer than T/4 queries, no verdict rests here)",
-        title="Sink rate (Gu et al.), share of heads",
-        ylabel="Sink_k",
+def vocabulary_terminal(found):
+    """The vocabulary probe as text."""
+    parts = []
+    for place, words in (("first", "standing first"), ("second", f"second, after {visible(found['before'])}")):
+        of = found[place]
+        rows = [
+            [
+                visible(t["text"]),
+                str(t["id"]),
+                f"{t['ratio']:.1f}",
+                str(t["channel"]),
+                name_of({"kind": t["after"], **t}),
+            ]
+            for t in of["tokens"][:12]
+        ]
+        parts.append(f"{words}: {of['spiking']:,} of {found['vocab_size']:,} tokens spike ({of['fraction']:.2%})")
+        parts.append(grid(["token", "id", "|h|/median", "channel", "after"], rows))
+    return "\n\n".join(parts)
+
+
+def comparison_rows(names, all_findings):
+    """(header, rows) of checkpoints side by side: a column each, so that many measures fit."""
+    largest = lambda f, key: max(layer[key] for layer in f["layers"])
+    measures = {
+        "step": lambda f: str(f["checkpoint"]["step"]),
+        "parameters": lambda f: f"{f['model']['parameters'] / 1e6:.4g}M",
+        "text": lambda f: f["data"]["name"],
+        "sequences x tokens": lambda f: f"{f['data']['n_seq']} x {f['data']['seq_len']}",
+        "loss": lambda f: f"{f['data']['loss']:.4f}",
+        "spike": lambda f: f["verdicts"]["spike"]["verdict"],
+        "sink": lambda f: f["verdicts"]["sink"]["verdict"],
+        "co-occurrence": lambda f: f["verdicts"]["co_occurrence"]["verdict"],
+        "largest |h|": lambda f: number(largest(f, "max"), ".4g"),
+        "largest top1/median": lambda f: f"{max(map(ratio_of, f['layers'])):.1f}",
+        "largest kurtosis": lambda f: number(largest(f, "kurtosis")),
+        "spike tokens": lambda f: f"{f['spikes']['rules']['ratio']['fraction']:.2%}",
+        "massive tokens": lambda f: f"{f['spikes']['rules']['massive']['fraction']:.2%}",
+        "Sink_1 (0.3)": lambda f: (
+            f"{f['sinks']['gu']['0.3']['first']:.1%} {interval(f['sinks']['gu']['0.3']['first_ci95'], '.1%')}"
+        ),
+        "sink tokens": lambda f: f"{f['sinks']['rules']['gu']['fraction']:.2%}",
+        "best head, of sequences": lambda f: f"{f['measures']['rules']['gu']['best_head']:.0%}",
+        "share of the first key": lambda f: f"{f['sinks']['share'][0]:.1%}",
+        "P(sink | spike)": lambda f: number(f["co_occurrence"]["p_sink_given_spike"], ".0%"),
+        "P(spike | sink)": lambda f: number(f["co_occurrence"]["p_spike_given_sink"], ".0%"),
+        "step-up": lambda f: name_of(f["anatomy"]["step_up"]),
+    }
+    return ["", *names], [[name, *(of(f) for f in all_findings)] for name, of in measures.items()]
+
+
+def architecture_rows(names, all_findings):
+    """(header, rows) of the architecture's entries that differ between checkpoints."""
+    keys = dict.fromkeys(key for f in all_findings for key in f["model"])
+    rows = [[key, *(str(f["model"].get(key, "–")) for f in all_findings)] for key in keys if key != "parameters"]
+    return ["", *names], [row for row in rows if len(set(row[1:])) > 1]
+
+
+# ---------------------------------------------------------------------------------------------------- pages
+
+
+def _write(path, template, **values):
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    bottom.legend(frameon=False, ncols=4)
-    return figure
-
-
-def _tokens(findings):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 3.0))
-    for axes, kind, key, color in (
-        (left, "spikes", "magnitude", SPIKE),
-        (right, "sinks", "alpha", SINK),
-    ):
-        top = findings[kind]["tokens"][:10]
-        axes.barh(range(len(top)), [token[key] for token in top], color=color)
-        labels = [f"{visible(token['text'])[:12]}  @{token['position']}".replace("$", r"\$") for token in top]
-        axes.set_yticks(range(len(top)), labels)
-        axes.invert_yaxis()
-        axes.set_title("Largest |h|, by token" if kind == "spikes" else "Most attention in a head (alpha)")
-    return figure
-
-
-def _deltas(ablation):
-    rows = [entry for row in ablation["interventions"] for entry in (row, *row["control"]) if entry["edited"]]
-    figure, axes = plt.subplots(figsize=(6.2, 0.34 * len(rows) + 0.9))
-    names = {row["name"] for row in ablation["interventions"]}
-    for i, row in enumerate(rows):
-        color = GREY if row["name"] not in names else SPIKE if row["name"].startswith("spike") else SINK
-        if row["ci95"]:
-            axes.plot(row["ci95"], [i, i], color=color, lw=2)
-        axes.plot(row["delta_loss"], i, "o", color=color)
-    labels = [row["name"] if row["name"] in names else f"control: {row['name']}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
-    axes.axvline(0, color=GREY, lw=0.8)
-    axes.set(title="Change of the loss, nats per token (95% interval)")
-    return figure
-
-
-def figures(findings, ablation=None):
-    """{name: SVG text} of every figure of the page."""
-    with plt.rc_context(STYLE):
-        drawn = {
-            "magnitudes": _svg(_magnitudes(findings)),
-            "heads": _svg(_heads(findings)),
-            "positions": _svg(_positions(findings)),
-            "tokens": _svg(_tokens(findings)),
-        }
-        if ablation and any(row["edited"] for row in ablation["interventions"]):
-            drawn["deltas"] = _svg(_deltas(ablation))
-    return drawn
+    environment.filters |= {"visible": visible, "number": number}
+    save_text(path, environment.get_template(template).render(**values))
 
 
 def page(path, findings, ablation=None):
-    """Writes the self-contained HTML page: the findings, and the ablation if there is one."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["visible"] = visible
-    environment.filters["number"] = number
-    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    """Writes the page of a checkpoint: the findings, and the ablation if there is one."""
+    parts = [
+        {
+            "name": name,
+            "findings": found,
+            "figures": figures.detection(found),
+            "verdicts": found["verdicts"],
+            "summary": summary(found) + anatomy_lines(found),
+            "layers": layer_rows(found),
+            "inner": inner_rows(found) if found["anatomy"] else None,
+            "heads": head_rows(found),
+            "nulls": null_rows(found) if found["nulls"] else None,
+        }
+        for name, found in parts_of(findings)
+    ]
+    _write(
+        path,
+        "detect.html",
         findings=findings,
-        figures=figures(findings, ablation),
+        parts=parts,
         conditions=conditions(findings),
-        summary=summary(findings),
-        layers=layer_rows(findings),
-        heads=head_rows(findings),
         ablation=ablation,
         ablation_table=ablation_rows(ablation) if ablation else None,
+        ablation_figures=figures.ablation(ablation) if ablation else {},
     )
-    save_text(path, html)
+
+
+def prompt_page(path, found):
+    """Writes the page of a prompt."""
+    table, heads = prompt_rows(found), prompt_head_rows(found)
+    _write(path, "prompt.html", found=found, figures=figures.prompt(found), rows=table, heads=heads, note=PROMPT_NOTE)
+
+
+def comparison_page(path, names, all_findings):
+    """Writes the page that puts checkpoints side by side."""
+    _write(
+        path,
+        "compare.html",
+        names=names,
+        rows=comparison_rows(names, all_findings),
+        architecture=architecture_rows(names, all_findings),
+        figures=figures.comparison(names, all_findings),
+        conditions=[(name, conditions(found)) for name, found in zip(names, all_findings, strict=True)],
+    )

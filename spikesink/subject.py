@@ -19,6 +19,11 @@ def rows_at_once(q, k):
     return max(16, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
 
 
+def for_heads(x, n_head):
+    """Keys or values (B, heads of keys, ...) as each of `n_head` query heads sees them: (B, n_head, ...)."""
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
 def batches(ids, batch_size):
     """Yields (sequence numbers, their ids (B, T)), at most `batch_size` sequences of one length at a time.
 
@@ -137,10 +142,14 @@ class Subject:
         """One forward pass: the loss in nats of each token that is predicted, (B, T - shift), float32 on the CPU."""
         ids = ids.to(self.device)
         logits = self.logits(ids)
-        targets = ids[:, self.shift :].to(logits.device)
-        parts = zip(logits[:, : targets.size(1)].split(1024, dim=1), targets.split(1024, dim=1), strict=True)
-        losses = [nn.functional.cross_entropy(x.float().transpose(1, 2), y, reduction="none") for x, y in parts]
-        return torch.cat(losses, dim=1).cpu()
+        losses = logits.new_empty(len(ids), ids.size(1) - self.shift, dtype=torch.float32)
+        for n, of_sequence in enumerate(losses):
+            for first in range(0, len(of_sequence), 128):  # few rows at a time: logits are by far the largest tensor
+                last = min(first + 128, len(of_sequence))
+                targets = ids[n, self.shift + first : self.shift + last].to(logits.device)
+                x = logits[n, first:last].float()
+                losses[n, first:last] = nn.functional.cross_entropy(x, targets, reduction="none")
+        return losses.cpu()
 
 
 PLACES = {

@@ -1,0 +1,244 @@
+"""Findings -> figures, as SVG text."""
+
+import io
+import math
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .findings import name_of
+from .words import ratio_of, visible
+
+SPIKE, SINK, GREY, INK = "#c2410c", "#1d4ed8", "#78716c", "#1c1917"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "spikesink",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _svg(figure):
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _magnitudes(findings):
+    figure, axes = plt.subplots(figsize=(6.2, 3.2))
+    layers = findings["layers"]
+    for key, style in (("top1", "-o"), ("top2", "--"), ("top3", ":")):
+        axes.plot([x[key] for x in layers], style, color=SPIKE, markersize=3, label=f"{key[:3]}-{key[3]}")
+    axes.plot([x["median"] for x in layers], color=GREY, label="median")
+    axes.set(yscale="log", title="Largest |h| in the residual stream against its median", ylabel="|h|")
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(range(0, len(layers), step), [name_of(x) for x in layers[::step]], rotation=40, ha="right")
+    axes.legend(frameon=False, ncols=4)
+    return figure
+
+
+def _heads(findings):
+    sinks = findings["sinks"]
+    panels = {"Sink rate of the first key (0.3)": sinks["gu"]["0.3"]["by_head"], "its alpha": sinks["alpha_first"]}
+    rows = len(sinks["alpha_first"])
+    figure, both = plt.subplots(1, 2, figsize=(6.2, max(1.8, min(5.0, 0.35 * rows + 1.2))), sharey=True)
+    for axes, (title, values) in zip(both, panels.items(), strict=True):
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes.set(title=title, xlabel="head")
+        for axis, n in ((axes.xaxis, len(values[0])), (axes.yaxis, rows)):
+            axis.set_ticks(range(0, n, -(-n // 12)))
+    both[0].set_ylabel("layer")
+    figure.colorbar(image, ax=both)
+    return figure
+
+
+def _positions(findings):
+    sinks = findings["sinks"]
+    T = len(sinks["share"])
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.2, 4.4), sharex=True)
+    top.plot(sinks["share"], color=SINK, label="measured")
+    top.plot(sinks["share_uniform"], "--", color=GREY, label="causal-uniform")
+    top.set(yscale="log", title="Share of all attention received, by position", ylabel="share")
+    top.legend(frameon=False)
+    for epsilon, shade in zip(("0.2", "0.3", "0.5", "0.8"), (0.35, 1.0, 0.6, 0.8), strict=True):
+        curve = sinks["gu"][epsilon]["by_position"]
+        bottom.plot(curve, color=SINK, alpha=shade, lw=1.8 if epsilon == "0.3" else 0.9, label=f"epsilon {epsilon}")
+    bottom.axvspan(0.75 * T, T - 1, color=GREY, alpha=0.15, lw=0)
+    bottom.set(
+        ylim=(-0.03, 1.03),
+        xlabel="position of the key (shaded: fewer than T/4 queries, no verdict rests here)",
+        title="Sink rate (Gu et al.), share of heads",
+        ylabel="Sink_k",
+    )
+    bottom.legend(frameon=False, ncols=4)
+    return figure
+
+
+def _tokens(findings):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.2, 3.0))
+    for axes, kind, key, color in (
+        (left, "spikes", "magnitude", SPIKE),
+        (right, "sinks", "alpha", SINK),
+    ):
+        top = findings[kind]["tokens"][:10]
+        axes.barh(range(len(top)), [token[key] for token in top], color=color)
+        labels = [f"{visible(token['text'])[:12]}  @{token['position']}".replace("$", r"\$") for token in top]
+        axes.set_yticks(range(len(top)), labels)
+        axes.invert_yaxis()
+        axes.set_title("Largest |h|, by token" if kind == "spikes" else "Most attention in a head (alpha)")
+    return figure
+
+
+def _deltas(ablation):
+    rows = [entry for row in ablation["interventions"] for entry in (row, *row["control"]) if entry["edited"]]
+    figure, axes = plt.subplots(figsize=(6.2, 0.34 * len(rows) + 0.9))
+    names = {row["name"] for row in ablation["interventions"]}
+    for i, row in enumerate(rows):
+        color = GREY if row["name"] not in names else SPIKE if row["name"].startswith("spike") else SINK
+        if row["ci95"]:
+            axes.plot(row["ci95"], [i, i], color=color, lw=2)
+        axes.plot(row["delta_loss"], i, "o", color=color)
+    labels = [row["name"] if row["name"] in names else f"control: {row['name']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.axvline(0, color=GREY, lw=0.8)
+    axes.set(title="Change of the loss, nats per token (95% interval)")
+    return figure
+
+
+def _sensitivity(findings):
+    figure, panels = plt.subplots(1, 4, figsize=(12.6, 2.6))
+    names = {
+        "ratio": ("sequences", "spike: |h| / median at least"),
+        "percentile": ("sequences", "spike: percentile, in half the layers"),
+        "epsilon": ("best_head", "sink: epsilon (best head)"),
+        "share": ("sequences", "sink: share of all attention above"),
+    }
+    curves = {"this model": findings["sensitivity"]}
+    curves |= {name: null["curves"] for name, null in findings["nulls"].items() if "curves" in null}
+    for axes, (kind, (key, title)) in zip(panels, names.items(), strict=True):
+        for name in ("this model", "init", "shuffled_channels" if kind == "percentile" else "shuffled_positions"):
+            if name not in curves:
+                continue
+            points = curves[name][kind]
+            x = [p["at"] if kind != "percentile" else str(p["at"]) for p in points]
+            color = {"this model": SPIKE if kind in ("ratio", "percentile") else SINK, "init": GREY}.get(name, INK)
+            style = "-o" if name == "this model" else "--" if name == "init" else ":"
+            axes.plot(x, [p[key] for p in points], style, color=color, markersize=3, label=name.replace("_", " "))
+        axes.set(ylim=(-0.03, 1.03), xlabel=title)
+        if kind == "ratio":
+            axes.set(xscale="log", ylabel="share of sequences")
+        used = {"ratio": 30, "percentile": "99.9", "epsilon": 0.3, "share": 0.2}[kind]
+        axes.axvline(used, color=GREY, lw=0.8)
+    panels[0].legend(frameon=False)
+    panels[1].legend(frameon=False)
+    return figure
+
+
+def _path(findings):
+    anatomy, layers = findings["anatomy"], findings["layers"]
+    figure, axes = plt.subplots(figsize=(6.2, 3.2))
+    for (channel, values), color in zip(anatomy["path"].items(), (SPIKE, SINK, GREY), strict=False):
+        axes.plot(values, "-o", color=color, markersize=3, label=f"channel {channel}")
+    for step, word in ((anatomy["step_up"], "step-up"), (anatomy["step_down"], "step-down")):
+        if step:
+            axes.axvline(step["index"], color=GREY, lw=0.8, ls="--")
+            axes.annotate(
+                word, (step["index"], axes.get_ylim()[1]), fontsize=8, color=GREY, ha="right", rotation=90, va="top"
+            )
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(range(0, len(layers), step), [name_of(x) for x in layers[::step]], rotation=40, ha="right")
+    axes.set(title="The spike tokens' shared channels through the model (mean)", ylabel="h")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _heat(values, rows, columns, title, cmap, vmax=None):
+    """A heat map with at most some 60 labels on either side."""
+    figure, axes = plt.subplots(figsize=(max(6.2, min(12.6, 0.22 * len(columns) + 2)), min(9, 0.16 * len(rows) + 1.8)))
+    image = axes.imshow(values, aspect="auto", cmap=cmap, vmin=0, vmax=vmax)
+    for axis, labels, turn in ((axes.xaxis, columns, 90), (axes.yaxis, rows, 0)):
+        step = -(-len(labels) // 60)
+        axis.set_ticks(range(0, len(labels), step), labels[::step], rotation=turn, fontsize=7)
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _label(token):
+    return visible(token["text"])[:12].replace("$", r"\$")
+
+
+def prompt(found):
+    """{name: SVG text} of the figures of a prompt's page."""
+    labels = [_label(token) for token in found["tokens"]]
+    relative = [
+        [math.log10(max(x / max(median, 1e-30), 1.0)) for x in row]
+        for row, median in zip(found["magnitudes"], found["medians"], strict=True)
+    ]
+    alpha = [head["alpha"] for head in found["heads"]]
+    with plt.rc_context(STYLE):
+        return {
+            "magnitudes": _svg(
+                _heat(
+                    relative,
+                    found["layers"],
+                    labels,
+                    "log10 of the token's largest |h| / the layer's median",
+                    "Oranges",
+                )
+            ),
+            "received": _svg(
+                _heat(
+                    alpha,
+                    [h["head"] for h in found["heads"]],
+                    labels,
+                    "Attention received (alpha), by head",
+                    "Blues",
+                    1,
+                )
+            ),
+        }
+
+
+def comparison(names, all_findings):
+    """{name: SVG text} of the figures that put checkpoints side by side."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.6, 3.6))
+        for name, found in zip(names, all_findings, strict=True):
+            ratios, rates = [ratio_of(x) for x in found["layers"]], found["sinks"]["gu"]["0.3"]["by_layer"]
+            for axes, values in ((left, ratios), (right, rates)):
+                axes.plot(
+                    [i / max(1, len(values) - 1) for i in range(len(values))], values, "-o", markersize=3, label=name
+                )
+        left.set(yscale="log", title="Largest |h| over the median", xlabel="depth", ylabel="top-1 / median")
+        right.set(ylim=(-0.03, 1.03), title="Sink rate of the first key (0.3), share of heads", xlabel="depth")
+        left.legend(frameon=False)
+        return {"comparison": _svg(figure)}
+
+
+def detection(findings):
+    """{name: SVG text} of the figures of one part of the findings."""
+    drawings = {"magnitudes": _magnitudes, "heads": _heads, "positions": _positions, "tokens": _tokens}
+    if findings["nulls"]:
+        drawings["sensitivity"] = _sensitivity
+    if findings["anatomy"]:
+        drawings["path"] = _path
+    with plt.rc_context(STYLE):
+        return {name: _svg(draw(findings)) for name, draw in drawings.items()}
+
+
+def ablation(found):
+    """{name: SVG text} of the figures of an ablation; none if nothing was edited."""
+    if not any(row["edited"] for row in found["interventions"]):
+        return {}
+    with plt.rc_context(STYLE):
+        return {"deltas": _svg(_deltas(found))}
