@@ -75,7 +75,7 @@ def chosen_tokens(obs):
     best = score[sequences].topk(min(PER_SEQUENCE, score.size(1)), dim=1)
     kept = best.values > 0
     if not spike.any():
-        kept[:, 1:] = False
+        kept[:, 0], kept[:, 1:] = True, False
     return torch.stack((sequences[:, None].expand_as(kept)[kept], best.indices[kept]), dim=1), bool(spike.any())
 
 
@@ -163,8 +163,8 @@ def step_up_and_down(path, taps):
     """Where spikes rise and fall, and the channels they share, from the tokens' streams at every tap (taps, K, C).
 
     A token's channel is that of its largest |h|; its step-up is the tap where that entry gains most towards its peak,
-    its step-down the later tap where it loses most, if at least a tenth of the peak. Reported: the commonest of each over
-    tokens, with means.
+    its step-down the later tap where it loses most, if at least a tenth of the peak. Reported: the commonest of each
+    over tokens, with means.
     """
     size = path.abs()
     K, C = path.shape[1:]

@@ -75,7 +75,7 @@ def entry_kurtosis(moments):
 
 def ratio_threshold(median, ratio=SPIKE_RATIO):
     """`ratio` x the median |h| (N,) of each sequence: the scale-free form of Sun et al.'s rule, for small models."""
-    return ratio * median
+    return (ratio * median).clamp_min(torch.finfo(median.dtype).tiny)  # nothing is no spike
 
 
 def massive_threshold(median):

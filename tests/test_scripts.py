@@ -32,7 +32,12 @@ def detected(cli, trained, tmp_path):
 def test_findings_hold_the_promised_keys(detected, trained):
     found, text = detected("--n_seq=20")
     assert found["schema"] == findings.SCHEMA
-    assert found["checkpoint"] == {"path": str(trained), "sha256": checkpoint.file_hash(trained), "step": 8}
+    assert found["checkpoint"] == {
+        "path": str(trained),
+        "sha256": checkpoint.file_hash(trained),
+        "step": 8,
+        "tokens": 1024,
+    }
     assert {"name": found["data"]["name"], "n_seq": 20, "seq_len": 16, "tokens": 320, "bos": True}.items() <= found[
         "data"
     ].items()
