@@ -254,7 +254,8 @@ def key_subspace(sinks, others, n_head):
 
 
 def quadratic_form(subject, steps, generator):
-    """Is the step-up FFN's form of a spiking channel an outlier, and of rank one? None where that FFN is not gated.
+    """Is the form of a spiking channel, in the FFN of the step-up's block, an outlier and of rank one? None where that
+    FFN is not gated, or the spike is there from the embedding on.
 
     `norm`: ||U_k||_F over the median of all channels'; `dominance`: largest eigenvalue^2 of S_k = (U_k + U_k^T) / 2
     over ||S_k||_F^2, 1 for rank one; for spiking channels and as many random others.

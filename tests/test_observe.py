@@ -243,3 +243,15 @@ def test_lift_matches_a_permutation():
     assert metrics.overlap(spike, sink)["lift"] == pytest.approx(
         (spike & sink).sum().item() / (sum(drawn) / 2000), rel=0.02
     )
+
+
+@pytest.mark.parametrize("n", [7, 1000, 40_000, 100_001])
+@pytest.mark.parametrize("kind", ["normal", "ties", "spiky", "zeros"])
+def test_median_and_largest_are_exact(n, kind):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)).abs()
+    x = {"normal": x, "ties": x.mul(3).round(), "spiky": torch.where(x > 2, x * 1000, x), "zeros": x * 0}[kind]
+    k = max(1, n // 100)
+    median, largest, where = metrics.median_and_largest(x, k)
+    assert median == x.median()
+    assert torch.equal(largest, x.sort(descending=True).values[:k])
+    assert torch.equal(x[where], largest) and len(where.unique()) == k

@@ -1,0 +1,191 @@
+"""Verdicts, nulls, sensitivity and co-occurrence, on planted ground truth and against written formulas."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from spikesink import calibrate, metrics, planted
+from spikesink.observe import observe
+from spikesink.subject import PADDING
+
+from .conftest import TINY, subject_of
+
+LARGE = ({"parameters": 125e6}, None, None)  # as if the model were a large trained one
+
+
+def fresh(seed=0, **changes):
+    torch.manual_seed(seed)
+    return subject_of(GPT(GPTConfig(**{**TINY, **changes})))
+
+
+def ids_of(n, T=32, seed=0):
+    return torch.randint(64, (n, T), generator=torch.Generator().manual_seed(seed))
+
+
+def one_each(n, T, choices, seed=0):
+    tokens = torch.zeros(n, T, dtype=torch.bool)
+    tokens[torch.arange(n), torch.randint(choices, (n,), generator=torch.Generator().manual_seed(seed))] = True
+    return tokens
+
+
+def test_wilson_interval():
+    assert calibrate.wilson(0, 16) == pytest.approx([0, 0.19361], abs=1e-5)  # z^2 / (n + z^2)
+    assert calibrate.wilson(5, 100) == pytest.approx([0.02154, 0.11175], abs=1e-4)  # Newcombe 1998's example of 5%
+    assert calibrate.wilson(50, 100, tests=100)[0] < calibrate.wilson(50, 100)[0]
+
+
+@pytest.mark.parametrize(
+    ("n", "prevalence", "expected"), [(64, 1.0, "present"), (64, 0.0, "absent"), (16, 0.0, "underpowered")]
+)
+def test_verdict_on_planted_spikes(n, prevalence, expected):
+    subject, ids = fresh(), ids_of(n)
+    tokens = one_each(n, 32, 32) & (torch.arange(n) < prevalence * n)[:, None]
+    with planted.spikes(subject, tokens, channel=5, size=60.0):
+        obs = observe(subject, ids, batch_size=n, progress=False)
+    null = calibrate.nulls(subject, ids, 64, 16)
+    assert torch.equal(obs.spikes["ratio"], tokens)
+    verdict = calibrate.verdicts(obs, null, {}, *LARGE)["spike"]
+    assert verdict["verdict"] == expected
+    if prevalence:
+        # the model's own other tokens are at most some 10x, the planted ones 60x
+        assert (max(verdict["holds"]), obs.spike_channels["ratio"].argmax()) == (50, 5)
+    assert calibrate.verdicts(obs, null, {}, {"parameters": 1e6}, None, None)["spike"]["verdict"] in (
+        "present",
+        "underpowered",
+    )
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.6, "present"), (0.15, "absent")])
+def test_verdict_on_planted_sinks(alpha, expected):
+    """The planted strength is the closed form's, and the verdict holds up to about that epsilon."""
+    subject, ids, keys = fresh(), ids_of(64), one_each(64, 32, 16)
+    bias = torch.tensor([planted.bias_for(alpha, int(k), 32) for k in keys.int().argmax(1)])
+    with planted.sinks(subject, keys, layer=1, head=1, bias=bias):
+        obs = observe(subject, ids, batch_size=64, progress=False)
+        null = calibrate.nulls(fresh(), ids, 64, 16)
+    assert obs.best_alpha[:, 1, 1] == pytest.approx(torch.full((64,), alpha), abs=0.02)  # logits of step 0 are ~0
+    verdict = calibrate.verdicts(obs, null, {}, *LARGE)["sink"]
+    assert verdict["verdict"] == expected
+    assert max(verdict["holds"]) == pytest.approx(alpha, abs=0.051)
+    if alpha > 0.3:
+        assert torch.equal(obs.sink_heads > 0, keys)
+        assert "head 1.1, the best of 4" in verdict["reason"]
+
+
+def test_small_models_and_short_training_are_underpowered():
+    obs = observe(fresh(), ids_of(64), progress=False)
+    for given, words in (
+        (({"parameters": 1e6}, None, None), "1M parameters"),
+        (({"parameters": 1e9}, 10, 1e6), "1M tokens of training"),
+        (({"parameters": 1e9}, 0, None), "untrained"),
+    ):
+        spike = calibrate.verdicts(obs, {}, {}, *given)["spike"]
+        assert spike["verdict"] == "underpowered"
+        assert words in spike["reason"]
+    assert calibrate.verdicts(obs, {}, {}, *LARGE)["spike"]["verdict"] == "absent"
+
+
+def test_nulls_keep_what_they_say_and_take_the_rest():
+    shuffles = calibrate.shuffles(0)
+    x = torch.randn(3, 10, 8)
+    channels = shuffles["shuffled_channels"].stream(x)
+    torch.testing.assert_close(channels.sort(-1).values, x.sort(-1).values)
+    assert not torch.equal(channels, x)
+    positions = shuffles["shuffled_positions"].stream(x)
+    torch.testing.assert_close(positions.sort(1).values, x.sort(1).values)
+    rows = torch.rand(2, 2, 4, 9).tril(5)  # queries 5 ... 8
+    rotated = shuffles["shuffled_positions"].rows(rows, 5, True)
+    torch.testing.assert_close(rotated.sort(-1).values, rows.sort(-1).values)
+    assert (rotated.triu(6) == 0).all()  # still causal
+    ids = torch.randint(1, 60, (5, 9))
+    ids[:, 0], ids[2, 6:] = 63, PADDING
+    for changed in calibrate.other_text(ids, 60, 0).values():
+        assert (changed[:, 0] == 63).all()  # a first token that all share
+        assert torch.equal(changed == PADDING, ids == PADDING)
+    assert (calibrate.other_text(ids, 60, 0)["repeated_token"][0, 1:].unique().numel()) == 1
+
+
+def test_a_sink_is_gone_when_positions_are_shuffled():
+    subject, ids, keys = fresh(), ids_of(32), one_each(32, 32, 1)
+    bias = torch.full((32,), planted.bias_for(0.9, 0, 32))
+    with planted.sinks(subject, keys, layer=0, head=0, bias=bias):
+        kept = observe(subject, ids, 32, False)
+        gone = observe(subject, ids, 32, False, shuffle=calibrate.shuffles(0)["shuffled_positions"])
+    assert (kept.sink_heads > 0).sum() == 32
+    assert (gone.sink_heads > 0).sum() == 0
+    uniform = metrics.uniform_share(metrics.queries_per_key(32), causal=True)
+    one_head = gone.attention[0].sums["alpha"][0] / 32  # (T,)
+    expected = uniform * 32 / torch.arange(32, 0, -1)
+    torch.testing.assert_close(one_head[:16], expected[:16], atol=0.05, rtol=0.3)
+
+
+def test_nulls_are_the_named_five_and_leave_the_random_state_alone():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    subject, ids = fresh(), ids_of(6)
+    before = torch.random.get_rng_state()
+    null = calibrate.nulls(subject, ids, 64)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(null) == ["init", "shuffled_channels", "shuffled_positions", "random_tokens", "repeated_token"]
+    assert null["init"]["n_seq"] == 6
+    assert calibrate.nulls(subject, ids, 64, 0) == {}
+    skipped = calibrate.nulls(subject, ids, 64, no_init="too large")
+    assert skipped["init"] == {"skipped": "too large"}
+    assert calibrate.false_positives(skipped, "ratio") is None
+    assert calibrate.false_positives(null, "percentile")["rate"] >= null["init"]["rules"]["percentile"]["sequences"]
+
+
+def test_padding_enters_no_statistic():
+    """Sequences of different lengths, padded on either side, are what they are alone."""
+    subject, whole = fresh(3), ids_of(4)
+    lengths = [32, 20, 20, 11]
+    padded = torch.full((4, 32), PADDING)
+    for i, n in enumerate(lengths):
+        padded[i, :n] = whole[i, :n] if i % 2 else padded[i, :n]
+        if i % 2 == 0:
+            padded[i, 32 - n :] = whole[i, :n]  # on the left
+    together = observe(subject, padded, batch_size=4, progress=False)
+    for i, n in enumerate(lengths):
+        alone = observe(subject, whole[i : i + 1, :n], progress=False)
+        for name in ("ratio", "share", "max_alpha", "sink_heads", "eligible", "ids"):
+            got = getattr(together, name)[i]
+            torch.testing.assert_close(got[:n], getattr(alone, name)[0])
+            assert (got[n:] == (PADDING if name == "ids" else 0)).all()
+        torch.testing.assert_close(together.best_alpha[i], alone.best_alpha[0])
+        torch.testing.assert_close(together.loss[i], alone.loss[0])
+        for rule, hits in together.spikes.items():
+            assert torch.equal(hits[i, :n], alone.spikes[rule][0])
+    entropy = sum(
+        observe(subject, whole[i : i + 1, :n], progress=False).attention[0].sums["entropy"]
+        for i, n in enumerate(lengths)
+    )
+    torch.testing.assert_close(together.attention[0].sums["entropy"], entropy)
+
+
+def test_what_position_explains():
+    n, T = 60, 16
+    first = torch.zeros(n, T, dtype=torch.bool)
+    first[:, 0] = True
+    by_position = metrics.overlap(first, first)
+    assert by_position["explained_by_position"] == pytest.approx(1)
+    assert by_position["lift_anywhere"] == pytest.approx(T)
+    assert metrics.permutation_p(first, first) == 1
+    anywhere = one_each(n, T, T)
+    by_token = metrics.overlap(anywhere, anywhere)
+    assert by_token["explained_by_position"] < 0.15
+    assert metrics.permutation_p(anywhere, anywhere) == pytest.approx(0.001)
+    assert metrics.permutation_p(anywhere, one_each(n, T, T, seed=1)) > 0.05
+
+
+def test_co_occurrence_verdict_needs_both_and_says_what_position_explains():
+    present = {"verdict": "present"}
+    n, T = 60, 16
+    first = torch.zeros(n, T, dtype=torch.bool)
+    first[:, 0] = True
+    overlap = {**metrics.overlap(first, first), "p_permutation": 1.0, "ci95": {"lift_anywhere": [15.0, 17.0]}}
+    both = calibrate._co_verdict(present, present, overlap, n)
+    assert both["verdict"] == "present"
+    assert "100% of the excess" in both["reason"] and "not told from chance" in both["reason"]
+    assert calibrate._co_verdict(present, {"verdict": "absent"}, overlap, n)["verdict"] == "underpowered"
+    overlap["ci95"] = {"lift_anywhere": [0.2, 1.1]}
+    assert calibrate._co_verdict(present, present, overlap, n)["verdict"] == "absent"
