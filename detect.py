@@ -234,10 +234,9 @@ def compare(args):
 
 
 def short_names(paths):
-    """Paths without the parts that all of them share."""
+    """Names of checkpoints: their paths without ckpt.pt, and without the folders that all of them share."""
     split = [Path(path).parts for path in paths]
-    while len({parts[-1] for parts in split}) == 1 and all(len(parts) > 1 for parts in split):
-        split = [parts[:-1] for parts in split]
+    split = [parts[:-1] if parts[-1] == "ckpt.pt" and len(parts) > 1 else parts for parts in split]
     while len({parts[0] for parts in split}) == 1 and all(len(parts) > 1 for parts in split):
         split = [parts[1:] for parts in split]
     return ["/".join(parts) for parts in split]

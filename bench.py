@@ -1,0 +1,189 @@
+"""Time and memory beside named baselines, measured in one run so that a noisy machine is noisy for all.
+
+  python bench.py --quick                   a minute: GPT-2 small's shape at T = 512 and 1024
+  python bench.py --json bench.json         T = 512 ... 8192, and a small model at T = 32,768
+
+detect: the observing pass (spikesink/observe.py) beside the plain forward pass with its loss, and beside what most
+scripts do, transformers with attn_implementation="eager" and output_attentions=True, on one sequence, in float32.
+Times alternate between the three; a ratio is the median over rounds, with the lowest and the highest. Memory is the
+peak of resident memory above that of the loaded model, each method in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import GPT, GPTConfig
+from spikesink import findings, hf
+from spikesink.errors import Flags, run
+from spikesink.observe import observe
+from spikesink.subject import Subject
+from spikesink.words import grid, number
+
+LENGTHS, QUICK_LENGTHS = (512, 1024, 2048, 4096, 8192), (512, 1024)
+LONG = {"n_layer": 4, "n_head": 4, "n_embd": 256, "vocab_size": 8192, "block_size": 32768, "position": "rope"}
+EAGER_LIMIT = 12e9  # bytes of attention maps: more is not tried
+ROUNDS = {512: 5, 1024: 5, 2048: 3}  # else 1
+
+
+def gpt2(T, attention):
+    """A random transformers GPT-2 small for T tokens."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=T, attn_implementation=attention, use_cache=False)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@torch.no_grad()
+def maps_of(model, ids):
+    """What most scripts do: all maps at once, then Gu et al.'s alpha."""
+    out = model(ids, labels=ids, output_attentions=True)
+    T = ids.size(1)
+    return [attention.sum(2) / torch.arange(T, 0, -1) for attention in out.attentions]
+
+
+def methods(T):
+    """{name: function without arguments} of one sequence of T tokens."""
+    torch.manual_seed(0)
+    if max(LENGTHS) < T:
+        subject = Subject.of_gpt(GPT(GPTConfig(**LONG)), str)
+        ids = torch.randint(LONG["vocab_size"], (1, T))
+        return {"plain": lambda: subject.losses(ids), "observe": lambda: observe(subject, ids, 1, progress=False)}
+    ids = torch.randint(50257, (1, T))
+    subject = hf.subject_of(gpt2(T, "sdpa"), str)
+    named = {"plain": lambda: subject.losses(ids), "observe": lambda: observe(subject, ids, 1, progress=False)}
+    if map_bytes(T) < EAGER_LIMIT:
+        named["eager"] = lambda: maps_of(eager, ids)
+        eager = gpt2(T, "eager")
+    return named
+
+
+def map_bytes(T):
+    """Bytes of all attention maps of the model at T tokens, in float32."""
+    heads = LONG["n_layer"] * LONG["n_head"] if max(LENGTHS) < T else 12 * 12
+    return 4 * heads * T * T
+
+
+def times(T):
+    """{method: seconds of each round}, alternating."""
+    named, seconds = methods(T), {}
+    for round_ in range(1 + ROUNDS.get(T, 1)):
+        for name, function in named.items():
+            start = time.perf_counter()
+            function()
+            if round_ or ROUNDS.get(T, 1) == 1:  # the first round warms up
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+        if ROUNDS.get(T, 1) == 1:
+            break
+    return seconds
+
+
+def peak_mb(T, name):
+    """Peak resident memory of one call, above that before it, in MB (Linux; None elsewhere)."""
+    function = methods(T)[name]
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        function()
+        return (_status("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])  # kB
+
+
+def child(*arguments):
+    """Runs this script for one measurement in a process of its own; its result."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_detect(lengths):
+    """A row per length."""
+    rows = []
+    for T in tqdm(lengths, desc="detect", disable=None):
+        seconds = child("times", T)
+        ratios = sorted(o / p for o, p in zip(seconds["observe"], seconds["plain"], strict=True))
+        median = lambda name, seconds=seconds: statistics.median(seconds[name]) if name in seconds else None
+        rows.append(
+            {
+                "T": T,
+                "model": "4 layers, 256 wide" if max(LENGTHS) < T else "GPT-2 small",
+                "plain_s": median("plain"),
+                "observe_s": median("observe"),
+                "eager_s": median("eager"),
+                "ratio": statistics.median(ratios),
+                "ratio_range": [ratios[0], ratios[-1]],
+                "maps_mb": map_bytes(T) / 2**20,
+                **{
+                    f"{name}_mb": child("memory", T, name) if name in seconds else None
+                    for name in ("plain", "observe", "eager")
+                },
+            }
+        )
+    return rows
+
+
+def detect_rows(rows):
+    """(header, rows) of the detect benchmark."""
+    header = [
+        "T",
+        "model",
+        "plain s",
+        "observe s",
+        "ratio",
+        "lowest, highest",
+        "eager maps s",
+        "plain MB",
+        "observe MB",
+    ]
+    header += ["eager MB", "all maps MB"]
+    return header, [
+        [
+            f"{r['T']:,}",
+            r["model"],
+            *(number(r[key], ".3g") for key in ("plain_s", "observe_s")),
+            f"{r['ratio']:.2f}",
+            f"{r['ratio_range'][0]:.2f}, {r['ratio_range'][1]:.2f}",
+            number(r["eager_s"], ".3g"),
+            *(number(r[key], ",.0f") for key in ("plain_mb", "observe_mb", "eager_mb", "maps_mb")),
+        ]
+        for r in rows
+    ]
+
+
+def main():
+    flags = Flags(description=__doc__)
+    flags.add_argument("--quick", action="store_true", help="about a minute")
+    flags.add_argument("--json", metavar="FILE", help="where the numbers go")
+    flags.add_argument("--child", nargs="+", help=argparse.SUPPRESS)  # how it calls itself
+    args = flags.parse_args()
+    if args.child:
+        what, T, *rest = args.child
+        print(json.dumps({"times": times, "memory": peak_mb}[what](int(T), *rest)))
+        return
+    machine = {"torch": torch.__version__, "cpu_threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+    rows = bench_detect(QUICK_LENGTHS if args.quick else (*LENGTHS, LONG["block_size"]))
+    found = {"machine": {**machine, "python": platform.python_version()}, "detect": rows}
+    if args.json:
+        findings.save(args.json, found)
+    print(grid(*detect_rows(rows)))
+
+
+if __name__ == "__main__":
+    run(main)
