@@ -2,9 +2,11 @@
 
   python ablate.py out/quickstart/ckpt.pt
 
-Takes detect.py's flags. Writes ablate.json, detect.json (what there is on the same text) and one page with both.
+Takes detect.py's flags; of an encoder-decoder, edits the decoder's stream and self-attention. Writes ablate.json,
+detect.json (what there is on the same text) and one page with both.
 """
 
+import contextlib
 from functools import partial
 
 import torch
@@ -13,6 +15,7 @@ from tqdm import tqdm
 from detect import detect, flags, open_checkpoint
 from spikesink import findings, intervene, metrics, report
 from spikesink.errors import UserError, run
+from spikesink.subject import batches
 
 SCHEMA = "spikesink-ablation-1"
 NOTE = (
@@ -29,12 +32,18 @@ def measure(subject, ids, batch_size, intervention, desc):
 
     `intervention(batch ids, seed)` is a context manager that yields {"edited": n}.
     """
-    losses, edited = [], 0
-    for seed, batch in enumerate(tqdm(ids.split(batch_size), desc=desc, disable=None, leave=False)):
+    losses, edited = torch.empty(len(ids), dtype=torch.float64), 0
+    for seed, (rows, batch) in enumerate(tqdm([*batches(ids, batch_size)], desc=desc, disable=None, leave=False)):
         with intervention(batch, seed=seed) as count:
-            losses.append(subject.losses(batch).double().mean(1))
+            losses[rows] = subject.losses(batch).double().mean(1)
         edited += count["edited"]
-    return torch.cat(losses), edited
+    return losses, edited
+
+
+@contextlib.contextmanager
+def nothing(ids, seed):
+    """The intervention that changes nothing."""
+    yield {"edited": 0}
 
 
 def effect(name, baseline, losses, edited):
@@ -63,7 +72,7 @@ def table_of(subject, means):
 def ablate(opened, batch_size):
     """Ablation findings of an opened checkpoint; `opened` needs other text to calibrate on."""
     subject, ids = opened.subjects[0], opened.ids
-    baseline = torch.cat([subject.losses(batch).double().mean(1) for batch in ids.split(batch_size)])
+    baseline, _ = measure(subject, ids, batch_size, nothing, "baseline")
     means = intervene.ChannelMeans(subject, opened.other_ids, batch_size)
     rows = []
     for name, (kind, control, intervention) in table_of(subject, means).items():

@@ -27,7 +27,7 @@ from spikesink.anatomy import anatomy
 from spikesink.calibrate import nulls
 from spikesink.errors import Flags, UserError, run
 from spikesink.observe import observe
-from spikesink.subject import Subject
+from spikesink.subject import PADDING, Subject
 
 
 def whole(text, least=0):
@@ -176,7 +176,7 @@ def open_checkpoint(args, calibration=False):
         "name": str(read.name),
         "n_seq": len(ids),
         "seq_len": ids.size(1),
-        "tokens": ids.numel(),
+        "tokens": int((ids != PADDING).sum()),
         "bos": read.bos,
         "dtype": "float32",
     }

@@ -14,7 +14,7 @@ import torch
 
 from . import metrics
 from .hooks import hooked, on_streams
-from .subject import rows_at_once
+from .subject import batches, rows_at_once
 
 
 class ChannelMeans:
@@ -37,7 +37,7 @@ class ChannelMeans:
             return function
 
         with on_streams(taps, [record(i) for i in range(len(sums))]):
-            for batch in ids.split(batch_size):
+            for _, batch in batches(ids, batch_size):
                 subject.losses(batch)
         self.other = [(s[2] / s[3].clamp_min(1)).float() for s in sums]
         self.spike = [

@@ -17,11 +17,12 @@ def conditions(findings):
     """Under what conditions every number of these findings was measured."""
     data, checkpoint = findings["data"], findings["checkpoint"]
     digest = (checkpoint["sha256"] or "unknown")[:12]
+    ragged = "up to " if data["tokens"] < data["n_seq"] * data["seq_len"] else ""
     start = "each starting with BOS" if data["bos"] else "no BOS"
     if data["n_register"]:
         start += f", after {data['n_register']} registers (positions count from the first register)"
     return (
-        f"{data['n_seq']} sequences of {data['seq_len']} tokens of {data['name']}, {start}, {data['dtype']}; "
+        f"{data['n_seq']} sequences of {ragged}{data['seq_len']} tokens of {data['name']}, {start}, {data['dtype']}; "
         f"step {checkpoint['step']}, sha256 {digest}; loss {data['loss']:.3f} nats per token"
         + ("" if data["loss_of"] == "the next token" else f" (of {data['loss_of']})")
     )

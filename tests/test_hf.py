@@ -355,3 +355,47 @@ def test_broken_folders_and_unreachable_names_are_one_line(cli, tmp_path):
         code, _, err = cli("detect.py", name)
         assert code == 2, name
         assert err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("kind", ["absent", "boolean", "additive", "lazy"])
+def test_the_seam_takes_every_kind_of_mask(kind):
+    """Rows of the map, in chunks and cut at the diagonal or whole, are the softmax of what transformers would mask."""
+    from types import SimpleNamespace
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, generator=generator) for h in (4, 2, 2))
+    seen = torch.ones(9, 9).tril().bool()[None, None].repeat(2, 1, 1, 1)
+    if kind != "absent":
+        seen[1, :, 3:, 0] = False  # one hidden key of one sequence
+    masks = {
+        "absent": None,
+        "boolean": seen,
+        "additive": torch.where(seen, 0.0, torch.finfo(torch.float32).min),
+        "lazy": hf.LazyMask(lambda b, h, i, j: (j <= i) & ~((b == 1) & (i >= 3) & (j == 0)), 2, 0, 0, 9, None, "cpu"),
+    }
+    bias = torch.randn(1, 4, 9, 9, generator=generator)
+    seam = hf.HFSeam()
+    seam.set(SimpleNamespace(is_causal=True), masks[kind], 0.3, position_bias=bias)
+    logits = 0.3 * torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(2, 1)) + bias
+    maps = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    for first in range(0, 9, 4):
+        rows = maps[:, :, first : first + 4]
+        torch.testing.assert_close(seam.shares(q[:, :, first : first + 4], k, first), rows)
+        cut = min(9, first + 4)
+        torch.testing.assert_close(seam.shares(q[:, :, first : first + 4], k[:, :, :cut], first), rows[..., :cut])
+    torch.testing.assert_close(seam(q, k, v), maps @ v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_ablate_takes_encoders_encoder_decoders_and_padding(cli, tmp_path):
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(4, 60, (8, 24))
+    ids[3, 15:] = ids[5, :4] = -100
+    np.save(tmp_path / "ids.npy", ids)
+    for family in ("bert", "t5"):
+        build(family).save_pretrained(tmp_path / family)
+        out = tmp_path / f"{family}.json"
+        code, _, err = cli("ablate.py", tmp_path / family, f"--tokens={tmp_path / 'ids.npy'}", f"--json={out}")
+        assert code == 0, err
+        assert json.loads(out.read_text())["interventions"][-1]["name"] == "sink_mask"
+    assert list(json.loads((tmp_path / "t5" / "detect.json").read_text())["parts"]) == ["encoder", "cross"]
