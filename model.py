@@ -312,18 +312,22 @@ class Attend(nn.Module):
     def forward(self, q, k, v, bias=None, chunk=256):
         """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
 
-        Softmax uses PyTorch's fused kernels. The other kinds, and any bias, make the map `chunk` queries at a time.
+        Softmax uses PyTorch's fused kernels. The other kinds, and any bias, make the map `chunk` queries at a time; so
+        does, outside of training, a mask that the kernels do not know.
         """
         dropout = self.dropout if self.training else 0.0
-        if self.kind == "softmax" and bias is None:
-            plain = self.slopes is None and not self.window
-            mask = None if plain else self.mask(0, q.size(-2), k.size(-2), q.device).to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain, enable_gqa=self.group > 1)
-        v = v.repeat_interleave(self.group, dim=1)
-        rows = []
-        for i, part in enumerate(q.split(chunk, dim=-2)):
-            weights, slot = self.weights(part, k, i * chunk, bias)
-            rows.append(F.dropout(weights, dropout, self.training) @ v + slot)
+        fused = self.kind == "softmax" and bias is None
+        if fused and self.slopes is None and not self.window:
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
+        rows, T = [], k.size(-2)
+        wide = v.repeat_interleave(self.group, dim=1)
+        for i, part in enumerate(q.split(T if fused and self.training else chunk, dim=-2)):
+            if fused:
+                mask = self.mask(i * chunk, part.size(-2), T, q.device).to(q.dtype)
+                rows.append(F.scaled_dot_product_attention(part, k, v, mask, dropout, enable_gqa=self.group > 1))
+            else:
+                weights, slot = self.weights(part, k, i * chunk, bias)
+                rows.append(F.dropout(weights, dropout, self.training) @ wide + slot)
         return torch.cat(rows, dim=-2)
 
 

@@ -13,6 +13,7 @@ from spikesink.errors import UserError
 from spikesink.subject import PADDING
 
 DEFAULT_LENGTH = 64  # Gu et al.'s
+SHORTEST = 8
 
 
 class Sequences(NamedTuple):
@@ -99,6 +100,8 @@ class Reader:
         if not len(ids):
             raise UserError("the prompt is empty")
         framed = self.framed(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None])
+        if framed.size(1) < 2:
+            raise UserError("the prompt is one token; two are needed")
         if framed.size(1) > self.block_size:
             raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
         return framed
@@ -120,22 +123,30 @@ def check_length(seq_len, block_size):
     """Raises UserError for a sequence that the model cannot take, or that is too short to say anything."""
     if seq_len > block_size:
         raise UserError(f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}")
-    if seq_len < 8:
-        raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least 8")
+    if seq_len < SHORTEST:
+        raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
 
 
 def ids_of_array(path, seq_len):
-    """int64 ids (N, T) of --tokens. Raises UserError if the file is not a 2-D integer array, or a row is too short."""
+    """int64 ids (N, T) of --tokens, padding moved to the end of each row.
+
+    Raises UserError if the file is not a 2-D integer array, or a row is too short.
+    """
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read --tokens {path}: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
-    ids = torch.from_numpy(array.astype(np.int64))[:, :seq_len]
+    ids = torch.from_numpy(array.astype(np.int64))
+    real = ids != PADDING
+    longest = min(seq_len or ids.size(1), int(real.sum(1).max()))
+    ids = ids.gather(1, (~real).int().argsort(dim=1, stable=True))[:, :longest]
     shortest = int((ids != PADDING).sum(1).min())
-    if shortest < min(8, ids.size(1)):
-        raise UserError(f"--tokens {path} has a sequence of {shortest} tokens without padding ({PADDING}); at least 8")
+    if shortest < SHORTEST <= ids.size(1):
+        raise UserError(
+            f"--tokens {path} has a sequence of {shortest} tokens that are not padding ({PADDING}); at least {SHORTEST}"
+        )
     return ids
 
 

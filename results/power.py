@@ -115,7 +115,12 @@ def verdict_table():
                 with planted.spikes(subject, tokens, channel=3, size=100):
                     obs = observe(subject, ids, batch_size=n, progress=False)
                 null = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
-                given = ({"parameters": 125e6}, None, None)  # as if the model were large: only the sample is small
+                given = (
+                    subject.heads,
+                    {"parameters": 125e6},
+                    None,
+                    None,
+                )  # as if the model were large: only the sample is small
                 verdicts.append(calibrate.verdicts(obs, null, {}, *given)["spike"]["verdict"])
             counts = {word: verdicts.count(word) / DRAWS for word in ("present", "absent", "underpowered")}
             rows.append({"prevalence": prevalence, "n_seq": n, **counts})

@@ -35,7 +35,7 @@ def anatomy(subject, ids, obs, batch_size=8, seed=0):
     of = {place: [torch.cat(r)[order] for r in of_place] for place, of_place in rows.items()}  # (2K, C) each
     K = len(tokens)
     spikes = {place: [x[:K] for x in of_place] for place, of_place in of.items()}
-    distinct = distinct_tokens(obs, tokens, subject.causal)
+    distinct = distinct_tokens(subject, obs, tokens)
     path = torch.stack(spikes["stream"])  # (taps, K, C)
     steps = step_up_and_down(path, subject.streams)
     return {
@@ -80,28 +80,37 @@ def chosen_tokens(obs):
 
 
 def other_tokens(obs, tokens, generator):
-    """As many random tokens that are no spikes, of the same sequences: (K, 2)."""
+    """As many random tokens that are no spikes, of the same sequences: (K, 2); fewer where there are no more."""
     free = obs.tokens & ~obs.spikes[metrics.PRIMARY_SPIKE_RULE]
     free[tokens[:, 0], tokens[:, 1]] = False
     draw = torch.rand(free.shape, generator=generator).masked_fill(~free, -1.0)
     others = []
     for sequence in tokens[:, 0].tolist():
         position = int(draw[sequence].argmax())
-        draw[sequence, position] = -1.0
-        others.append((sequence, position))
-    return torch.tensor(others)
+        if draw[sequence, position] >= 0:
+            others.append((sequence, position))
+            draw[sequence, position] = -1.0
+    return torch.tensor(others, dtype=torch.int64).view(-1, 2)
 
 
-def distinct_tokens(obs, tokens, causal):
-    """Which of the tokens (K, 2) are to be compared. Under causal attention the first position's state depends on its
-    token alone, so equal tokens there are one and the same, not alike."""
-    seen, kept = set(), []
-    for i, (n, t) in enumerate(tokens.tolist()):
-        key = ("first", int(obs.ids[n, t])) if causal and t == 0 else (n, t)
-        if key not in seen:
-            seen.add(key)
-            kept.append(i)
-    return kept
+def state_of(subject, sequence, position, token):
+    """What a token's state depends on, as a key: equal keys are one state, not two that are alike.
+
+    Under causal attention registers are the same in every sequence, and so are equal first tokens after them (not in a
+    decoder that reads an encoder's text).
+    """
+    if subject.causal and subject.part != "decoder":
+        if position < subject.n_register:
+            return ("register", position)
+        if position == subject.n_register:
+            return ("first", token)
+    return (sequence, position)
+
+
+def distinct_tokens(subject, obs, tokens):
+    """Which of the tokens (K, 2) have a state of their own."""
+    states = {state_of(subject, n, t, int(obs.ids[n, t])): i for i, (n, t) in reversed([*enumerate(tokens.tolist())])}
+    return sorted(states.values())
 
 
 def _order(tokens, sequences, ids, batch_size):
@@ -135,17 +144,13 @@ def _dissect_batch(subject, ids, sequences, tokens, rows, stats, keys, generator
             sinks = sinks_in(module, q, k, subject.causal)
             k = for_heads(k.float().cpu(), q.size(1))
             draw = torch.rand(sinks.shape, generator=generator).masked_fill(sinks, -1.0)
-            draw[..., 0] = -1.0  # the first key is often the same in every sequence
+            draw[..., : subject.n_register + 1] = -1.0  # these are often the same in every sequence
             control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
             seen = subject.seen(ids) if subject.part != "cross" else ids
             for found, kept in zip((sinks, control), keys[index], strict=True):
                 for i, head, position in found.nonzero().tolist():
-                    once = (
-                        ("first", int(seen[i, 0]))
-                        if subject.causal and position == 0
-                        else (int(sequences[i]), position)
-                    )
-                    kept.append((head, once, k[i, head, position]))
+                    token = state_of(subject, int(sequences[i]), position, int(seen[i, position]))
+                    kept.append((head, token, k[i, head, position]))
 
         return hook
 
@@ -254,17 +259,19 @@ def key_subspace(sinks, others, n_head):
 
 
 def quadratic_form(subject, steps, generator):
-    """Is the form of a spiking channel, in the FFN of the step-up's block, an outlier and of rank one? None where that
-    FFN is not gated, or the spike is there from the embedding on.
+    """Is the step-up FFN's form of a spiking channel an outlier, and of rank one? None where the step-up is no FFN, or
+    not a gated one.
 
     `norm`: ||U_k||_F over the median of all channels'; `dominance`: largest eigenvalue^2 of S_k = (U_k + U_k^T) / 2
     over ||S_k||_F^2, 1 for rank one; for spiking channels and as many random others.
     """
-    ffn = next((f for f in subject.gated if f.layer == steps["step_up"]["layer"]), None)
-    if ffn is None:
+    up_at = steps["step_up"]
+    ffn = next((f for f in subject.gated if f.layer == up_at["layer"]), None)
+    if ffn is None or up_at["kind"] not in ("ffn", "block"):
         return None
-    gain = ffn.gain()
-    gate, up, down = ffn.gate() * gain, ffn.up() * gain, ffn.down()  # (M, C), (M, C), (C, M)
+    gate, up, down = ffn.gate(), ffn.up(), ffn.down()  # (M, C), (M, C), (C, M)
+    gain = ffn.gain().to(gate.device)
+    gate, up = gate * gain, up * gain
     norms = form_norms(gate, up, down)
     spiking = [row["channel"] for row in steps["channels"][:4]]
     free = torch.ones(len(norms), dtype=torch.bool)

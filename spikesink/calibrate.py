@@ -12,9 +12,6 @@ A null is the same measurement where the phenomenon cannot be, or where one expl
 The last two run the trained model, so what stays in them is a finding, not a false positive.
 """
 
-import math
-from statistics import NormalDist
-
 import torch
 
 from . import metrics
@@ -33,14 +30,6 @@ NULLS_OF = {
 }
 POWERED_PARAMETERS, POWERED_TOKENS, POWERED_SEQUENCES = 50e6, 1e9, 60  # below these, absence is "underpowered"
 MAJORITY = 0.5  # a phenomenon is present if most sequences have it
-
-
-def wilson(hits, n, tests=1):
-    """95% interval of a rate by Wilson (1927), of `hits` among n; Bonferroni's if it is the best of several `tests`."""
-    z = NormalDist().inv_cdf(1 - 0.025 / tests)
-    rate = hits / n
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
 
 
 def _rotate(x, by, dim):
@@ -64,20 +53,30 @@ def shuffles(seed):
         return _rotate(x, places(x.size(1), (len(x), 1, x.size(2)), x.device), 1)
 
     def rows(weights, first, causal):
-        """Each query's weights rotated among the keys that it may see."""
+        """Each query's weights rotated among the keys that it may see, from the first that has any (a window's)."""
         *_, R, T = weights.shape
         key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
-        seen = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
-        by = (torch.rand(*weights.shape[:2], R, 1, generator=draw).to(weights) * seen).long()
-        return weights.gather(-1, torch.where(key < seen, (key + by) % seen, key))
+        end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
+        start = (weights > 0).int().argmax(-1, keepdim=True)  # (B, H, R, 1)
+        by = (torch.rand(start.shape, generator=draw).to(weights) * (end - start)).long()
+        rotated = start + (key - start + by) % (end - start)
+        return weights.gather(-1, torch.where((key >= start) & (key < end), rotated, key))
 
     return {"shuffled_channels": Shuffle(stream=channels), "shuffled_positions": Shuffle(stream=positions, rows=rows)}
 
 
 def other_text(ids, vocabulary, seed):
-    """{name: ids} of the nulls that change the text; a first token that all sequences share (BOS) stays."""
+    """{name: ids} of the nulls that change the text; a first or last token that all sequences share (BOS, [SEP]) stays.
+
+    ids (N, T), padded on the right.
+    """
     draw = torch.Generator().manual_seed(seed)
-    kept = (ids == PADDING) | ((torch.arange(ids.size(1)) == 0) & bool((ids[:, 0] == ids[0, 0]).all()))
+    place, last = torch.arange(ids.size(1)), (ids != PADDING).sum(1, keepdim=True) - 1
+    kept = ids == PADDING
+    for at in (torch.zeros_like(last), last):
+        special = ids.gather(1, at)
+        if len(ids) > 1 and bool((special == special[0]).all()):
+            kept = kept | (place == at)
     random = torch.randint(vocabulary, ids.shape, generator=draw)
     repeated = torch.randint(vocabulary, (len(ids), 1), generator=draw).expand(ids.shape)
     return {"random_tokens": torch.where(kept, ids, random), "repeated_token": torch.where(kept, ids, repeated)}
@@ -162,45 +161,55 @@ def curves(obs):
 
 def false_positives(null, rule, key="sequences"):
     """The rate at which a rule fires in the worst of its nulls, with its 95% interval; None where none was run."""
-    run = [null[name] for name in NULLS_OF[rule] if "rules" in null.get(name, {})]
+    run = {name: null[name] for name in NULLS_OF[rule] if "rules" in null.get(name, {})}
     if not run:
         return None
-    worst = max(run, key=lambda m: m["rules"][rule][key])
-    rate, n = worst["rules"][rule][key], worst["n_seq"]
-    return {"rate": rate, "ci95": wilson(round(rate * n), n), "n_seq": n, "nulls": [*NULLS_OF[rule]]}
+    worst = max(run.values(), key=lambda m: m["rules"][rule][key])
+    return {**_rate(worst["rules"][rule][key], worst["n_seq"]), "nulls": [*run]}
 
 
-def verdicts(obs, null, overlap, model, step, trained_tokens):
+def _rate(rate, n, tests=1):
+    return {"rate": rate, "ci95": metrics.wilson(round(rate * n), n, tests), "n_seq": n}
+
+
+def verdicts(obs, null, overlap, heads, model, step, trained_tokens):
     """{"spike", "sink", "co_occurrence": {"verdict", "reason", ...}}: present, absent or underpowered, and why.
 
     Present: most sequences have it (in one and the same head, for sinks), and not so in the null. Absent needs power:
     a model of at least 50M parameters, 1e9 tokens of training where that is known, and 60 sequences; published models
-    below that have shown no more. Everything between is underpowered.
+    below that have shown no more. Everything between is underpowered. `heads`: names of the L x H heads.
     """
-    N, L, H = obs.best_alpha.shape
-    spikes = obs.spikes[metrics.PRIMARY_SPIKE_RULE].any(1)
-    heads = (obs.best_alpha > metrics.PRIMARY_SINK_EPSILON).sum(0).flatten()
+    N = len(obs.ids)
+    found = (obs.best_alpha > metrics.PRIMARY_SINK_EPSILON).double().mean(0).flatten()
     weak = _weakness(N, model, step, trained_tokens)
-    curve = curves(obs)
-    most = lambda points, key: [p["at"] for p in points if p[key] > MAJORITY]
     spike = _verdict(
         "of sequences have a spike token",
-        wilson(int(spikes.sum()), N),
-        int(spikes.sum()) / N,
+        _rate(obs.spikes[metrics.PRIMARY_SPIKE_RULE].any(1).double().mean().item(), N),
         false_positives(null, metrics.PRIMARY_SPIKE_RULE),
         weak,
-        ("ratio", most(curve["ratio"], "sequences"), metrics.SPIKE_RATIO),
+        ("ratio", _holds(obs, null, "ratio", "sequences"), metrics.SPIKE_RATIO),
     )
-    best = int(heads.argmax())
     sink = _verdict(
-        f"of sequences have a sink in head {best // H}.{best % H}, the best of {L * H}",
-        wilson(int(heads[best]), N, tests=L * H),
-        int(heads[best]) / N,
+        f"of sequences have a sink in head {heads[int(found.argmax())]}, the best of {len(heads)}",
+        _rate(found.max().item(), N, tests=len(heads)),
         false_positives(null, "gu", "best_head"),
         weak,
-        ("epsilon", most(curve["epsilon"], "best_head"), metrics.PRIMARY_SINK_EPSILON),
+        ("epsilon", _holds(obs, null, "epsilon", "best_head", tests=len(heads)), metrics.PRIMARY_SINK_EPSILON),
     )
-    return {"spike": spike, "sink": sink, "co_occurrence": _co_verdict(spike, sink, overlap, N)}
+    return {"spike": spike, "sink": sink, "co_occurrence": _co_verdict(spike, sink, overlap, weak)}
+
+
+def _holds(obs, null, curve, key, tests=1):
+    """The thresholds of a curve at which the model would be said to have it: most sequences do, and the null not so."""
+    of_rule = {"ratio": "ratio", "epsilon": "gu"}[curve]
+    nulls_run = [null[name] for name in NULLS_OF[of_rule] if "curves" in null.get(name, {})]
+    thresholds = []
+    for i, point in enumerate(curves(obs)[curve]):
+        low = metrics.wilson(round(point[key] * len(obs.ids)), len(obs.ids), tests)[0]
+        false = [_rate(m["curves"][curve][i][key], m["n_seq"])["ci95"][1] for m in nulls_run]
+        if low > max([MAJORITY, *false]):
+            thresholds.append(point["at"])
+    return thresholds
 
 
 def _weakness(n_seq, model, step, trained_tokens):
@@ -217,53 +226,57 @@ def _weakness(n_seq, model, step, trained_tokens):
     return weak
 
 
-def _verdict(what, ci, rate, false, weak, sensitivity):
+def _verdict(what, found, false, weak, sensitivity):
     """One phenomenon's verdict from the share of sequences that have it, against its null."""
     knob, holds, used = sensitivity
+    rate, ci = found["rate"], found["ci95"]
     reason = f"{rate:.0%} [{ci[0]:.0%}, {ci[1]:.0%}] {what}"
     if false is None:
         reason += "; no null was run"
     else:
         reason += f", {false['rate']:.0%} [{false['ci95'][0]:.0%}, {false['ci95'][1]:.0%}] in its nulls"
-    if ci[0] > MAJORITY:
-        if false is None or false["ci95"][1] < ci[0]:
-            verdict = "present"
-            reason += f"; so for every {knob} from {min(holds):g} to {max(holds):g} tried ({used:g} is used)"
-        else:
-            verdict = "underpowered"
-            reason += "; the nulls have it as often, or are too few to tell"
+    if ci[0] > MAJORITY and (false is None or false["ci95"][1] < ci[0]):
+        verdict = "present"
+        reason += f"; so for every {knob} tried from {min(holds):g} to {max(holds):g} ({used:g} is used)"
+    elif ci[0] > MAJORITY:
+        verdict = "underpowered"
+        reason += "; the nulls have it as often, or are too few to tell"
+    elif ci[1] > MAJORITY:
+        verdict = "underpowered"
+        reason += "; more sequences would decide whether most have it"
     elif weak:
         verdict = "underpowered"
         reason += f"; absence would need more: {', '.join(weak)}"
-    elif ci[1] < MAJORITY:
+    else:
         verdict = "absent"
         reason += "; not in most sequences of a model and a sample large enough to show it"
         if holds:
             reason += f" (but in most at a {knob} of {max(holds):g})"
-    else:
-        verdict = "underpowered"
-        reason += "; more sequences would decide whether most have it"
     return {"verdict": verdict, "reason": reason, "rate": rate, "ci95": ci, "null": false, "holds": holds}
 
 
-def _co_verdict(spike, sink, overlap, n_seq):
+UNRELATED = 2.0  # lift over chance that an interval must exclude before co-occurrence is called absent
+
+
+def _co_verdict(spike, sink, overlap, weak):
     """Do spikes and sinks fall on the same tokens, and does position alone explain it?"""
     missing = [name for name, of in (("spikes", spike), ("sinks", sink)) if of["verdict"] != "present"]
     if missing:
         return {"verdict": "underpowered", "reason": f"{' and '.join(missing)} are not present: nothing to compare"}
-    ci = overlap["ci95"]["lift_anywhere"]
-    reason = (
-        f"P(sink | spike) is {overlap['p_sink_given_spike']:.0%}, {overlap['lift_anywhere']:.3g} times "
-        "what chance over all tokens gives"
-    )
+    ci, lift_ci = overlap["ci95"]["lift_anywhere"], overlap["ci95"]["lift"]
+    reason = f"P(sink | spike) is {overlap['p_sink_given_spike']:.0%}, {overlap['lift_anywhere']:.3g}"
+    reason += f" [{ci[0]:.3g}, {ci[1]:.3g}] times what chance over all tokens gives" if ci else " times chance"
     if ci and ci[0] > 1:
-        part = overlap["explained_by_position"]
-        reason += f"; {part:.0%} of the excess is there when labels are permuted among equal positions"
-        reason += (
-            f", and the rest is more than chance (p = {overlap['p_permutation']:.3g})"
-            if overlap["p_permutation"] < 0.05
-            else f", and the rest is not told from chance (p = {overlap['p_permutation']:.3g})"
-        )
+        part, p = overlap["explained_by_position"], overlap["p_permutation"]
+        reason += f"; {part:.0%} of the excess is there when labels are permuted among equal positions, "
+        if p < 0.05:
+            reason += f"and the rest is more than chance (p = {p:.3g})"
+        elif lift_ci and lift_ci[1] < 1:
+            reason += "and sequences that have the one have the other less often than that"
+        else:
+            reason += f"and there is no more than that (p = {p:.3g})"
         return {"verdict": "present", "reason": reason}
-    reason += f" [{ci[0]:.3g}, {ci[1]:.3g}]" if ci else ""
-    return {"verdict": "absent" if n_seq >= POWERED_SEQUENCES else "underpowered", "reason": reason}
+    if ci and ci[1] < UNRELATED and not weak:
+        return {"verdict": "absent", "reason": reason}
+    more = f"; absence would need more: {', '.join(weak)}" if weak else "; the interval leaves room for much more"
+    return {"verdict": "underpowered", "reason": reason + more}

@@ -8,8 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .findings import name_of
-from .words import ratio_of, visible
+from .words import name_of, ratio_of, visible
 
 SPIKE, SINK, GREY, INK = "#c2410c", "#1d4ed8", "#78716c", "#1c1917"
 STYLE = {
@@ -65,16 +64,19 @@ def _positions(findings):
     T = len(sinks["share"])
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.2, 4.4), sharex=True)
     top.plot(sinks["share"], color=SINK, label="measured")
-    top.plot(sinks["share_uniform"], "--", color=GREY, label="causal-uniform")
+    top.plot(sinks["share_uniform"], "--", color=GREY, label="if spread evenly")
     top.set(yscale="log", title="Share of all attention received, by position", ylabel="share")
     top.legend(frameon=False)
     for epsilon, shade in zip(("0.2", "0.3", "0.5", "0.8"), (0.35, 1.0, 0.6, 0.8), strict=True):
         curve = sinks["gu"][epsilon]["by_position"]
         bottom.plot(curve, color=SINK, alpha=shade, lw=1.8 if epsilon == "0.3" else 0.9, label=f"epsilon {epsilon}")
-    bottom.axvspan(0.75 * T, T - 1, color=GREY, alpha=0.15, lw=0)
+    label = "position of the key"
+    if findings["causal"]:
+        bottom.axvspan(0.75 * T, T - 1, color=GREY, alpha=0.15, lw=0)
+        label += " (shaded: fewer than T/4 queries, no verdict rests here)"
     bottom.set(
         ylim=(-0.03, 1.03),
-        xlabel="position of the key (shaded: fewer than T/4 queries, no verdict rests here)",
+        xlabel=label,
         title="Sink rate (Gu et al.), share of heads",
         ylabel="Sink_k",
     )

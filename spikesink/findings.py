@@ -36,10 +36,10 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
         "data": {
             **data,
             "n_register": subject.n_register,
-            "loss": obs.loss.mean().item(),
+            "loss": (obs.loss * obs.predicted).sum().item() / max(1, int(obs.predicted.sum())),
             "loss_of": "the next token" if subject.shift else "each token, none masked",
         },
-        "verdicts": calibrate.verdicts(obs, null, co_occurrence, {"parameters": 0, **model}, *trained),
+        "verdicts": calibrate.verdicts(obs, null, co_occurrence, subject.heads, {"parameters": 0, **model}, *trained),
         "layers": layers,
         "spikes": _spikes(subject, obs, null),
         "sinks": _sinks(subject, obs, null),
@@ -51,17 +51,13 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
     }
 
 
-def name_of(layer):
-    """'embedding', 'attn 0', 'ffn 0', ... of a Tap, or of a layer of the findings."""
-    kind, number = (layer["kind"], layer["layer"]) if isinstance(layer, dict) else (layer.kind, layer.layer)
-    return kind if number < 0 else f"{kind} {number}"
-
-
-def _strongest(score, ids):
-    """(sequence, position, number of sequences) of the largest scores (N, T), each (token id, position) once."""
+def _strongest(score, ids, among):
+    """(sequence, position, number of sequences) of the largest scores (N, T) `among` some, each (id, position) once."""
     seen = {}
-    for flat in score.flatten().argsort(descending=True).tolist():
+    for flat in score.masked_fill(~among, -torch.inf).flatten().argsort(descending=True).tolist():
         n, t = divmod(flat, score.size(1))
+        if not among[n, t]:
+            break
         key = (int(ids[n, t]), t)
         if key not in seen:
             if len(seen) == SHOWN:
@@ -98,7 +94,7 @@ def _spikes(subject, obs, null):
         }
     peak, tap = obs.magnitudes.max(0)  # (N, T)
     tokens = []
-    for n, t, occurrences in _strongest(peak, obs.ids):
+    for n, t, occurrences in _strongest(peak, obs.ids, obs.tokens):
         where = int(tap[n, t])
         tokens.append(
             {
@@ -122,20 +118,22 @@ def _sinks(subject, obs, null):
     n_tokens, at_position = int(obs.tokens.sum()), obs.tokens.sum(0)  # sequences that reach each position (T,)
     total = lambda name: torch.stack([a.sums[name] for a in obs.attention])
     per_layer = lambda name: total(name) / N
-    often = obs.eligible.sum(0) >= N / 2  # positions whose key has enough queries in most sequences
+    eligible = obs.eligible.sum(0)  # sequences in which each position's key has enough queries (T,)
     gu = {}
     for epsilon in metrics.EPSILONS:
         rate = total(f"hits {epsilon}") / at_position  # (L, H, T), share of sequences
         by_position = rate.mean((0, 1))
         first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
-        best = int(by_position.masked_fill(~often, -1).argmax())
+        strong = (total(f"eligible hits {epsilon}") / eligible).mean((0, 1)).nan_to_num(0.0)  # (T,)
+        strong = strong.masked_fill(eligible < N / 2, -1)  # positions that most sequences have
+        best = int(strong.argmax())
         gu[str(epsilon)] = {
             "by_position": by_position.tolist(),
             "first": by_position[0].item(),
-            "first_ci95": metrics.bootstrap_ci(lambda i, x=first: x[i].mean().item(), N),
+            "first_ci95": metrics.rate_ci(first),
             "by_layer": rate[..., 0].mean(1).tolist(),
             "by_head": rate[..., 0].tolist(),
-            "best_eligible": {"position": best, "rate": by_position[best].item()},
+            "best_eligible": {"position": best, "rate": strong[best].item()},
             "first_second_half_queries": per_layer(f"late first {epsilon}").mean().item(),
             "max_first_half": per_layer(f"first half {epsilon}").mean().item(),
         }
@@ -143,7 +141,7 @@ def _sinks(subject, obs, null):
     share_rule = obs.share > metrics.SHARE
     uniform = sum(_uniform(subject, int(n), T) for n in obs.tokens.sum(1)) / at_position
     tokens = []
-    for n, t, occurrences in _strongest(obs.max_alpha.masked_fill(~obs.eligible, -1), obs.ids):
+    for n, t, occurrences in _strongest(obs.max_alpha, obs.ids, obs.eligible):
         tokens.append(
             {
                 **_token_row(subject, obs, n, t, occurrences),
@@ -210,15 +208,23 @@ def _co_occurrence(obs):
 
 def _overlap(spike, sink, tokens):
     """The overlap of spike and sink tokens (N, T), its intervals over sequences and its permutation p."""
+    N = len(spike)
+    found = metrics.overlap(spike, sink, tokens)
+    weighted = lambda i: metrics.overlap(spike, sink, tokens, weights=i.bincount(minlength=N))
+    intervals = metrics.bootstrap_ci(weighted, N)
+    for key, of in (("p_sink_given_spike", spike), ("p_spike_given_sink", sink), ("jaccard", spike | sink)):
+        n = int(of.any(1).sum())
+        if found[key] in (0, 1) and n:  # a bootstrap has no width there
+            intervals[key] = metrics.wilson(round(found[key] * n), n)
     return {
         "spike_rule": metrics.PRIMARY_SPIKE_RULE,
         "sink_rule": f"gu {metrics.PRIMARY_SINK_EPSILON}",
         "spike_tokens": int(spike.sum()),
         "sink_tokens": int(sink.sum()),
         "both": int((spike & sink).sum()),
-        **metrics.overlap(spike, sink, tokens),
-        "ci95": metrics.bootstrap_ci(lambda i: metrics.overlap(spike[i], sink[i], tokens[i]), len(spike)),
-        "p_permutation": metrics.permutation_p(spike, sink),
+        **found,
+        "ci95": intervals,
+        "p_permutation": metrics.permutation_p(spike, sink, tokens),
     }
 
 

@@ -64,10 +64,10 @@ def clean_spikes(subject, ids):
 
 
 def random_channels(marked, generator):
-    """For each token, as many unmarked channels at random as it has marked ones: bool (B, T, C)."""
+    """For each token, as many unmarked channels at random as it has marked ones, or all there are: bool (B, T, C)."""
     scores = torch.rand(marked.shape, generator=generator).to(marked.device).masked_fill(marked, -1.0)
     ranks = scores.argsort(-1, descending=True).argsort(-1)
-    return ranks < marked.sum(-1, keepdim=True)
+    return (ranks < marked.sum(-1, keepdim=True)) & ~marked
 
 
 def _zero(x, marked, means, control):
@@ -112,7 +112,7 @@ def spikes(subject, ids, edit, *, control=False, means=None, seed=0):
         return function
 
     with on_streams(writable(subject), [edit_of(i) for i in range(len(marked))]):
-        yield {"edited": sum(int(m.sum()) for m in marked)}
+        yield {"edited": sum(int(m.sum()) for m in entries)}
 
 
 @torch.no_grad()

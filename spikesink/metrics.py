@@ -4,7 +4,9 @@ Shapes: N sequences, T tokens, C channels, H heads. `stream` is a residual strea
 the attention mass (N, H, T) each key gets, summed over its queries. Positions count from 0 in code, from 1 in papers.
 """
 
+import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ SHARE = 0.2  # of all attention mass, for the share rule
 
 # what the sensitivity curves run over
 RATIOS = (5, 10, 15, 20, 30, 40, 50, 75, 100, 200, 500, 1000)
-PERCENTILES = (99.0, 99.5, 99.9, 99.95, 99.99)
+PERCENTILES = (99.5, 99.9, 99.95, 99.99)
 EPSILON_CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
@@ -50,9 +52,14 @@ def median_and_largest(values, k, sample=2**14):
 
 
 def max_median_ratio(stream):
-    """max_j |x_j| / median_j |x_j| of every token: (N, T); its mean over tokens is MMR."""
+    """max_j |x_j| / median_j |x_j| of every token: (N, T); its mean over tokens is MMR. nan where the median is 0."""
     magnitude = stream.abs()
-    return magnitude.amax(-1) / magnitude.median(-1).values.clamp_min(1e-30)
+    return magnitude.amax(-1) / zero_is_nan(magnitude.median(-1).values)
+
+
+def zero_is_nan(x):
+    """x with nan for 0: to divide by."""
+    return torch.where(x == 0, torch.nan, x)
 
 
 def channel_kurtosis(power):
@@ -75,7 +82,7 @@ def entry_kurtosis(moments):
 
 def ratio_threshold(median, ratio=SPIKE_RATIO):
     """`ratio` x the median |h| (N,) of each sequence: the scale-free form of Sun et al.'s rule, for small models."""
-    return (ratio * median).clamp_min(torch.finfo(median.dtype).tiny)  # nothing is no spike
+    return torch.where(median > 0, ratio * median, torch.inf)  # no median, no spike
 
 
 def massive_threshold(median):
@@ -164,19 +171,26 @@ def uniform_share(queries, causal):
 # ------------------------------------------------------------------------------------------ co-occurrence
 
 
-def overlap(spike, sink, tokens=None):
+def overlap(spike, sink, tokens=None, weights=None):
     """P(sink|spike), P(spike|sink), Jaccard, lift and what position explains, of bool arrays (N, T); nan if undefined.
 
-    `tokens`: bool (N, T), which entries are tokens and not padding. `lift` is the overlap over its expectation when, at
-    each position, the sink labels are permuted among the sequences: 1 if position alone explains it. `lift_anywhere`:
-    over its expectation when they are permuted among all tokens. `explained_by_position`: the part of the overlap in
-    excess of the latter that the former has too. Expectations are exact, not drawn.
+    `tokens`: bool (N, T), which entries are tokens and not padding. `weights`: how often each sequence counts (N,), as
+    in a bootstrap. `lift` is the overlap over its expectation when, at each position, the sink labels are permuted
+    among the sequences: 1 if position alone explains it. `lift_anywhere`: over its expectation when they are permuted
+    among all tokens. `explained_by_position`: the part of the overlap in excess of the latter that the former has too,
+    at most 1. Expectations are exact, not drawn.
     """
     present = torch.ones_like(spike) if tokens is None else tokens
-    n, spike, sink = present.double().sum(0).clamp_min(1), spike.double(), sink.double()
-    both, spikes, sinks = (spike * sink).sum(), spike.sum(), sink.sum()
-    at_position = (spike.sum(0) * sink.sum(0) / n).sum()
-    anywhere = spikes * sinks / present.sum()
+    w = (torch.ones(len(spike)) if weights is None else weights).double()[:, None]
+    p, spike, sink = present.double(), spike.double(), sink.double()
+    pairs = spike * sink
+    both, spikes, sinks, total = (w * pairs).sum(), (w * spike).sum(), (w * sink).sum(), (w * p).sum()
+    # at each position: pairs of two different sequences, so that a sequence drawn twice does not meet itself, and own
+    n = (w * p).sum(0)
+    others = (w * spike).sum(0) * (w * sink).sum(0) - (w * w * pairs).sum(0)
+    possible = n * n - (w * w * p).sum(0)
+    at_position = ((others * (n - 1).clamp_min(0) / possible.clamp_min(1)) + (w * pairs).sum(0) / n.clamp_min(1)).sum()
+    anywhere = spikes * sinks / total
     ratio = lambda a, b: (a / b).item() if b > 0 else float("nan")
     return {
         "p_sink_given_spike": ratio(both, spikes),
@@ -184,31 +198,53 @@ def overlap(spike, sink, tokens=None):
         "jaccard": ratio(both, spikes + sinks - both),
         "lift": ratio(both, at_position),
         "lift_anywhere": ratio(both, anywhere),
-        "explained_by_position": ratio((at_position - anywhere).clamp_min(0), both - anywhere),
+        "explained_by_position": ratio((at_position - anywhere).clamp_min(0).minimum(both - anywhere), both - anywhere),
     }
 
 
-def permutation_p(spike, sink, permutations=999, seed=0):
-    """One-sided p of the overlap of bool arrays (N, T) when sink labels are permuted among sequences, per position."""
+def permutation_p(spike, sink, tokens=None, permutations=999, seed=0):
+    """One-sided p of the overlap of bool arrays (N, T) when whole sequences' sink labels are permuted.
+
+    Whole sequences, so that what clusters in a sequence stays together; among sequences of the same length (`tokens`).
+    """
     generator = torch.Generator().manual_seed(seed)
+    lengths = torch.full((len(spike),), spike.size(1)) if tokens is None else tokens.sum(1)
     columns = (spike.any(0) & sink.any(0)).nonzero()[:, 0]  # elsewhere the overlap is zero either way
-    spike, sink = spike[:, columns], sink[:, columns]
-    observed = (spike & sink).sum()
     if not len(columns):
         return 1.0
-    draws = [
-        (spike & sink.gather(0, torch.rand(sink.shape, generator=generator).argsort(0))).sum()
-        for _ in range(permutations)
-    ]
-    return (1 + sum(int(draw >= observed) for draw in draws)) / (1 + permutations)
+    spike, sink = spike[:, columns], sink[:, columns]
+    by_length = lengths.argsort(stable=True)
+    observed, as_large = (spike & sink).sum(), 0
+    for _ in range(permutations):
+        drawn = (lengths + torch.rand(len(lengths), generator=generator, dtype=torch.float64)).argsort()
+        as_large += bool((spike[by_length] & sink[drawn]).sum() >= observed)
+    return (1 + as_large) / (1 + permutations)
+
+
+def wilson(hits, n, tests=1):
+    """95% interval of a rate by Wilson (1927), of `hits` among n; Bonferroni's if it is the best of several `tests`."""
+    z = NormalDist().inv_cdf(1 - 0.025 / tests)
+    rate = hits / n
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
+
+
+def rate_ci(rates):
+    """95% interval of the mean of rates (N,) of sequences: bootstrap, or Wilson's where all of them are 0 or all 1."""
+    if len(rates) and bool((rates == rates[0]).all()) and rates[0] in (0, 1):
+        return wilson(int(rates.sum()), len(rates))
+    return bootstrap_ci(lambda i: rates[i].mean().item(), len(rates))
 
 
 def bootstrap_ci(statistic, n, resamples=1000, seed=0):
-    """95% percentile interval of `statistic(indices)` over resampled sequences; None where it is undefined.
+    """95% percentile interval of `statistic(indices)` over resampled sequences; None where undefined, as for n = 1.
 
     `statistic` maps a LongTensor (n,) of sequence numbers to a float, or to a dict of floats.
     """
     generator = torch.Generator().manual_seed(seed)
+    if n < 2:
+        only = statistic(torch.zeros(1, dtype=torch.int64))
+        return dict.fromkeys(only) if isinstance(only, dict) else None
     draws = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
     if isinstance(draws[0], dict):
         return {key: _interval([draw[key] for draw in draws]) for key in draws[0]}

@@ -44,7 +44,9 @@ class StreamStats:
         )
         self._sum("top", largest[:, :3])
         self._sum("median", median)
-        self._sum("mmr", (magnitude / size.median(-1).values.clamp_min(1e-30)).mean(1))
+        relative = magnitude / metrics.zero_is_nan(size.median(-1).values)
+        self._sum("mmr", relative.nan_to_num(0.0).sum(1))
+        self._sum("mmr tokens", relative.isfinite().sum(1))
         self.largest = max(self.largest, magnitude.max().item())
         self.channel_power = self.channel_power + power.double().sum(0).cpu()
         self.moments += moments.sum(1).cpu()
@@ -65,7 +67,7 @@ class StreamStats:
             "top3": top3,
             "median": (self.sums["median"] / self.sequences).item(),
             "max": self.largest,
-            "mmr": (self.sums["mmr"] / self.sequences).item(),
+            "mmr": (self.sums["mmr"] / self.sums["mmr tokens"]).item(),
             "kurtosis": metrics.channel_kurtosis(self.channel_power / self.tokens).item(),
             "entry_kurtosis": metrics.entry_kurtosis((self.moments / (self.tokens * channels)).tolist()),
             "inf_norm": top1,
@@ -167,6 +169,7 @@ class AttentionStats:
         for epsilon in metrics.EPSILONS:
             hit = alpha > epsilon
             self._sum(f"hits {epsilon}", hit.sum(0))
+            self._sum(f"eligible hits {epsilon}", (hit & eligible).sum(0))
             self._sum(f"late first {epsilon}", (late_alpha[..., 0] > epsilon).sum(0))
             self._sum(f"first half {epsilon}", hit[..., : (T + 1) // 2].any(-1).sum(0))
         return received.cpu(), alpha, eligible
@@ -194,7 +197,8 @@ class Observation:
     eligible: torch.Tensor  # bool (N, T), keys with enough queries
     first_alpha: torch.Tensor  # (N, L, H), of the first key
     best_alpha: torch.Tensor  # (N, L, H), of the eligible key that has most
-    loss: torch.Tensor  # (N,), mean loss per token, nats
+    loss: torch.Tensor  # (N,), mean loss per predicted token, nats
+    predicted: torch.Tensor  # (N,), how many those are
 
     @property
     def tokens(self):
@@ -238,6 +242,7 @@ def observe(subject, ids, batch_size=8, progress=True, shuffle=None):
         first_alpha=zeros(N, L, H),
         best_alpha=zeros(N, L, H),
         loss=zeros(N),
+        predicted=zeros(N),
     )
     bar = tqdm(
         total=N * max(1, taps - 1), desc="observe", unit="layer", disable=None if progress else True, leave=False
@@ -255,7 +260,7 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
     B, T = subject.seen(ids).shape
     marked = {rule: [] for rule in metrics.SPIKE_RULES} | {percentile: [] for percentile in metrics.PERCENTILES}
     share, max_alpha, sink_heads, ratio = (torch.zeros(B, T) for _ in range(4))
-    C = 0
+    C = n_queries = 0
 
     def on_stream(index):
         def function(stream):
@@ -264,8 +269,8 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
             C = layer.x.size(-1)
             obs.magnitudes[index, rows, :T] = layer.magnitude.cpu()
             obs.channels[index, rows, :T] = layer.channel.int().cpu()
-            relative = layer.magnitude / layer.median.clamp_min(1e-30)[:, None]
-            torch.maximum(ratio, relative.cpu(), out=ratio)
+            relative = layer.magnitude / metrics.zero_is_nan(layer.median)[:, None]
+            torch.maximum(ratio, relative.nan_to_num(0.0).cpu(), out=ratio)
             for rule, definition in metrics.SPIKE_RULES.items():
                 marked[rule].append(layer.marked(definition))
             for percentile in metrics.PERCENTILES:
@@ -276,7 +281,8 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
 
     def on_attention(index):
         def hook(module, args, kwargs, output):
-            bias = kwargs.get("bias")
+            nonlocal n_queries
+            n_queries, bias = args[0].size(-2), kwargs.get("bias")
             received, alpha, eligible = obs.attention[index].add(module, *args, bias, subject.causal, shuffle.rows)
             share.add_(received.sum(1))
             torch.maximum(max_alpha, alpha.amax(1), out=max_alpha)
@@ -289,12 +295,13 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
 
     seams = [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
     with on_streams(subject.streams, [on_stream(i) for i in range(len(obs.streams))]), hooked(seams):
-        loss = subject.losses(ids).mean(1)
+        losses = subject.losses(ids)
+    loss = losses.mean(1)
     if not loss.isfinite().all():
         raise UserError("the model's loss on this text is not finite: its weights are broken, or overflow in float32")
 
-    obs.loss[rows] = loss
-    obs.share[rows, :T] = share / share.sum(1, keepdim=True)
+    obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
+    obs.share[rows, :T] = share / (len(subject.attends) * subject.n_head * n_queries)
     obs.max_alpha[rows, :T], obs.sink_heads[rows, :T], obs.ratio[rows, :T] = max_alpha, sink_heads, ratio
     for rule in metrics.SPIKE_RULES:
         obs.spikes[rule][rows, :T] = _count(obs, rule, marked[rule], 1, B, T, C)

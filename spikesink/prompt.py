@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from . import metrics
-from .findings import name_of
 from .hooks import hooked, on_streams
 from .observe import observe
 from .subject import rows_at_once
@@ -45,8 +44,8 @@ def inspect(subject, ids, checkpoint, model):
     received = torch.stack(received)  # (L, H, T)
     queries = metrics.queries_per_key(T, None if subject.causal else T)
     alpha = metrics.sink_alpha(received, queries).flatten(0, 1)  # (L * H, T)
-    names = [name_of(tap) for tap in subject.streams]
-    heads = [f"{tap.layer}.{head}" for tap in subject.attends for head in range(subject.n_head)]
+    names = [tap.name for tap in subject.streams]
+    heads = subject.heads
     targets = torch.cat([best for best, _ in looks])  # (L * H, T)
     weights = torch.cat([most for _, most in looks])
     peak, tap = obs.magnitudes[:, 0].max(0)

@@ -5,8 +5,8 @@ from pathlib import Path
 import jinja2
 
 from . import figures
-from .findings import name_of, save_text
-from .words import grid, interval, number, ratio_of, visible
+from .findings import save_text
+from .words import grid, interval, name_of, number, ratio_of, visible
 
 PAGES = Path(__file__).with_name("pages")
 
@@ -52,7 +52,8 @@ def summary(findings):
         f"{massive} the absolute rule of Sun et al.",
         f"Sinks: Gu et al.'s Sink_1 at epsilon 0.3 is {gu['first']:.1%} {interval(gu['first_ci95'], '.1%')} of heads; "
         f"the strongest key with at least T/4 queries is position {best['position']}, {best['rate']:.1%}. Position 0 "
-        f"holds {sinks['share'][0]:.1%} of all attention, {sinks['share_uniform'][0]:.1%} if attention were uniform.",
+        f"holds {sinks['share'][0]:.1%} of all attention; {sinks['share_uniform'][0]:.1%} if every query spread it "
+        "evenly over all that it may see.",
         _overlap_sentence(both),
     ]
 

@@ -46,6 +46,11 @@ class Tap:
     at: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
     writable: bool = True  # what a hook writes here is what every later module reads
 
+    @property
+    def name(self):
+        """'embedding', 'attn 0', 'ffn 0', ..."""
+        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
+
 
 @dataclass(frozen=True)
 class GatedFFN:
@@ -119,6 +124,11 @@ class Subject:
             gated,
             rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters()).device), decode),
         )
+
+    @property
+    def heads(self):
+        """Names of the L x H heads: '0.3' is head 3 of attn 0; other seams keep their kind, 'ffn 0.3'."""
+        return [f"{tap.name.removeprefix('attn ')}.{head}" for tap in self.attends for head in range(self.n_head)]
 
     @property
     def device(self):

@@ -32,3 +32,8 @@ def grid(header, rows):
 def ratio_of(layer):
     """top-1 over the median of a layer; 0 where the median is."""
     return layer["top1"] / layer["median"] if layer["median"] else 0.0
+
+
+def name_of(layer):
+    """'embedding', 'attn 0', 'ffn 0', ... of a layer of the findings."""
+    return layer["kind"] if layer["layer"] < 0 else f"{layer['kind']} {layer['layer']}"

@@ -1,5 +1,7 @@
 """The making of a spike and the shape of sink keys, against planted truth and matrices written out."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,16 @@ def test_equal_first_tokens_count_once():
     found = anatomy.anatomy(of, ids, observe(of, ids, progress=False))
     assert (found["tokens"], found["distinct_tokens"]) == (6, 1)
     assert all(row["spikes"] is None for row in found["normed_cosine"])
+
+
+def test_what_a_state_depends_on():
+    decoder = subject_of(tiny(n_register=2))
+    assert anatomy.state_of(decoder, 0, 1, -2) == anatomy.state_of(decoder, 5, 1, -2)
+    assert anatomy.state_of(decoder, 0, 2, 7) == anatomy.state_of(decoder, 5, 2, 7)
+    assert anatomy.state_of(decoder, 0, 2, 7) != anatomy.state_of(decoder, 5, 2, 8)
+    assert anatomy.state_of(decoder, 0, 3, 7) != anatomy.state_of(decoder, 5, 3, 7)
+    for other in (dataclasses.replace(decoder, causal=False), dataclasses.replace(decoder, part="decoder")):
+        assert anatomy.state_of(other, 0, 2, 7) != anatomy.state_of(other, 5, 2, 7)
 
 
 def test_key_subspace_counts_dimensions():

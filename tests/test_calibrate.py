@@ -10,7 +10,8 @@ from spikesink.subject import PADDING
 
 from .conftest import TINY, subject_of
 
-LARGE = ({"parameters": 125e6}, None, None)  # as if the model were a large trained one
+HEADS = ["0.0", "0.1", "1.0", "1.1"]
+LARGE = (HEADS, {"parameters": 125e6}, None, None)  # as if the model were a large trained one
 
 
 def fresh(seed=0, **changes):
@@ -29,9 +30,9 @@ def one_each(n, T, choices, seed=0):
 
 
 def test_wilson_interval():
-    assert calibrate.wilson(0, 16) == pytest.approx([0, 0.19361], abs=1e-5)  # z^2 / (n + z^2)
-    assert calibrate.wilson(5, 100) == pytest.approx([0.02154, 0.11175], abs=1e-4)  # Newcombe 1998's example of 5%
-    assert calibrate.wilson(50, 100, tests=100)[0] < calibrate.wilson(50, 100)[0]
+    assert metrics.wilson(0, 16) == pytest.approx([0, 0.19361], abs=1e-5)  # z^2 / (n + z^2)
+    assert metrics.wilson(5, 100) == pytest.approx([0.02154, 0.11175], abs=1e-4)  # Newcombe 1998's example of 5%
+    assert metrics.wilson(50, 100, tests=100)[0] < metrics.wilson(50, 100)[0]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_verdict_on_planted_spikes(n, prevalence, expected):
     if prevalence:
         # the model's own other tokens are at most some 10x, the planted ones 60x
         assert (max(verdict["holds"]), obs.spike_channels["ratio"].argmax()) == (50, 5)
-    assert calibrate.verdicts(obs, null, {}, {"parameters": 1e6}, None, None)["spike"]["verdict"] in (
+    assert calibrate.verdicts(obs, null, {}, HEADS, {"parameters": 1e6}, None, None)["spike"]["verdict"] in (
         "present",
         "underpowered",
     )
@@ -79,7 +80,7 @@ def test_small_models_and_short_training_are_underpowered():
         (({"parameters": 1e9}, 10, 1e6), "1M tokens of training"),
         (({"parameters": 1e9}, 0, None), "untrained"),
     ):
-        spike = calibrate.verdicts(obs, {}, {}, *given)["spike"]
+        spike = calibrate.verdicts(obs, {}, {}, HEADS, *given)["spike"]
         assert spike["verdict"] == "underpowered"
         assert words in spike["reason"]
     assert calibrate.verdicts(obs, {}, {}, *LARGE)["spike"]["verdict"] == "absent"
@@ -182,10 +183,65 @@ def test_co_occurrence_verdict_needs_both_and_says_what_position_explains():
     n, T = 60, 16
     first = torch.zeros(n, T, dtype=torch.bool)
     first[:, 0] = True
-    overlap = {**metrics.overlap(first, first), "p_permutation": 1.0, "ci95": {"lift_anywhere": [15.0, 17.0]}}
-    both = calibrate._co_verdict(present, present, overlap, n)
+    ci = {"lift_anywhere": [15.0, 17.0], "lift": [1.0, 1.0]}
+    overlap = {**metrics.overlap(first, first), "p_permutation": 1.0, "ci95": ci}
+    both = calibrate._co_verdict(present, present, overlap, [])
     assert both["verdict"] == "present"
-    assert "100% of the excess" in both["reason"] and "not told from chance" in both["reason"]
-    assert calibrate._co_verdict(present, {"verdict": "absent"}, overlap, n)["verdict"] == "underpowered"
-    overlap["ci95"] = {"lift_anywhere": [0.2, 1.1]}
-    assert calibrate._co_verdict(present, present, overlap, n)["verdict"] == "absent"
+    assert "100% of the excess" in both["reason"] and "no more than that" in both["reason"]
+    assert calibrate._co_verdict(present, {"verdict": "absent"}, overlap, [])["verdict"] == "underpowered"
+    overlap["ci95"] = {**ci, "lift_anywhere": [0.2, 1.1]}
+    assert calibrate._co_verdict(present, present, overlap, [])["verdict"] == "absent"
+    assert calibrate._co_verdict(present, present, overlap, ["small"])["verdict"] == "underpowered"
+    overlap["ci95"] = {**ci, "lift_anywhere": [0.2, 7.7]}  # a failure to reject is no absence
+    assert calibrate._co_verdict(present, present, overlap, [])["verdict"] == "underpowered"
+
+
+def rejections(make, runs=200):
+    return sum(metrics.permutation_p(*make(i), permutations=99) <= 0.05 for i in range(runs)) / runs
+
+
+def test_permutation_test_keeps_its_level():
+    """Independent labels that cluster in sequences, and sequences of two lengths, are rejected about 5% of the time."""
+
+    def clustered(seed):
+        draw = torch.Generator().manual_seed(seed)
+        rate = lambda: 0.6 * (torch.rand(60, 1, generator=draw) < 0.5)
+        return [torch.rand(60, 12, generator=draw) < rate() for _ in range(2)]
+
+    def ragged(seed):
+        draw = torch.Generator().manual_seed(seed)
+        tokens = torch.arange(24) < torch.where(torch.arange(60) % 2 == 0, 24, 6)[:, None]
+        return [(torch.rand(60, 24, generator=draw) < 0.1) & tokens for _ in range(2)] + [tokens]
+
+    assert rejections(clustered) < 0.11
+    assert rejections(ragged) < 0.11
+
+
+def test_bootstrap_of_the_lift_is_centred_on_it():
+    draw = torch.Generator().manual_seed(0)
+    spike = torch.rand(100, 64, generator=draw) < 0.01
+    sink = spike & (torch.rand(100, 64, generator=draw) < 0.8)
+    lift = metrics.overlap(spike, sink)["lift"]
+    low, high = metrics.bootstrap_ci(
+        lambda i: metrics.overlap(spike, sink, weights=i.bincount(minlength=100))["lift"], 100
+    )
+    assert low < lift < high
+    repeated = torch.arange(100).bincount(minlength=100)
+    assert metrics.overlap(spike, sink, weights=repeated) == pytest.approx(metrics.overlap(spike, sink), nan_ok=True)
+
+
+def test_intervals_of_rates_have_a_width():
+    assert metrics.rate_ci(torch.ones(100, dtype=torch.float64)) == metrics.wilson(100, 100)
+    assert metrics.rate_ci(torch.zeros(1, dtype=torch.float64))[1] > 0.7
+    assert metrics.bootstrap_ci(lambda i: 1.0, 1) is None
+
+
+def test_a_verdict_is_only_said_to_hold_where_the_null_differs():
+    subject, ids = fresh(), ids_of(64)
+    with planted.spikes(subject, one_each(64, 32, 32), channel=5, size=60.0):
+        obs = observe(subject, ids, batch_size=64, progress=False)
+    null = calibrate.nulls(subject, ids, 64, 16)
+    holds = calibrate.verdicts(obs, null, {}, *LARGE)["spike"]["holds"]
+    own = {p["at"]: p["sequences"] for p in null["init"]["curves"]["ratio"]}
+    assert own[5] == 1.0 and 5 not in holds  # every untrained sequence has 5x the median
+    assert min(holds) >= 10
