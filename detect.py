@@ -22,7 +22,7 @@ from data.loader import NANOGPT_META
 from data.sequences import Reader
 from data.tokenizer import NoTokenizer, tokenizer_of
 from model import GPT
-from spikesink import checkpoint, findings, hf, prompt, report
+from spikesink import checkpoint, findings, hf, offload, prompt, report
 from spikesink.anatomy import anatomy
 from spikesink.calibrate import nulls
 from spikesink.errors import Flags, UserError, run
@@ -57,6 +57,12 @@ def flags(description):
     parser.add_argument("--batch_size", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
     parser.add_argument(
         "--nulls", type=whole, metavar="N", help="sequences of each null, 0 for none (default: up to 16)"
+    )
+    parser.add_argument(
+        "--max_memory",
+        type=count,
+        metavar="GiB",
+        help="on the CPU, a Hugging Face model that needs more is read from disk as it runs (default: what is free)",
     )
     parser.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda ...")
@@ -113,7 +119,7 @@ def load_ours(path, args):
 def load_hf(args):
     """A causal language model of transformers; its default text is Python's own documentation."""
     name = args.checkpoint
-    model = hf.open_model(name, args.device)
+    model = hf.open_model(name, args.device, offload.room(args.max_memory))
     config = model.config
     tokenizer = hf.Tokenizer.of(name) or NoTokenizer()
     before, after = getattr(tokenizer, "before", ()), getattr(tokenizer, "after", ())
@@ -131,7 +137,7 @@ def load_hf(args):
         {"path": str(name), "sha256": hf.weights_hash(name), "step": None, "tokens": None},
         {
             **{key: getattr(config, key) for key in shown if hasattr(config, key)},
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": offload.count(model),
         },
     )
 
@@ -195,7 +201,8 @@ def detect(opened, args):
 def detect_part(subject, opened, args):
     """Findings of one Subject: the observation, its nulls, its anatomy."""
     observation = observe(subject, opened.ids, args.batch_size)
-    null = nulls(subject, opened.ids, opened.vocab_size, args.nulls, args.batch_size)
+    no_init = offload.no_copy(subject.model, offload.room(args.max_memory))
+    null = nulls(subject, opened.ids, opened.vocab_size, args.nulls, args.batch_size, no_init=no_init)
     parts = anatomy(subject, opened.ids, observation, args.batch_size)
     return findings.detection(subject, observation, **opened.about, null=null, anatomy=parts)
 

@@ -277,33 +277,36 @@ def quadratic_form(subject, steps, generator):
     free = torch.ones(len(norms), dtype=torch.bool)
     free[spiking] = False
     random = torch.rand(len(norms), generator=generator).masked_fill(~free, -1.0).topk(len(spiking)).indices.tolist()
-    median = norms.median()
-    entry = lambda k: {
-        "channel": k,
-        "norm": (norms[k] / median).item(),
-        "dominance": dominance(gate, up, down[k], generator),
-    }
+    channels = [*spiking, *random]
+    parts = dominance(gate, up, down[channels], norms[channels], generator)
+    entries = [
+        {"channel": k, "norm": norm, "dominance": part}
+        for k, norm, part in zip(channels, (norms[channels] / norms.median()).tolist(), parts.tolist(), strict=True)
+    ]
     return {
         "layer": ffn.layer,
-        "channels": [entry(k) for k in spiking],
-        "others": [entry(k) for k in random],
+        "channels": entries[: len(spiking)],
+        "others": entries[len(spiking) :],
         "largest_norms": norms.argsort(descending=True)[:CHANNELS].tolist(),
     }
 
 
 def form_norms(gate, up, down):
     """||U_k||_F of every channel k: (C,). gate, up (M, C), down (C, M)."""
-    products = (gate @ gate.T) * (up @ up.T)
+    products = (gate @ gate.T).mul_(up @ up.T)  # (M, M): in place, for M is the largest size of a model
     return ((down @ products) * down).sum(1).clamp_min(0).sqrt()
 
 
-def dominance(gate, up, row, generator, iterations=200):
-    """lambda_1^2 / ||S||_F^2 of S = (U + U^T) / 2, U = sum_i row_i gate_i up_i^T, by power iteration on S^2."""
-    apply = lambda x: 0.5 * (gate.T @ (row * (up @ x)) + up.T @ (row * (gate @ x)))
-    x = torch.randn(gate.size(1), generator=generator).to(gate)
+def dominance(gate, up, rows, norms, generator, iterations=200):
+    """lambda_1^2 / ||S||_F^2 of each S = (U + U^T) / 2, U = sum_i row_i gate_i up_i^T, by power iteration on S^2: (K,).
+
+    rows (K, M), norms (K,): ||U||_F.
+    """
+    apply = lambda x: 0.5 * (gate.T @ (rows.T * (up @ x)) + up.T @ (rows.T * (gate @ x)))  # (C, K) -> (C, K)
+    x = torch.randn(gate.size(1), len(rows), generator=generator).to(gate)
     for _ in range(iterations):
         x = apply(x)
-        x = x / x.norm().clamp_min(1e-30)
+        x = x / x.norm(dim=0).clamp_min(1e-30)
     cross = gate @ up.T
-    square = 0.5 * (form_norms(gate, up, row[None])[0] ** 2 + row @ (cross * cross.T) @ row)
-    return (apply(x).norm() ** 2 / square.clamp_min(1e-30)).item()
+    square = 0.5 * (norms**2 + ((rows @ (cross * cross.T)) * rows).sum(1))
+    return apply(x).norm(dim=0) ** 2 / square.clamp_min(1e-30)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import offload
 from .blocks import SEAM, Stack, stacks_of
 from .checkpoint import file_hash
 from .errors import UserError
@@ -236,8 +237,10 @@ def model_class(config):
     return AutoModelForMaskedLM if masked and not causal else AutoModelForCausalLM
 
 
-def open_model(name_or_path, device="cpu", **kwargs):
+def open_model(name_or_path, device="cpu", room=math.inf, **kwargs):
     """A language model of the hub or of a folder, in float32; `kwargs` go to transformers' `from_pretrained`.
+
+    On the CPU, weights that do not fit into `room` bytes are left on disk, and read whenever they are used.
 
     Causal, masked (BERT) or encoder-decoder (T5, BART), as its config says.
 
@@ -262,7 +265,8 @@ def open_model(name_or_path, device="cpu", **kwargs):
             check_config(cached_file(name_or_path, "config.json", local_files_only=offline))
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
         kind = model_class(config)
-        model, info = kind.from_pretrained(name_or_path, **{**kwargs, **safe}, output_loading_info=True)
+        placed = offload.placement(kind, config, room) if str(device) == "cpu" else {}
+        model, info = kind.from_pretrained(name_or_path, **{**kwargs, **safe, **placed}, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # a hostile or broken folder fails in many ways
@@ -273,7 +277,7 @@ def open_model(name_or_path, device="cpu", **kwargs):
         missing = sorted(info["missing_keys"])
         raise UserError(f"{name_or_path} lacks {len(missing)} weights, the first {missing[0]}: it would be random")
     model.config.use_cache, model.config.return_dict = False, True
-    return to_device(model, device).eval()
+    return (model if placed else to_device(model, device)).eval()
 
 
 def subjects_of(model, decode):

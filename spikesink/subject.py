@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .offload import loaded
+
 CHUNK_BYTES = 2**20  # of one chunk of rows of an attention map: what stays in a core's cache
 PADDING = -100  # stands in ids where there is no token
 
@@ -175,15 +177,22 @@ def gated_ffn(layer, module, norm):
     for names in GATED_NAMES:
         parts = [getattr(module, name, None) for name in names]
         if all(isinstance(part, nn.Linear) for part in parts):
-            weights = [lambda part=part: part.weight.detach().float() for part in parts]
+            weights = [functools.partial(weight, part) for part in parts]
             size = parts[0].in_features
             return [GatedFFN(layer, *weights, functools.partial(norm_gain, norm or nn.Identity(), size))]
     return []
+
+
+def weight(linear):
+    """The weight (out, in) of a Linear, float32, from wherever it is."""
+    with loaded(linear):
+        return linear.weight.detach().float()
 
 
 @torch.no_grad()
 def norm_gain(norm, size):
     """The gain (C,) of any LayerNorm or RMSNorm, as it acts on x = (1, -1, 1, ...), of mean 0 and rms 1."""
     x = 1.0 - 2.0 * (torch.arange(size) % 2)
-    x = x.to(next(norm.parameters(), x))
+    with loaded(norm):
+        x = x.to(next(norm.parameters(), x))
     return (norm(x[None, None]) - norm(-x[None, None]))[0, 0].float() / (2 * x.float())

@@ -95,8 +95,10 @@ def test_quadratic_form_is_the_matrix_written_out():
         values = torch.linalg.eigvalsh(S)
         assert norms[k].item() == pytest.approx(torch.linalg.matrix_norm(U).item(), rel=1e-4)
         expected = values.abs().max() ** 2 / values.square().sum()
-        assert anatomy.dominance(gate, up, down[k], generator) == pytest.approx(expected.item(), rel=0.02)
-    assert anatomy.dominance(gate, up, down[4], generator) > 0.9
+        assert anatomy.dominance(gate, up, down[[k]], norms[[k]], generator).item() == pytest.approx(
+            expected.item(), rel=0.02
+        )
+    assert anatomy.dominance(gate, up, down[[4]], norms[[4]], generator) > 0.9
 
 
 def test_gated_models_have_a_quadratic_form_and_the_rest_do_not():

@@ -1,13 +1,15 @@
 """Transformers models through the seam, against eager attention with its explicit maps."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from spikesink import findings, hf, intervene
+from spikesink import findings, hf, intervene, offload
 from spikesink.errors import UserError
 from spikesink.observe import observe
 
@@ -304,8 +306,6 @@ def test_padding_is_in_the_lazy_mask():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_detect_and_ablate_a_hugging_face_folder(cli, tmp_path, family):
-    import numpy as np
-
     build(family).save_pretrained(tmp_path / "hf")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60, (8, 24)))
     for script in ("detect.py", "ablate.py"):
@@ -317,6 +317,39 @@ def test_detect_and_ablate_a_hugging_face_folder(cli, tmp_path, family):
     code, _, err = cli("detect.py", tmp_path / "hf")
     assert code == 2
     assert "tokenizer" in err
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "t5_gated"])  # tied; plain; experts; two stacks
+def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch, family):
+    build(family).to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60, (8, 24)))
+    found = []
+    for room in (math.inf, 1000):
+        monkeypatch.setattr(offload, "room", lambda limit, room=room: room)
+        code, _, err = cli("detect.py", tmp_path / "hf", f"--tokens={tmp_path / 'ids.npy'}")
+        assert code == 0, err
+        assert ("from disk" in err) == (room == 1000)
+        found.append(json.loads((tmp_path / "hf" / "detect.json").read_text()))
+    whole, part = found
+    assert "does not fit" in part["nulls"].pop("init")["skipped"]
+    del whole["nulls"]["init"]
+    for key in ("model", "layers", "co_occurrence", "sensitivity", "measures", "nulls", "anatomy"):
+        assert part[key] == whole[key], key
+
+
+def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(offload, "room", lambda limit: 1000)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = cli("detect.py", tmp_path)
+    assert code == 2
+    assert "accelerate" in err
+    assert err.count("\n") == 1
+
+
+def test_room_is_what_the_process_may_still_take():
+    assert offload.room(10**9) == pytest.approx(offload.room(), rel=0.1)
+    assert offload.room(1) < 2**30
 
 
 def test_text_is_translated_by_the_models_own_tokenizer(cli, tmp_path):
