@@ -104,9 +104,11 @@ def test_quadratic_form_is_the_matrix_written_out():
 def test_gated_models_have_a_quadratic_form_and_the_rest_do_not():
     for ffn, expected in (("gated", dict), ("plain", type(None))):
         of = subject_of(tiny(ffn=ffn, norm="rmsnorm", activation="silu"))
-        ids = torch.randint(64, (4, 32))
-        form = anatomy.anatomy(of, ids, observe(of, ids, progress=False))["quadratic_form"]
+        steps = {"step_up": {"layer": 0, "kind": "ffn"}, "channels": [{"channel": k} for k in range(4)]}
+        form = anatomy.quadratic_form(of, steps, torch.Generator().manual_seed(0))
         assert isinstance(form, expected)
+        steps["step_up"]["kind"] = "attn"
+        assert anatomy.quadratic_form(of, steps, torch.Generator()) is None
         if form:
             assert len(form["channels"]) == len(form["others"]) == 4
             assert all(0 < row["dominance"] <= 1.001 for row in form["channels"])

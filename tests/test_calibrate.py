@@ -67,7 +67,7 @@ def test_verdict_on_planted_sinks(alpha, expected):
     assert obs.best_alpha[:, 1, 1] == pytest.approx(torch.full((64,), alpha), abs=0.02)  # logits of step 0 are ~0
     verdict = calibrate.verdicts(obs, null, {}, *LARGE)["sink"]
     assert verdict["verdict"] == expected
-    assert max(verdict["holds"]) == pytest.approx(alpha, abs=0.051)
+    assert max(verdict["holds"], default=0) == pytest.approx(alpha if alpha > 0.3 else 0, abs=0.051)
     if alpha > 0.3:
         assert torch.equal(obs.sink_heads > 0, keys)
         assert "head 1.1, the best of 4" in verdict["reason"]
@@ -243,5 +243,5 @@ def test_a_verdict_is_only_said_to_hold_where_the_null_differs():
     null = calibrate.nulls(subject, ids, 64, 16)
     holds = calibrate.verdicts(obs, null, {}, *LARGE)["spike"]["holds"]
     own = {p["at"]: p["sequences"] for p in null["init"]["curves"]["ratio"]}
-    assert own[5] == 1.0 and 5 not in holds  # every untrained sequence has 5x the median
+    assert own[5] > 0.8 and 5 not in holds  # nearly every untrained sequence has 5x the median
     assert min(holds) >= 10
