@@ -20,7 +20,8 @@ from spikesink.subject import batches
 SCHEMA = "spikesink-ablation-1"
 NOTE = (
     "Spike interventions edit every entry that the ratio rule marks in the clean model, at every tap of the residual "
-    "stream (each sub-layer; each block of a Hugging Face model); their control edits as many random other channels "
+    "stream where an edit reaches all that follows (each sub-layer; each block of a pre-norm Hugging Face model; of an "
+    "encoder-decoder, the decoder's); their control edits as many random other channels "
     "of the same tokens. sink_mask masks, in each head, the keys that are sinks there in the clean model (a softmax "
     "renormalises the rest); its control masks as many random other keys. edited: entries or keys. Means come from "
     "other text. Intervals: 95%, paired bootstrap over sequences."

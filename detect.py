@@ -84,6 +84,8 @@ class Loaded:
 def load(args):
     """The model of the command line: a checkpoint file, or a Hugging Face folder or hub name. Raises UserError."""
     path = Path(args.checkpoint)
+    if path.suffix in (".json", ".safetensors") and path.is_file():
+        raise UserError(f"{path} is a part of a Hugging Face folder; give the folder")
     if path.is_file() or path.suffix == ".pt" or (path / "ckpt.pt").is_file():
         return load_ours(path / "ckpt.pt" if path.is_dir() else path, args)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -117,7 +119,7 @@ def load_ours(path, args):
 
 
 def load_hf(args):
-    """A causal language model of transformers; its default text is Python's own documentation."""
+    """A language model of transformers; its default text is Python's own documentation."""
     name = args.checkpoint
     model = hf.open_model(name, args.device, offload.room(args.max_memory))
     config = model.config
@@ -161,9 +163,16 @@ class Opened:
     def outputs(self, args, json_name, html_name):
         """Paths of the JSON and the page, found writable before any work is done. Raises UserError."""
         paths = self.beside(args.json, json_name), self.beside(args.html, html_name)
-        for path in paths:
-            checkpoint.check_writable(path)
+        check_outputs(*paths)
         return paths
+
+
+def check_outputs(*paths):
+    """Raises UserError unless these files can be written, each one a file of its own."""
+    for path in paths:
+        checkpoint.check_writable(path)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"--json and --html both name {paths[0]}")
 
 
 def open_checkpoint(args, calibration=False):
@@ -209,11 +218,14 @@ def detect_part(subject, opened, args):
 
 def look_at_prompt(args):
     """--prompt: one text, token by token."""
+    given = [flag for flag in ("data", "text", "tokens") if getattr(args, flag) is not None]
+    if given:
+        raise UserError(f"--prompt is the text; --{given[0]} is another")
     loaded = load(args)
-    subject = loaded.subjects[0]
     opened = Opened(loaded.subjects, loaded.reader.prompt(args.prompt), None, {"checkpoint": loaded.checkpoint}, 0)
     json_path, html_path = opened.outputs(args, "prompt.json", "prompt.html")
-    found = prompt.inspect(subject, opened.ids, loaded.checkpoint, loaded.model)
+    looked = [prompt.inspect(s, opened.ids, loaded.checkpoint, loaded.model) for s in loaded.subjects]
+    found = {**looked[0], **({"parts": {one["part"]: one for one in looked[1:]}} if looked[1:] else {})}
     findings.save(json_path, found)
     report.prompt_page(html_path, found)
     print(report.prompt_terminal(found))
@@ -224,8 +236,7 @@ def compare(args):
     """--compare: several checkpoints side by side, each on the text that its flags give."""
     paths = ([args.checkpoint] if args.checkpoint else []) + args.compare
     json_path, html_path = Path(args.json or "compare.json"), Path(args.html or "compare.html")
-    for path in (json_path, html_path):
-        checkpoint.check_writable(path)
+    check_outputs(json_path, html_path)
     found = []
     for path in tqdm(paths, desc="checkpoints", disable=None, leave=False):
         args.checkpoint = path
@@ -234,9 +245,9 @@ def compare(args):
     findings.save(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
     report.comparison_page(html_path, names, found)
     print(report.grid(*report.comparison_rows(names, found)))
-    for header, rows in [report.architecture_rows(names, found)]:
-        if rows:
-            print("\nwhat differs in their architecture\n" + report.grid(header, rows))
+    header, rows = report.architecture_rows(names, found)
+    if rows:
+        print("\nwhat differs in their architecture\n" + report.grid(header, rows))
     return json_path, html_path
 
 
@@ -276,7 +287,7 @@ def main():
     args = parser.parse_args()
     if not args.checkpoint and not args.compare:
         raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")
-    asked = [name for name in ("prompt", "compare", "vocab") if getattr(args, name)]
+    asked = [name for name in ("prompt", "compare", "vocab") if getattr(args, name) not in (None, False)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two questions: ask one at a time")
     look = look_at_prompt if args.prompt is not None else compare if args.compare else look_at_checkpoint

@@ -42,16 +42,16 @@ class Reader:
 
         Fewer only where n_seq was not given. Raises UserError.
         """
-        bos = bool(self.before) and not args.tokens
-        if args.tokens:
+        bos = bool(self.before) and args.tokens is None
+        if args.tokens is not None:
             name, ids = args.tokens, ids_of_array(args.tokens, args.seq_len)
         else:
             seq_len = args.seq_len or int(min(DEFAULT_LENGTH, self.block_size))
             check_length(seq_len, self.block_size)
-            if args.text:
+            if args.text is not None:
                 name, ids = args.text, self.of_text(read_text(args.text), args.text, seq_len)
             else:
-                name = args.data or self.dataset
+                name = self.dataset if args.data is None else args.data
                 ids = self.of_dataset(name, seq_len, wanted)
         check_length(ids.size(1), self.block_size)
         real = ids[ids != PADDING]
@@ -60,7 +60,7 @@ class Reader:
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
         if args.n_seq and len(ids) < wanted:
             raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
-        return Sequences(ids if args.tokens and not args.n_seq else ids[:wanted], name, bos)
+        return Sequences(ids if args.tokens is not None and not args.n_seq else ids[:wanted], name, bos)
 
     def of_dataset(self, name, seq_len, wanted):
         """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
@@ -140,6 +140,10 @@ def ids_of_array(path, seq_len):
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
     ids = torch.from_numpy(array.astype(np.int64))
     real = ids != PADDING
+    if (real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)).max() > 1:
+        raise UserError(
+            f"--tokens {path} has padding ({PADDING}) between tokens; it may only stand before or after them"
+        )
     longest = min(seq_len or ids.size(1), int(real.sum(1).max()))
     ids = ids.gather(1, (~real).int().argsort(dim=1, stable=True))[:, :longest]
     shortest = int((ids != PADDING).sum(1).min())

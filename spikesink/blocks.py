@@ -31,11 +31,11 @@ def stacks_of(model):
     kind = model.config.model_type
     if len(stacks) != wanted:
         raise UserError(
-            f"a {kind} cannot be observed: its attention bypasses the interface, or it has {len(stacks)} stacks of "
+            f"{kind} cannot be observed: its attention bypasses the interface, or it has {len(stacks)} stacks of "
             f"blocks with attention where {wanted} is needed"
         )
     if not all(map(holds, itertools.chain(*stacks))):
-        raise UserError(f"a {kind} cannot be observed: some blocks have no attention that goes through the interface")
+        raise UserError(f"{kind} cannot be observed: some blocks have no attention that goes through the interface")
     return stacks
 
 
@@ -109,27 +109,31 @@ class Stack:
             problems = {
                 "its residual stream is not one vector per token": events[0].value.dim() != 3
                 or events[-1].module is not block,
-                "its attention calls the interface more than once": len(calls) > len(seams),
+                "its attention calls the interface more than once, or its layers share weights": len(calls)
+                > len(seams),
                 "its attention bypasses the interface": len(calls) < len(seams),
             }
             for problem, found in problems.items():
                 if found:
-                    raise UserError(f"a {kind} cannot be observed: {problem}")
+                    raise UserError(f"{kind} cannot be observed: {problem}")
             attends += [Tap(layer, event.at, event.module) for event in calls]
             steps = sub_layers(events)
-            whole = len(steps) < 2 or not steps[0].stream
-            for step in steps:
-                if step.stream and not whole:
+            kinds = [step.kind for step in steps]
+            for i, step in enumerate(steps):
+                name = step.kind + (str(kinds[:i].count(step.kind) + 1) if step.kind in kinds[:i] else "")
+                if steps[0].stream:
                     event = step.stream
-                    streams.append(Tap(layer, step.kind, event.module, event.at, event.at == "output"))
+                    streams.append(Tap(layer, name, event.module, event.at, event.at == "output"))
                 for place in PLACES:
                     event = getattr(step, place)
                     if event:
-                        inner[place].append(Tap(layer, step.kind, event.module, event.at, event.at == "output"))
-            if whole:
+                        inner[place].append(Tap(layer, name, event.module, event.at, event.at == "output"))
+            if not steps or not steps[0].stream:
                 streams.append(Tap(layer, "block", block))
-            norm = steps[-1].norm if steps else None
-            gated += [f for module in block.modules() for f in gated_ffn(layer, module, norm)]
+            for event in events:
+                of = next((s for s in steps if event.at == "output" and torch.equal(event.value, s.output.value)), None)
+                if of and of.norm:
+                    gated += gated_ffn(layer, event.module, of.norm)
         return streams, inner, gated, attends
 
 
@@ -147,19 +151,20 @@ class Step(NamedTuple):
     normed: Event | None
     output: Event
     update: Event
-    norm: nn.Module | None  # what made `normed`
+    norm: nn.Module | None  # what made `normed`: an identity where it is the stream itself, None if not found
 
 
 def is_norm(module):
-    """True for a module whose own parameters are vectors only."""
-    own = list(module.parameters(recurse=False))
+    """True for a module whose parameters are vectors only."""
+    own = list(module.parameters())
     return bool(own) and all(p.dim() == 1 for p in own)
 
 
 def sub_layers(events):
     """The sub-layers of a block, from the tensors seen in it, or [] where those do not add up, bit by bit, to its
     output (scaled residuals). Each adds an update to the stream, and a norm may follow; or all add theirs at once."""
-    return _sequential(events, 1, events[0].value) or _parallel(events)
+    steps = _sequential(events, 1, events[0].value) or []
+    return steps if len(steps) > 1 else _parallel(events)
 
 
 def _sequential(events, start, stream):
@@ -176,11 +181,11 @@ def _sequential(events, start, stream):
                 if after is None:
                     continue
                 if torch.equal(after.value, last.value):
-                    return [_step(events[start:], update, last)]
+                    return [_step(events, events[start - 1 :], stream, update, last)]
                 at = next(n for n in range(i, len(events)) if events[n] is after)
                 rest = _sequential(events, at + 1, after.value)
                 if rest:
-                    return [_step(events[start:at], update, after), *rest]
+                    return [_step(events, events[start - 1 : at], stream, update, after), *rest]
     return None
 
 
@@ -192,7 +197,10 @@ def _parallel(events):
         one, two = events[i], events[j]
         orders = itertools.permutations((one.value, two.value, stream))
         if any(torch.equal(last.value, a + b + c) for a, b, c in orders):
-            return [_step(events[: i + 1], one, None), _step(events[i + 1 :], two, last)]
+            return [
+                _step(events, events[: i + 1], stream, one, None),
+                _step(events, events[i + 1 :], stream, two, last),
+            ]
     return []
 
 
@@ -203,15 +211,19 @@ def _norm_of(events, i):
     return next((e for e in events[i + 1 :] if e.module is events[i].module and e.at == "output"), None)
 
 
-def _step(events, update, after):
-    """The Step that adds `update`, from the Events between."""
+def _step(block, events, stream, update, after):
+    """The Step that adds `update` to `stream`, from the Events between; `block` are those of the whole block."""
     kinds = [event.at for event in events if event.at in ("attn", "cross")]
     output = update
     if is_norm(update.module):
         output = next((e for e in events if e.module is update.module and e.at == "input"), update)
     normed = next((e for e in events if e.at == "input" and has_matrix(e.module)), None)
-    norms = [e for e in events if e.at == "output" and is_norm(e.module)]
-    norm = next((e.module for e in norms if normed and torch.equal(e.value, normed.value)), None)
+    norm = None
+    if normed:
+        made = [
+            e.module for e in block if e.at == "output" and is_norm(e.module) and torch.equal(e.value, normed.value)
+        ]
+        norm = made[0] if made else nn.Identity() if torch.equal(normed.value, stream) else None
     return Step(kinds[0] if kinds else "ffn", after, normed, output, update, norm)
 
 

@@ -98,12 +98,12 @@ def nulls(subject, ids, vocabulary, n_seq=None, batch_size=8, seed=0, no_init=No
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             fresh = subject.rebuild()
-        found["init"] = measures(observe(fresh, some, batch_size, progress=False))
+        found["init"] = measures(observe(fresh, some, batch_size, desc="init"))
         del fresh
     for name, shuffle in shuffles(seed).items():
-        found[name] = measures(observe(subject, some, batch_size, progress=False, shuffle=shuffle))
+        found[name] = measures(observe(subject, some, batch_size, shuffle=shuffle, desc=name))
     for name, changed in other_text(some, vocabulary, seed).items():
-        found[name] = measures(observe(subject, changed, batch_size, progress=False))
+        found[name] = measures(observe(subject, changed, batch_size, desc=name))
     return found
 
 

@@ -37,7 +37,8 @@ def _magnitudes(findings):
     for key, style in (("top1", "-o"), ("top2", "--"), ("top3", ":")):
         axes.plot([x[key] for x in layers], style, color=SPIKE, markersize=3, label=f"{key[:3]}-{key[3]}")
     axes.plot([x["median"] for x in layers], color=GREY, label="median")
-    axes.set(yscale="log", title="Largest |h| in the residual stream against its median", ylabel="|h|")
+    scale = "log" if any(x["median"] > 0 for x in layers) else "linear"
+    axes.set(yscale=scale, title="Largest |h| in the residual stream against its median", ylabel="|h|")
     step = max(1, len(layers) // 12)
     axes.set_xticks(range(0, len(layers), step), [name_of(x) for x in layers[::step]], rotation=40, ha="right")
     axes.legend(frameon=False, ncols=4)
@@ -141,12 +142,13 @@ def _sensitivity(findings):
         used = {"ratio": 30, "percentile": "99.9", "epsilon": 0.3, "share": 0.2}[kind]
         axes.axvline(used, color=GREY, lw=0.8)
     panels[0].legend(frameon=False)
-    panels[1].legend(frameon=False)
+    panels[3].legend(frameon=False)
     return figure
 
 
 def _path(findings):
     anatomy, layers = findings["anatomy"], findings["layers"]
+    whose = "spike tokens" if findings["spikes"]["rules"]["ratio"]["tokens"] else "largest tokens (no spikes)"
     figure, axes = plt.subplots(figsize=(6.2, 3.2))
     for (channel, values), color in zip(anatomy["path"].items(), (SPIKE, SINK, GREY), strict=False):
         axes.plot(values, "-o", color=color, markersize=3, label=f"channel {channel}")
@@ -158,7 +160,7 @@ def _path(findings):
             )
     step = max(1, len(layers) // 12)
     axes.set_xticks(range(0, len(layers), step), [name_of(x) for x in layers[::step]], rotation=40, ha="right")
-    axes.set(title="The spike tokens' shared channels through the model (mean)", ylabel="h")
+    axes.set(title=f"Shared channels of the {whose} through the model (mean)", ylabel="h")
     axes.legend(frameon=False)
     return figure
 
@@ -186,7 +188,9 @@ def prompt(found):
         [math.log10(max(x / max(median, 1e-30), 1.0)) for x in row]
         for row, median in zip(found["magnitudes"], found["medians"], strict=True)
     ]
-    alpha = [head["alpha"] for head in found["heads"]]
+    strongest = sorted(found["heads"], key=lambda head: -max(head["alpha"]))[:60]
+    heads = [head for head in found["heads"] if head in strongest]
+    alpha = [head["alpha"] for head in heads]
     with plt.rc_context(STYLE):
         return {
             "magnitudes": _svg(
@@ -201,9 +205,9 @@ def prompt(found):
             "received": _svg(
                 _heat(
                     alpha,
-                    [h["head"] for h in found["heads"]],
+                    [head["head"] for head in heads],
                     labels,
-                    "Attention received (alpha), by head",
+                    f"Attention received (alpha), {len(heads)} heads with the strongest",
                     "Blues",
                     1,
                 )

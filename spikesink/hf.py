@@ -293,7 +293,7 @@ def subjects_of(model, decode):
         raise
     except Exception as error:  # models fail in their own ways
         reason = (str(error).strip() or "-").splitlines()[0]
-        raise UserError(f"a {kind} cannot be observed: {type(error).__name__}: {reason}") from None
+        raise UserError(f"{kind} cannot be observed: {type(error).__name__}: {reason}") from None
 
 
 def _caller(model):
@@ -330,7 +330,7 @@ def _tried_subjects(model, decode):
     model.set_attn_implementation(NAME)
     after = run(ids, target)
     if (after - before).abs().max() > 1e-3 * before.abs().max().clamp_min(1e-6):
-        raise UserError(f"a {kind} cannot be observed: its logits change under our attention")
+        raise UserError(f"{kind} cannot be observed: its logits change under our attention")
 
     changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % vocabulary), dim=1)
     parts = {}
@@ -360,7 +360,7 @@ def _tried_subjects(model, decode):
                 tap.module.spares_own = causal and not cross
             heads = {tap.module.heads for tap in own}
             if len(heads) > 1:
-                raise UserError(f"a {kind} cannot be observed: its layers have different numbers of heads")
+                raise UserError(f"{kind} cannot be observed: its layers have different numbers of heads")
             subject = Subject(
                 model,
                 streams,

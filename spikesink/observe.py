@@ -215,7 +215,7 @@ class Shuffle:
     rows: Callable = lambda weights, first, causal: weights
 
 
-def observe(subject, ids, batch_size=8, progress=True, shuffle=None):
+def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="observe"):
     """Runs `subject` over token ids (N, T), PADDING where there is none, and returns an Observation.
 
     Raises UserError if the model's loss is not finite.
@@ -244,9 +244,7 @@ def observe(subject, ids, batch_size=8, progress=True, shuffle=None):
         loss=zeros(N),
         predicted=zeros(N),
     )
-    bar = tqdm(
-        total=N * max(1, taps - 1), desc="observe", unit="layer", disable=None if progress else True, leave=False
-    )
+    bar = tqdm(total=N * max(1, taps - 1), desc=desc, unit="layer", disable=None if progress else True, leave=False)
     with bar:
         for rows, some, tokens in seen:
             obs.ids[rows, : tokens.size(1)] = tokens

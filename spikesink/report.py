@@ -18,12 +18,13 @@ def conditions(findings):
     data, checkpoint = findings["data"], findings["checkpoint"]
     digest = (checkpoint["sha256"] or "unknown")[:12]
     ragged = "up to " if data["tokens"] < data["n_seq"] * data["seq_len"] else ""
+    step = "" if checkpoint["step"] is None else f"step {checkpoint['step']}, "
     start = "each starting with BOS" if data["bos"] else "no BOS"
     if data["n_register"]:
         start += f", after {data['n_register']} registers (positions count from the first register)"
     return (
         f"{data['n_seq']} sequences of {ragged}{data['seq_len']} tokens of {data['name']}, {start}, {data['dtype']}; "
-        f"step {checkpoint['step']}, sha256 {digest}; loss {data['loss']:.3f} nats per token"
+        f"{step}sha256 {digest}; loss {data['loss']:.3f} nats per token"
         + ("" if data["loss_of"] == "the next token" else f" (of {data['loss_of']})")
     )
 
@@ -209,14 +210,14 @@ def inner_rows(findings):
     header = ["of", *(f"{place} {key}" for place in ("normed", "output", "update") for key in ("top1", "top1/median"))]
     header += ["update kurtosis"]
     inner = findings["anatomy"]["inner"]
-    rows = [
-        [
-            name_of(update),
-            *(cell for x in (normed, output, update) for cell in (number(x["top1"], ".4g"), f"{ratio_of(x):.1f}")),
-            number(update["kurtosis"]),
-        ]
-        for normed, output, update in zip(inner["normed"], inner["output"], inner["update"], strict=True)
-    ]
+    by_name = {place: {name_of(row): row for row in inner[place]} for place in inner}
+    rows = []
+    for name, update in by_name.get("update", {}).items():
+        cells = []
+        for place in ("normed", "output", "update"):
+            row = by_name[place].get(name)
+            cells += [number(row["top1"], ".4g"), f"{ratio_of(row):.1f}"] if row else ["–", "–"]
+        rows.append([name, *cells, number(update["kurtosis"])])
     return header, rows
 
 
@@ -327,14 +328,18 @@ PROMPT_NOTE = (
 
 
 def prompt_terminal(found):
-    """A prompt's findings as text."""
-    return "\n\n".join([grid(*prompt_rows(found)), grid(*prompt_head_rows(found, 12)), PROMPT_NOTE])
+    """A prompt's findings as text, part by part."""
+    blocks = []
+    for name, part in parts_of(found):
+        blocks += [f"== {name} =="] if name else []
+        blocks += [grid(*prompt_rows(part)), grid(*prompt_head_rows(part, 12))]
+    return "\n\n".join([*blocks, PROMPT_NOTE])
 
 
-def vocabulary_terminal(found):
-    """The vocabulary probe as text."""
-    parts = []
-    for place, words in (("first", "standing first"), ("second", f"second, after {visible(found['before'])}")):
+def vocabulary_tables(found):
+    """[(sentence, header, rows)] of the vocabulary probe, for each place that a token stood in."""
+    tables = []
+    for place, words in (("first", "Standing first"), ("second", f"Second, after {visible(found['before'])}")):
         of = found[place]
         rows = [
             [
@@ -346,20 +351,27 @@ def vocabulary_terminal(found):
             ]
             for t in of["tokens"][:12]
         ]
-        parts.append(f"{words}: {of['spiking']:,} of {found['vocab_size']:,} tokens spike ({of['fraction']:.2%})")
-        parts.append(grid(["token", "id", "|h|/median", "channel", "after"], rows))
-    return "\n\n".join(parts)
+        sentence = f"{words}: {of['spiking']:,} of {found['vocab_size']:,} tokens spike ({of['fraction']:.2%})."
+        tables.append((sentence, ["token", "id", "|h|/median", "channel", "after"], rows))
+    return tables
+
+
+def vocabulary_terminal(found):
+    """The vocabulary probe as text."""
+    return "\n\n".join(f"{sentence}\n\n{grid(header, rows)}" for sentence, header, rows in vocabulary_tables(found))
 
 
 def comparison_rows(names, all_findings):
     """(header, rows) of checkpoints side by side: a column each, so that many measures fit."""
     largest = lambda f, key: max(layer[key] for layer in f["layers"])
     measures = {
-        "step": lambda f: str(f["checkpoint"]["step"]),
+        "part": lambda f: f["part"] or "–",
+        "step": lambda f: str(f["checkpoint"]["step"] or "–"),
         "parameters": lambda f: f"{f['model']['parameters'] / 1e6:.4g}M",
         "text": lambda f: f["data"]["name"],
         "sequences x tokens": lambda f: f"{f['data']['n_seq']} x {f['data']['seq_len']}",
         "loss": lambda f: f"{f['data']['loss']:.4f}",
+        "of": lambda f: f["data"]["loss_of"],
         "spike": lambda f: f["verdicts"]["spike"]["verdict"],
         "sink": lambda f: f["verdicts"]["sink"]["verdict"],
         "co-occurrence": lambda f: f["verdicts"]["co_occurrence"]["verdict"],
@@ -376,7 +388,7 @@ def comparison_rows(names, all_findings):
         "share of the first key": lambda f: f"{f['sinks']['share'][0]:.1%}",
         "P(sink | spike)": lambda f: number(f["co_occurrence"]["p_sink_given_spike"], ".0%"),
         "P(spike | sink)": lambda f: number(f["co_occurrence"]["p_spike_given_sink"], ".0%"),
-        "step-up": lambda f: name_of(f["anatomy"]["step_up"]),
+        "step-up": lambda f: name_of(f["anatomy"]["step_up"]) if f["spikes"]["rules"]["ratio"]["tokens"] else "–",
     }
     return ["", *names], [[name, *(of(f) for f in all_findings)] for name, of in measures.items()]
 
@@ -423,14 +435,24 @@ def page(path, findings, ablation=None):
         conditions=conditions(findings),
         ablation=ablation,
         ablation_table=ablation_rows(ablation) if ablation else None,
+        vocabulary=vocabulary_tables(findings["vocabulary"]) if "vocabulary" in findings else [],
         ablation_figures=figures.ablation(ablation) if ablation else {},
     )
 
 
 def prompt_page(path, found):
     """Writes the page of a prompt."""
-    table, heads = prompt_rows(found), prompt_head_rows(found)
-    _write(path, "prompt.html", found=found, figures=figures.prompt(found), rows=table, heads=heads, note=PROMPT_NOTE)
+    parts = [
+        {
+            "name": name,
+            "found": part,
+            "figures": figures.prompt(part),
+            "rows": prompt_rows(part),
+            "heads": prompt_head_rows(part),
+        }
+        for name, part in parts_of(found)
+    ]
+    _write(path, "prompt.html", found=found, parts=parts, note=PROMPT_NOTE)
 
 
 def comparison_page(path, names, all_findings):

@@ -179,7 +179,7 @@ def gated_ffn(layer, module, norm):
         if all(isinstance(part, nn.Linear) for part in parts):
             weights = [functools.partial(weight, part) for part in parts]
             size = parts[0].in_features
-            return [GatedFFN(layer, *weights, functools.partial(norm_gain, norm or nn.Identity(), size))]
+            return [GatedFFN(layer, *weights, functools.partial(norm_gain, norm, size))]
     return []
 
 

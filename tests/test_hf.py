@@ -155,6 +155,19 @@ def test_findings_are_those_of_eager_maps_and_hidden_states(family):
         assert obs.loss.mean().item() == pytest.approx(loss.item(), rel=1e-4)
 
 
+def test_gains_and_outputs_off_the_stream():
+    """The gated FFN's norm is found also in a parallel block, and is none where the stream could not be followed."""
+    (cohere,) = hf.subjects_of(build("cohere"), str)
+    block = cohere.model.model.layers[0]
+    torch.testing.assert_close(cohere.gated[0].gain(), block.input_layernorm.weight.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cohere.gated[0].down(), block.mlp.down_proj.weight.detach())
+    assert hf.subject_of(build("granite"), str).gated == []
+    (olmo,) = hf.subjects_of(build("olmo2"), str)  # no norm before its FFN
+    torch.testing.assert_close(olmo.gated[0].gain(), torch.ones(32))
+    output = olmo.inner["output"][1]  # before the norm of the update
+    assert (output.module, output.at) == (olmo.model.model.layers[0].post_feedforward_layernorm, "input")
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if STEPS.get(f) != 1])
 def test_updates_add_up_to_the_stream(family):
     """stream after = stream before + update, or a norm of that, at every sub-layer that was told apart."""

@@ -85,7 +85,12 @@ def test_prompt_command(cli, bytes_run, tmp_path):
     assert [t["text"] for t in found["tokens"]] == ["<bos>", *text]
     assert "most heads look at" in out
     assert "<b>x" not in (tmp_path / "p.html").read_text()
-    for arguments, words in ((["--prompt", ""], "empty"), (["--prompt", "x" * 99], "more than the model's 16")):
+    for arguments, words in (
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x" * 99], "more than the model's 16"),
+        (["--prompt", "x", "--tokens=a.npy"], "--tokens is another"),
+        (["--json=a", "--html=a"], "both name a"),
+    ):
         code, _, err = cli("detect.py", bytes_run, *arguments)
         assert code == 2 and words in err and err.count("\n") == 1
 

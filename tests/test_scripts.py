@@ -150,6 +150,8 @@ MISTAKES = {
     "float tokens": (["{ckpt}", "--tokens={float}"], "not an integer array"),
     "pickled tokens": (["{ckpt}", "--tokens={pickled}"], "cannot read --tokens"),
     "tokens out of vocabulary": (["{ckpt}", "--tokens={large}"], "token 64, outside the vocabulary of 64"),
+    "padding between tokens": (["{ckpt}", "--tokens={holed}"], "between tokens"),
+    "nothing but padding": (["{ckpt}", "--tokens={padding}"], "sequence of 0 tokens"),
     "no such device": (["{ckpt}", "--device=tpu"], "tpu"),
     "two sources": (["{ckpt}", "--text=a", "--data=b"], "not allowed with"),
     "unwritable": (["{ckpt}", "--seq_len=16", "--json=/proc/nowhere/f.json"], "cannot write /proc/nowhere/f.json"),
@@ -161,8 +163,10 @@ MISTAKES = {
 def test_mistakes_are_one_line_and_exit_2(cli, trained, tmp_path, mistake, script):
     np.save(tmp_path / "float.npy", np.zeros((4, 16)))
     np.save(tmp_path / "large.npy", np.full((4, 16), 64))
+    np.save(tmp_path / "holed.npy", np.where(np.arange(16) == 5, -100, np.ones((4, 16), dtype=int)))
+    np.save(tmp_path / "padding.npy", np.where(np.arange(4)[:, None] == 1, -100, np.ones((4, 16), dtype=int)))
     np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
-    files = {name: tmp_path / f"{name}.npy" for name in ("float", "large", "pickled")}
+    files = {name: tmp_path / f"{name}.npy" for name in ("float", "large", "pickled", "holed", "padding")}
     args, words = MISTAKES[mistake]
     code, _, err = cli(script, *(arg.format(ckpt=trained, **files) for arg in args))
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
