@@ -24,31 +24,26 @@ def anatomy(subject, ids, obs, batch_size=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens, are_spikes = chosen_tokens(obs)
     sequences = tokens[:, 0].unique()
-    others = other_tokens(obs, tokens, generator)
+    both = torch.cat((tokens, other_tokens(obs, tokens, generator)))
     taps = {"stream": subject.streams, **subject.inner}
-    rows = {place: [[] for _ in of_place] for place, of_place in taps.items()}
+    rows = {place: [None] * len(of_place) for place, of_place in taps.items()}  # (len(both), C) each
     stats = {place: [StreamStats() for _ in of_place] for place, of_place in subject.inner.items()}
     keys = [([], []) for _ in subject.attends]  # per layer: (head, token, key) of sinks, and of random other keys
     for numbers, some in batches(ids[sequences], batch_size):
-        _dissect_batch(subject, some, sequences[numbers], torch.cat((tokens, others)), rows, stats, keys, generator)
-    order = _order(torch.cat((tokens, others)), sequences, ids, batch_size)
-    of = {place: [torch.cat(r)[order] for r in of_place] for place, of_place in rows.items()}  # (2K, C) each
+        _dissect_batch(subject, some, sequences[numbers], both, rows, stats, keys, generator)
     K = len(tokens)
-    spikes = {place: [x[:K] for x in of_place] for place, of_place in of.items()}
     distinct = distinct_tokens(subject, obs, tokens)
-    path = torch.stack(spikes["stream"])  # (taps, K, C)
-    steps = step_up_and_down(path, subject.streams)
+    steps = step_up_and_down(torch.stack(rows["stream"])[:, :K], subject.streams)
+    of_what = ("each sequence's largest token: none is a spike", "tokens that the primary rule marks")[are_spikes]
     return {
-        "of": "tokens that the primary rule marks"
-        if are_spikes
-        else "the largest token of each sequence: none is a spike",
+        "of": of_what,
         "n_seq": len(sequences),
         "tokens": K,
         "distinct_tokens": len(distinct),
         **steps,
         "normed_cosine": [
             {"layer": tap.layer, "kind": tap.kind, "spikes": mean_cosine(x[:K][distinct]), "others": mean_cosine(x[K:])}
-            for tap, x in zip(subject.inner.get("normed", []), of.get("normed", []), strict=True)
+            for tap, x in zip(subject.inner["normed"], rows["normed"], strict=True)
         ],
         "inner": {
             place: [
@@ -113,13 +108,6 @@ def distinct_tokens(subject, obs, tokens):
     return sorted(states.values())
 
 
-def _order(tokens, sequences, ids, batch_size):
-    """Where each token's row is, after the batches gave theirs one after the other."""
-    taken = [sequences[numbers] for numbers, _ in batches(ids[sequences], batch_size)]
-    where = torch.cat([torch.isin(tokens[:, 0], of_batch).nonzero()[:, 0] for of_batch in taken])
-    return where.argsort()
-
-
 @torch.no_grad()
 def _dissect_batch(subject, ids, sequences, tokens, rows, stats, keys, generator):
     """One forward pass over some of the sequences; fills in the rows of their tokens at every tap, and sink keys."""
@@ -132,7 +120,9 @@ def _dissect_batch(subject, ids, sequences, tokens, rows, stats, keys, generator
     def record(place, index):
         def function(x):
             x = x.detach().float().view(B, T, -1)
-            rows[place][index].append(x[b, t].cpu())
+            if rows[place][index] is None:
+                rows[place][index] = torch.zeros(len(tokens), x.size(-1))
+            rows[place][index][mine] = x[b, t].cpu()
             if place in stats:
                 stats[place][index].add(x)
 
@@ -154,14 +144,11 @@ def _dissect_batch(subject, ids, sequences, tokens, rows, stats, keys, generator
 
         return hook
 
-    taps = [(tap, record(place, i)) for place, of in _taps(subject).items() for i, tap in enumerate(of)]
+    places = {"stream": subject.streams, **subject.inner}
+    taps = [(tap, record(place, i)) for place, of in places.items() for i, tap in enumerate(of)]
     seams = [(seam.module, on_keys(i)) for i, seam in enumerate(subject.attends)]
     with on_streams([tap for tap, _ in taps], [function for _, function in taps]), hooked(seams):
         subject.losses(ids)
-
-
-def _taps(subject):
-    return {"stream": subject.streams, **subject.inner}
 
 
 def step_up_and_down(path, taps):

@@ -88,7 +88,7 @@ class Subject:
     n_register: int
     decode: Callable[[int], str]
     logits: Callable[[torch.Tensor], torch.Tensor]
-    inner: dict[str, list[Tap]] = field(default_factory=dict)
+    inner: dict[str, list[Tap]] = field(default_factory=lambda: {place: [] for place in PLACES})
     gated: list[GatedFFN] = field(default_factory=list)
     causal: bool = True
     shift: int = 1
