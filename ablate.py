@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from detect import detect, flags, open_checkpoint
+from detect import detect, flags, folder_of, open_checkpoint, output_paths
 from spikesink import findings, intervene, metrics, report
 from spikesink.errors import UserError, run
 from spikesink.subject import batches
@@ -96,10 +96,11 @@ def main():
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
     opened = open_checkpoint(args, calibration=True)
-    json_path, html_path = opened.outputs(args, "ablate.json", "report.html")
+    path = opened.about["checkpoint"]["path"]
+    json_path, html_path = output_paths(path, args, "ablate.json", "report.html")
     found = detect(opened, args)
     ablation = ablate(opened, args.batch_size)
-    findings.save(opened.beside(None, "detect.json"), found)
+    findings.save(folder_of(path) / "detect.json", found)
     findings.save(json_path, ablation)
     report.page(html_path, found, ablation)
     print(f"measured on {report.conditions(found)}\n")

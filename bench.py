@@ -5,8 +5,8 @@
 
 detect: the observing pass (spikesink/observe.py) beside the plain forward pass with its loss, and beside what most
 scripts do, transformers with attn_implementation="eager" and output_attentions=True, on one sequence, in float32.
-Times alternate between the three; a ratio is the median over rounds, with the lowest and the highest. Memory is the
-peak of resident memory above that of the loaded model, each method in a process of its own.
+Up to T = 2048 the three alternate, and a ratio is the median over rounds, with the lowest and the highest; beyond, each
+runs once. Memory is the peak of resident memory above that of the loaded model, each method in a process of its own.
 """
 
 import argparse
@@ -32,13 +32,15 @@ from spikesink.words import grid, number
 LENGTHS, QUICK_LENGTHS = (512, 1024, 2048, 4096, 8192), (512, 1024)
 LONG = {"n_layer": 4, "n_head": 4, "n_embd": 256, "vocab_size": 8192, "block_size": 32768, "position": "rope"}
 EAGER_LIMIT = 12e9  # bytes of attention maps: more is not tried
-ROUNDS = {512: 5, 1024: 5, 2048: 3}  # else 1
+ALTERNATED, ROUNDS = 2048, 5  # up to this length methods alternate for some rounds; beyond, each runs once
+METHODS = ("plain", "observe", "eager")
 
 
 def gpt2(T, attention):
     """A random transformers GPT-2 small for T tokens."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_positions=T, attn_implementation=attention, use_cache=False)
     return transformers.GPT2LMHeadModel(config).eval()
@@ -55,7 +57,7 @@ def maps_of(model, ids):
 def methods(T):
     """{name: function without arguments} of one sequence of T tokens."""
     torch.manual_seed(0)
-    if max(LENGTHS) < T:
+    if T not in LENGTHS:
         subject = Subject.of_gpt(GPT(GPTConfig(**LONG)), str)
         ids = torch.randint(LONG["vocab_size"], (1, T))
         return {"plain": lambda: subject.losses(ids), "observe": lambda: observe(subject, ids, 1, progress=False)}
@@ -70,34 +72,33 @@ def methods(T):
 
 def map_bytes(T):
     """Bytes of all attention maps of the model at T tokens, in float32."""
-    heads = LONG["n_layer"] * LONG["n_head"] if max(LENGTHS) < T else 12 * 12
+    heads = LONG["n_layer"] * LONG["n_head"] if T not in LENGTHS else 12 * 12
     return 4 * heads * T * T
 
 
 def times(T):
-    """{method: seconds of each round}, alternating."""
+    """{method: seconds of each round}, alternating; the first round, not counted, warms up."""
     named, seconds = methods(T), {}
-    for round_ in range(1 + ROUNDS.get(T, 1)):
+    for round_ in range(1 + ROUNDS):
         for name, function in named.items():
             start = time.perf_counter()
             function()
-            if round_ or ROUNDS.get(T, 1) == 1:  # the first round warms up
+            if round_:
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
-        if ROUNDS.get(T, 1) == 1:
-            break
     return seconds
 
 
-def peak_mb(T, name):
-    """Peak resident memory of one call, above that before it, in MB (Linux; None elsewhere)."""
+def once(T, name):
+    """Seconds of one call, and its peak resident memory above that before it, in MB (Linux; None elsewhere)."""
     function = methods(T)[name]
-    try:
+    linux = Path("/proc/self/clear_refs").exists()
+    if linux:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
-        function()
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        return None
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    return {"seconds": [seconds], "mb": (_status("VmHWM") - before) / 1024 if linux else None}
 
 
 def _status(key):
@@ -117,23 +118,19 @@ def bench_detect(lengths):
     """A row per length."""
     rows = []
     for T in tqdm(lengths, desc="detect", disable=None):
-        seconds = child("times", T)
+        names = ["plain", "observe", *(["eager"] if T in LENGTHS and map_bytes(T) < EAGER_LIMIT else [])]
+        alone = {name: child("once", T, name) for name in names}
+        seconds = child("times", T) if T <= ALTERNATED else {name: alone[name]["seconds"] for name in names}
         ratios = sorted(o / p for o, p in zip(seconds["observe"], seconds["plain"], strict=True))
-        median = lambda name, seconds=seconds: statistics.median(seconds[name]) if name in seconds else None
         rows.append(
             {
                 "T": T,
-                "model": "4 layers, 256 wide" if max(LENGTHS) < T else "GPT-2 small",
-                "plain_s": median("plain"),
-                "observe_s": median("observe"),
-                "eager_s": median("eager"),
+                "model": "GPT-2 small" if T in LENGTHS else "4 layers, 256 wide",
+                **{f"{name}_s": statistics.median(seconds[name]) if name in names else None for name in METHODS},
                 "ratio": statistics.median(ratios),
                 "ratio_range": [ratios[0], ratios[-1]],
+                **{f"{name}_mb": alone[name]["mb"] if name in names else None for name in METHODS},
                 "maps_mb": map_bytes(T) / 2**20,
-                **{
-                    f"{name}_mb": child("memory", T, name) if name in seconds else None
-                    for name in ("plain", "observe", "eager")
-                },
             }
         )
     return rows
@@ -175,7 +172,7 @@ def main():
     args = flags.parse_args()
     if args.child:
         what, T, *rest = args.child
-        print(json.dumps({"times": times, "memory": peak_mb}[what](int(T), *rest)))
+        print(json.dumps({"times": times, "once": once}[what](int(T), *rest)))
         return
     machine = {"torch": torch.__version__, "cpu_threads": torch.get_num_threads(), "cpus": os.cpu_count()}
     rows = bench_detect(QUICK_LENGTHS if args.quick else (*LENGTHS, LONG["block_size"]))

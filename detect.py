@@ -154,25 +154,24 @@ class Opened:
     about: dict  # the findings' entries checkpoint, model, data
     vocab_size: int
 
-    def beside(self, given, name):
-        """A path that was given, or `name` in the checkpoint's folder, or here for a model of the hub."""
-        path = Path(self.about["checkpoint"]["path"])
-        folder = path.parent if path.is_file() else path if path.is_dir() else Path()
-        return Path(given or folder / name)
 
-    def outputs(self, args, json_name, html_name):
-        """Paths of the JSON and the page, found writable before any work is done. Raises UserError."""
-        paths = self.beside(args.json, json_name), self.beside(args.html, html_name)
-        check_outputs(*paths)
-        return paths
+def output_paths(path, args, json_name, html_name):
+    """Where the JSON and the page go: as given, or beside the checkpoint `path`, or here for a model of the hub.
 
-
-def check_outputs(*paths):
-    """Raises UserError unless these files can be written, each one a file of its own."""
-    for path in paths:
-        checkpoint.check_writable(path)
-    if len({path.resolve() for path in paths}) < len(paths):
+    Raises UserError unless they can be written, each one a file of its own.
+    """
+    paths = Path(args.json or folder_of(path) / json_name), Path(args.html or folder_of(path) / html_name)
+    for file in paths:
+        checkpoint.check_writable(file)
+    if paths[0].resolve() == paths[1].resolve():
         raise UserError(f"--json and --html both name {paths[0]}")
+    return paths
+
+
+def folder_of(path):
+    """The folder that findings on a checkpoint go to."""
+    path = Path(path)
+    return path.parent if path.is_file() else path if path.is_dir() else Path()
 
 
 def open_checkpoint(args, calibration=False):
@@ -222,9 +221,9 @@ def look_at_prompt(args):
     if given:
         raise UserError(f"--prompt is the text; --{given[0]} is another")
     loaded = load(args)
-    opened = Opened(loaded.subjects, loaded.reader.prompt(args.prompt), None, {"checkpoint": loaded.checkpoint}, 0)
-    json_path, html_path = opened.outputs(args, "prompt.json", "prompt.html")
-    looked = [prompt.inspect(s, opened.ids, loaded.checkpoint, loaded.model) for s in loaded.subjects]
+    ids = loaded.reader.prompt(args.prompt)
+    json_path, html_path = output_paths(loaded.checkpoint["path"], args, "prompt.json", "prompt.html")
+    looked = [prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects]
     found = {**looked[0], **({"parts": {one["part"]: one for one in looked[1:]}} if looked[1:] else {})}
     findings.save(json_path, found)
     report.prompt_page(html_path, found)
@@ -235,8 +234,7 @@ def look_at_prompt(args):
 def compare(args):
     """--compare: several checkpoints side by side, each on the text that its flags give."""
     paths = ([args.checkpoint] if args.checkpoint else []) + args.compare
-    json_path, html_path = Path(args.json or "compare.json"), Path(args.html or "compare.html")
-    check_outputs(json_path, html_path)
+    json_path, html_path = output_paths("", args, "compare.json", "compare.html")
     found = []
     for path in tqdm(paths, desc="checkpoints", disable=None, leave=False):
         args.checkpoint = path
@@ -263,7 +261,7 @@ def short_names(paths):
 def look_at_checkpoint(args):
     """One checkpoint on many sequences; with --vocab, every token of its vocabulary too."""
     opened = open_checkpoint(args)
-    json_path, html_path = opened.outputs(args, "detect.json", "detect.html")
+    json_path, html_path = output_paths(opened.about["checkpoint"]["path"], args, "detect.json", "detect.html")
     found = detect(opened, args)
     if args.vocab:
         encoder = next((subject for subject in opened.subjects if subject.part == "encoder"), opened.subjects[0])

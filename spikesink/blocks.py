@@ -96,45 +96,56 @@ class Stack:
 
         return hook
 
-    def taps(self, kind):
-        """(streams, inner, gated, seams) of the Subject. Raises UserError if a block cannot be understood."""
-        streams, inner, gated, attends = (
-            [Tap(-1, "embedding", self.blocks[0], "input")],
-            {p: [] for p in PLACES},
-            [],
-            [],
-        )
+    def taps(self):
+        """The Taps of the Subject. Raises UserError if a block cannot be understood."""
+        found = Taps([Tap(-1, "embedding", self.blocks[0], "input")], {place: [] for place in PLACES}, [], [])
         for layer, (block, seams, events) in enumerate(zip(self.blocks, self.seams, self.events, strict=True)):
             calls = [event for event in events if event.module in seams]
-            problems = {
-                "its residual stream is not one vector per token": events[0].value.dim() != 3
-                or events[-1].module is not block,
-                "its attention calls the interface more than once, or its layers share weights": len(calls)
-                > len(seams),
-                "its attention bypasses the interface": len(calls) < len(seams),
-            }
-            for problem, found in problems.items():
-                if found:
-                    raise UserError(f"{kind} cannot be observed: {problem}")
-            attends += [Tap(layer, event.at, event.module) for event in calls]
+            check_block(block, seams, events, calls)
+            found.attends.extend(Tap(layer, event.at, event.module) for event in calls)
             steps = sub_layers(events)
             kinds = [step.kind for step in steps]
             for i, step in enumerate(steps):
-                name = step.kind + (str(kinds[:i].count(step.kind) + 1) if step.kind in kinds[:i] else "")
+                again = kinds[:i].count(step.kind)
+                kind = f"{step.kind}{again + 1}" if again else step.kind
                 if steps[0].stream:
-                    event = step.stream
-                    streams.append(Tap(layer, name, event.module, event.at, event.at == "output"))
-                for place in PLACES:
-                    event = getattr(step, place)
-                    if event:
-                        inner[place].append(Tap(layer, name, event.module, event.at, event.at == "output"))
+                    found.streams.append(tap_of(layer, kind, step.stream))
+                for place, taps in found.inner.items():
+                    if getattr(step, place):
+                        taps.append(tap_of(layer, kind, getattr(step, place)))
             if not steps or not steps[0].stream:
-                streams.append(Tap(layer, "block", block))
+                found.streams.append(Tap(layer, "block", block))
             for event in events:
                 of = next((s for s in steps if event.at == "output" and torch.equal(event.value, s.output.value)), None)
                 if of and of.norm:
-                    gated += gated_ffn(layer, event.module, of.norm)
-        return streams, inner, gated, attends
+                    found.gated.extend(gated_ffn(layer, event.module, of.norm))
+        return found
+
+
+class Taps(NamedTuple):
+    """What of a Subject a stack of blocks determines."""
+
+    streams: list
+    inner: dict
+    gated: list
+    attends: list
+
+
+def tap_of(layer, kind, event):
+    """The Tap where an Event was seen; what a module was only called with cannot be written there for others."""
+    return Tap(layer, kind, event.module, event.at, writable=event.at == "output")
+
+
+def check_block(block, seams, events, calls):
+    """Raises UserError for a block whose stream or attention is not what a Subject needs."""
+    problems = {
+        "its residual stream is not one vector per token": events[0].value.dim() != 3 or events[-1].module is not block,
+        "its attention calls the interface more than once, or its layers share weights": len(calls) > len(seams),
+        "its attention bypasses the interface": len(calls) < len(seams),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(f"{type(block).__name__} cannot be observed: {problem}")
 
 
 def like_stream(value, events):

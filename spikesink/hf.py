@@ -5,7 +5,6 @@ edits runs through PyTorch's fused kernels (a model that passes a T x T position
 """
 
 import copy
-import dataclasses
 import functools
 import hashlib
 import json
@@ -313,78 +312,72 @@ def start_token(config):
 
 @torch.no_grad()
 def _tried_subjects(model, decode):
+    kind, both = model.config.model_type, model.config.is_encoder_decoder
+    device = Subject(model, [], [], 0, 0, decode, None).device
+    ids = torch.arange(3, 19, device=device)[None] % model.config.vocab_size
+    target = ids[:, :11] if both else ids  # shorter, so that cross-attention is told by its shape
+    run = (lambda x, y: model(input_ids=x, decoder_input_ids=y)[0]) if both else (lambda x, y: model(x)[0])
+    take_over(model, lambda: run(ids, target))
+    parts = {}
+    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks_of(model), strict=True):
+        changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % model.config.vocab_size), dim=1)
+        other = (ids, changed(target)) if name == "decoder" else (changed(ids), target)
+        taps, causal = watch(Stack(blocks), run, (ids, target), other)
+        parts[name] = {
+            **taps._asdict(),
+            "causal": causal,
+            "start": start_token(model.config) if name == "decoder" else None,
+        }
+    if both:  # the keys of cross-attention are the encoder's tokens
+        seams = parts["decoder"]["attends"]
+        parts = {
+            "decoder": {**parts["decoder"], "attends": [tap for tap in seams if tap.kind != "cross"]},
+            "encoder": parts["encoder"],
+            "cross": {**parts["encoder"], "attends": [tap for tap in seams if tap.kind == "cross"], "causal": False},
+        }
+
+    def rebuild(part):
+        new = type(model)(copy.deepcopy(model.config)).eval().to(device)
+        return next(s for s in subjects_of(new, decode) if s.part == part)
+
+    subjects = []
+    for name, part in parts.items():
+        heads = {tap.module.heads for tap in part["attends"]}
+        if len(heads) != 1:
+            raise UserError(f"{kind} cannot be observed: its layers have different numbers of heads")
+        for tap in part["attends"]:
+            tap.module.spares_own = part["causal"]
+        shift = int(part["causal"] and not both)
+        how = {"n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift}
+        subjects.append(
+            Subject(model, **part, n_head=heads.pop(), **how, part=name, rebuild=functools.partial(rebuild, name))
+        )
+    return subjects
+
+
+def take_over(model, run):
+    """Puts our attention into a model. Raises UserError if its logits, `run()`, change."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    kind, vocabulary = model.config.model_type, model.config.vocab_size
-    first_device = Subject(model, [], [], 0, 0, decode, None).device
-    both = model.config.is_encoder_decoder
-    ids = torch.arange(3, 19, device=first_device)[None] % vocabulary
-    run = (lambda x, y: model(input_ids=x, decoder_input_ids=y)[0]) if both else (lambda x, y: model(x)[0])
-    target = ids[:, :11] if both else ids  # shorter, so that cross-attention is told by its shape
-    before = run(ids, target)
+    before = run()
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, lazy_mask)
     for module in model.modules():
         if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
             object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
     model.set_attn_implementation(NAME)
-    after = run(ids, target)
-    if (after - before).abs().max() > 1e-3 * before.abs().max().clamp_min(1e-6):
-        raise UserError(f"{kind} cannot be observed: its logits change under our attention")
+    if (run() - before).abs().max() > 1e-3 * before.abs().max().clamp_min(1e-6):
+        raise UserError(f"{model.config.model_type} cannot be observed: its logits change under our attention")
 
-    changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % vocabulary), dim=1)
-    parts = {}
-    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks_of(model), strict=True):
-        stack = Stack(blocks)
-        with stack.watched():
-            run(ids, target)
-        clean = stack.output
-        with stack.watched():
-            run(*((ids, changed(target)) if name == "decoder" else (changed(ids), target)))
-        rest = (stack.output - clean)[:, :-1].abs().max()
-        causal = not bool(rest > 1e-5 * clean.abs().max())
-        parts[name] = (*stack.taps(kind), causal)
 
-    def rebuild(part):
-        new = type(model)(copy.deepcopy(model.config)).eval().to(first_device)
-        return next(s for s in subjects_of(new, decode) if s.part == part)
-
-    subjects = []
-    for part, (streams, inner, gated, seams, causal) in parts.items():
-        for cross in (False, True):
-            own = [tap for tap in seams if (tap.kind == "cross") == cross]
-            if not own:
-                continue
-            name = "cross" if cross else part
-            for tap in own:
-                tap.module.spares_own = causal and not cross
-            heads = {tap.module.heads for tap in own}
-            if len(heads) > 1:
-                raise UserError(f"{kind} cannot be observed: its layers have different numbers of heads")
-            subject = Subject(
-                model,
-                streams,
-                own,
-                heads.pop(),
-                n_register=0,
-                decode=decode,
-                logits=_caller(model),
-                inner=inner,
-                gated=gated,
-                causal=causal,
-                shift=int(causal and not both),
-                part=name,
-                start=start_token(model.config) if part == "decoder" else None,
-                rebuild=functools.partial(rebuild, name),
-            )
-            subjects.append(subject)
-    order = ["", "decoder", "encoder", "cross"]
-    subjects.sort(key=lambda s: order.index(s.part))
-    if both:  # the keys of cross-attention are the encoder's tokens
-        _, encoder, cross = subjects
-        theirs = {key: getattr(encoder, key) for key in ("streams", "inner", "gated", "causal", "start")}
-        subjects[2] = dataclasses.replace(cross, **theirs)
-    return subjects
+def watch(stack, run, inputs, other):
+    """(Taps of a stack, whether it is causal), from `run` on `inputs` and on `other`, whose last token differs."""
+    with stack.watched():
+        run(*inputs)
+    clean = stack.output
+    with stack.watched():
+        run(*other)
+    return stack.taps(), bool((stack.output - clean)[:, :-1].abs().max() <= 1e-5 * clean.abs().max())
 
 
 def subject_of(model, decode):

@@ -235,7 +235,7 @@ REFUSED = {
     r"falcon.*bypasses": lambda: transformers.FalconConfig(
         num_hidden_layers=1, num_attention_heads=2, hidden_size=16, vocab_size=64
     ),
-    r"diffllama.*more than once": lambda: transformers.DiffLlamaConfig(
+    r"(?i)diffllama.*more than once": lambda: transformers.DiffLlamaConfig(
         **{k: v for k, v in GROUPED.items() if k != "head_dim"}
     ),
     r"mamba.*bypasses": lambda: transformers.MambaConfig(num_hidden_layers=1, hidden_size=16, vocab_size=64),
