@@ -216,6 +216,8 @@ def _overlap(spike, sink, tokens):
         n = int(of.any(1).sum())
         if found[key] in (0, 1) and n:  # a bootstrap has no width there
             intervals[key] = metrics.wilson(round(found[key] * n), n)
+    if not (spike & sink).any():
+        intervals["lift"] = intervals["lift_anywhere"] = None  # nothing to resample
     return {
         "spike_rule": metrics.PRIMARY_SPIKE_RULE,
         "sink_rule": f"gu {metrics.PRIMARY_SINK_EPSILON}",
