@@ -255,3 +255,36 @@ def test_median_and_largest_are_exact(n, kind):
     assert median == x.median()
     assert torch.equal(largest, x.sort(descending=True).values[:k])
     assert torch.equal(x[where], largest) and len(where.unique()) == k
+
+
+def test_percentile_rule_is_counted_over_layers_entry_by_entry(ids):
+    model = tiny()
+    streams = []
+    subject = subject_of(model)
+    keep = lambda m, a, k, out: streams.append(out.detach())
+    with hooked([(tap.module, keep) for tap in subject.streams]), torch.no_grad():
+        model(ids)
+    obs = observe(subject, ids, batch_size=4, progress=False)
+    for percentile, hits in obs.percentiles.items():
+        count = torch.zeros(ids.shape + (32,))
+        for x in streams:
+            for n, values in enumerate(x.abs().flatten(1)):
+                above = max(1, round(len(values) * (1 - percentile / 100)))  # so many entries are the largest
+                where = values.sort(descending=True).indices[:above]
+                count[n].view(-1)[where] += 1
+        assert torch.equal(hits, (count >= math.ceil(len(streams) / 2)).any(-1))
+        assert hits.any()
+
+
+def test_overlap_under_weights_pairs_different_sequences():
+    generator = torch.Generator().manual_seed(1)
+    spike, sink = (torch.rand(7, 3, generator=generator) < 0.5 for _ in range(2))
+    weights = torch.tensor([0, 1, 3, 1, 0, 1, 1])
+    expected = 0.0
+    for t in range(3):
+        pairs = [(weights[i] * weights[j], spike[i, t] & sink[j, t]) for i in range(7) for j in range(7) if i != j]
+        other = sum(w * hit for w, hit in pairs) / sum(w for w, _ in pairs)
+        own = (weights * (spike & sink)[:, t]).sum() / 7
+        expected += 6 * other + own
+    both = (weights[:, None] * (spike & sink)).sum()
+    assert metrics.overlap(spike, sink, weights=weights)["lift"] == pytest.approx((both / expected).item())
