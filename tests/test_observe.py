@@ -266,7 +266,7 @@ def test_percentile_rule_is_counted_over_layers_entry_by_entry(ids):
         model(ids)
     obs = observe(subject, ids, batch_size=4, progress=False)
     for percentile, hits in obs.percentiles.items():
-        count = torch.zeros(ids.shape + (32,))
+        count = torch.zeros((*ids.shape, 32))
         for x in streams:
             for n, values in enumerate(x.abs().flatten(1)):
                 above = max(1, round(len(values) * (1 - percentile / 100)))  # so many entries are the largest
