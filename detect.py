@@ -49,7 +49,9 @@ def flags(description):
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="NAME", help="dataset whose val split is used; default: the training data's")
     source.add_argument("--text", metavar="FILE", help="a text file, encoded as the training data was")
-    source.add_argument("--tokens", metavar="FILE.npy", help="integer ids [n_seq, seq_len], used as they are")
+    source.add_argument(
+        "--tokens", metavar="FILE.npy", help="integer ids [n_seq, seq_len], used as they are; -100 is padding"
+    )
     parser.add_argument(
         "--seq_len", type=count, metavar="N", help="tokens in a sequence, with BOS (default: 64, Gu et al.'s)"
     )
