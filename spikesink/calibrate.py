@@ -181,31 +181,33 @@ def verdicts(obs, null, overlap, heads, model, step, trained_tokens):
     """
     N = len(obs.ids)
     found = (obs.best_alpha > metrics.PRIMARY_SINK_EPSILON).double().mean(0).flatten()
+    points = curves(obs)
     weak = _weakness(N, model, step, trained_tokens)
     spike = _verdict(
         "of sequences have a spike token",
         _rate(obs.spikes[metrics.PRIMARY_SPIKE_RULE].any(1).double().mean().item(), N),
         false_positives(null, metrics.PRIMARY_SPIKE_RULE),
         weak,
-        ("ratio", _holds(obs, null, "ratio", "sequences"), metrics.SPIKE_RATIO),
+        ("ratio", _holds(points, null, "ratio", "sequences", N), metrics.SPIKE_RATIO),
     )
     sink = _verdict(
         f"of sequences have a sink in head {heads[int(found.argmax())]}, the best of {len(heads)}",
         _rate(found.max().item(), N, tests=len(heads)),
         false_positives(null, "gu", "best_head"),
         weak,
-        ("epsilon", _holds(obs, null, "epsilon", "best_head", tests=len(heads)), metrics.PRIMARY_SINK_EPSILON),
+        ("epsilon", _holds(points, null, "epsilon", "best_head", N, tests=len(heads)), metrics.PRIMARY_SINK_EPSILON),
     )
     return {"spike": spike, "sink": sink, "co_occurrence": _co_verdict(spike, sink, overlap, weak)}
 
 
-def _holds(obs, null, curve, key, tests=1):
-    """The thresholds of a curve at which the model would be said to have it: most sequences do, and the null not so."""
+def _holds(points, null, curve, key, n_seq, tests=1):
+    """The thresholds of one of the curves `points` at which the model would be said to have it: most sequences do, and
+    the null not so."""
     of_rule = {"ratio": "ratio", "epsilon": "gu"}[curve]
     nulls_run = [null[name] for name in NULLS_OF[of_rule] if "curves" in null.get(name, {})]
     thresholds = []
-    for i, point in enumerate(curves(obs)[curve]):
-        low = metrics.wilson(round(point[key] * len(obs.ids)), len(obs.ids), tests)[0]
+    for i, point in enumerate(points[curve]):
+        low = _rate(point[key], n_seq, tests)["ci95"][0]
         false = [_rate(m["curves"][curve][i][key], m["n_seq"])["ci95"][1] for m in nulls_run]
         if low > max([MAJORITY, *false]):
             thresholds.append(point["at"])

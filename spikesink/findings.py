@@ -24,7 +24,7 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
         {"index": i, "layer": tap.layer, "kind": tap.kind, **stats.result()}
         for i, (tap, stats) in enumerate(zip(subject.streams, obs.streams, strict=True))
     ]
-    co_occurrence = _co_occurrence(obs)
+    co_occurrence, measures = _co_occurrence(obs), calibrate.measures(obs)
     null = null or {}
     trained = checkpoint.get("step"), checkpoint.get("tokens")
     return {
@@ -44,8 +44,8 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
         "spikes": _spikes(subject, obs, null),
         "sinks": _sinks(subject, obs, null),
         "co_occurrence": co_occurrence,
-        "sensitivity": calibrate.curves(obs),
-        "measures": calibrate.measures(obs),
+        "sensitivity": measures["curves"],
+        "measures": measures,
         "nulls": null,
         "anatomy": anatomy or {},
     }

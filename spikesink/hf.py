@@ -24,7 +24,7 @@ from . import offload
 from .blocks import SEAM, Stack, stacks_of
 from .checkpoint import file_hash
 from .errors import UserError
-from .subject import Subject, for_heads, rows_at_once
+from .subject import Subject, after_start, for_heads, rows_at_once
 
 NAME = "spikesink"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
@@ -299,9 +299,8 @@ def _caller(model):
     """ids (B, T) -> logits; an encoder-decoder reads the ids, and its decoder is taught to repeat them."""
     if not model.config.is_encoder_decoder:
         return lambda ids: model(ids)[0]
-    start = torch.tensor([[start_token(model.config)]])
-    shifted = lambda ids: torch.cat((start.to(ids.device).expand(len(ids), 1), ids[:, :-1]), dim=1)
-    return lambda ids: model(input_ids=ids, decoder_input_ids=shifted(ids))[0]
+    start = start_token(model.config)
+    return lambda ids: model(input_ids=ids, decoder_input_ids=after_start(ids, start))[0]
 
 
 def start_token(config):

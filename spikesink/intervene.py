@@ -14,7 +14,7 @@ import torch
 
 from . import metrics
 from .hooks import hooked, on_streams
-from .subject import batches, rows_at_once
+from .subject import batches, map_rows
 
 
 class ChannelMeans:
@@ -118,12 +118,9 @@ def spikes(subject, ids, edit, *, control=False, means=None, seed=0):
 @torch.no_grad()
 def sinks_in(seam, q, k, causal):
     """Which keys of a seam's map are sinks: alpha > 0.3 and enough queries. bool (B, H, T), on the CPU."""
-    rows = rows_at_once(q, k)
     received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
-    for first in range(0, q.size(-2), rows):
-        part = q[:, :, first : first + rows]
-        seen = first + part.size(-2) if causal else k.size(-2)
-        received[..., :seen] += seam.shares(part, k[:, :, :seen], first).sum(-2)
+    for _, weights in map_rows(seam, q, k, causal):
+        received[..., : weights.size(-1)] += weights.sum(-2)
     queries = metrics.queries_per_key(k.size(-2), None if causal else q.size(-2))
     alpha = metrics.sink_alpha(received.cpu(), queries)
     return (alpha > metrics.PRIMARY_SINK_EPSILON) & metrics.eligible_keys(queries)

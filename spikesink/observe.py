@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import metrics
 from .errors import UserError
 from .hooks import hooked, on_streams
-from .subject import PADDING, batches, for_heads, rows_at_once
+from .subject import PADDING, batches, for_heads, map_rows
 
 
 class StreamStats:
@@ -125,18 +125,13 @@ class AttentionStats:
         """One batch: each key's attention mass and alpha (B, H, T), and which are eligible (T,); all on the CPU."""
         B, H, n_queries, _ = q.shape
         T = k.size(-2)
-        q, k = q.float(), for_heads(k.float(), H)
-        received = q.new_zeros(B, H, T)
+        received = q.new_zeros(B, H, T, dtype=torch.float32)
         late, distance = torch.zeros_like(received), torch.zeros_like(received)
-        entropy, first_argmax = q.new_zeros(B, H), q.new_zeros(B, H)
+        entropy, first_argmax = received.new_zeros(B, H), received.new_zeros(B, H)
         keys = torch.arange(T, device=q.device)
-        rows = rows_at_once(q, k)
-        for first in range(0, n_queries, rows):
-            last = min(first + rows, n_queries)
-            seen = last if causal else T  # keys that these queries may see
-            added = None if bias is None else bias[..., :seen]
-            weights = seam.shares(q[:, :, first:last], k[:, :, :seen], first, added)  # (B, H, R, seen)
-            weights = shuffled(weights, first, causal)
+        for first, measured in map_rows(seam, q, k, causal, bias):
+            weights = shuffled(measured, first, causal)  # (B, H, R, seen)
+            last, seen = first + weights.size(-2), weights.size(-1)
             queries = torch.arange(first, last, device=q.device)
             received[..., :seen] += weights.sum(-2)
             if last > n_queries // 2:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from . import metrics
 from .hooks import hooked, on_streams
 from .observe import observe
-from .subject import rows_at_once
+from .subject import map_rows
 
 SCHEMA = "spikesink-prompt-1"
 VOCABULARY_SCHEMA = "spikesink-vocabulary-1"
@@ -27,12 +27,11 @@ def inspect(subject, ids, checkpoint, model):
 
     def hook(module, args, kwargs, output):
         q, k, _ = args
-        rows, best, most = rows_at_once(q, k), [], []
+        best, most = [], []
         total = torch.zeros(q.size(1), k.size(-2))
-        for first in range(0, q.size(-2), rows):
-            weights = module.shares(q[:, :, first : first + rows], k, first)[0]  # (H, R, T)
-            total += weights.sum(1).cpu()
-            top = weights.max(-1)
+        for _, weights in map_rows(module, q, k, subject.causal):
+            total[:, : weights.size(-1)] += weights[0].sum(1).cpu()
+            top = weights[0].max(-1)  # (H, R) each
             best.append(top.indices.cpu())
             most.append(top.values.cpu())
         looks.append((torch.cat(best, 1), torch.cat(most, 1)))  # (H, T) each

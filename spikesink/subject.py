@@ -26,6 +26,24 @@ def for_heads(x, n_head):
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
+def map_rows(seam, q, k, causal, bias=None):
+    """Yields (first query, its and the next ones' rows of the map (B, H, R, keys)), some at a time, over all queries.
+
+    Under causal attention the rows end at the last key that any of them sees. float32.
+    """
+    q, k = q.float(), for_heads(k.float(), q.size(1))
+    rows = rows_at_once(q, k)
+    for first in range(0, q.size(-2), rows):
+        part = q[:, :, first : first + rows]
+        seen = first + part.size(-2) if causal else k.size(-2)
+        yield first, seam.shares(part, k[:, :, :seen], first, None if bias is None else bias[..., :seen])
+
+
+def after_start(ids, start):
+    """A decoder's input that teaches it to give ids (B, T): they, one later, after the token `start`."""
+    return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)
+
+
 def batches(ids, batch_size):
     """Yields (sequence numbers, their ids (B, T)), at most `batch_size` sequences of one length at a time.
 
@@ -141,7 +159,7 @@ class Subject:
         """Token ids (B, T) as the streams and maps have them: the registers' numbers -1, -2, ... or the decoder's
         start token in front."""
         if self.start is not None:
-            return torch.cat((torch.full_like(ids[:, :1], self.start), ids[:, :-1]), dim=1)
+            return after_start(ids, self.start)
         registers = -torch.arange(1, self.n_register + 1).expand(len(ids), -1)
         return torch.cat((registers, ids), dim=1)
 
