@@ -13,9 +13,7 @@ from torch import nn
 
 from .errors import UserError
 from .hooks import hooked
-from .subject import PLACES, Tap, gated_ffn
-
-SEAM = "_spikesink_seam"  # the attribute of an attention module that holds its seam, once it was called
+from .subject import PLACES, SEAM, Tap, gated_ffn
 
 
 def stacks_of(model):

@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import offload
-from .blocks import SEAM, Stack, stacks_of
+from .blocks import Stack, stacks_of
 from .checkpoint import file_hash
 from .errors import UserError
-from .subject import Subject, after_start, for_heads, rows_at_once
+from .subject import SEAM, Subject, after_start, for_heads, rows_at_once
 
 NAME = "spikesink"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
@@ -104,6 +104,10 @@ class HFSeam(nn.Module):
         if self.position_bias is not None:
             start = self.position_bias[:, :, first : first + R, :T].to(dtype)
         return torch.where(seen, start, torch.finfo(dtype).min)
+
+    def weights(self, q, k, first=0, bias=None):
+        """(weights (B, H, R, T), what a slot adds to the output: nothing), as Subject has it."""
+        return self.shares(q, k, first, bias), 0.0
 
     def shares(self, q, k, first=0, bias=None):
         """Rows of the attention map (B, H, R, T), float32: see Subject. A sink logit's part belongs to no key."""
@@ -317,8 +321,8 @@ def _tried_subjects(model, decode):
     target = ids[:, :11] if both else ids  # shorter, so that cross-attention is told by its shape
     run = (lambda x, y: model(input_ids=x, decoder_input_ids=y)[0]) if both else (lambda x, y: model(x)[0])
     take_over(model, lambda: run(ids, target))
-    parts = {}
-    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks_of(model), strict=True):
+    parts, stacks = {}, stacks_of(model)
+    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks, strict=True):
         changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % model.config.vocab_size), dim=1)
         other = (ids, changed(target)) if name == "decoder" else (changed(ids), target)
         taps, causal = watch(Stack(blocks), run, (ids, target), other)
@@ -347,7 +351,8 @@ def _tried_subjects(model, decode):
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
         shift = int(part["causal"] and not both)
-        how = {"n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift}
+        stages = [block for stack in stacks for block in stack]
+        how = {"n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift, "stages": stages}
         subjects.append(
             Subject(model, **part, n_head=heads.pop(), **how, part=name, rebuild=functools.partial(rebuild, name))
         )

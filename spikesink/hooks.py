@@ -4,10 +4,12 @@ import contextlib
 
 
 @contextlib.contextmanager
-def hooked(forward=(), before=()):
+def hooked(forward=(), before=(), first=()):
     """Within the block, (module, hook) pairs are registered: `forward` hooks are called as
-    (module, args, kwargs, output), `before` hooks as (module, args, kwargs); what they return replaces it."""
+    (module, args, kwargs, output), `before` hooks as (module, args, kwargs); what they return replaces it. `first` are
+    forward hooks that run before those that are there already."""
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in forward]
+    handles += [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module, hook in first]
     handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
     try:
         yield

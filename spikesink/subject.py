@@ -11,6 +11,7 @@ from .offload import loaded
 
 CHUNK_BYTES = 2**20  # of one chunk of rows of an attention map: what stays in a core's cache
 PADDING = -100  # stands in ids where there is no token
+SEAM = "_spikesink_seam"  # the attribute of a transformers attention module that holds its seam, once called
 
 
 def rows_at_once(q, k):
@@ -26,17 +27,19 @@ def for_heads(x, n_head):
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
-def map_rows(seam, q, k, causal, bias=None):
+def map_rows(seam, q, k, causal, bias=None, rows_of=None):
     """Yields (first query, its and the next ones' rows of the map (B, H, R, keys)), some at a time, over all queries.
 
-    Under causal attention the rows end at the last key that any of them sees. float32.
+    Under causal attention the rows end at the last key that any of them sees. float32. `rows_of`: what makes them, by
+    default seam.shares.
     """
     q, k = q.float(), for_heads(k.float(), q.size(1))
+    rows_of = rows_of or seam.shares
     rows = rows_at_once(q, k)
     for first in range(0, q.size(-2), rows):
         part = q[:, :, first : first + rows]
         seen = first + part.size(-2) if causal else k.size(-2)
-        yield first, seam.shares(part, k[:, :, :seen], first, None if bias is None else bias[..., :seen])
+        yield first, rows_of(part, k[:, :, :seen], first, None if bias is None else bias[..., :seen])
 
 
 def after_start(ids, start):
@@ -90,13 +93,16 @@ class Subject:
     `streams`: the taps, in the order of the forward pass. `inner`: taps off the stream, a list per place (PLACES),
     each in the same order; a sub-layer whose parts could not be told apart has none. `attends`: the attention seams,
     whose module is called as (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of
-    the map (B, H, R, T). `n_register`: learned tokens that stand before every sequence, in the streams and the maps;
-    instruments number them -1, -2, ... where token ids stand. `decode`: one token id -> text.
+    the map (B, H, R, T), and `weights`, alike -> (what its values are multiplied with, what a slot adds). `n_register`:
+    learned tokens that stand before every sequence, in the streams and the maps; instruments number them -1, -2, ...
+    where token ids stand. `decode`: one token id -> text.
 
     `logits`: token ids (B, T) -> (B, T, V). `shift`: how far ahead they predict, 1 for a causal model, 0 where they
     are of the token itself (a masked model; the decoder of an encoder-decoder, whose input is shifted already).
     `causal`: a query sees no later key. An encoder-decoder is three subjects: `part` is encoder, decoder or cross (the
     decoder's attention to the encoder's tokens, with the encoder's streams). `start`: the decoder's first token.
+    `stages`: the modules that hand the stream on, one after the other: sub-layers or blocks; of an encoder-decoder,
+    both stacks'. What a stage returns depends on the ids and on the stages before it alone.
     """
 
     model: nn.Module
@@ -113,16 +119,18 @@ class Subject:
     part: str = ""
     start: int | None = None
     rebuild: Callable[[], "Subject"] | None = None  # the same model with new random weights
+    stages: list[nn.Module] = field(default_factory=list)
 
     @classmethod
     def of_gpt(cls, model, decode):
         """A GPT of model.py (recognised by its taps, not imported)."""
         net = model.transformer
-        streams, seams, gated = [Tap(-1, "embedding", net.stream)], [], []
+        streams, seams, gated, stages = [Tap(-1, "embedding", net.stream)], [], [], []
         inner = {place: [] for place in PLACES}
         for layer, block in enumerate(net.h):
             for kind, sub_layer in (("attn", block.attn), ("ffn", block.mlp)):
                 f = sub_layer.f
+                stages.append(sub_layer)
                 inner["normed"].append(Tap(layer, kind, f, "input"))
                 inner["output"].append(Tap(layer, kind, f))
                 inner["update"].append(Tap(layer, kind, sub_layer.update))
@@ -143,7 +151,17 @@ class Subject:
             inner,
             gated,
             rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters()).device), decode),
+            stages=stages,
         )
+
+    @functools.cached_property
+    def _stage_of(self):
+        inside = lambda stage: (m for module in stage.modules() for m in (module, getattr(module, SEAM, module)))
+        return {module: i for i, stage in enumerate(self.stages) for module in inside(stage)}
+
+    def stage_of(self, tap):
+        """The first stage that what is written at a tap can change; 0 for one before all of them."""
+        return self._stage_of.get(tap.module, 0)
 
     @property
     def heads(self):
