@@ -1,111 +1,83 @@
-"""What changes when it cannot? The loss with spikes and sinks removed, each beside a random control.
+"""What changes when it cannot? Spikes and sinks removed in ten ways, each beside matched controls.
 
   python ablate.py out/quickstart/ckpt.pt
+  python ablate.py gpt2 --only spike_zero sink_mask --probes
 
-Takes detect.py's flags; of an encoder-decoder, edits the decoder's stream and self-attention. Writes ablate.json,
-detect.json (what there is on the same text) and one page with both.
+Takes detect.py's flags. Answers what spikes and sinks do to the loss, where, and whether one needs the other; with
+data/blimp and data/ud_ewt prepared, also what they do to grammar and to what can be read off the states; and what int8
+does to the model. Writes ablate.json, detect.json (what there is on the same text) and report.html, a page with both.
 """
 
-import contextlib
-from functools import partial
-
-import torch
-from tqdm import tqdm
-
 from detect import detect, flags, folder_of, open_checkpoint, output_paths
-from spikesink import findings, intervene, metrics, report
+from spikesink import findings, intervene, outcomes, report
 from spikesink.errors import UserError, run
-from spikesink.subject import batches
 
 SCHEMA = "spikesink-ablation-1"
 NOTE = (
-    "Spike interventions edit every entry that the ratio rule marks in the clean model, at every tap of the residual "
-    "stream where an edit reaches all that follows (each sub-layer; each block of a pre-norm Hugging Face model; of an "
-    "encoder-decoder, the decoder's); their control edits as many random other channels "
-    "of the same tokens. sink_mask masks, in each head, the keys that are sinks there in the clean model (a softmax "
-    "renormalises the rest); its control masks as many random other keys. edited: entries or keys. Means come from "
-    "other text. Intervals: 95%, paired bootstrap over sequences."
+    "What is edited is fixed by the clean model on the same text: spikes are the entries that the ratio rule marks, at "
+    "every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 and at "
+    "least T/4 queries, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
+    "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
+    "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences."
 )
 
 
-def measure(subject, ids, batch_size, intervention, desc):
-    """Loss per sequence (N,) in nats, and how many entries were edited.
-
-    `intervention(batch ids, seed)` is a context manager that yields {"edited": n}.
-    """
-    losses, edited = torch.empty(len(ids), dtype=torch.float64), 0
-    for seed, (rows, batch) in enumerate(tqdm([*batches(ids, batch_size)], desc=desc, disable=None, leave=False)):
-        with intervention(batch, seed=seed) as count:
-            losses[rows] = subject.losses(batch).double().mean(1)
-        edited += count["edited"]
-    return losses, edited
+def ablate(opened, args):
+    """Ablation findings of an opened checkpoint; of an encoder-decoder, the decoder's, with the other `parts`."""
+    first, *others = (ablate_part(subject, opened, args) for subject in opened.subjects)
+    return {**first, "parts": {found["part"]: found for found in others}} if others else first
 
 
-@contextlib.contextmanager
-def nothing(ids, seed):
-    """The intervention that changes nothing."""
-    yield {"edited": 0}
-
-
-def effect(name, baseline, losses, edited):
-    """One entry of the findings: the loss under an intervention against the clean loss, paired by sequence."""
-    delta = losses - baseline
-    return {
-        "name": name,
-        "edited": edited,
-        "loss": losses.mean().item(),
-        "ppl": losses.mean().exp().item(),
-        "delta_loss": delta.mean().item(),
-        "ci95": metrics.bootstrap_ci(lambda i: delta[i].mean().item(), len(delta)),
-    }
-
-
-def table_of(subject, means):
-    """{name: (kind, name of its control, intervention(batch ids, control=, seed=))}."""
-    spikes = partial(intervene.spikes, subject, means=means)
-    table = {
-        f"spike_{edit}": ("spike", "random_channels", partial(spikes, edit=edit)) for edit in intervene.SPIKE_EDITS
-    }
-    table["sink_mask"] = ("sink", "random_keys", partial(intervene.sinks, subject))
-    return table
-
-
-def ablate(opened, batch_size):
-    """Ablation findings of an opened checkpoint; `opened` needs other text to calibrate on."""
-    subject, ids = opened.subjects[0], opened.ids
-    baseline, _ = measure(subject, ids, batch_size, nothing, "baseline")
-    means = intervene.ChannelMeans(subject, opened.other_ids, batch_size)
-    rows = []
-    for name, (kind, control, intervention) in table_of(subject, means).items():
-        real = measure(subject, ids, batch_size, partial(intervention, control=False), name)
-        random = measure(subject, ids, batch_size, partial(intervention, control=True), control)
-        entry = effect(name, baseline, *real)
-        rows.append({**entry, "kind": kind, "control": [effect(control, baseline, *random)]})
+def ablate_part(subject, opened, args):
+    """Ablation findings of one Subject; `opened` needs other text to take means from."""
+    reference = intervene.Reference(subject, opened.other_ids, args.batch_size)
+    table, removals = chosen(subject, opened, args.only)
+    conditions = outcomes.conditions_of(table | removals, reference)
+    desc = f"ablate {subject.part}".strip()
+    measured = outcomes.measure(subject, opened.ids, conditions, args.batch_size, desc)
+    entries = outcomes.entries(table, measured)
     return {
         "schema": SCHEMA,
         **opened.about,
+        "part": subject.part,
         "calibration": {"n_seq": len(opened.other_ids)},
         "note": NOTE,
-        "baseline": {"loss": baseline.mean().item(), "ppl": baseline.mean().exp().item()},
-        "interventions": rows,
+        "taps": [{"layer": tap.layer, "kind": tap.kind} for tap in subject.streams],
+        "baseline": outcomes.baseline(measured),
+        "interventions": entries,
+        "removals": outcomes.entries(removals, measured),
+        "two_by_two": outcomes.two_by_two(entries),
+        "attention": outcomes.attention(measured),
     }
 
 
+def chosen(subject, opened, only):
+    """The interventions that are wanted, and those on whole tokens, heads and sub-layers."""
+    table, removals = intervene.INTERVENTIONS, intervene.REMOVALS
+    starts = subject.start is not None or opened.about["data"]["bos"]
+    if not starts:  # there is no BOS to remove
+        table = {**table, "bos_remove": table["bos_remove"]._replace(edit=intervene.nothing)}
+    keep = lambda table: {name: one for name, one in table.items() if not only or name in only}
+    return keep(table), keep(removals)
+
+
 def main():
-    args = flags(__doc__).parse_args()
+    parser = flags(__doc__)
+    names = [*intervene.INTERVENTIONS, *intervene.REMOVALS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    args = parser.parse_args()
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
     opened = open_checkpoint(args, calibration=True)
     path = opened.about["checkpoint"]["path"]
     json_path, html_path = output_paths(path, args, "ablate.json", "report.html")
     found = detect(opened, args)
-    ablation = ablate(opened, args.batch_size)
+    ablation = ablate(opened, args)
     findings.save(folder_of(path) / "detect.json", found)
     findings.save(json_path, ablation)
     report.page(html_path, found, ablation)
-    print(f"measured on {report.conditions(found)}\n")
-    print(report.grid(*report.ablation_rows(ablation)))
-    print(f"\n{NOTE}\n\nfindings: {json_path}\npage:     {html_path}")
+    print(f"measured on {report.conditions(found)}\n\n{report.ablation_terminal(ablation)}")
+    print(f"\nfindings: {json_path}\npage:     {html_path}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import math
 import matplotlib
 
 matplotlib.use("Agg")
+import matplotlib.patches
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 
 from .words import name_of, ratio_of, visible
 
@@ -100,20 +102,140 @@ def _tokens(findings):
     return figure
 
 
+def _entries(ablation):
+    """(label, entry, colour) of every intervention that edited something, each followed by its controls."""
+    colours = {"spike": SPIKE, "sink": SINK, "bos": INK}
+    return [
+        (
+            entry["name"] if entry is row else f"control: {entry['name']}",
+            entry,
+            colours[row["kind"]] if entry is row else GREY,
+        )
+        for row in ablation["interventions"] + ablation["removals"]
+        for entry in (row, *row["control"])
+        if entry["edited"]
+    ]
+
+
 def _deltas(ablation):
-    rows = [entry for row in ablation["interventions"] for entry in (row, *row["control"]) if entry["edited"]]
-    figure, axes = plt.subplots(figsize=(6.2, 0.34 * len(rows) + 0.9))
-    names = {row["name"] for row in ablation["interventions"]}
-    for i, row in enumerate(rows):
-        color = GREY if row["name"] not in names else SPIKE if row["name"].startswith("spike") else SINK
-        if row["ci95"]:
-            axes.plot(row["ci95"], [i, i], color=color, lw=2)
-        axes.plot(row["delta_loss"], i, "o", color=color)
-    labels = [row["name"] if row["name"] in names else f"control: {row['name']}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels)
+    shown = _entries(ablation)
+    figure, axes = plt.subplots(figsize=(6.2, 0.19 * len(shown) + 0.9))
+    for i, (_, entry, color) in enumerate(shown):
+        if entry["ci95"]:
+            axes.plot(entry["ci95"], [i, i], color=color, lw=2)
+        axes.plot(entry["delta_loss"], i, "o", color=color, markersize=4)
+    axes.set_yticks(range(len(shown)), [label for label, _, _ in shown], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, lw=0.8)
-    axes.set(title="Change of the loss, nats per token (95% interval)")
+    smallest = min((abs(e["delta_loss"]) for _, e, _ in shown if abs(e["delta_loss"]) > 1e-3), default=1e-3)
+    axes.set_xscale("symlog", linthresh=max(1e-3, smallest))
+    axes.xaxis.set_major_locator(matplotlib.ticker.SymmetricalLogLocator(base=10, linthresh=max(1e-3, smallest)))
+    axes.set(title="Change of the loss, nats per token (95% interval)", xlabel="linear near 0, then logarithmic")
+    return figure
+
+
+def _two_by_two(ablation):
+    cells = ablation["two_by_two"]
+    figure, both = plt.subplots(1, 2, figsize=(6.2, 2.6), sharey=True)
+    for axes, (removed, cell) in zip(both, cells.items(), strict=False):
+        runs = [(cell["by"], cell), *((c["name"], c) for c in cell["control"])]
+        for j, (kind, color) in enumerate((("spikes_remain", SPIKE), ("sinks_remain", SINK))):
+            for i, (_, run) in enumerate(runs):
+                left = run[kind]
+                if left["same"] is None:
+                    continue
+                x = i + 0.36 * (j - 0.5)
+                axes.bar(
+                    x, left["same"], 0.34, color=color, alpha=1 if i == 0 else 0.4, label=kind[:-7] if i == 0 else None
+                )
+                if left["ci95"]:
+                    axes.plot([x, x], left["ci95"]["same"], color=INK, lw=1)
+        axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name, _ in runs], fontsize=7)
+        axes.set(ylim=(0, 1.05), title=f"{removed.replace('_', ' ')}: needs? {cell['needs']}")
+    both[0].set_ylabel("share that remains")
+    handles = [matplotlib.patches.Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]
+    both[0].legend(handles=handles, frameon=False, fontsize=7, loc="center right")
+    return figure
+
+
+def _loss_by_position(ablation):
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.2, 4.0), sharex=True)
+    top.plot(ablation["baseline"]["by_position"], color=INK)
+    top.set(title="Loss by position, clean", ylabel="nats")
+    wanted = {
+        "spike_zero": (SPIKE, "-"),
+        "spike_mean": (SPIKE, ":"),
+        "sink_mask": (SINK, "-"),
+        "bos_remove": (INK, "--"),
+    }
+    for entry in ablation["interventions"]:
+        if entry["name"] in wanted and entry["edited"]:
+            color, style = wanted[entry["name"]]
+            bottom.plot(entry["by_position"], style, color=color, lw=1.2, label=entry["name"])
+    bottom.axhline(0, color=GREY, lw=0.8)
+    bottom.set(title="its change", ylabel="nats", xlabel="position at which the prediction is made")
+    bottom.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _state_change(ablation):
+    figure, panels = plt.subplots(1, 2, figsize=(6.2, 2.8), sharey=True)
+    labels = [name_of(tap) for tap in ablation["taps"]]
+    wanted = {"spike_zero": SPIKE, "spike_constant": INK, "sink_mask": SINK}
+    for axes, (key, title) in zip(panels, (("spike_tokens", "spike tokens"), ("others", "other tokens")), strict=True):
+        for entry in ablation["interventions"] + ablation["removals"]:
+            values = [tap[key] for tap in entry["state_change"]]
+            if entry["name"] in wanted and entry["edited"] and None not in values:
+                axes.plot(values, "-o", markersize=3, color=wanted[entry["name"]], label=entry["name"])
+        step = max(1, len(labels) // 8)
+        axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=40, ha="right", fontsize=7)
+        axes.set_title(title)
+    panels[0].set_ylabel("|h' - h| / |h|")
+    panels[1].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _selectivity(ablation):
+    of = ablation["probes"]["linear"]
+    tasks = of["conditions"][0]["tasks"]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(9.3, 3.0), sharey=True)
+    wanted = {"none": (INK, "-"), "spike_zero": (SPIKE, "-"), "spike_mean": (SPIKE, ":"), "sink_mask": (SINK, "-")}
+    for axes, task in zip(panels, tasks, strict=True):
+        for row in of["conditions"]:
+            if row["name"] in wanted:
+                color, style = wanted[row["name"]]
+                taps = row["tasks"][task]
+                axes.plot([tap["selectivity"] for tap in taps], style, color=color, label=row["name"], lw=1.4)
+                if row["name"] == "none":
+                    low, high = zip(*(tap["selectivity_ci95"] for tap in taps), strict=True)
+                    axes.fill_between(range(len(taps)), low, high, color=GREY, alpha=0.25, lw=0)
+        labels = [name_of(tap) for tap in tasks[task]]
+        step = max(1, len(labels) // 8)
+        axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=40, ha="right", fontsize=7)
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.set_title(f"{task}: selectivity by layer")
+    panels[0].set_ylabel("accuracy - control accuracy")
+    panels[-1].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _blimp(ablation):
+    rows = ablation["probes"]["blimp"]["conditions"][1:]
+    fields = list(rows[0]["by_field"])
+    figure, panels = plt.subplots(1, len(fields), figsize=(9.3, 0.22 * len(rows) + 1.0), sharey=True)
+    for axes, name in zip(panels, fields, strict=True):
+        for i, row in enumerate(rows):
+            part = row["by_field"][name]
+            color = GREY if "/" in row["name"] else SPIKE if row["name"].startswith("spike") else SINK
+            axes.plot(part["change"], i, "o", color=color, markersize=4)
+            if part["change_ci95"]:
+                axes.plot(part["change_ci95"], [i, i], color=color, lw=1.5)
+        axes.axvline(0, color=GREY, lw=0.8)
+        axes.set_title(name.replace("_", " "))
+        axes.tick_params(labelsize=7)
+    panels[0].set_yticks(range(len(rows)), [row["name"].replace("/", " / ") for row in rows], fontsize=7)
+    panels[0].invert_yaxis()
+    figure.supxlabel("change of BLiMP accuracy", fontsize=8)
     return figure
 
 
@@ -243,8 +365,18 @@ def detection(findings):
 
 
 def ablation(found):
-    """{name: SVG text} of the figures of an ablation; none if nothing was edited."""
-    if not any(row["edited"] for row in found["interventions"]):
+    """{name: SVG text} of the figures of one part of an ablation; none if nothing was edited."""
+    if not _entries(found):
         return {}
+    drawings = {"deltas": _deltas, "positions": _loss_by_position}
+    if any(entry["kind"] == "spike" and entry["edited"] for entry in found["interventions"]):
+        drawings["state_change"] = _state_change
+    if any(cell["edited"] for cell in found["two_by_two"].values()):
+        drawings["two_by_two"] = _two_by_two
+    probes = found.get("probes") or {}
+    if "conditions" in (probes.get("linear") or {}):
+        drawings["selectivity"] = _selectivity
+    if len((probes.get("blimp") or {}).get("conditions", ())) > 1:
+        drawings["blimp"] = _blimp
     with plt.rc_context(STYLE):
-        return {"deltas": _svg(_deltas(found))}
+        return {name: _svg(draw(found)) for name, draw in drawings.items()}

@@ -221,9 +221,9 @@ def keys_of(clean, control=None):
 class Edit:
     """An intervention, to be entered as often as needed. Hooks go when the block is left, whatever happens in it.
 
-    `edited`: how many entries, tokens, keys, heads or sub-layers. `stage`: the first that it touches; all before are
-    as in the clean model. `rows`: per seam whose map it changes in a way that cannot be seen in (q, k, bias), the
-    function (rows of the map, first query) -> rows.
+    `edited`: how many entries, tokens, keys, heads or sub-layers, over the sequences. `stage`: the first that it
+    touches; all before are as in the clean model. `rows`: per seam whose map it changes in a way that cannot be seen in
+    (q, k, bias), the function (rows of the map, first query) -> rows.
     """
 
     def __init__(self, clean, taps, edited, hooks, rows=None):
@@ -269,6 +269,9 @@ def _on_streams(clean, where, function, only=None):
 # ------------------------------------------------------------------------------------------------- spikes
 
 
+CLIP_RATIO = 10.0  # well below the spike rule's
+
+
 def spike_zero(clean, reference=None, control=None):
     """h = 0 at every spike entry of every tap."""
     return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x))
@@ -280,7 +283,7 @@ def spike_mean(clean, reference, control=None):
     return _on_streams(clean, entries_of(clean, control), mean)
 
 
-def spike_clip(clean, reference=None, control=None, ratio=metrics.SPIKE_RATIO):
+def spike_clip(clean, reference=None, control=None, ratio=CLIP_RATIO):
     """|h| cut down to `ratio` x the layer's median |h|; a control's entries shrink by their token's mean factor."""
 
     def clip(i, x):
@@ -453,13 +456,13 @@ def remove_heads(clean, heads):
         return lambda module, args, kwargs, output: output.masked_fill(off.to(output.device)[:, None, None], 0)
 
     hooks = lambda: hooked([(tap.module, hook_of(off)) for tap, off in chosen])
-    return Edit(clean, [tap for tap, _ in chosen], sum(int(off.sum()) for _, off in chosen), hooks)
+    return Edit(clean, [tap for tap, _ in chosen], len(clean.ids) * sum(int(off.sum()) for _, off in chosen), hooks)
 
 
 def remove_sub_layer(clean, tap):
     """A sub-layer adds nothing to the stream; `tap`: one of subject.inner["update"], or None for none."""
     taps = [] if tap is None else [tap]
-    return Edit(clean, taps, len(taps), lambda: on_streams(taps, [torch.zeros_like] * len(taps)))
+    return Edit(clean, taps, len(clean.ids) * len(taps), lambda: on_streams(taps, [torch.zeros_like] * len(taps)))
 
 
 def sink_heads(clean, reference, control=None):

@@ -75,7 +75,7 @@ def measure(subject, ids, conditions, batch_size, desc="ablate"):
 def _clean(subject, batch, rows, result):
     """The clean pass over one batch; fills in what it showed."""
     calls = []
-    keep = lambda module, args, kwargs, output: calls.append((module, args[0], args[1], kwargs.get("bias")))
+    keep = lambda module, args, kwargs, output: calls.append((module, *args[:2]))
     clean = intervene.Clean.of(subject, batch, rows, watch=[(tap.module, keep) for tap in subject.attends])
     outcome = result.outcomes["none"]
     T = clean.losses.size(1)
@@ -107,13 +107,15 @@ def spread_of(clean, calls, masked=None):
     q and k are the clean model's. nan for a sequence without sinks.
     """
     total, heads = torch.zeros(len(clean.ids), 2), torch.zeros(len(clean.ids), 1)
-    for i, (seam, q, k, bias) in enumerate(calls):
+    for i, (seam, q, k) in enumerate(calls):
         wanted = clean.sinks[i].any(-1)  # (B, H)
         if not wanted.any():
             continue
+        bias = None
         if masked is not None:
-            more = torch.zeros(masked[i].shape, device=q.device).masked_fill(masked[i].to(q.device), -torch.inf)
-            bias = more[:, :, None] if bias is None else bias + more[:, :, None]
+            bias = torch.zeros(masked[i].shape, device=q.device).masked_fill(masked[i].to(q.device), -torch.inf)[
+                :, :, None
+            ]
         sums = torch.zeros(2, *wanted.shape)
         for first, weights in map_rows(seam, q, k, clean.subject.causal, bias):
             query = torch.arange(first, first + weights.size(-2), device=q.device)[:, None]
@@ -153,9 +155,9 @@ def _under(edit, clean, rows, outcome):
 
         return hook
 
-    live = [subject.stage_of(tap) >= first and (tap.writable or first == 0) for tap in subject.streams]
-    for i, tap in enumerate(subject.streams):
-        if not live[i]:  # computed before the edit: as it was
+    live = [subject.stage_of(tap) >= first for tap in subject.streams]
+    for i in range(len(live)):
+        if not live[i]:  # before the edit: as it was
             still |= clean.spikes[i].any(-1).cpu()
             for kind, of in enumerate((tokens, ~tokens)):
                 outcome.moved[i, rows, kind] = torch.where(of.any(1), 0.0, nan)
@@ -189,8 +191,12 @@ def interval_of(values):
     return values.mean().item(), metrics.bootstrap_ci(lambda i: values[i].mean().item(), len(values))
 
 
-def effect(name, measured):
-    """The findings' entry of one intervention: its loss against the clean one, paired by sequence."""
+def effect(name, kind, measured):
+    """The findings' entry of one intervention: its loss against the clean one, paired by sequence.
+
+    What is left is counted in the sequences that had what an intervention of this `kind` edits.
+    """
+    among = {"spike": measured.spikes > 0, "sink": measured.sinks > 0}.get(kind, measured.spikes >= 0)
     outcome, clean = measured.outcomes[name], measured.outcomes["none"]
     delta = outcome.losses - clean.losses  # (N, T')
     change, ci = interval_of(delta.nanmean(1))
@@ -202,12 +208,12 @@ def effect(name, measured):
         "delta_loss": change,
         "ci95": ci,
         "by_class": {
-            kind: dict(zip(("delta_loss", "ci95"), interval_of(of_class(delta, of)), strict=True), tokens=int(of.sum()))
-            for kind, of in zip(CLASSES, measured.classes, strict=True)
+            of: dict(zip(("delta_loss", "ci95"), interval_of(of_class(delta, at)), strict=True), tokens=int(at.sum()))
+            for of, at in zip(CLASSES, measured.classes, strict=True)
         },
         "by_position": [round(x, 6) for x in delta.nanmean(0).tolist()],
-        "spikes_left": left(outcome.spikes, measured.spikes),
-        "sinks_left": left(outcome.sinks, measured.sinks),
+        "spikes_left": left(outcome.spikes[among], measured.spikes[among]),
+        "sinks_left": left(outcome.sinks[among], measured.sinks[among]),
         "state_change": [
             dict(zip(("spike_tokens", "others"), map(defined, tap), strict=True))
             for tap in outcome.moved.nanmean(1).tolist()
@@ -236,6 +242,21 @@ def left(now, before):
     rates = lambda i: {key: (now[i, j].sum() / before[i].sum()).item() for j, key in enumerate(("same", "all"))}
     everything = rates(torch.arange(len(before)))
     return {"sequences": n, **everything, "ci95": metrics.bootstrap_ci(rates, len(before))}
+
+
+def baseline(measured):
+    """The findings' entry of the clean model: its loss, by token class and by position."""
+    losses = measured.outcomes["none"].losses
+    loss = losses.nanmean(1).double().mean()
+    return {
+        "loss": loss.item(),
+        "ppl": loss.exp().item(),
+        "by_class": {
+            kind: {"loss": interval_of(of_class(losses, of))[0], "tokens": int(of.sum())}
+            for kind, of in zip(CLASSES, measured.classes, strict=True)
+        },
+        "by_position": [round(x, 6) for x in losses.nanmean(0).tolist()],
+    }
 
 
 REMOVE_SPIKES, REMOVE_SINKS = "spike_zero", "sink_mask"
@@ -315,9 +336,13 @@ def entries(table, measured):
         {
             "name": name,
             "kind": one.kind,
-            **effect(name, measured),
+            **effect(name, one.kind, measured),
             "control": [
-                {"name": control, "text": intervene.CONTROLS[control], **effect(f"{name}/{control}", measured)}
+                {
+                    "name": control,
+                    "text": intervene.CONTROLS[control],
+                    **effect(f"{name}/{control}", one.kind, measured),
+                }
                 for control in one.controls
             ],
         }

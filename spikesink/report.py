@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jinja2
 
-from . import figures
+from . import answers, figures
 from .findings import save_text
 from .words import grid, interval, name_of, number, ratio_of, visible
 
@@ -262,28 +262,6 @@ def _terminal_part(findings, heads=16):
     )
 
 
-def ablation_rows(ablation):
-    """(header, rows) of the interventions, each followed by its controls."""
-    header = ["intervention", "edited", "loss", "ppl", "delta loss", "95% interval"]
-    rows = [
-        ["none (baseline)", "", f"{ablation['baseline']['loss']:.4f}", f"{ablation['baseline']['ppl']:.3f}", "", ""]
-    ]
-    for row in ablation["interventions"]:
-        for entry in (row, *row["control"]):
-            label = entry["name"] if entry is row else f"  control: {entry['name']}"
-            rows.append(
-                [
-                    label,
-                    f"{entry['edited']:,}",
-                    f"{entry['loss']:.4f}",
-                    f"{entry['ppl']:.3f}",
-                    f"{entry['delta_loss']:+.4f}" if entry["edited"] else "nothing to edit",
-                    interval(entry["ci95"], "+.4f") if entry["edited"] else "",
-                ]
-            )
-    return header, rows
-
-
 def prompt_rows(found):
     """(header, rows) of a prompt, a row per token."""
     header = ["token", "position", "|h|", "x median", "channel", "after", "rules", "share", "alpha", "head", "sink in"]
@@ -433,11 +411,36 @@ def page(path, findings, ablation=None):
         findings=findings,
         parts=parts,
         conditions=conditions(findings),
-        ablation=ablation,
-        ablation_table=ablation_rows(ablation) if ablation else None,
+        ablations=ablation_parts(ablation) if ablation else [],
         vocabulary=vocabulary_tables(findings["vocabulary"]) if "vocabulary" in findings else [],
-        ablation_figures=figures.ablation(ablation) if ablation else {},
     )
+
+
+def ablation_parts(ablation):
+    """What the page shows of each part of an ablation."""
+    return [
+        {
+            "name": name,
+            "found": found,
+            "answers": answers.answers(found),
+            "table": answers.rows(found),
+            "classes": answers.class_rows(found),
+            "probes": answers.probe_tables(found),
+            "figures": figures.ablation(found),
+        }
+        for name, found in parts_of(ablation)
+    ]
+
+
+def ablation_terminal(ablation):
+    """The answers, then the table of interventions, for a terminal."""
+    parts = [
+        (f"== {name}\n" if name else "")
+        + "\n\n".join([*answers.answers(found), grid(*answers.rows(found))])
+        + "".join(f"\n\n{sentence}\n{grid(*table)}" for sentence, table in answers.probe_tables(found))
+        for name, found in parts_of(ablation)
+    ]
+    return "\n\n".join([*parts, ablation["note"]])
 
 
 def prompt_page(path, found):

@@ -1,0 +1,187 @@
+"""Ablation findings -> answers in words, and tables."""
+
+from .words import interval, name_of, number
+
+NOTHING = "nothing to edit"
+
+
+def _effect(entry):
+    """'+0.0409 [+0.0336, +0.0486]'."""
+    return f"{entry['delta_loss']:+.4f} {interval(entry['ci95'], '+.4f')}".strip()
+
+
+def _beside(entry):
+    """An effect beside its controls, in words."""
+    controls = [c for c in entry["control"] if c["edited"]]
+    words = "; ".join(f"{c['name'].replace('_', ' ')} {_effect(c)}" for c in controls)
+    return f"{_effect(entry)} nats per token" + (f" (controls: {words})" if words else "")
+
+
+def answers(found):
+    """What spikes do, what sinks do, whether one needs the other, whether sinks make attention short-ranged."""
+    by_name = {entry["name"]: entry for entry in found["interventions"] + found["removals"]}
+    sentences = {
+        "spike_zero": "What are the spikes for? Zeroing them changes the loss by {}.",
+        "spike_mean": "Does their value matter? Setting each to its mean on other text changes it by {}.",
+        "spike_constant": "Are spike tokens constants? Giving them one constant state per layer changes it by {}.",
+        "sink_mask": "What are the sinks for? Masking them changes the loss by {}.",
+    }
+    lines = [
+        sentence.format(_beside(by_name[name]))
+        if by_name[name]["edited"]
+        else f"{sentence.split('?')[0]}? The model has none on this text."
+        for name, sentence in sentences.items()
+        if name in by_name
+    ]
+    return lines + _needs(found["two_by_two"]) + _short_range(found["attention"]) + _quantised(found)
+
+
+def _needs(cells):
+    words = {
+        "yes": "yes",
+        "no": "no",
+        "unclear": "unclear",
+        "underpowered": "underpowered: too few sequences have what would be removed and what would be left",
+    }
+    lines = []
+    for removed, asked in (("spikes", "sinks"), ("sinks", "spikes")):
+        cell = cells.get(f"remove_{removed}")
+        if not cell:
+            continue
+        left = cell[f"{asked}_remain"]
+        line = f"Do {asked} need {removed}? {words[cell['needs']].capitalize()}"
+        if left["same"] is not None and cell["edited"]:
+            controls = ", ".join(
+                f"{c[f'{asked}_remain']['same']:.0%} under {c['name'].replace('_', ' ')}" for c in cell["control"]
+            )
+            ci = left["ci95"] and left["ci95"]["same"]
+            line += (
+                f". With {removed} removed ({cell['by']}) {left['same']:.0%} {interval(ci, '.0%')} of the "
+                f"{asked} remain" + (f"; {controls}" if controls else "") + f" ({left['sequences']} sequences)"
+            )
+        lines.append(line + ".")
+    return lines
+
+
+def _short_range(attention):
+    if not attention["sequences"]:
+        return []
+    parts = [
+        f"{kind} {of['with_sink']:.2f} -> {of['without_sink']:.2f} {unit} (change {of['change']:+.2f} "
+        f"{interval(of['ci95'], '+.2f')}; random keys {of['control']['change']:+.2f})"
+        for kind, unit, of in (
+            ("entropy", "nats", attention["entropy"]),
+            ("mean distance", "tokens", attention["distance"]),
+        )
+    ]
+    return [f"What do heads look at without their sink keys? In heads that have sinks: {', '.join(parts)}."]
+
+
+def _quantised(found):
+    of = found.get("quantised")
+    if not of:
+        return []
+    parts = [
+        f"{name.replace('_', ' ')} {entry['delta_loss']:+.4f} {interval(entry['ci95'], '+.4f')}"
+        for name, entry in of.items()
+    ]
+    return [f"Does int8 break it? Weights and activations in 8 bits change the loss by: {'; '.join(parts)} nats."]
+
+
+def rows(found):
+    """(header, rows) of the interventions, each followed by its controls."""
+    header = ["intervention", "edited", "loss", "ppl", "delta loss", "95% interval", "spikes left", "sinks left"]
+    base = found["baseline"]
+    table = [["none (baseline)", "", f"{base['loss']:.4f}", f"{base['ppl']:.3f}", "", "", "", ""]]
+    share = lambda left: "–" if left["same"] is None else f"{left['same']:.0%}"
+    for row in found["interventions"] + found["removals"]:
+        for entry in (row, *row["control"]):
+            done = bool(entry["edited"])
+            table.append(
+                [
+                    entry["name"] if entry is row else f"  control: {entry['name']}",
+                    f"{entry['edited']:,}",
+                    f"{entry['loss']:.4f}",
+                    f"{entry['ppl']:.3f}",
+                    f"{entry['delta_loss']:+.4f}" if done else NOTHING,
+                    interval(entry["ci95"], "+.4f") if done else "",
+                    share(entry["spikes_left"]) if done else "",
+                    share(entry["sinks_left"]) if done else "",
+                ]
+            )
+    return header, table
+
+
+def class_rows(found):
+    """(header, rows): the change of the loss of predictions made at each class of tokens."""
+    classes = found["baseline"]["by_class"]
+    header = ["intervention", *(f"at {name} ({of['tokens']:,})" for name, of in classes.items())]
+    cell = lambda of: "–" if of["delta_loss"] is None else f"{of['delta_loss']:+.4f} {interval(of['ci95'], '+.3f')}"
+    table = [["loss, clean", *(number(of["loss"], ".4f") for of in classes.values())]]
+    for entry in found["interventions"] + found["removals"]:
+        if entry["edited"]:
+            table.append([entry["name"], *(cell(of) for of in entry["by_class"].values())])
+    return header, table
+
+
+def probe_tables(found):
+    """[(sentence, (header, rows))] of the probes that were run."""
+    probes = found.get("probes") or {}
+    return [
+        (make(probes[name]))
+        for name, make in (("blimp", _blimp_table), ("linear", _linear_table))
+        if isinstance(probes.get(name), dict) and "conditions" in probes[name]
+    ]
+
+
+def _label(name):
+    """A condition's name in a table: a control stands below its intervention."""
+    return f"  control: {name.split('/')[1]}" if "/" in name else name
+
+
+def _blimp_table(of):
+    """BLiMP: accuracy in all, then by field as changes."""
+    fields = list(of["conditions"][0]["by_field"])
+    header = ["BLiMP under", "accuracy", "95% interval", "change", "95% interval", *fields]
+    table = []
+    for i, row in enumerate(of["conditions"]):
+        cells = [
+            f"{part['accuracy']:.1%}" if i == 0 else f"{part['change']:+.1%} {interval(part['change_ci95'], '+.1%')}"
+            for part in (row["by_field"][field] for field in fields)
+        ]
+        changed = ["", ""] if i == 0 else [f"{row['change']:+.1%}", interval(row["change_ci95"], "+.1%")]
+        table.append([_label(row["name"]), f"{row['accuracy']:.1%}", interval(row["ci95"], ".1%"), *changed, *cells])
+    left_out = f", {of['left_out']} left out as too long" if of["left_out"] else ""
+    return (
+        f"Grammar: BLiMP, {of['pairs']} minimal pairs{left_out}; {of['normalisation']}. Chance is 50%. By field: the "
+        "accuracy of the clean model, then changes; semantics holds quantifiers and NPIs.",
+        (header, table),
+    )
+
+
+def _linear_table(of):
+    """Linear probes: selectivity of the best tap of the clean model, and its change under each condition."""
+    clean = of["conditions"][0]["tasks"]
+    best = {
+        task: max(range(len(taps)), key=lambda i, taps=taps: taps[i]["selectivity"]) for task, taps in clean.items()
+    }
+    header = ["linear probe under"]
+    for task, i in best.items():
+        header += [f"{task}: accuracy", f"selectivity after {name_of(clean[task][i])}", "change, 95% interval"]
+    table = []
+    for n, row in enumerate(of["conditions"]):
+        cells = []
+        for task, i in best.items():
+            tap = row["tasks"][task][i]
+            cells += [
+                f"{tap['accuracy']:.1%}",
+                f"{tap['selectivity']:+.1%} {interval(tap['selectivity_ci95'], '+.1%')}",
+                "" if n == 0 else f"{tap['change']:+.1%} {interval(tap['change_ci95'], '+.1%')}",
+            ]
+        table.append([_label(row["name"]), *cells])
+    majority = ", ".join(f"{task} {value:.1%}" for task, value in of["majority"].items())
+    return (
+        f"What can be read off the states: linear probes on UD English EWT, {of['words']['test']} test words; the "
+        f"commonest answer alone: {majority}. Selectivity: accuracy minus that of a control task (Hewitt and Liang).",
+        (header, table),
+    )
