@@ -340,7 +340,7 @@ def _on_seams(clean, keys, hooks_of, rows_of=None):
     return Edit(clean, [tap for tap, _ in chosen], sum(int(found.sum()) for _, found in chosen), hooks, rows)
 
 
-def _biased(clean, keys, value):
+def biased(clean, keys, value):
     """An Edit: `value` is added to the logit of each key for every query but the one at its own position."""
 
     def hooks_of(found):
@@ -357,12 +357,12 @@ def _biased(clean, keys, value):
 
 def sink_mask(clean, reference=None, control=None):
     """Sink keys get no attention, but for each key's own query; a softmax renormalises the rest."""
-    return _biased(clean, keys_of(clean, control), -math.inf)
+    return biased(clean, keys_of(clean, control), -math.inf)
 
 
 def sink_damp(clean, reference=None, control=None, factor=0.5):
     """exp(logit) of sink keys times `factor`: A becomes factor A / (1 - (1 - factor) A) where a row has one sink."""
-    return _biased(clean, keys_of(clean, control), math.log(factor))
+    return biased(clean, keys_of(clean, control), math.log(factor))
 
 
 def _destinations(keys):
@@ -442,7 +442,7 @@ def bos_remove(clean, reference=None, control=None):
     keys = [torch.zeros_like(found) for found in clean.sinks]
     for found in keys:
         found[..., clean.subject.n_register + (control is not None)] = True
-    return _biased(clean, keys, -math.inf)
+    return biased(clean, keys, -math.inf)
 
 
 # -------------------------------------------------------------------------------------- heads, sub-layers

@@ -52,7 +52,7 @@ def measure(subject, ids, conditions, batch_size, desc="ablate"):
     N, T = len(ids), ids.size(1) - subject.shift
     result = Measured({}, torch.zeros(len(CLASSES), N, T, dtype=torch.bool), torch.zeros(N), torch.zeros(N))
     new = lambda: Outcome(
-        torch.full((N, T), nan),
+        torch.full((N, T), nan, dtype=torch.float64),
         spikes=torch.zeros(N, 2),
         sinks=torch.zeros(N, 2),
         moved=torch.full((len(subject.streams), N, 2), nan),
@@ -79,7 +79,7 @@ def _clean(subject, batch, rows, result):
     clean = intervene.Clean.of(subject, batch, rows, watch=[(tap.module, keep) for tap in subject.attends])
     outcome = result.outcomes["none"]
     T = clean.losses.size(1)
-    outcome.losses[rows, :T] = clean.losses
+    outcome.losses[rows, :T] = clean.losses.double()
     result.spikes[rows] = clean.spike_tokens.sum(1).float()
     result.sinks[rows] = sum(found.sum((1, 2)) for found in clean.sinks).float()
     outcome.spikes[rows] = result.spikes[rows, None].expand(-1, 2)
@@ -174,7 +174,7 @@ def _under(edit, clean, rows, outcome):
         stack.enter_context(on_streams([tap for tap, _ in taps], [function for _, function in taps]))
         stack.enter_context(hooked(watched))
         losses = subject.losses(clean.ids)
-    outcome.losses[rows, : losses.size(1)] = losses
+    outcome.losses[rows, : losses.size(1)] = losses.double()
     outcome.edited += edit.edited
     outcome.spikes[rows] = torch.stack(((still & tokens).sum(1), still.sum(1)), dim=1).float()
     outcome.sinks[rows] = counts
@@ -200,7 +200,7 @@ def effect(name, kind, measured):
     outcome, clean = measured.outcomes[name], measured.outcomes["none"]
     delta = outcome.losses - clean.losses  # (N, T')
     change, ci = interval_of(delta.nanmean(1))
-    loss = outcome.losses.nanmean(1).double().mean()
+    loss = outcome.losses.nanmean(1).mean()
     return {
         "edited": outcome.edited,
         "loss": loss.item(),
@@ -247,7 +247,7 @@ def left(now, before):
 def baseline(measured):
     """The findings' entry of the clean model: its loss, by token class and by position."""
     losses = measured.outcomes["none"].losses
-    loss = losses.nanmean(1).double().mean()
+    loss = losses.nanmean(1).mean()
     return {
         "loss": loss.item(),
         "ppl": loss.exp().item(),

@@ -197,13 +197,7 @@ def test_updates_add_up_to_the_stream(family):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     subject = hf.subject_of(build(family), str)
-    clean = subject.losses(IDS)
-    none = [torch.zeros(3, 4, 24, dtype=torch.bool)] * 2
-    with intervene.mask_keys(subject, none):
-        assert torch.equal(subject.losses(IDS), clean)
-    first = [mask.clone() for mask in none]
-    for mask in first:
-        mask[..., 0] = True
+    clean = intervene.Clean.of(subject, IDS)
     received = []
 
     def look(module, args, kwargs, output):
@@ -211,11 +205,33 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 
     from spikesink.hooks import hooked
 
-    with intervene.mask_keys(subject, first), hooked([(seam.module, look) for seam in subject.attends]):
-        assert not torch.equal(subject.losses(IDS), clean)
+    with intervene.bos_remove(clean), hooked([(seam.module, look) for seam in subject.attends]):
+        assert not torch.equal(subject.losses(IDS), clean.losses)
     for maps in received:
         assert maps[:, :, 1:, 0].abs().max() == 0
-    assert torch.equal(subject.losses(IDS), clean)
+    assert torch.equal(subject.losses(IDS), clean.losses)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_edit_is_the_same_on_the_shared_prefix(family):
+    for subject in hf.subjects_of(build(family), str):
+        clean = intervene.Clean.of(subject, IDS)
+        for stage in range(len(subject.stages) + 1):
+            with clean.prefix(stage):
+                assert torch.equal(subject.losses(IDS), clean.losses)
+        with_some = [torch.zeros_like(found) for found in clean.sinks]
+        with_some[-1][..., 2] = True  # a sink in the last layer, a spike after its first sub-layer that can be edited
+        last = max(i for i, tap in enumerate(subject.streams) if tap.writable)
+        marked = [torch.zeros_like(entries) for entries in clean.spikes]
+        marked[last][:, 3, 1] = True
+        clean.sinks, clean.spikes = with_some, marked
+        for edit in (intervene.spike_zero(clean), intervene.sink_relocate(clean), intervene.sink_null(clean)):
+            with edit:
+                whole = subject.losses(IDS)
+            with clean.prefix(edit.stage), edit:
+                assert torch.equal(subject.losses(IDS), whole)
+            assert edit.edited and edit.stage > 0
+            assert subject.part == "encoder" or not torch.equal(whole, clean.losses)
 
 
 def test_edited_stream_reaches_the_next_block():
@@ -443,5 +459,7 @@ def test_ablate_takes_encoders_encoder_decoders_and_padding(cli, tmp_path):
         out = tmp_path / f"{family}.json"
         code, _, err = cli("ablate.py", tmp_path / family, f"--tokens={tmp_path / 'ids.npy'}", f"--json={out}")
         assert code == 0, err
-        assert json.loads(out.read_text())["interventions"][-1]["name"] == "sink_mask"
+        found = json.loads(out.read_text())
+        assert [row["name"] for row in found["interventions"]] == list(intervene.INTERVENTIONS)
+        assert list(found.get("parts", {})) == {"bert": [], "t5": ["encoder", "cross"]}[family]
     assert list(json.loads((tmp_path / "t5" / "detect.json").read_text())["parts"]) == ["encoder", "cross"]

@@ -1,100 +1,285 @@
-"""Interventions do what their formula says, nothing else, and undo themselves."""
+"""Interventions do what their formula says, nothing else, in any combination, and undo themselves."""
+
+import math
 
 import pytest
 import torch
 
 from spikesink import intervene, metrics
-from spikesink.hooks import hooked
+from spikesink.hooks import hooked, on_streams
+from spikesink.intervene import INTERVENTIONS, REMOVALS, Clean, Reference
 
 from .conftest import subject_of, tiny
 from .test_observe import explicit_maps, marked_ids, planted  # noqa: F401
 
+EVERY = INTERVENTIONS | REMOVALS
+ROWS = torch.arange(6)
+SPIKE = (ROWS, ROWS * 3)  # where token 63 stands; its spike is in channel 7, from ffn 0 (tap 2) on
 
-def streams_of(subject, ids):
-    """The stream at every tap."""
-    seen = []
-    with hooked([(tap.module, lambda m, a, k, out: seen.append(out.detach().clone())) for tap in subject.streams]):
-        subject.losses(ids)
+
+@pytest.fixture
+def both(marked_ids):  # noqa: F811
+    """(subject with a planted spike and a planted sink, Clean, Reference)."""
+    subject = subject_of(planted(size=300.0, sink_logit=10.0))
+    return subject, Clean.of(subject, marked_ids), Reference(subject, marked_ids)
+
+
+def streams_under(clean, *edits):
+    """The stream at every tap under edits."""
+    seen, subject = [], clean.subject
+    for edit in edits:
+        edit.__enter__()
+    with on_streams(subject.streams, [lambda x: seen.append(x.detach().clone())] * len(subject.streams)):
+        subject.losses(clean.ids)
+    for edit in reversed(edits):
+        edit.__exit__(None, None, None)
     return seen
 
 
-def test_noop_is_bit_identical(ids):
-    subject = subject_of(tiny())
-    clean = subject.losses(ids)
-    nothing = [torch.zeros(6, 2, 32, dtype=torch.bool)] * 2
-    with intervene.mask_keys(subject, nothing):
-        assert torch.equal(subject.losses(ids), clean)
-    with intervene.spikes(subject, ids, "zero") as count:  # the model has none
-        assert torch.equal(subject.losses(ids), clean)
-    assert count["edited"] == 0
-
-
-def test_hooks_come_off_also_after_an_exception(marked_ids):  # noqa: F811
-    subject = subject_of(planted(size=300.0, sink_logit=10.0))
-    clean = subject.losses(marked_ids)
-    for intervention in (intervene.spikes(subject, marked_ids, "zero"), intervene.sinks(subject, marked_ids)):
-        with pytest.raises(KeyError), intervention:
-            assert not torch.equal(subject.losses(marked_ids), clean)
-            raise KeyError
-        assert torch.equal(subject.losses(marked_ids), clean)
-
-
-def test_zero_clip_and_mean_edit_the_spike_alone(marked_ids):  # noqa: F811
-    subject = subject_of(planted(size=300.0))
-    clean = streams_of(subject, marked_ids)
-    rows = torch.arange(6)
-    spike = (rows, rows * 3, torch.full((6,), 7))  # where token 63 stands, channel 7
-    others = torch.ones_like(clean[2], dtype=torch.bool)
-    others[spike] = False
-    means = intervene.ChannelMeans(subject, marked_ids)
-    assert means.spike[2][7] == pytest.approx(300, rel=0.01)
-    median = clean[2].abs().flatten(1).median(1).values
-    for edit, expected in (("zero", torch.zeros(6)), ("clip", 30 * median), ("mean", clean[2][spike].mean().expand(6))):
-        with intervene.spikes(subject, marked_ids, edit, means=means) as count:
-            edited = streams_of(subject, marked_ids)
-        # hooks run in the order they were registered, so the taps read here show the edited stream
-        torch.testing.assert_close(edited[2][spike], expected, atol=1e-2, rtol=1e-3)
-        assert torch.equal(edited[2][others], clean[2][others])
-        assert torch.equal(edited[1], clean[1])
-        assert count["edited"] == 6 * 3  # ffn 0 and the two sub-layers after it
-
-
-def test_control_edits_as_many_other_channels_of_the_same_tokens(marked_ids):  # noqa: F811
-    subject = subject_of(planted(size=300.0))
-    clean = streams_of(subject, marked_ids)[2]
-    with intervene.spikes(subject, marked_ids, "zero", control=True):
-        changed = streams_of(subject, marked_ids)[2] != clean
-    assert changed.sum((1, 2)).tolist() == [1] * 6
-    assert changed.any(-1).nonzero()[:, 1].tolist() == [0, 3, 6, 9, 12, 15]
-    assert not changed[..., 7].any()
-
-
-def test_masked_sink_is_the_renormalised_map(marked_ids):  # noqa: F811
-    model = planted(sink_logit=10.0)
-    subject = subject_of(model)
-    maps, _ = explicit_maps(model, marked_ids)
-    found = intervene.sink_keys(subject, marked_ids)
-    assert [int(layer.sum()) for layer in found] == [0, 12]  # two heads in each of six sequences
-    expected = maps[1].clone()
-    for n in range(6):
-        expected[n, :, :, n * 3] *= torch.eye(32)[n * 3]
-    expected /= expected.sum(-1, keepdim=True)
+def output_under(clean, layer, edit):
+    """What the seam of a layer returns under an edit, and the q, k, v it was called with."""
     seen = {}
 
     def look(module, args, kwargs, output):
-        seen["out"], seen["v"] = output, args[2]
+        seen.update(out=output, qkv=args)
 
-    with intervene.sinks(subject, marked_ids) as count, hooked([(subject.attends[1].module, look)]):
-        subject.losses(marked_ids)
-    assert count["edited"] == 12
-    torch.testing.assert_close(seen["out"], expected @ seen["v"], atol=1e-5, rtol=1e-4)
+    with edit, hooked([(clean.subject.attends[layer].module, look)]):
+        clean.subject.losses(clean.ids)
+    return seen["out"], seen["qkv"]
 
 
-def test_random_keys_are_as_many_and_never_sinks():
-    sinks = torch.zeros(3, 2, 32, dtype=torch.bool)
-    sinks[0, 0, 0] = sinks[1, 1, :3] = True
-    eligible = metrics.eligible_keys(metrics.queries_per_key(32))
-    control = intervene.random_keys(sinks, eligible, torch.Generator().manual_seed(0))
-    assert torch.equal(control.sum(-1), sinks.sum(-1))
-    assert not (control & sinks).any()
-    assert not control[..., 25:].any()  # fewer than T/4 queries
+def test_nothing_and_what_finds_nothing_are_bit_identical(ids):
+    subject = subject_of(tiny())  # has no spikes
+    clean, reference = Clean.of(subject, ids), Reference(subject, ids)
+    assert torch.equal(clean.losses, subject.losses(ids))
+    for name in ("spike_zero", "spike_mean", "spike_clip", "spike_stepup", "spike_project", "spike_constant"):
+        edit = EVERY[name].edit(clean, reference)
+        assert edit.edited == 0 and edit.stage == len(subject.stages)
+        with edit:
+            assert torch.equal(subject.losses(ids), clean.losses)
+    with intervene.nothing(clean):
+        assert torch.equal(subject.losses(ids), clean.losses)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_place": "post"}, {"n_register": 2, "position": "rope"}])
+def test_the_shared_prefix_is_bit_identical_and_not_computed(ids, changes):
+    subject = subject_of(tiny(n_layer=3, **changes))
+    clean = Clean.of(subject, ids)
+    calls = []
+    counted = [(tap.module, lambda m, a, k, out: calls.append(1)) for tap in subject.attends]
+    for stage in range(len(subject.stages) + 1):
+        calls.clear()
+        with clean.prefix(stage), hooked(counted):
+            assert torch.equal(subject.losses(ids), clean.losses)
+        assert len(calls) == 3 - (stage + 1) // 2
+    assert not any("forward" in vars(module) for module in subject.stages)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_edits_change_something_and_come_off_also_after_an_exception(both, name):
+    subject, clean, reference = both
+    for control in (None, *EVERY[name].controls):
+        edit = EVERY[name].edit(clean, reference, control)
+        for _ in range(2):  # an edit can be entered again
+            with pytest.raises(KeyError), clean.prefix(edit.stage), edit:
+                changed = subject.losses(clean.ids)
+                raise KeyError
+            weak = ("spike_mean", "sink_damp")  # here every spike is its mean, and half a strong sink still takes all
+            assert control or name in weak or not torch.equal(changed, clean.losses)
+            assert torch.equal(subject.losses(clean.ids), clean.losses)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_edit_on_the_shared_prefix_is_the_edit_on_the_whole_model(both, name):
+    subject, clean, reference = both
+    for control in (None, *EVERY[name].controls):
+        edit = EVERY[name].edit(clean, reference, control)
+        with edit:
+            whole = subject.losses(clean.ids)
+        with clean.prefix(edit.stage), edit:
+            assert torch.equal(subject.losses(clean.ids), whole)
+
+
+def test_spike_edits_are_their_formulas_and_touch_nothing_else(both):
+    _, clean, reference = both
+    x = clean.streams[2]
+    where = (*SPIKE, torch.full((6,), 7))
+    others = torch.ones_like(x, dtype=torch.bool)
+    others[where] = False
+    median = x.abs().flatten(1).median(1).values
+    expected = {
+        "spike_zero": torch.zeros(6),
+        "spike_mean": x[where].mean().expand(6),
+        "spike_clip": 10 * median,
+        "spike_stepup": torch.zeros(6),
+    }
+    for name, values in expected.items():
+        edit = EVERY[name].edit(clean, reference)
+        edited = streams_under(clean, edit)
+        torch.testing.assert_close(edited[2][where], values, atol=1e-2, rtol=1e-3)
+        assert torch.equal(edited[2][others], x[others])
+        assert torch.equal(edited[1], clean.streams[1])
+        assert edit.edited == (6 if name == "spike_stepup" else 6 * 3)  # ffn 0, and the two sub-layers after it
+        assert edit.stage == 1  # ffn 0
+    assert reference.step_up == 2
+
+
+def test_projection_and_constant_state_are_their_formulas(both):
+    _, clean, reference = both
+    x = clean.streams[2]
+    rest = torch.ones(6, 32, dtype=torch.bool)
+    rest[SPIKE] = False
+    mean = x[SPIKE].mean(0)
+    u = mean / mean.norm()
+    for name, expected in (
+        ("spike_project", x[SPIKE] - (x[SPIKE] @ u)[:, None] * u),
+        ("spike_constant", mean.expand(6, -1)),
+    ):
+        edited = streams_under(clean, EVERY[name].edit(clean, reference))[2]
+        torch.testing.assert_close(edited[SPIKE], expected, atol=1e-3, rtol=1e-4)
+        assert torch.equal(edited[rest], x[rest])
+    others = streams_under(clean, intervene.spike_constant(clean, reference, "other_tokens"))[2]
+    changed = (others != x).any(-1)
+    assert changed.sum(1).tolist() == [1] * 6 and not changed[SPIKE].any()
+    torch.testing.assert_close(others[changed], x[rest].mean(0).expand(6, -1), atol=1e-4, rtol=1e-4)
+
+
+def explicit_null(module, q, k, v, sinks):
+    """Attention written out, sink keys of zero logit and value, but for the query at a sink's own position."""
+    T = q.size(-2)
+    logits = (q @ k.transpose(-1, -2)) / math.sqrt(q.size(-1))
+    causal = torch.ones(T, T).triu(1).bool()
+    real = logits.masked_fill(causal, -torch.inf).softmax(-1) @ v
+    null = logits.masked_fill(sinks[:, :, None], 0).masked_fill(causal, -torch.inf).softmax(-1)
+    return torch.where(sinks[..., None], real, null @ v.masked_fill(sinks[..., None], 0))
+
+
+def test_sink_edits_are_their_formulas(both):
+    subject, clean, _ = both
+    maps, _ = explicit_maps(subject.model, clean.ids)
+    A, sinks = maps[1], clean.sinks[1]
+    assert [int(found.sum()) for found in clean.sinks] == [0, 12]  # two heads in each of six sequences
+    own = torch.eye(32, dtype=torch.bool)
+    column = sinks[:, :, None] & ~own  # (B, H, T, T): a sink's key, but for its own query
+    a = (A * column).sum(-1, keepdim=True)
+    masked = A.masked_fill(column, 0)
+    moved = masked + 0
+    for n in range(6):
+        moved[n, :, n * 3 + 1 :, n * 3 + 1] += A[n, :, n * 3 + 1 :, n * 3]
+    expected = {
+        "sink_mask": masked / masked.sum(-1, keepdim=True),
+        "sink_damp": torch.where(column, 0.5 * A, A) / (1 - 0.5 * a),
+        "sink_relocate": moved,
+    }
+    for name, weights in expected.items():
+        edit = EVERY[name].edit(clean)
+        out, (_, _, v) = output_under(clean, 1, edit)
+        torch.testing.assert_close(out, weights @ v, atol=1e-5, rtol=1e-4)
+        assert edit.edited == 12 and edit.stage == 2
+    _, (q, k, v) = output_under(clean, 1, intervene.nothing(clean))
+    out, _ = output_under(clean, 1, intervene.sink_null(clean))
+    torch.testing.assert_close(out, explicit_null(subject.attends[1].module, q, k, v, sinks), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["softmax1", "kv_bias", "clipped", "sigmoid", "relu"])
+def test_relocation_moves_the_weights_that_are_used(ids, attention):
+    subject = subject_of(tiny(attention=attention, n_kv_head=1))
+    clean = Clean.of(subject, ids)
+    clean.sinks = [torch.zeros(6, 2, 32, dtype=torch.bool) for _ in range(2)]
+    clean.sinks[0][2, 1, [4, 5]] = True
+    module = subject.attends[0].module
+    before, (q, k, v) = output_under(clean, 0, intervene.nothing(clean))
+    after, _ = output_under(clean, 0, intervene.sink_relocate(clean))
+    weights, slot = module.weights(q, k)
+    torch.testing.assert_close(weights @ v + slot, before, atol=1e-5, rtol=1e-4)
+    weights[2, 1, 6:, 6] += weights[2, 1, 6:, 4] + weights[2, 1, 6:, 5]
+    weights[2, 1, 6:, 4:6] = 0
+    torch.testing.assert_close(after, weights @ v + slot, atol=1e-5, rtol=1e-4)
+
+
+def test_destinations():
+    keys = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 1], [1] * 8, [0] * 8]).bool()[None]
+    places = list(range(8))
+    assert intervene._destinations(keys)[0].tolist() == [[2, 2, 2, 3, 5, 5, 5, 5], places, places]
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "relu"}, {"attention": "softmax1", "n_kv_head": 1}])
+def test_bos_remove_is_the_model_without_bos(ids, changes):
+    subject = subject_of(tiny(position="rope", **changes))  # positions count only relative to each other
+    with intervene.bos_remove(Clean.of(subject, ids)):
+        without = subject.losses(ids)[:, 1:]
+    torch.testing.assert_close(without, subject.losses(ids[:, 1:]), atol=1e-4, rtol=1e-4)
+
+
+def test_bos_stands_after_the_registers(ids):
+    subject = subject_of(tiny(n_register=2))
+    clean = Clean.of(subject, ids)
+    received = []
+    look = lambda module, args, kwargs, output: received.append(module.shares(*args[:2], 0, kwargs["bias"]))
+    with intervene.bos_remove(clean), hooked([(tap.module, look) for tap in subject.attends]):
+        subject.losses(ids)
+    for weights in received:
+        assert weights[:, :, 3:, 2].max() == 0 and weights[:, :, 3:, :2].min() > 0
+
+
+def test_entry_controls_are_matched(both):
+    _, clean, _ = both
+    for control in ("random_channels", "median_entries"):
+        for marked, drawn in zip(clean.spikes, intervene.entries_of(clean, control), strict=True):
+            assert torch.equal(marked.sum(-1), drawn.sum(-1)) and not (marked & drawn).any()
+    size = clean.streams[2].abs()
+    nearest = intervene.entries_of(clean, "median_entries")[2]
+    distance = (size - size.flatten(1).median(1).values[:, None, None]).abs()
+    assert torch.equal(distance[nearest], distance[SPIKE].amin(-1))
+
+
+def test_key_controls_are_matched(both):
+    _, clean, _ = both
+    sinks = torch.stack(clean.sinks)
+    random, same = (torch.stack(intervene.keys_of(clean, c)) for c in ("random_keys", "same_positions"))
+    assert torch.equal(random.sum(-1), sinks.sum(-1)) and not (random & sinks).any()
+    assert not random[..., ~metrics.eligible_keys(metrics.queries_per_key(32))].any()
+    assert torch.equal(same.sum((0, 2)), sinks.sum((0, 2))) and not (same & sinks).any()
+
+
+def test_controls_do_not_depend_on_the_batch(both):
+    subject, clean, _ = both
+    part = Clean.of(subject, clean.ids[2:5], torch.arange(2, 5))
+    for control in ("random_channels", "median_entries"):
+        pairs = zip(intervene.entries_of(part, control), intervene.entries_of(clean, control), strict=True)
+        assert all(torch.equal(a, b[2:5]) for a, b in pairs)
+    for control in ("random_keys", "same_positions"):
+        pairs = zip(intervene.keys_of(part, control), intervene.keys_of(clean, control), strict=True)
+        assert all(torch.equal(a, b[2:5]) for a, b in pairs)
+
+
+def test_edits_compose_in_any_order(both):
+    subject, clean, reference = both
+    zero, mask, bos = (EVERY[name].edit(clean, reference) for name in ("spike_zero", "sink_mask", "bos_remove"))
+    losses = []
+    for first, second, third in ((zero, mask, bos), (bos, mask, zero), (mask, zero, bos)):
+        with first, second, third:
+            losses.append(subject.losses(clean.ids))
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+    edited = streams_under(clean, zero, mask)
+    assert all(x[(*SPIKE, torch.full((6,), 7))].abs().max() == 0 for x in edited[2:])
+    with zero:
+        out, (q, k, v) = output_under(clean, 1, mask)
+    weights = subject.attends[1].module.shares(q, k)
+    weights = weights.masked_fill(clean.sinks[1][:, :, None] & ~torch.eye(32, dtype=torch.bool), 0)
+    torch.testing.assert_close(out, weights / weights.sum(-1, keepdim=True) @ v, atol=1e-5, rtol=1e-4)
+
+
+def test_removed_heads_and_sub_layers_give_nothing(both):
+    _, clean, reference = both
+    assert reference.sink_rate.tolist() == [[0, 0], [1, 1]]
+    edit = intervene.sink_heads(clean, reference)
+    out, _ = output_under(clean, 1, edit)
+    assert out.abs().max() == 0 and edit.edited == 2 * 6
+    drawn = intervene.sink_heads(clean, reference, "random_heads")
+    out, _ = output_under(clean, 1, drawn)
+    assert out.abs().max() > 0 and drawn.edited == 2 * 6
+    streams = streams_under(clean, intervene.step_up(clean, reference))
+    assert torch.equal(streams[2], streams[1])  # ffn 0 added nothing
+    streams = streams_under(clean, intervene.step_up(clean, reference, "other_sub_layer"))
+    assert torch.equal(streams[4], streams[3]) and not torch.equal(streams[2], streams[1])

@@ -1,0 +1,163 @@
+"""What an intervention is said to change: against written formulas, and models built so that the answer is known."""
+
+import pytest
+import torch
+
+from spikesink import intervene, outcomes
+from spikesink.intervene import INTERVENTIONS, Clean, Reference
+from spikesink.subject import PADDING
+
+from .conftest import subject_of, tiny
+from .test_observe import MARK, explicit_maps, planted
+
+TABLE = {name: INTERVENTIONS[name] for name in ("spike_zero", "spike_stepup", "sink_mask", "sink_relocate")}
+
+
+def many(n=16):
+    """n sequences of 32 in which token 63 stands once, within the first 8."""
+    ids = torch.randint(62, (n, 32), generator=torch.Generator().manual_seed(2))
+    ids[torch.arange(n), torch.arange(n) % 8] = 63
+    return ids
+
+
+def independent():
+    """Spike and sink on the same token, neither made of the other."""
+    return planted(size=300.0, sink_logit=10.0)
+
+
+def sink_needs_spike():
+    """The keys of block 1 read the channel that the FFN of block 0 spikes in."""
+    model = independent()
+    weight = model.transformer.h[1].attn.f.c_attn.weight
+    with torch.no_grad():
+        for k in (32, 48):
+            weight[k] = 0
+            weight[k, 7] = 40 / 300
+    return model
+
+
+def spike_needs_sink():
+    """A sink in block 0 brings the mark of token 63 to whoever attends to it, and the FFN makes a spike of that."""
+    model = planted(size=300.0)
+    attn, ffn = model.transformer.h[0].attn.f, model.transformer.h[0].mlp.f
+    with torch.no_grad():
+        for head in range(2):
+            q, k = 16 * head, 32 + 16 * head
+            attn.c_attn.weight[q] = attn.c_attn.weight[k] = 0
+            attn.c_attn.bias[q], attn.c_attn.weight[k, 31] = 1.0, 40 / MARK
+        attn.c_attn.weight[64], attn.c_attn.bias[64] = 0, 0  # the first channel of head 0's value: the mark
+        attn.c_attn.weight[64, 31] = 1 / MARK
+        attn.c_proj.weight[:, 0] = 0
+        attn.c_proj.weight[9] = 0
+        attn.c_proj.bias[9], attn.c_proj.weight[9, 0] = 0, 1.0  # arrives in channel 9, which nobody else uses
+        model.transformer.wte.weight[:, 9] = 0
+        ffn.c_fc.weight[0] = 0
+        ffn.c_fc.weight[0, 9], ffn.c_fc.bias[0] = 2.0, -1.0  # relu(1) where the mark has arrived
+        for block in model.transformer.h:
+            block.mlp.f.c_proj.weight[9] = 0
+            block.mlp.f.c_proj.bias[9] = 0
+    return model
+
+
+def table_of_needs(model):
+    subject, ids = subject_of(model), many()
+    reference = Reference(subject, ids)
+    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), 5)
+    entries = {entry["name"]: entry for entry in outcomes.entries(TABLE, measured)}
+    return outcomes.two_by_two(entries.values()), entries
+
+
+@pytest.mark.parametrize(
+    "model, sinks_need_spikes, spikes_need_sinks",
+    [(independent, "no", "no"), (sink_needs_spike, "yes", "no"), (spike_needs_sink, "no", "yes")],
+)
+def test_the_two_by_two_of_models_whose_answer_is_known(model, sinks_need_spikes, spikes_need_sinks):
+    cells, entries = table_of_needs(model())
+    spikes, sinks = cells["remove_spikes"], cells["remove_sinks"]
+    assert spikes["edited"] and sinks["edited"]
+    assert (spikes["needs"], sinks["needs"]) == (sinks_need_spikes, spikes_need_sinks)
+    assert spikes["spikes_remain"]["same"] == 0 and sinks["sinks_remain"]["same"] == 0  # what was removed is gone
+    assert spikes["sinks_remain"]["sequences"] == 16
+    assert entries["sink_relocate"]["sinks_left"]["same"] == 0
+    assert entries["sink_relocate"]["sinks_left"]["all"] > 0.5  # it is elsewhere now
+
+
+def test_few_sequences_are_underpowered():
+    _, entries = table_of_needs(sink_needs_spike())
+    entry = entries["spike_zero"]
+    assert outcomes.needs(entry, "sinks_left") == "yes"
+    few = {**entry["sinks_left"], "sequences": 9}
+    assert outcomes.needs({**entry, "sinks_left": few}, "sinks_left") == "underpowered"
+    assert outcomes.needs({**entry, "edited": 0}, "sinks_left") == "underpowered"
+    same = [{**c, "sinks_left": entry["sinks_left"]} for c in entry["control"]]
+    assert outcomes.needs({**entry, "control": same}, "sinks_left") == "unclear"  # the control does it as well
+
+
+def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
+    subject, ids = subject_of(independent()), many()
+    ids[3, 20:] = PADDING
+    reference = Reference(subject, ids)
+    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), 4)
+    delta = torch.full((16, 31), torch.nan)
+    for n in range(16):
+        row = ids[n][ids[n] != PADDING][None]
+        clean = Clean.of(subject, row)
+        with intervene.spike_zero(clean):
+            delta[n, : row.size(1) - 1] = (subject.losses(row) - clean.losses)[0]
+    entry = outcomes.effect("spike_zero", "spike", measured)
+    assert entry["delta_loss"] == pytest.approx(delta.nanmean(1).mean().item(), rel=1e-4)
+    assert entry["by_position"] == pytest.approx(delta.nanmean(0).tolist(), abs=1e-5)
+    at = torch.arange(16) % 8
+    assert entry["by_class"]["spike"]["delta_loss"] == pytest.approx(delta[range(16), at].mean().item(), rel=1e-4)
+    assert entry["by_class"]["after"]["delta_loss"] == pytest.approx(delta[range(16), at + 1].mean().item(), abs=1e-5)
+    assert [entry["by_class"][kind]["tokens"] for kind in outcomes.CLASSES] == [16, 16, 16, 14 * 29 + 29 + 17]
+    assert outcomes.baseline(measured)["loss"] == pytest.approx(
+        measured.outcomes["none"].losses.nanmean(1).mean().item()
+    )
+
+
+def test_the_batch_does_not_matter():
+    subject, ids = subject_of(sink_needs_spike()), many()
+    reference = Reference(subject, ids)
+    one, two = (outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), n) for n in (3, 16))
+    for name, outcome in one.outcomes.items():
+        torch.testing.assert_close(outcome.losses, two.outcomes[name].losses, atol=1e-4, rtol=1e-4)
+        assert torch.equal(outcome.sinks, two.outcomes[name].sinks)
+        assert torch.equal(outcome.spikes, two.outcomes[name].spikes)
+        assert outcome.edited == two.outcomes[name].edited
+
+
+def test_spread_is_that_of_explicit_maps():
+    model, ids = independent(), many()
+    subject = subject_of(model)
+    measured = outcomes.measure(subject, ids, {}, 4)
+    maps = explicit_maps(model, ids)[0][1]  # both sinks are in block 1: (N, H, T, T)
+    distance = (torch.arange(32)[:, None] - torch.arange(32)).abs()
+    without = maps.clone()
+    for n in range(16):
+        column = torch.arange(32) != n % 8
+        without[n, :, column, n % 8] = 0
+    without /= without.sum(-1, keepdim=True)
+    for name, weights in (("with", maps), ("without", without)):
+        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean((1, 2))
+        expected = torch.stack((entropy, (weights * distance).sum(-1).mean((1, 2))), dim=1)
+        torch.testing.assert_close(measured.spread[name], expected, atol=1e-4, rtol=1e-4)
+    found = outcomes.attention(measured)
+    assert found["sequences"] == 16 and found["entropy"]["change"] > 0
+    assert abs(found["entropy"]["control"]["change"]) < 0.1 * found["entropy"]["change"]
+
+
+def test_a_model_without_spikes_or_sinks_says_so(ids):
+    subject = subject_of(tiny())
+    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
+    entries = outcomes.entries({"spike_zero": TABLE["spike_zero"]}, measured)
+    assert entries[0]["edited"] == 0 and entries[0]["delta_loss"] == 0
+    assert outcomes.two_by_two(entries)["remove_spikes"]["needs"] == "underpowered"
+
+
+def test_states_of_the_edited_tokens_move_and_those_before_the_edit_do_not():
+    subject, ids = subject_of(independent()), many()
+    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
+    change = outcomes.effect("spike_zero", "spike", measured)["state_change"]
+    assert [tap["spike_tokens"] for tap in change[:2]] == [0, 0]
+    assert all(tap["spike_tokens"] > 0.9 and tap["others"] < 0.01 for tap in change[2:])
