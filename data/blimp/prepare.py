@@ -1,0 +1,53 @@
+"""BLiMP (Warstadt et al. 2020, CC BY 4.0): 67 paradigms of 1,000 minimal pairs of English grammar, for ablate.py.
+
+  python data/blimp/prepare.py [--archive=FILE]
+
+Takes the release from GitHub, or a local archive or folder of its .jsonl files. Writes data/blimp/blimp.jsonl.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from data.archive import members
+from spikesink.checkpoint import write_atomic
+from spikesink.errors import Flags, UserError, run
+
+URL = "https://github.com/alexwarstadt/blimp/archive/refs/heads/master.zip"
+KEPT = ("UID", "field", "linguistics_term", "sentence_good", "sentence_bad")
+
+
+def pairs(name, content):
+    """The pairs of one file, as dicts of KEPT. Raises UserError naming the line that is none."""
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        try:
+            pair = json.loads(line)
+            kept = {key: pair[key] for key in KEPT}
+        except (ValueError, KeyError, TypeError):
+            kept = {}
+        if not kept or not all(isinstance(value, str) for value in kept.values()):
+            raise UserError(f"line {number} of {name} is no pair of BLiMP")
+        yield kept
+
+
+def prepare(folder, archive=None):
+    """Writes blimp.jsonl to `folder`. Returns (paradigms, pairs)."""
+    files = members(archive, "*.jsonl", URL)
+    found = [pair for name in sorted(files) for pair in pairs(name, files[name])]
+    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
+    write_atomic(Path(folder) / "blimp.jsonl", lambda file: file.write(text.encode()))
+    return len({pair["UID"] for pair in found}), len(found)
+
+
+def main():
+    flags = Flags(description=__doc__)
+    flags.add_argument("--archive", help="local .zip, .tar.gz, .tar.xz or folder")
+    paradigms, found = prepare(FOLDER, flags.parse_args().archive)
+    print(f"{found:,} pairs of {paradigms} paradigms (the release has 67,000 of 67): {FOLDER / 'blimp.jsonl'}")
+
+
+if __name__ == "__main__":
+    run(main)
