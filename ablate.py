@@ -1,17 +1,20 @@
 """What changes when it cannot? Spikes and sinks removed in ten ways, each beside matched controls.
 
   python ablate.py out/quickstart/ckpt.pt
-  python ablate.py gpt2 --only spike_zero sink_mask --probes
+  python ablate.py gpt2 --only spike_zero sink_mask --no-probes
 
 Takes detect.py's flags. Answers what spikes and sinks do to the loss, where, and whether one needs the other; with
 data/blimp and data/ud_ewt prepared, also what they do to grammar and to what can be read off the states; and what int8
 does to the model. Writes ablate.json, detect.json (what there is on the same text) and report.html, a page with both.
 """
 
+from pathlib import Path
+
 from detect import detect, flags, folder_of, open_checkpoint, output_paths
-from spikesink import findings, intervene, outcomes, report
+from spikesink import findings, intervene, outcomes, probes, report
 from spikesink.errors import UserError, run
 
+ROOT = Path(__file__).resolve().parent
 SCHEMA = "spikesink-ablation-1"
 NOTE = (
     "What is edited is fixed by the clean model on the same text: spikes are the entries that the ratio rule marks, at "
@@ -48,6 +51,7 @@ def ablate_part(subject, opened, args):
         "removals": outcomes.entries(removals, measured),
         "two_by_two": outcomes.two_by_two(entries),
         "attention": outcomes.attention(measured),
+        "probes": probe(subject, opened, entries, conditions) if args.probes and subject.part != "cross" else {},
     }
 
 
@@ -61,10 +65,57 @@ def chosen(subject, opened, only):
     return keep(table), keep(removals)
 
 
+def left_to_probe(entries):
+    """The conditions that changed something, each intervention with its first control; the clean model before all."""
+    changed = (e for e in entries if e["edited"])
+    return ["none", *(name for e in changed for name in (e["name"], f"{e['name']}/{e['control'][0]['name']}"))]
+
+
+def blimp(subject, reader, conditions):
+    """BLiMP under every condition. Raises UserError."""
+    pairs = probes.minimal_pairs(prepared("blimp", "blimp.jsonl"), PAIRS)
+    return probes.blimp(subject, reader, pairs, outcomes.on_texts(subject, conditions, shared=True))
+
+
+def ud_ewt(subject, reader, conditions):
+    """Linear probes on UD English EWT under every condition. Raises UserError."""
+    train, test = (probes.sentences(prepared("ud_ewt", f"{s}.conllu"), n) for s, n in SENTENCES.items())
+    return probes.linear(subject, reader, train, test, outcomes.on_texts(subject, conditions, shared=False))
+
+
+# sizes at which an interval is some +- 3% wide, and all of it takes a minute for the quickstart's model
+PAIRS, SENTENCES = 12, {"train": 600, "test": 300}  # pairs of each paradigm; sentences
+PROBES = {"blimp": blimp, "linear": ud_ewt}
+
+
+def prepared(dataset, file):
+    """The path of a prepared file. Raises UserError naming what prepares it."""
+    path = ROOT / "data" / dataset / file
+    if not path.is_file():
+        raise UserError(f"{dataset} is not prepared: python data/{dataset}/prepare.py")
+    return path
+
+
+def probe(subject, opened, entries, conditions):
+    """What grammar and the states say under every condition; for a probe that cannot be run, the `reason`."""
+    conditions = {"none": intervene.nothing} | conditions
+    conditions = {name: conditions[name] for name in left_to_probe(entries)}
+    found = {}
+    for name, run_probe in PROBES.items():
+        try:
+            found[name] = run_probe(subject, opened.reader, conditions)
+        except UserError as error:
+            found[name] = {"reason": str(error)}
+    return found
+
+
 def main():
     parser = flags(__doc__)
     names = [*intervene.INTERVENTIONS, *intervene.REMOVALS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "--no-probes", dest="probes", action="store_false", help="leave BLiMP and the linear probes out"
+    )
     args = parser.parse_args()
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")

@@ -155,6 +155,7 @@ class Opened:
     other_ids: torch.Tensor  # (N', T), other text of the same kind, to calibrate on; empty unless asked for
     about: dict  # the findings' entries checkpoint, model, data
     vocab_size: int
+    reader: Reader
 
 
 def output_paths(path, args, json_name, html_name):
@@ -198,7 +199,12 @@ def open_checkpoint(args, calibration=False):
     }
     about = {"checkpoint": loaded.checkpoint, "model": loaded.model, "data": data}
     return Opened(
-        loaded.subjects, ids, other_ids, about, loaded.reader.meta.get("vocab_size", loaded.reader.vocab_size)
+        loaded.subjects,
+        ids,
+        other_ids,
+        about,
+        loaded.reader.meta.get("vocab_size", loaded.reader.vocab_size),
+        loaded.reader,
     )
 
 

@@ -30,7 +30,8 @@ def members(archive, pattern, url):
     """
     source = Path(archive) if archive else None
     if source and source.is_dir():
-        files = {path.name: path.read_bytes() for path in sorted(source.rglob(pattern)) if path.is_file()}
+        found = [path for path in sorted(source.rglob(pattern)) if path.is_file() and matches(path.name, pattern)]
+        files = {path.name: path.read_bytes() for path in found}
     else:
         if source and not source.is_file():
             raise UserError(f"there is no archive {archive}")

@@ -125,12 +125,11 @@ def class_rows(found):
 
 
 def probe_tables(found):
-    """[(sentence, (header, rows))] of the probes that were run."""
-    probes = found.get("probes") or {}
+    """[(sentence, (header, rows))] of the probes; without rows for one that was not run, and the reason."""
+    make = {"blimp": _blimp_table, "linear": _linear_table}
     return [
-        (make(probes[name]))
-        for name, make in (("blimp", _blimp_table), ("linear", _linear_table))
-        if isinstance(probes.get(name), dict) and "conditions" in probes[name]
+        (f"Not probed: {of['reason']}.", ([], [])) if "reason" in of else make[name](of)
+        for name, of in found["probes"].items()
     ]
 
 
@@ -139,49 +138,57 @@ def _label(name):
     return f"  control: {name.split('/')[1]}" if "/" in name else name
 
 
+def _starred(change, ci, form="+.1%"):
+    """A change, with a star if its interval leaves out 0."""
+    return f"{change:{form}}" + ("*" if ci and (ci[0] > 0 or ci[1] < 0) else "")
+
+
+STARS = "* the 95% interval leaves out 0, which one in twenty does by chance"
+
+
 def _blimp_table(of):
-    """BLiMP: accuracy in all, then by field as changes."""
+    """BLiMP: accuracy in all, then by field: first the clean model's, then changes."""
     fields = list(of["conditions"][0]["by_field"])
     header = ["BLiMP under", "accuracy", "95% interval", "change", "95% interval", *fields]
     table = []
     for i, row in enumerate(of["conditions"]):
-        cells = [
-            f"{part['accuracy']:.1%}" if i == 0 else f"{part['change']:+.1%} {interval(part['change_ci95'], '+.1%')}"
-            for part in (row["by_field"][field] for field in fields)
-        ]
-        changed = ["", ""] if i == 0 else [f"{row['change']:+.1%}", interval(row["change_ci95"], "+.1%")]
+        parts = [row["by_field"][field] for field in fields]
+        cells = [_starred(p["change"], p["change_ci95"]) if i else f"{p['accuracy']:.1%}" for p in parts]
+        changed = [f"{row['change']:+.1%}", interval(row["change_ci95"], "+.1%")] if i else ["", ""]
         table.append([_label(row["name"]), f"{row['accuracy']:.1%}", interval(row["ci95"], ".1%"), *changed, *cells])
     left_out = f", {of['left_out']} left out as too long" if of["left_out"] else ""
     return (
         f"Grammar: BLiMP, {of['pairs']} minimal pairs{left_out}; {of['normalisation']}. Chance is 50%. By field: the "
-        "accuracy of the clean model, then changes; semantics holds quantifiers and NPIs.",
+        f"accuracy of the clean model, then changes; semantics holds quantifiers and NPIs. {STARS}.",
         (header, table),
     )
 
 
 def _linear_table(of):
-    """Linear probes: selectivity of the best tap of the clean model, and its change under each condition."""
-    clean = of["conditions"][0]["tasks"]
-    best = {
-        task: max(range(len(taps)), key=lambda i, taps=taps: taps[i]["selectivity"]) for task, taps in clean.items()
-    }
+    """Linear probes on the last tap: the clean model's accuracy and selectivity, then changes of both."""
     header = ["linear probe under"]
-    for task, i in best.items():
-        header += [f"{task}: accuracy", f"selectivity after {name_of(clean[task][i])}", "change, 95% interval"]
+    for task in of["conditions"][0]["tasks"]:
+        header += [f"{task}: accuracy", "selectivity", "95% interval"]
     table = []
     for n, row in enumerate(of["conditions"]):
         cells = []
-        for task, i in best.items():
-            tap = row["tasks"][task][i]
-            cells += [
-                f"{tap['accuracy']:.1%}",
-                f"{tap['selectivity']:+.1%} {interval(tap['selectivity_ci95'], '+.1%')}",
-                "" if n == 0 else f"{tap['change']:+.1%} {interval(tap['change_ci95'], '+.1%')}",
-            ]
+        for taps in row["tasks"].values():
+            tap = taps[-1]
+            if n:
+                cells += [_starred(tap["accuracy_change"], tap["accuracy_change_ci95"])]
+                cells += [_starred(tap["change"], tap["change_ci95"]), interval(tap["change_ci95"], "+.1%")]
+            else:
+                cells += [
+                    f"{tap['accuracy']:.1%}",
+                    f"{tap['selectivity']:.1%}",
+                    interval(tap["selectivity_ci95"], ".1%"),
+                ]
         table.append([_label(row["name"]), *cells])
+    last = next(iter(of["conditions"][0]["tasks"].values()))[-1]
     majority = ", ".join(f"{task} {value:.1%}" for task, value in of["majority"].items())
     return (
-        f"What can be read off the states: linear probes on UD English EWT, {of['words']['test']} test words; the "
-        f"commonest answer alone: {majority}. Selectivity: accuracy minus that of a control task (Hewitt and Liang).",
+        f"What can be read off the states after {name_of(last)}: linear probes on UD English EWT, "
+        f"{of['words']['test']} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that of "
+        f"a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
         (header, table),
     )

@@ -373,10 +373,8 @@ def ablation(found):
         drawings["state_change"] = _state_change
     if any(cell["edited"] for cell in found["two_by_two"].values()):
         drawings["two_by_two"] = _two_by_two
-    probes = found.get("probes") or {}
-    if "conditions" in (probes.get("linear") or {}):
-        drawings["selectivity"] = _selectivity
-    if len((probes.get("blimp") or {}).get("conditions", ())) > 1:
-        drawings["blimp"] = _blimp
+    for name, draw in (("linear", _selectivity), ("blimp", _blimp)):
+        if len(found["probes"].get(name, {}).get("conditions", ())) > 1:
+            drawings[name] = draw
     with plt.rc_context(STYLE):
         return {name: _svg(draw(found)) for name, draw in drawings.items()}

@@ -330,6 +330,27 @@ def conditions_of(table, reference):
     return conditions
 
 
+def on_texts(subject, conditions, shared):
+    """The conditions as probes take them: name -> function(ids (B, T), numbers (B,)) -> context manager.
+
+    One clean pass for all conditions that are asked for the same batch in a row. `shared`: the stages before an edit
+    are not computed again, so taps inside them are not called.
+    """
+    last = {}
+
+    def under(condition, ids, numbers):
+        if last.get("ids") is not ids:
+            last.update(ids=ids, clean=intervene.Clean.of(subject, ids, numbers))
+        stack = contextlib.ExitStack()
+        edit = condition(last["clean"])
+        if shared:
+            stack.enter_context(last["clean"].prefix(edit.stage))
+        stack.enter_context(edit)
+        return stack
+
+    return {name: functools.partial(under, condition) for name, condition in conditions.items()}
+
+
 def entries(table, measured):
     """The findings' list of a table's interventions, each with its controls."""
     return [

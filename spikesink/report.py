@@ -437,7 +437,9 @@ def ablation_terminal(ablation):
     parts = [
         (f"== {name}\n" if name else "")
         + "\n\n".join([*answers.answers(found), grid(*answers.rows(found))])
-        + "".join(f"\n\n{sentence}\n{grid(*table)}" for sentence, table in answers.probe_tables(found))
+        + "".join(
+            f"\n\n{sentence}" + f"\n{grid(*table)}" * bool(table[1]) for sentence, table in answers.probe_tables(found)
+        )
         for name, found in parts_of(ablation)
     ]
     return "\n\n".join([*parts, ablation["note"]])
