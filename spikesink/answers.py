@@ -188,7 +188,7 @@ def _linear_table(of):
     majority = ", ".join(f"{task} {value:.1%}" for task, value in of["majority"].items())
     return (
         f"What can be read off the states after {name_of(last)}: linear probes on UD English EWT, "
-        f"{of['words']['test']} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that of "
-        f"a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
+        f"{of['words']['test']} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that "
+        f"of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
         (header, table),
     )

@@ -352,6 +352,7 @@ def linear(subject, reader, train, test, conditions, batch_size=64):
     if min(in_train.sum(), (~in_train).sum()) < FEWEST:
         raise UserError(f"fewer than {FEWEST} words of the treebank fit into the model: nothing can be probed")
     tasks = tasks_of(read, words, in_train)
+    tasks = {key: task for key, task in tasks.items() if len(set(in_train[task.first])) == 2}  # has both splits
     found = states(subject, words, conditions, batch_size)
     clean_name, clean = next(iter(found.items()))
     draws = np.random.default_rng(0).multinomial(len(test), np.full(len(test), 1 / len(test)), RESAMPLES)

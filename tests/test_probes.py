@@ -95,16 +95,17 @@ def test_a_words_state_is_the_mean_over_its_own_bytes(registers):
     assert words.index.tolist() == [0, 1, 2, 3, 0]  # " word" no longer fits
 
 
-def treebank(n, seed=0):
-    """Sentences of five words from sixty types; the first letter of a word is its tag."""
+def treebank(n, seed=0, chain=False):
+    """Sentences of five words from sixty types; the first letter of a word is its tag, and its relation to its head:
+    the word before it in a `chain`, else any."""
     rng = np.random.default_rng(seed)
     types = [tag + "".join(rng.choice(list("klmnopqr"), 4)) for tag in "abc" for _ in range(20)]
     made = []
     for _ in range(n):
-        words = [" " + types[i] for i in rng.integers(0, 60, 5)]
-        made.append(
-            probes.Sentence(words, [w[1] for w in words], [-1, 0, 1, 2, 3], ["root", *(w[1] for w in words[1:])])
-        )
+        words = [types[i] for i in rng.integers(0, 60, 5)]
+        tags = [word[0] for word in words]
+        heads = [-1, *(i - 1 if chain else (i + int(rng.integers(1, 5))) % 5 for i in range(1, 5))]
+        made.append(probes.Sentence([f" {word}" for word in words], tags, heads, tags))
     return made
 
 
@@ -157,6 +158,7 @@ def test_probes_find_a_tag_where_it_is_written_and_nowhere_before(telling):
         assert zero[task][4]["change"] == pytest.approx(zero[task][4]["selectivity"] - after["selectivity"])
         assert zero[task][4]["change_ci95"][1] < 0
     assert found["words"] == {"train": 1000, "test": 400}
+    assert all(abs(tap["accuracy"] - 0.5) < 0.1 for tap in told["edge"])  # here heads are drawn at random
 
 
 def test_control_labels_are_a_function_of_the_type_and_look_like_the_tags():
@@ -169,7 +171,7 @@ def test_control_labels_are_a_function_of_the_type_and_look_like_the_tags():
 
 
 def test_edges_are_true_heads_beside_other_words_at_their_distance():
-    read = treebank(50)
+    read = treebank(50, chain=True)
     words = probes.words_of(READER, read)
     train = words.sentence < 30
     edge = probes.tasks_of(read, words, train)["edge"]
