@@ -317,8 +317,8 @@ def _tried_subjects(model, decode):
     target = ids[:, :11] if both else ids  # shorter, so that cross-attention is told by its shape
     run = (lambda x, y: model(input_ids=x, decoder_input_ids=y)[0]) if both else (lambda x, y: model(x)[0])
     take_over(model, lambda: run(ids, target))
-    parts = {}
-    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks_of(model), strict=True):
+    parts, stacks = {}, stacks_of(model)
+    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks, strict=True):
         changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % model.config.vocab_size), dim=1)
         other = (ids, changed(target)) if name == "decoder" else (changed(ids), target)
         taps, causal = watch(Stack(blocks), run, (ids, target), other)
@@ -339,7 +339,7 @@ def _tried_subjects(model, decode):
         new = type(model)(copy.deepcopy(model.config)).eval().to(device)
         return next(s for s in subjects_of(new, decode) if s.part == part)
 
-    subjects = []
+    subjects, stages = [], [block for stack in stacks for block in stack]
     for name, part in parts.items():
         heads = {tap.module.heads for tap in part["attends"]}
         if len(heads) != 1:
@@ -347,7 +347,7 @@ def _tried_subjects(model, decode):
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
         shift = int(part["causal"] and not both)
-        how = {"n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift}
+        how = {"stages": stages, "n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift}
         subjects.append(
             Subject(model, **part, n_head=heads.pop(), **how, part=name, rebuild=functools.partial(rebuild, name))
         )

@@ -88,7 +88,9 @@ class Subject:
     """A model under observation, or one part of it.
 
     `streams`: the taps, in the order of the forward pass. `inner`: taps off the stream, a list per place (PLACES),
-    each in the same order; a sub-layer whose parts could not be told apart has none. `attends`: the attention seams,
+    each in the same order; a sub-layer whose parts could not be told apart has none. `stages`: the modules that run one
+    after another and hold all weights but the embeddings, the last norm and the unembedding: sub-layers, or blocks (of
+    an encoder-decoder, the encoder's, then the decoder's, whatever the part). `attends`: the attention seams,
     whose module is called as (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of
     the map (B, H, R, T). `n_register`: learned tokens that stand before every sequence, in the streams and the maps;
     instruments number them -1, -2, ... where token ids stand. `decode`: one token id -> text.
@@ -108,6 +110,7 @@ class Subject:
     logits: Callable[[torch.Tensor], torch.Tensor]
     inner: dict[str, list[Tap]] = field(default_factory=lambda: {place: [] for place in PLACES})
     gated: list[GatedFFN] = field(default_factory=list)
+    stages: list[nn.Module] = field(default_factory=list)
     causal: bool = True
     shift: int = 1
     part: str = ""
@@ -142,6 +145,7 @@ class Subject:
             lambda ids: model(ids)[0],
             inner,
             gated,
+            [sub_layer for block in net.h for sub_layer in (block.attn, block.mlp)],
             rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters()).device), decode),
         )
 
