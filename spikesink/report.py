@@ -284,6 +284,101 @@ def ablation_rows(ablation):
     return header, rows
 
 
+def of_seeds(value, form=".3g"):
+    """A number that seeds differ in, for a table: its mean, and where there are several its extremes."""
+    mean, low, high = (number(value[key], form) for key in ("mean", "lowest", "highest"))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def models_of(mitigation):
+    """[(name, its entry)] of the checkpoint before and of every arm after fine-tuning."""
+    return [("before", mitigation["before"]), *((arm["name"], arm) for arm in mitigation["arms"])]
+
+
+def mitigation_rows(mitigation):
+    """(header, rows) of what every arm does: loss, spike, sink."""
+    header = ["arm", "loss", "against before", "against none", "top1/median", "kurtosis", "with a spike"]
+    header += ["Sink_1 (0.3)", "best head, of sequences", "spike verdict", "sink verdict"]
+    delta = lambda of: f"{of['delta_loss']:+.4f} {interval(of['ci95'], '+.4f')}" if of else ""
+    counted = lambda verdicts: ", ".join(word if len(verdicts) == 1 else f"{n} {word}" for word, n in verdicts.items())
+    rows = [
+        [
+            name,
+            of_seeds(of["loss"], ".4f"),
+            delta(of.get("against_before")),
+            delta(of.get("against_none")),
+            of_seeds(of["top1_over_median"], ".1f"),
+            of_seeds(of["kurtosis"], ".1f"),
+            of_seeds(of["spike_sequences"], ".0%"),
+            of_seeds(of["sink_1"], ".1%"),
+            of_seeds(of["sink_sequences"], ".0%"),
+            *(counted(of["verdicts"][phenomenon]) for phenomenon in ("spike", "sink")),
+        ]
+        for name, of in models_of(mitigation)
+    ]
+    return header, rows
+
+
+def int8_rows(mitigation):
+    """(header, rows) of what int8 costs every arm, and which half of it does."""
+    header = ["arm", "loss in float"]
+    rows = [[name, of_seeds(of["loss"], ".4f")] for name, of in models_of(mitigation)]
+    for granularity in mitigation["before"]["int8"]:
+        words = granularity.replace("_", " ")
+        header += [f"int8 {words}", "costs", "weights alone", "activations alone"]
+        for row, (_, of) in zip(rows, models_of(mitigation), strict=True):
+            int8 = of["int8"][granularity]
+            costs = (int8, int8["weights_only"], int8["activations_only"])
+            row += [of_seeds(int8["loss"], ".4f"), *(of_seeds(cost["delta_loss"], "+.4f") for cost in costs)]
+    return header, rows
+
+
+def mitigation_lines(mitigation):
+    """What each arm does to the spike, the loss and int8, a sentence each."""
+    before = mitigation["before"]
+    cost = lambda of: of_seeds(of["int8"]["per_tensor"]["delta_loss"], "+.4f")
+    lines = [
+        f"Before: top-1 is {before['top1_over_median']['mean']:.1f}x the median, int8 per tensor costs {cost(before)} "
+        "nats per token."
+    ]
+    for arm in mitigation["arms"]:
+        against = arm["against_none"] or arm["against_before"]
+        lines.append(
+            f"{arm['name']}, {arm['adds']}: top-1 is {of_seeds(arm['top1_over_median'], '.1f')}x the median, int8 per "
+            f"tensor costs {cost(arm)}; the loss in float changes by {against['delta_loss']:+.4f} "
+            f"{interval(against['ci95'], '+.4f')} against {'none' if arm['against_none'] else 'before'}."
+        )
+    return lines
+
+
+def fine_tuning(mitigation):
+    """How the arms were trained, in words."""
+    of = mitigation["training"]
+    changes = "; ".join(
+        f"{arm['name']}: {', '.join(f'{key}={value}' for key, value in arm['changes'].items())}"
+        for arm in mitigation["arms"]
+        if arm["changes"]
+    )
+    return (
+        f"{of['seeds']} seeds, {of['steps']} steps of {of['tokens_per_step']:,} tokens of {of['dataset']}, "
+        f"{of['optimizer']}, learning rate {of['learning_rate']:g} after {of['warmup_iters']} of warmup; {changes}"
+    )
+
+
+def mitigation_terminal(mitigation):
+    """A mitigation's findings as text."""
+    return "\n\n".join(
+        [
+            f"measured on {conditions(mitigation)}",
+            f"fine-tuned: {fine_tuning(mitigation)}",
+            grid(*mitigation_rows(mitigation)),
+            grid(*int8_rows(mitigation)),
+            *mitigation_lines(mitigation),
+            mitigation["note"],
+        ]
+    )
+
+
 def prompt_rows(found):
     """(header, rows) of a prompt, a row per token."""
     header = ["token", "position", "|h|", "x median", "channel", "after", "rules", "share", "alpha", "head", "sink in"]
@@ -465,4 +560,19 @@ def comparison_page(path, names, all_findings):
         architecture=architecture_rows(names, all_findings),
         figures=figures.comparison(names, all_findings),
         conditions=[(name, conditions(found)) for name, found in zip(names, all_findings, strict=True)],
+    )
+
+
+def mitigation_page(path, mitigation):
+    """Writes the page of a mitigation."""
+    _write(
+        path,
+        "mitigate.html",
+        found=mitigation,
+        conditions=conditions(mitigation),
+        fine_tuning=fine_tuning(mitigation),
+        lines=mitigation_lines(mitigation),
+        rows=mitigation_rows(mitigation),
+        int8=int8_rows(mitigation),
+        figures=figures.mitigation(models_of(mitigation)),
     )
