@@ -19,34 +19,34 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Tokens
-from detect import count, detect, flags, folder_of, open_checkpoint, output_paths
-from model import GPT, GPTConfig
+from detect import count, detect, flags, folder_of, load, open_checkpoint, output_paths
+from model import GPTConfig
 from spikesink import checkpoint, findings, metrics, quantise, report
 from spikesink.errors import InterruptedRunError, UserError, run
 from spikesink.hooks import on_streams
-from spikesink.subject import Subject
 from train import DTYPES, Machine, Run, TrainConfig
 
 SCHEMA = "spikesink-mitigation-1"
 
 # name -> what is added, and as which keys, given the clipping limit and the flags
 ARMS = {
-    "none": ("plain fine-tuning, the control", lambda limit, args: {}),
+    "none": ("nothing: fine-tuning alone", lambda limit, args: {}),
     "clip": (
-        "the stream clamped after every sub-layer, in training and afterwards",
+        "a clamp on the stream after every sub-layer, for good",
         lambda limit, args: {"stream_clip": limit},
     ),
     "penalty": (
-        "the kurtosis of the stream (He et al. 2405.19279) after every sub-layer added to the training loss",
+        "the stream's kurtosis (He et al. 2405.19279) to the training loss",
         lambda limit, args: {"penalty": "kurtosis", "penalty_weight": args.penalty_weight},
     ),
     "gate": (
-        "a gate per head on the attention output (Qiu et al. 2505.06708), without effect at first",
+        "a gate per head on the attention output (Qiu et al. 2505.06708)",
         lambda limit, args: {"gate": "head"},
     ),
 }
 NOTE = (
     "none: plain fine-tuning for as many steps on the same batches; what an arm does is its difference from that. "
+    "Every run starts with a new optimiser. "
     "Numbers of several seeds, which order the batches: mean [lowest, highest]. 95% intervals: paired bootstrap over "
     "sequences, of losses averaged over seeds. top1/median: of the layer where it is largest. with a spike: of "
     "sequences. clip: at K x the median |h| of the layer where that is largest; 10 medians are 6.7 sigma of a normal. "
@@ -98,10 +98,8 @@ def base_of(path, content, args):
         raise UserError(str(error)) from None
 
 
-@torch.no_grad()
-def largest_median(content, cfg):
+def largest_median(subject, cfg):
     """The largest median |h| of any tap of the stream, on 16 validation windows: what clipping must leave alone."""
-    subject = Subject.of_gpt(GPT.from_checkpoint(content), str)
     data = Tokens(cfg.dataset, "val", subject.model.config.block_size, cfg.bos)
     ids, medians = data.read(np.linspace(0, data.n_windows - 1, 16).astype(int))[0], []
     record = lambda x: medians.append(metrics.median_magnitude(x.float()).mean().item())
@@ -193,7 +191,7 @@ def mitigate(args):
     path = Path(args.checkpoint)
     content = checkpoint.load(path)
     cfg, folder = base_of(path, content, args), Path(args.out_dir or folder_of(path) / "mitigate")
-    limit = float(f"{args.clip * largest_median(content, cfg):.4g}")
+    limit = float(f"{args.clip * largest_median(load(args).subjects[0], cfg):.4g}")
     arms = {name: changes_of(name, path, limit, args, content) for name in ("none", *dict.fromkeys(args.arms))}
     before, clean, found = measure(path, args)
     digest = found["checkpoint"]["sha256"]
@@ -238,7 +236,9 @@ def mitigate(args):
 def main():
     parser = flags(__doc__)
     tried = [name for name in ARMS if name != "none"]
-    parser.add_argument("--arms", nargs="+", choices=tried, default=tried, metavar="ARM", help=" ".join(tried))
+    parser.add_argument(
+        "--arms", nargs="+", choices=tried, default=tried, metavar="ARM", help=f"of {', '.join(tried)} (default: all)"
+    )
     parser.add_argument("--steps", type=count, default=600, metavar="N", help="optimiser steps (default: 600)")
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each arm (default: 3)")
     parser.add_argument("--learning_rate", type=positive, metavar="X", help="default: the run's min_lr")

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .metrics import SPIKE_RATIO
 from .words import name_of, ratio_of, visible
@@ -272,6 +273,9 @@ def _trade(models):
         xlabel="top-1 / median of the layer where it is largest",
         ylabel="loss, nats per token",
     )
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
     axes.annotate(" the spike rule", (SPIKE_RATIO, 1), xycoords=("data", "axes fraction"), va="top", color=GREY, size=8)
     axes.legend(frameon=False)

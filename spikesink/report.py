@@ -295,74 +295,66 @@ def models_of(mitigation):
     return [("before", mitigation["before"]), *((arm["name"], arm) for arm in mitigation["arms"])]
 
 
+def paired(effect):
+    """A change of the loss and its interval, for a table; empty where there is none."""
+    return f"{effect['delta_loss']:+.4f} {interval(effect['ci95'], '+.4f')}" if effect else ""
+
+
 def mitigation_rows(mitigation):
-    """(header, rows) of what every arm does: loss, spike, sink."""
-    header = ["arm", "loss", "against before", "against none", "top1/median", "kurtosis", "with a spike"]
-    header += ["Sink_1 (0.3)", "best head, of sequences", "spike verdict", "sink verdict"]
-    delta = lambda of: f"{of['delta_loss']:+.4f} {interval(of['ci95'], '+.4f')}" if of else ""
-    counted = lambda verdicts: ", ".join(word if len(verdicts) == 1 else f"{n} {word}" for word, n in verdicts.items())
+    """(header, rows) of the answer: is the spike gone, what did it cost, what does int8 cost then."""
+    costs = {f"{granularity.replace('_', ' ')} int8 costs": granularity for granularity in mitigation["before"]["int8"]}
+    header = ["", "top1/median", "loss", "against none", *costs]
     rows = [
         [
             name,
-            of_seeds(of["loss"], ".4f"),
-            delta(of.get("against_before")),
-            delta(of.get("against_none")),
             of_seeds(of["top1_over_median"], ".1f"),
-            of_seeds(of["kurtosis"], ".1f"),
-            of_seeds(of["spike_sequences"], ".0%"),
-            of_seeds(of["sink_1"], ".1%"),
-            of_seeds(of["sink_sequences"], ".0%"),
-            *(counted(of["verdicts"][phenomenon]) for phenomenon in ("spike", "sink")),
+            of_seeds(of["loss"], ".4f"),
+            paired(of.get("against_none")),
+            *(of_seeds(of["int8"][granularity]["delta_loss"], "+.4f") for granularity in costs.values()),
         ]
         for name, of in models_of(mitigation)
     ]
     return header, rows
 
 
-def int8_rows(mitigation):
-    """(header, rows) of what int8 costs every arm, and which half of it does."""
-    header = ["arm", "loss in float"]
-    rows = [[name, of_seeds(of["loss"], ".4f")] for name, of in models_of(mitigation)]
-    for granularity in mitigation["before"]["int8"]:
-        words = granularity.replace("_", " ")
-        header += [f"int8 {words}", "costs", "weights alone", "activations alone"]
-        for row, (_, of) in zip(rows, models_of(mitigation), strict=True):
-            int8 = of["int8"][granularity]
-            costs = (int8, int8["weights_only"], int8["activations_only"])
-            row += [of_seeds(int8["loss"], ".4f"), *(of_seeds(cost["delta_loss"], "+.4f") for cost in costs)]
-    return header, rows
-
-
-def mitigation_lines(mitigation):
-    """What each arm does to the spike, the loss and int8, a sentence each."""
-    before = mitigation["before"]
-    cost = lambda of: of_seeds(of["int8"]["per_tensor"]["delta_loss"], "+.4f")
-    lines = [
-        f"Before: top-1 is {before['top1_over_median']['mean']:.1f}x the median, int8 per tensor costs {cost(before)} "
-        "nats per token."
+def phenomena_rows(mitigation):
+    """(header, rows) of what detect.py finds in every arm."""
+    header = ["", "against before", "with a spike", "Sink_1 (0.3)", "best head, of sequences"]
+    counted = lambda verdicts: ", ".join(word if len(verdicts) == 1 else f"{n} {word}" for word, n in verdicts.items())
+    rows = [
+        [
+            name,
+            paired(of.get("against_before")),
+            of_seeds(of["spike_sequences"], ".0%"),
+            of_seeds(of["sink_1"], ".1%"),
+            of_seeds(of["sink_sequences"], ".0%"),
+            *(counted(verdict) for verdict in of["verdicts"].values()),
+        ]
+        for name, of in models_of(mitigation)
     ]
-    for arm in mitigation["arms"]:
-        against = arm["against_none"] or arm["against_before"]
-        lines.append(
-            f"{arm['name']}, {arm['adds']}: top-1 is {of_seeds(arm['top1_over_median'], '.1f')}x the median, int8 per "
-            f"tensor costs {cost(arm)}; the loss in float changes by {against['delta_loss']:+.4f} "
-            f"{interval(against['ci95'], '+.4f')} against {'none' if arm['against_none'] else 'before'}."
-        )
-    return lines
+    return [*header, *(name.replace("_", "-") for name in mitigation["before"]["verdicts"])], rows
+
+
+def int8_rows(mitigation):
+    """(header, rows) of the loss of every arm in int8, and of what either half of it costs; a row per granularity."""
+    rows = []
+    for name, of in models_of(mitigation):
+        for granularity, int8 in of["int8"].items():
+            costs = (int8, int8["weights_only"], int8["activations_only"])
+            deltas = [of_seeds(cost["delta_loss"], "+.4f") for cost in costs]
+            rows.append([f"{name}, {granularity.replace('_', ' ')}", of_seeds(int8["loss"], ".4f"), *deltas])
+    return ["", "loss in int8", "costs", "weights alone", "activations alone"], rows
 
 
 def fine_tuning(mitigation):
-    """How the arms were trained, in words."""
+    """How the arms were trained, and what each adds, in sentences."""
     of = mitigation["training"]
-    changes = "; ".join(
-        f"{arm['name']}: {', '.join(f'{key}={value}' for key, value in arm['changes'].items())}"
-        for arm in mitigation["arms"]
-        if arm["changes"]
-    )
-    return (
-        f"{of['seeds']} seeds, {of['steps']} steps of {of['tokens_per_step']:,} tokens of {of['dataset']}, "
-        f"{of['optimizer']}, learning rate {of['learning_rate']:g} after {of['warmup_iters']} of warmup; {changes}"
-    )
+    keys = lambda arm: ", ".join(f"{key}={value}" for key, value in arm["changes"].items())
+    return [
+        f"Fine-tuned with {of['seeds']} seeds: {of['steps']} steps of {of['tokens_per_step']:,} tokens of "
+        f"{of['dataset']}, {of['optimizer']}, learning rate {of['learning_rate']:g} (warmup {of['warmup_iters']}).",
+        *(f"{arm['name']} adds {arm['adds']}{keys(arm) and f': {keys(arm)}'}." for arm in mitigation["arms"]),
+    ]
 
 
 def mitigation_terminal(mitigation):
@@ -370,10 +362,10 @@ def mitigation_terminal(mitigation):
     return "\n\n".join(
         [
             f"measured on {conditions(mitigation)}",
-            f"fine-tuned: {fine_tuning(mitigation)}",
+            " ".join(fine_tuning(mitigation)),
             grid(*mitigation_rows(mitigation)),
+            grid(*phenomena_rows(mitigation)),
             grid(*int8_rows(mitigation)),
-            *mitigation_lines(mitigation),
             mitigation["note"],
         ]
     )
@@ -571,8 +563,8 @@ def mitigation_page(path, mitigation):
         found=mitigation,
         conditions=conditions(mitigation),
         fine_tuning=fine_tuning(mitigation),
-        lines=mitigation_lines(mitigation),
         rows=mitigation_rows(mitigation),
+        phenomena=phenomena_rows(mitigation),
         int8=int8_rows(mitigation),
         figures=figures.mitigation(models_of(mitigation)),
     )
