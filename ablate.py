@@ -11,7 +11,7 @@ does to the model. Writes ablate.json, detect.json (what there is on the same te
 from pathlib import Path
 
 from detect import detect, flags, folder_of, open_checkpoint, output_paths
-from spikesink import findings, intervene, outcomes, probes, report
+from spikesink import findings, intervene, outcomes, probes, quantise, report
 from spikesink.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parent
@@ -21,7 +21,8 @@ NOTE = (
     "every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 and at "
     "least T/4 queries, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
     "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
-    "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences."
+    "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences. "
+    + quantise.NOTE
 )
 
 
@@ -51,6 +52,7 @@ def ablate_part(subject, opened, args):
         "removals": outcomes.entries(removals, measured),
         "two_by_two": outcomes.two_by_two(entries),
         "attention": outcomes.attention(measured),
+        "int8": int8(subject, opened, args),
         "probes": probe(subject, opened, entries, conditions) if args.probes and subject.part != "cross" else {},
     }
 
@@ -63,6 +65,14 @@ def chosen(subject, opened, only):
         table = {**table, "bos_remove": table["bos_remove"]._replace(edit=intervene.nothing)}
     keep = lambda table: {name: one for name, one in table.items() if not only or name in only}
     return keep(table), keep(removals)
+
+
+def int8(subject, opened, args):
+    """What 8 bits cost, by granularity; the `reason` where that cannot be tried."""
+    try:
+        return quantise.quantised_losses(subject, opened.ids, opened.other_ids, args.batch_size)
+    except UserError as error:
+        return {"reason": str(error)}
 
 
 def left_to_probe(entries):

@@ -265,9 +265,9 @@ def foreign_model(name, given):
 
 
 def load_weights(model, weights, origin):
-    """Loads a state dict. Raises UserError naming the first entry that does not fit."""
+    """Loads a state dict; gates that it lacks start without effect. Raises UserError naming the first misfit."""
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(convert.with_gates(weights, model.state_dict()))
     except RuntimeError as error:
         first = ", ".join(str(error).splitlines()[1].strip().split(", ")[:3])
         raise UserError(
@@ -429,21 +429,46 @@ class Run:
         self.step += 1
         return loss, norm, lr
 
-    def train(self, model):
-        """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP."""
+    def open_folder(self):
+        """Makes OUT_DIR, without an old run where one is overwritten, and writes config.json. Raises UserError."""
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
+        if self.cfg.overwrite:
+            self.path.unlink(missing_ok=True)
+        everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
+        text = json.dumps({"given": self.given, "config": everything, **provenance()}, indent=1)
+        checkpoint.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
+
+    def train(self, model, name=""):
+        """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP. `name`: what the
+        progress bar calls it."""
         chief = self.machine.rank == 0
-        with open_log(self.out_dir / "log.jsonl", self.step) if chief else contextlib.nullcontext() as log:
-            self._train(model, log)
+        log = open_log(self.out_dir / "log.jsonl", self.step) if chief else contextlib.nullcontext()
+        with log as log_file, self._stopping_on_signals():
+            self._train(model, log_file, name)
+
+    @contextlib.contextmanager
+    def _stopping_on_signals(self):
+        """Within, SIGINT and SIGTERM end the run after the step that it is at."""
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _stop(self, number, frame):
         """Asks for a stop after the current step; the same signal again has its usual effect."""
         self.signal = signal.Signals(number).name
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def _train(self, model, log):
+    def _train(self, model, log, name):
         cfg, chief = self.cfg, self.machine.rank == 0
         since, seen = time.perf_counter(), self.step
-        bar = tqdm(total=cfg.max_iters, initial=self.step, unit="step", disable=None if chief else True)
+        hidden, label = None if chief else True, f"{name}: " if name else ""
+        bar = tqdm(total=cfg.max_iters, initial=self.step, unit="step", desc=name or None, disable=hidden)
         while self.step < cfg.max_iters:
             loss, norm, lr = self.update(model)
             last = self.step == cfg.max_iters
@@ -467,10 +492,8 @@ class Run:
                     print(json.dumps(row), file=log, flush=True)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     if evaluated:
-                        bar.write(
-                            f"step {self.step}: loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s",
-                            file=sys.stdout,
-                        )
+                        words = f"loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s"
+                        bar.write(f"{label}step {self.step}: {words}", file=sys.stdout)
             stopped = self.signal is not None
             if chief and (last or stopped or self.step % cfg.save_interval == 0):
                 self.save()
@@ -511,15 +534,7 @@ def main():
     chief = machine.rank == 0
     compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
     if chief:
-        try:
-            run_.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {run_.out_dir}: {error.strerror}") from None
-        if cfg.overwrite:
-            run_.path.unlink(missing_ok=True)
-        everything = {**dataclasses.asdict(run_.model_config), **dataclasses.asdict(cfg)}
-        text = json.dumps({"given": given, "config": everything, **provenance()}, indent=1)
-        checkpoint.write_atomic(run_.out_dir / "config.json", lambda file: file.write(text.encode()))
+        run_.open_folder()
         print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
         print(
             f"{run_.model.num_params() / 1e6:.2f}M parameters, "
@@ -535,8 +550,6 @@ def main():
         ddp = torch.nn.parallel.DistributedDataParallel
         sync = {"forward_sync_buffers", "broadcast_buffers"} & set(inspect.signature(ddp).parameters)
         model = ddp(model, **{max(sync): False})  # the new name of the option where torch has it; buffers are constants
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run_._stop)
     run_.train(model)
     if machine.world > 1:
         dist.destroy_process_group()

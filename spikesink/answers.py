@@ -78,14 +78,15 @@ def _short_range(attention):
 
 
 def _quantised(found):
-    of = found.get("quantised")
-    if not of:
-        return []
+    of = found["int8"]
+    if "reason" in of:
+        return [f"Does int8 break it? Not tried: {of['reason']}."]
+    cost = lambda entry: f"{entry['delta_loss']:+.4f} {interval(entry['ci95'], '+.4f')}"
     parts = [
-        f"{name.replace('_', ' ')} {entry['delta_loss']:+.4f} {interval(entry['ci95'], '+.4f')}"
+        f"{cost(entry)} with scales {name.replace('_', ' ')} (activations alone {cost(entry['activations_only'])})"
         for name, entry in of.items()
     ]
-    return [f"Does int8 break it? Weights and activations in 8 bits change the loss by: {'; '.join(parts)} nats."]
+    return [f"Do they break int8? Weights and activations in 8 bits change the loss by {'; '.join(parts)}."]
 
 
 def rows(found):

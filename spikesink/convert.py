@@ -129,6 +129,23 @@ def from_hf(source):
     return FAMILIES[kind](source.config, source.state_dict())
 
 
+# ----------------------------------------------------------------------------------------------- ours -> ours
+
+
+def with_gates(state, wanted):
+    """A state dict for a model that differs only in gates on its attention outputs: the same function of the tokens.
+
+    `wanted`: that model's own state dict. With weights of 0 a gate of any kind is sigmoid(0) = 1/2, and twice the
+    weight of the projection behind it (its bias comes later) undoes that exactly.
+    """
+    new = {name: torch.zeros_like(value) for name, value in wanted.items() if ".gate.c_gate." in name} | state
+    for name in wanted.keys() - state.keys():
+        prefix, gate, kind = name.partition("gate.c_gate")
+        if gate and kind == ".weight" and f"{prefix}c_proj.weight" in state:
+            new[f"{prefix}c_proj.weight"] = 2 * state[f"{prefix}c_proj.weight"]
+    return new
+
+
 # --------------------------------------------------------------------------------------------- ours -> theirs
 
 # what a model must be for the family to compute it: key -> value

@@ -1,5 +1,6 @@
 """Findings -> figures, as SVG text."""
 
+import functools
 import io
 import math
 
@@ -8,8 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.patches
 import matplotlib.pyplot as plt
-import matplotlib.ticker
+from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
 
+from .metrics import SPIKE_RATIO
 from .words import name_of, ratio_of, visible
 
 SPIKE, SINK, GREY, INK = "#c2410c", "#1d4ed8", "#78716c", "#1c1917"
@@ -129,7 +131,7 @@ def _deltas(ablation):
     axes.axvline(0, color=GREY, lw=0.8)
     smallest = min((abs(e["delta_loss"]) for _, e, _ in shown if abs(e["delta_loss"]) > 1e-3), default=1e-3)
     axes.set_xscale("symlog", linthresh=max(1e-3, smallest))
-    axes.xaxis.set_major_locator(matplotlib.ticker.SymmetricalLogLocator(base=10, linthresh=max(1e-3, smallest)))
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=max(1e-3, smallest)))
     axes.set(title="Change of the loss, nats per token (95% interval)", xlabel="linear near 0, then logarithmic")
     return figure
 
@@ -378,3 +380,55 @@ def ablation(found):
             drawings[name] = draw
     with plt.rc_context(STYLE):
         return {name: _svg(draw(found)) for name, draw in drawings.items()}
+
+
+ARM_COLORS = {"before": INK, "none": GREY, "clip": SPIKE, "penalty": SINK, "gate": "#15803d"}
+
+
+def _seeds(of, *keys):
+    """The number at `keys` in every run of an arm; of the checkpoint before, the one there is."""
+    inside = lambda entry: functools.reduce(dict.get, keys, entry)
+    return [inside(run) for run in of["runs"]] if "runs" in of else [inside(of)["mean"]]
+
+
+def _trade(models):
+    figure, axes = plt.subplots(figsize=(6.2, 3.4))
+    for name, of in models:
+        x, y, color = _seeds(of, "top1_over_median"), _seeds(of, "loss"), ARM_COLORS[name]
+        axes.plot(x, y, "X" if name == "before" else "o", color=color, label=name, markersize=7, alpha=0.7)
+    axes.set(
+        xscale="log",
+        title="Is the spike gone, and at what loss? A point per seed",
+        xlabel="top-1 / median of the layer where it is largest",
+        ylabel="loss, nats per token",
+    )
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
+    axes.annotate(" the spike rule", (SPIKE_RATIO, 1), xycoords=("data", "axes fraction"), va="top", color=GREY, size=8)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _int8(models):
+    figure, axes = plt.subplots(figsize=(6.2, 0.5 * len(models) + 1.3))
+    kinds = {
+        "float": (("loss",), GREY, "|"),
+        "int8 per channel": (("int8", "per_channel", "loss"), SINK, "o"),
+        "int8 per tensor": (("int8", "per_tensor", "loss"), SPIKE, "o"),
+    }
+    for label, (keys, color, marker) in kinds.items():
+        points = [(x, i) for i, (_, of) in enumerate(models) for x in _seeds(of, *keys)]
+        size = 13 if marker == "|" else 6
+        axes.plot(*zip(*points, strict=True), marker, color=color, label=label, markersize=size, alpha=0.7)
+    axes.set_yticks(range(len(models)), [name for name, _ in models])
+    axes.set(ylim=(len(models) - 0.4, -0.6), title="What int8 costs. A point per seed", xlabel="loss, nats per token")
+    axes.legend(frameon=False, loc="best")
+    return figure
+
+
+def mitigation(models):
+    """{name: SVG text} of the figures of a mitigation, of its report.models_of."""
+    with plt.rc_context(STYLE):
+        return {"trade": _svg(_trade(models)), "int8": _svg(_int8(models))}

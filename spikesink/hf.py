@@ -343,7 +343,7 @@ def _tried_subjects(model, decode):
         new = type(model)(copy.deepcopy(model.config)).eval().to(device)
         return next(s for s in subjects_of(new, decode) if s.part == part)
 
-    subjects = []
+    subjects, stages = [], [block for stack in stacks for block in stack]
     for name, part in parts.items():
         heads = {tap.module.heads for tap in part["attends"]}
         if len(heads) != 1:
@@ -351,7 +351,6 @@ def _tried_subjects(model, decode):
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
         shift = int(part["causal"] and not both)
-        stages = [block for stack in stacks for block in stack]
         how = {"n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift, "stages": stages}
         subjects.append(
             Subject(model, **part, n_head=heads.pop(), **how, part=name, rebuild=functools.partial(rebuild, name))

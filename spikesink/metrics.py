@@ -251,6 +251,17 @@ def bootstrap_ci(statistic, n, resamples=1000, seed=0):
     return _interval(draws)
 
 
+def paired_effect(clean, changed):
+    """The findings' entry of a change, from the losses (N,) of the same sequences before and after it: paired."""
+    delta = changed - clean
+    return {
+        "loss": changed.mean().item(),
+        "ppl": changed.mean().exp().item(),
+        "delta_loss": delta.mean().item(),
+        "ci95": bootstrap_ci(lambda i: delta[i].mean().item(), len(delta)),
+    }
+
+
 def _interval(values):
     values = torch.tensor(values, dtype=torch.float64)
     values = values[~values.isnan()]

@@ -199,14 +199,9 @@ def effect(name, kind, measured):
     among = {"spike": measured.spikes > 0, "sink": measured.sinks > 0}.get(kind, measured.spikes >= 0)
     outcome, clean = measured.outcomes[name], measured.outcomes["none"]
     delta = outcome.losses - clean.losses  # (N, T')
-    change, ci = interval_of(delta.nanmean(1))
-    loss = outcome.losses.nanmean(1).mean()
     return {
         "edited": outcome.edited,
-        "loss": loss.item(),
-        "ppl": loss.exp().item(),
-        "delta_loss": change,
-        "ci95": ci,
+        **metrics.paired_effect(clean.losses.nanmean(1), outcome.losses.nanmean(1)),
         "by_class": {
             of: dict(zip(("delta_loss", "ci95"), interval_of(of_class(delta, at)), strict=True), tokens=int(at.sum()))
             for of, at in zip(CLASSES, measured.classes, strict=True)

@@ -102,7 +102,8 @@ class Subject:
     `causal`: a query sees no later key. An encoder-decoder is three subjects: `part` is encoder, decoder or cross (the
     decoder's attention to the encoder's tokens, with the encoder's streams). `start`: the decoder's first token.
     `stages`: the modules that hand the stream on, one after the other: sub-layers or blocks; of an encoder-decoder,
-    both stacks'. What a stage returns depends on the ids and on the stages before it alone.
+    the encoder's, then the decoder's, whatever the part. They hold all weights but the embeddings, the last norm and
+    the unembedding, and what one returns depends on the ids and on those before it alone.
     """
 
     model: nn.Module
@@ -158,6 +159,11 @@ class Subject:
     def _stage_of(self):
         inside = lambda stage: (m for module in stage.modules() for m in (module, getattr(module, SEAM, module)))
         return {module: i for i, stage in enumerate(self.stages) for module in inside(stage)}
+
+    @property
+    def writable(self):
+        """The taps of the stream where an edit reaches every later module."""
+        return [tap for tap in self.streams if tap.writable]
 
     def stage_of(self, tap):
         """The first stage that what is written at a tap can change; 0 for one before all of them."""
