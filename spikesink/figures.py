@@ -138,7 +138,7 @@ def _deltas(ablation):
 
 def _two_by_two(ablation):
     cells = ablation["two_by_two"]
-    figure, both = plt.subplots(1, 2, figsize=(6.2, 2.6), sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(6.2, 2.9), sharey=True)
     for axes, (removed, cell) in zip(both, cells.items(), strict=False):
         runs = [(cell["by"], cell), *((c["name"], c) for c in cell["control"])]
         for j, (kind, color) in enumerate((("spikes_remain", SPIKE), ("sinks_remain", SINK))):
@@ -156,7 +156,7 @@ def _two_by_two(ablation):
         axes.set(ylim=(0, 1.05), title=f"{removed.replace('_', ' ')}: needs? {cell['needs']}")
     both[0].set_ylabel("share that remains")
     handles = [matplotlib.patches.Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]
-    both[0].legend(handles=handles, frameon=False, fontsize=7, loc="center right")
+    figure.legend(handles=handles, frameon=False, ncols=2, fontsize=8, loc="outside lower center")
     return figure
 
 
@@ -191,7 +191,7 @@ def _state_change(ablation):
                 axes.plot(values, "-o", markersize=3, color=wanted[entry["name"]], label=entry["name"])
         step = max(1, len(labels) // 8)
         axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=40, ha="right", fontsize=7)
-        axes.set_title(title)
+        axes.set_title(f"How far states of {title} move")
     panels[0].set_ylabel("|h' - h| / |h|")
     panels[1].legend(frameon=False, fontsize=7)
     return figure
