@@ -26,13 +26,12 @@ def answers(found):
         "spike_constant": "Are spike tokens constants? Giving them one constant state per layer changes it by {}.",
         "sink_mask": "What are the sinks for? Masking them changes the loss by {}.",
     }
-    lines = [
-        sentence.format(_beside(by_name[name]))
-        if by_name[name]["edited"]
-        else f"{sentence.split('?')[0]}? The model has none on this text."
-        for name, sentence in sentences.items()
-        if name in by_name
-    ]
+    asked = {name: by_name[name] for name in sentences if name in by_name}
+    lines = [sentences[name].format(_beside(entry)) for name, entry in asked.items() if entry["edited"]]
+    missing = dict.fromkeys(
+        f"The model has no {entry['kind']}s on this text." for entry in asked.values() if not entry["edited"]
+    )
+    lines += missing
     return lines + _needs(found["two_by_two"]) + _short_range(found["attention"]) + _quantised(found)
 
 
@@ -96,7 +95,7 @@ def rows(found):
     table = [["none (baseline)", "", f"{base['loss']:.4f}", f"{base['ppl']:.3f}", "", "", "", ""]]
     share = lambda left: "–" if left["same"] is None else f"{left['same']:.0%}"
     for row in found["interventions"] + found["removals"]:
-        for entry in (row, *row["control"]):
+        for entry in (row, *(row["control"] if row["edited"] else ())):
             done = bool(entry["edited"])
             table.append(
                 [
@@ -126,10 +125,10 @@ def class_rows(found):
 
 
 def probe_tables(found):
-    """[(sentence, (header, rows))] of the probes; without rows for one that was not run, and the reason."""
+    """[(sentence, (header, rows))] of the probes; no table for one that was not run, but the reason."""
     make = {"blimp": _blimp_table, "linear": _linear_table}
     return [
-        (f"Not probed: {of['reason']}.", ([], [])) if "reason" in of else make[name](of)
+        (f"Not probed: {of['reason']}.", None) if "reason" in of else make[name](of)
         for name, of in found["probes"].items()
     ]
 

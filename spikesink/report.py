@@ -521,15 +521,13 @@ def ablation_parts(ablation):
 
 def ablation_terminal(ablation):
     """The answers, then the table of interventions, for a terminal."""
-    parts = [
-        (f"== {name}\n" if name else "")
-        + "\n\n".join([*answers.answers(found), grid(*answers.rows(found))])
-        + "".join(
-            f"\n\n{sentence}" + f"\n{grid(*table)}" * bool(table[1]) for sentence, table in answers.probe_tables(found)
-        )
-        for name, found in parts_of(ablation)
-    ]
-    return "\n\n".join([*parts, ablation["note"]])
+    lines = []
+    for name, found in parts_of(ablation):
+        lines += [f"== {name} =="] if name else []
+        lines += [*answers.answers(found), grid(*answers.rows(found))]
+        for sentence, table in answers.probe_tables(found):
+            lines.append(f"{sentence}\n{grid(*table)}" if table else sentence)
+    return "\n\n".join([*lines, ablation["note"]])
 
 
 def prompt_page(path, found):

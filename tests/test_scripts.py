@@ -1,5 +1,6 @@
 """The scripts as a user runs them: findings, pages, and one clear line for every mistake."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,7 +12,8 @@ import torch
 
 from spikesink import checkpoint, findings, intervene, report
 
-from .conftest import ROOT
+from .conftest import ROOT, tiny
+from .test_probes import treebank
 
 
 @pytest.fixture
@@ -117,6 +119,54 @@ def test_ablation_findings(cli, trained, tmp_path):
             assert entry["ci95"][0] <= entry["delta_loss"] <= entry["ci95"][1]
         assert row["control"]
     assert "spike_zero" in page.read_text() and "sink_mask" in text
+    assert set(found["probes"]) == {"blimp", "linear"} and "Not probed" in text  # toy ids have no text
+    assert found["int8"]["per_tensor"]["delta_loss"] == pytest.approx(
+        found["int8"]["per_tensor"]["loss"] - found["baseline"]["loss"], abs=1e-6
+    )
+
+
+def test_ablate_probes_a_model_that_reads_text(cli, tmp_path, monkeypatch):
+    import ablate
+
+    model = tiny(vocab_size=257, block_size=64)
+    args = dataclasses.asdict(model.config)
+    data = {"tokenizer": "byte", "vocab_size": 257, "bos_id": 256, "dtype": "uint16"}
+    config = {"dataset": "stdlib", "bos": True}
+    content = {"model_args": args, "model": model.state_dict(), "config": config, "data": data, "step": 1}
+    checkpoint.save(tmp_path / "ckpt.pt", content)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    rows = [
+        {"UID": "u", "field": f, "linguistics_term": "t", "sentence_good": f"{f} {i}", "sentence_bad": f"{i} {f}"}
+        for f in ("syntax", "semantics")
+        for i in range(12)
+    ]
+    for name in ("blimp", "ud_ewt"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data/blimp/blimp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, n in (("train", 60), ("test", 30)):
+        text = "".join(
+            "".join(
+                f"{i + 1}\t{w.strip()}\t_\t{t}\t_\t_\t{h + 1}\t{r}\t_\t_\n"
+                for i, (w, t, h, r) in enumerate(zip(*s, strict=True))
+            )
+            + "\n"
+            for s in treebank(n)
+        )
+        (tmp_path / f"data/ud_ewt/{split}.conllu").write_text(text)
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    out = ["--seq_len=32", "--n_seq=12", f"--text={tmp_path / 'text.txt'}", f"--json={tmp_path / 'a.json'}"]
+    code, text, err = cli("ablate.py", tmp_path / "ckpt.pt", *out, "--only", "spike_zero", "bos_remove")
+    assert code == 0, err
+    found = json.loads((tmp_path / "a.json").read_text())
+    for probe in found["probes"].values():
+        names = [condition["name"] for condition in probe["conditions"]]
+        assert names == ["none", "bos_remove", "bos_remove/second_token"]  # the model has no spikes
+    assert "BLiMP under" in text and "linear probe under" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "selectivity by layer" in page and "change of BLiMP accuracy" in page
+    code, text, _ = cli("ablate.py", tmp_path / "ckpt.pt", *out, "--only", "bos_remove", "--no-probes")
+    assert code == 0 and "BLiMP" not in text and "Not probed" not in text
+    assert cli("ablate.py", tmp_path / "ckpt.pt", "--only", "spike_zap")[0] == 2
 
 
 def test_page_is_self_contained_and_escapes_token_text(detected, tmp_path):
