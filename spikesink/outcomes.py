@@ -39,9 +39,7 @@ class Measured:
     classes: torch.Tensor  # bool (4, N, T - shift): CLASSES of the token at which a prediction is made
     spikes: torch.Tensor  # (N,): spike tokens in the clean model
     sinks: torch.Tensor  # (N,): (head, key) sinks in the clean model
-    spread: dict = field(
-        default_factory=dict
-    )  # see `spread_of`: name -> (N, 2) entropy and distance, nan without sinks
+    spread: dict = field(default_factory=dict)  # of `spread_of`: name -> (N, 2), nan without sinks
 
 
 def measure(subject, ids, conditions, batch_size, desc="ablate"):
@@ -113,9 +111,8 @@ def spread_of(clean, calls, masked=None):
             continue
         bias = None
         if masked is not None:
-            bias = torch.zeros(masked[i].shape, device=q.device).masked_fill(masked[i].to(q.device), -torch.inf)[
-                :, :, None
-            ]
+            of = masked[i].to(q.device)[:, :, None]
+            bias = torch.zeros(of.shape, device=q.device).masked_fill(of, -torch.inf)
         sums = torch.zeros(2, *wanted.shape)
         for first, weights in map_rows(seam, q, k, clean.subject.causal, bias):
             query = torch.arange(first, first + weights.size(-2), device=q.device)[:, None]

@@ -324,10 +324,8 @@ def right_of(task, features, train):
     from sklearn.linear_model import Ridge
     from sklearn.preprocessing import StandardScaler
 
-    classes = [
-        np.stack((task.label, task.control), axis=1)[train],
-        np.stack((task.label, task.control), axis=1)[~train],
-    ]
+    both = np.stack((task.label, task.control), axis=1)
+    classes = [both[train], both[~train]]
     sizes = classes[0].max(axis=0) + 1
     hot = np.concatenate(
         [np.eye(size, dtype=np.float32)[column] for size, column in zip(sizes, classes[0].T, strict=True)], axis=1
