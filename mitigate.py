@@ -46,7 +46,7 @@ ARMS = {
 }
 NOTE = (
     "none: plain fine-tuning for as many steps on the same batches; what an arm does is its difference from that. "
-    "Every run starts with a new optimiser. "
+    "Every run starts with a new optimiser. Losses: nats per token. "
     "Numbers of several seeds, which order the batches: mean [lowest, highest]. 95% intervals: paired bootstrap over "
     "sequences, of losses averaged over seeds. top1/median: of the layer where it is largest. with a spike: of "
     "sequences. clip: at K x the median |h| of the layer where that is largest; 10 medians are 6.7 sigma of a normal. "
@@ -139,7 +139,7 @@ def fine_tune(name, cfg, changes, digest, overwrite):
                 "--overwrite trains again, --out_dir=DIR goes elsewhere"
             )
         if saved["step"] == cfg.max_iters:
-            print(f"{name}: trained already, {path}")
+            tqdm.write(f"{name}: trained already, {path}")
             return path
     cfg = dataclasses.replace(cfg, resume=saved is not None, overwrite=saved is None)
     tuned = Run(GPTConfig(), cfg, given, Machine.find(cfg))

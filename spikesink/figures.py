@@ -406,7 +406,8 @@ def _trade(models):
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
-    axes.annotate(" the spike rule", (SPIKE_RATIO, 1), xycoords=("data", "axes fraction"), va="top", color=GREY, size=8)
+    at = {"xycoords": ("data", "axes fraction"), "xytext": (3, 0), "textcoords": "offset points", "va": "top"}
+    axes.annotate("the spike rule", (SPIKE_RATIO, 1), **at, color=GREY, size=8)
     axes.legend(frameon=False)
     return figure
 

@@ -329,8 +329,9 @@ def fine_tuning(mitigation):
     of = mitigation["training"]
     keys = lambda arm: ", ".join(f"{key}={value}" for key, value in arm["changes"].items())
     return [
-        f"Fine-tuned with {of['seeds']} seeds: {of['steps']} steps of {of['tokens_per_step']:,} tokens of "
-        f"{of['dataset']}, {of['optimizer']}, learning rate {of['learning_rate']:g} (warmup {of['warmup_iters']}).",
+        f"Fine-tuned with {of['seeds']} seed{'s' * (of['seeds'] > 1)}: {of['steps']} steps of "
+        f"{of['tokens_per_step']:,} tokens of {of['dataset']}, {of['optimizer']}, learning rate "
+        f"{of['learning_rate']:g} (warmup {of['warmup_iters']}).",
         *(f"{arm['name']} adds {arm['adds']}{keys(arm) and f': {keys(arm)}'}." for arm in mitigation["arms"]),
     ]
 

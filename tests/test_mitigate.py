@@ -182,6 +182,20 @@ def test_checkpoints_that_cannot_be_tuned(cli, source, tmp_path):
     assert cli("mitigate.py")[0] == 2
 
 
+def test_nanogpts_settings_are_taken_where_they_mean_something_here():
+    import argparse
+
+    import mitigate
+
+    theirs = {"dataset": "shakespeare", "dtype": "float16", "device": "cuda", "compile": True, "grad_clip": 1}
+    theirs |= {"min_lr": 6e-5, "weight_decay": 1e-1, "backend": "nccl", "warmup_iters": 2000, "max_iters": 600000}
+    args = argparse.Namespace(steps=50, learning_rate=None, device="cpu")
+    cfg = mitigate.base_of("nano.pt", {"config": theirs}, args)
+    assert (cfg.dataset, cfg.dtype, cfg.device, cfg.compile) == ("shakespeare", "auto", "cpu", False)
+    assert (cfg.grad_clip, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (1, 0.1, 6e-5, 6e-5)
+    assert (cfg.max_iters, cfg.warmup_iters, cfg.lr_schedule) == (50, 5, "constant")
+
+
 def test_numbers_of_seeds():
     assert report.of_seeds({"mean": 1.0, "lowest": 0.5, "highest": 2.0}, ".1f") == "1.0 [0.5, 2.0]"
     assert report.of_seeds({"mean": 1.0, "lowest": 1.0, "highest": 1.0001}, ".1f") == "1.0"
