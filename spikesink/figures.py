@@ -122,6 +122,9 @@ def _entries(ablation):
 def _deltas(ablation):
     shown = _entries(ablation)
     figure, axes = plt.subplots(figsize=(6.2, 0.19 * len(shown) + 0.9))
+    smallest = min((abs(e["delta_loss"]) for _, e, _ in shown if abs(e["delta_loss"]) > 1e-3), default=1e-3)
+    axes.set_xscale("symlog", linthresh=smallest)
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest))
     for i, (_, entry, color) in enumerate(shown):
         if entry["ci95"]:
             axes.plot(entry["ci95"], [i, i], color=color, lw=2)
@@ -129,9 +132,6 @@ def _deltas(ablation):
     axes.set_yticks(range(len(shown)), [label for label, _, _ in shown], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, lw=0.8)
-    smallest = min((abs(e["delta_loss"]) for _, e, _ in shown if abs(e["delta_loss"]) > 1e-3), default=1e-3)
-    axes.set_xscale("symlog", linthresh=max(1e-3, smallest))
-    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=max(1e-3, smallest)))
     axes.set(title="Change of the loss, nats per token (95% interval)", xlabel="linear near 0, then logarithmic")
     return figure
 
