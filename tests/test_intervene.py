@@ -122,6 +122,28 @@ def test_spike_edits_are_their_formulas_and_touch_nothing_else(both):
         assert edit.edited == (6 if name == "spike_stepup" else 6 * 3)  # ffn 0, and the two sub-layers after it
         assert edit.stage == 1  # ffn 0
     assert reference.step_up == 2
+    token = x[SPIKE]
+    drawn = intervene.entries_of(clean, "random_channels")[2][SPIKE]
+    factor = (10 * median / x[where].abs())[:, None]
+    for name, values in (("spike_zero", 0 * token), ("spike_clip", token * factor)):
+        edited = streams_under(clean, EVERY[name].edit(clean, reference, "random_channels"))[2][SPIKE]
+        torch.testing.assert_close(edited, torch.where(drawn, values, token), atol=1e-4, rtol=1e-3)
+    edited = streams_under(clean, intervene.spike_mean(clean, reference, "random_channels"))[2]
+    usual = torch.where(others, x, torch.nan).nanmean((0, 1))  # of each channel over the entries that are no spikes
+    torch.testing.assert_close(edited[SPIKE], torch.where(drawn, usual, token), atol=1e-4, rtol=1e-3)
+
+
+def test_the_step_up_is_where_spikes_first_stand_not_where_most_are(both):
+    subject, clean, _ = both
+    three, last = (torch.arange(3), torch.tensor(20), torch.tensor(5)), []
+
+    def more(x):
+        last.append(x.index_put(three, torch.tensor(500.0)))
+        return last[-1]
+
+    with on_streams(subject.streams[3:5], [more, lambda x: last[-1]]):
+        assert [int(marked.sum()) for marked in Clean.of(subject, clean.ids).spikes] == [0, 0, 6, 9, 9]
+        assert Reference(subject, clean.ids).step_up == 2  # only three are new at tap 3
 
 
 def test_projection_and_constant_state_are_their_formulas(both):

@@ -89,6 +89,9 @@ def test_few_sequences_are_underpowered():
     few = {**entry["sinks_left"], "sequences": 9}
     assert outcomes.needs({**entry, "sinks_left": few}, "sinks_left") == "underpowered"
     assert outcomes.needs({**entry, "edited": 0}, "sinks_left") == "underpowered"
+    for share, needs in ((0.3, "yes"), (0.6, "no")):
+        left = {"sequences": 16, "same": share, "all": share, "ci95": {"same": [share - 0.05, share + 0.05]}}
+        assert outcomes.needs({**entry, "sinks_left": left}, "sinks_left") == needs
     same = [{**c, "sinks_left": entry["sinks_left"]} for c in entry["control"]]
     assert outcomes.needs({**entry, "control": same}, "sinks_left") == "unclear"  # the control does it as well
 
@@ -129,9 +132,11 @@ def test_the_batch_does_not_matter():
 
 def test_spread_is_that_of_explicit_maps():
     model, ids = independent(), many()
+    with torch.no_grad():
+        model.transformer.h[1].attn.f.c_attn.weight[48] = 0  # head 1 has no sink, and does not count
     subject = subject_of(model)
     measured = outcomes.measure(subject, ids, {}, 4)
-    maps = explicit_maps(model, ids)[0][1]  # both sinks are in block 1: (N, H, T, T)
+    maps = explicit_maps(model, ids)[0][1][:, :1]  # the sink is in head 0 of block 1: (N, 1, T, T)
     distance = (torch.arange(32)[:, None] - torch.arange(32)).abs()
     without = maps.clone()
     for n in range(16):
@@ -153,6 +158,16 @@ def test_a_model_without_spikes_or_sinks_says_so(ids):
     entries = outcomes.entries({"spike_zero": TABLE["spike_zero"]}, measured)
     assert entries[0]["edited"] == 0 and entries[0]["delta_loss"] == 0
     assert outcomes.two_by_two(entries)["remove_spikes"]["needs"] == "underpowered"
+
+
+def test_what_stands_before_an_edit_is_still_there():
+    """A sink in block 0 and a spike at its FFN, then an edit of the last tap alone: all of both are left."""
+    subject, ids = subject_of(spike_needs_sink()), many()
+    last = lambda clean: intervene.remove_sub_layer(clean, subject.inner["update"][-1])
+    measured = outcomes.measure(subject, ids, {"last": last}, 4)
+    clean, edited = measured.outcomes["none"], measured.outcomes["last"]
+    assert clean.spikes.sum() > 0 and clean.sinks.sum() > 0
+    assert torch.equal(edited.spikes, clean.spikes) and torch.equal(edited.sinks, clean.sinks)
 
 
 def test_states_of_the_edited_tokens_move_and_those_before_the_edit_do_not():

@@ -38,12 +38,14 @@ def log_probability(model, text):
 def test_blimp_scores_are_sums_of_log_probabilities():
     model = tiny(**BYTES)
     pairs = [pair("The cats sleep.", "The cats sleeps."), pair("a", "bb", field="semantics"), pair("An ox", "A ox")]
-    pairs += [pair(p.bad, p.good, field=p.field) for p in pairs]  # of each pair and its mirror exactly one is right
+    is_right = lambda p: log_probability(model, p.good) > log_probability(model, p.bad)
+    pairs = [p if is_right(p) else pair(p.bad, p.good, field=p.field) for p in pairs]
+    pairs += [pair(p.bad, p.good, field=p.field) for p in pairs[:1]]  # the mirror of a right pair is wrong
     found = probes.blimp(subject_of(model), READER, [*pairs, pair("x" * 64, "y")], NONE)
-    right = [log_probability(model, p.good) > log_probability(model, p.bad) for p in pairs]
-    assert sum(right) == 3
+    right = [is_right(p) for p in pairs]
+    assert right == [True, True, True, False]
     condition = found["conditions"][0]
-    assert condition["accuracy"] == 0.5 and (found["pairs"], found["left_out"]) == (6, 1)
+    assert condition["accuracy"] == 0.75 and (found["pairs"], found["left_out"]) == (4, 1)
     for field in ("syntax", "semantics"):
         expected = [r for r, p in zip(right, pairs, strict=True) if p.field == field]
         assert condition["by_field"][field]["accuracy"] == sum(expected) / len(expected)
@@ -268,3 +270,13 @@ def test_broken_releases_are_one_line(tmp_path, dataset, name, content, words):
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     with pytest.raises(UserError, match="no archive"):
         prepare_of(dataset)(tmp_path, tmp_path / "nothing.zip")
+
+
+def test_the_edge_tasks_other_word_is_of_the_same_sentence_and_not_the_head():
+    read = treebank(40)
+    words = probes.words_of(READER, read)
+    task = probes.tasks_of(read, words, np.ones(len(words.index), dtype=bool))["edge"]
+    assert np.array_equal(words.sentence[task.first], words.sentence[task.second])
+    head = np.array([read[n].heads[i] for n, i in zip(words.sentence, words.index, strict=True)])
+    assert np.array_equal(words.index[task.second] == head[task.first], task.label == 1)
+    assert (task.first != task.second).all() and task.label.mean() == 0.5
