@@ -17,9 +17,10 @@ from data.loader import Tokens
 from model import GPT, GPTConfig
 from spikesink import config, findings, report
 from spikesink.errors import Flags, run
+from spikesink.machine import Machine
 from spikesink.observe import observe
 from spikesink.subject import Subject
-from train import Machine, Run, TrainConfig
+from train import Run, TrainConfig
 
 ROOT = Path(__file__).parent
 NOT_ARMS = ("quickstart", "backcopy")
@@ -55,7 +56,7 @@ def try_arm(name, steps, dataset):
     with tempfile.TemporaryDirectory() as folder:
         argv = ["scale/nano", name, *options, f"--out_dir={folder}"]
         (small, cfg), given, _ = config.load((GPTConfig, TrainConfig), argv, ROOT)
-        trial = Run(small, cfg, given, Machine.find(cfg))
+        trial = Run(small, cfg, given, Machine.find(cfg.device))
         for _ in range(steps):
             loss, _, _ = trial.update(trial.model)
         data = Tokens(dataset, "val", 64, cfg.bos)

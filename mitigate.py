@@ -24,7 +24,8 @@ from model import GPTConfig
 from spikesink import checkpoint, findings, metrics, quantise, report
 from spikesink.errors import InterruptedRunError, UserError, run
 from spikesink.hooks import on_streams
-from train import DTYPES, Machine, Run, TrainConfig
+from spikesink.machine import DTYPES, Machine
+from train import Run, TrainConfig, saved_run
 
 SCHEMA = "spikesink-mitigation-1"
 
@@ -128,7 +129,8 @@ def fine_tune(name, cfg, changes, digest, overwrite):
     of_training = {key: value for key, value in changes.items() if key not in GPTConfig.__dataclass_fields__}
     given = {key: value for key, value in changes.items() if key not in of_training}
     cfg = dataclasses.replace(cfg, **of_training)
-    saved = checkpoint.load(path) if path.exists() and not overwrite else None
+    checkpoints = checkpoint.Checkpoints(cfg.out_dir)
+    saved = saved_run(checkpoints) if checkpoints.any() and not overwrite else None
     if saved:
         had = {**saved["model_args"], **saved.get("config", {}), "init_from": read(origin)}
         wanted = {**dataclasses.asdict(cfg), **given, "init_from": digest}
@@ -141,8 +143,9 @@ def fine_tune(name, cfg, changes, digest, overwrite):
         if saved["step"] == cfg.max_iters:
             tqdm.write(f"{name}: trained already, {path}")
             return path
-    cfg = dataclasses.replace(cfg, resume=saved is not None, overwrite=saved is None)
-    tuned = Run(GPTConfig(), cfg, given, Machine.find(cfg))
+    cfg = dataclasses.replace(cfg, overwrite=saved is None)
+    model_config = GPTConfig(**saved["model_args"]) if saved else GPTConfig()
+    tuned = Run(model_config, cfg, given, Machine.find(cfg.device), saved)
     tuned.open_folder()
     findings.save_text(origin, digest)
     try:

@@ -2,14 +2,15 @@
 
   python train.py config/postnorm.py                            the 125M post-norm arm, on OpenWebText
   python train.py postnorm scale/nano --dataset=stdlib          the same arm, small enough for a CPU
-  torchrun --nproc_per_node=8 train.py config/postnorm.py       on eight GPUs
+  torchrun --nproc_per_node=8 train.py config/postnorm.py       on eight GPUs; --parallel=fsdp shards the model
+  python train.py --resume --out_dir=out/postnorm               goes on, with the settings of the checkpoint
+  python train.py --replay=812 --out_dir=out/postnorm           what was in the batch of step 812?
 
-Writes OUT_DIR/ckpt.pt, OUT_DIR/log.jsonl and OUT_DIR/config.json. Stop it and add --resume to go on.
+Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl, loss_spikes.jsonl and config.json.
 """
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -22,14 +23,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data.loader import Tokens
+from data.tokenizer import tokenizer_of
 from model import GPT, GPTConfig
 from spikesink import __version__, checkpoint, config, convert, hf, metrics
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
+from spikesink.log import JsonLines, LossWatch, TensorBoard, warn
+from spikesink.machine import DTYPES, PARALLEL, Machine
 
 ROOT = Path(__file__).parent
 
@@ -63,22 +67,30 @@ class TrainConfig:
     eval_interval: int = 2000  # steps between validation losses
     eval_iters: int = 200  # batches in a validation loss; always the same ones
     log_interval: int = 1  # steps between lines of log.jsonl
-    save_interval: int = 2000  # steps between checkpoints
+    save_interval: int = 2000  # steps between checkpoints; one more at every best validation loss
+    keep_last: int = 2  # newest checkpoints that are kept, besides the best
+    keep_every: int = 0  # and those of every so many steps
+    async_save: bool = False  # write checkpoints while training goes on
+    tensorboard: bool = False  # the log's numbers in OUT_DIR/tensorboard too
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    parallel: str = "ddp"  # of several ranks: ddp, or fsdp, in which each holds a shard of the model
     dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile; needs a C++ compiler on a CPU
+    deterministic: bool = False  # only algorithms that give the same bits again, on a GPU too
     seed: int = 1337  # of the weights, the batches and dropout
-    resume: bool = False  # go on from OUT_DIR/ckpt.pt
+    resume: bool = False  # go on from the newest sound checkpoint of OUT_DIR
     overwrite: bool = False  # start again in an out_dir that holds a run
+    replay: int = 0  # compute this step of the run in OUT_DIR again and show its batch; writes nothing
 
     def __post_init__(self):
         choices = {"lr_schedule": LR_SCHEDULES, "optimizer": OPTIMIZERS, "penalty": PENALTIES, "dtype": DTYPES}
+        choices["parallel"] = PARALLEL
         for key, table in choices.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
         for key in (
             *("weight_decay", "grad_clip", "min_lr", "warmup_iters", "lr_decay_iters", "seed"),
-            *("loss_first", "loss_last", "penalty_weight"),
+            *("loss_first", "loss_last", "penalty_weight", "keep_every", "replay"),
         ):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
@@ -92,7 +104,8 @@ class TrainConfig:
         if self.loss_last and self.loss_first >= self.loss_last:
             raise ValueError(f"loss_first={self.loss_first} is not before loss_last={self.loss_last}")
         positive = (
-            "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval"
+            "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval "
+            "keep_last"
         )
         for key in positive.split():
             if getattr(self, key) < 1:
@@ -101,14 +114,16 @@ class TrainConfig:
             raise ValueError("resume and overwrite exclude each other")
 
 
+# what is asked of this command alone, and never taken from a checkpoint
+OF_COMMAND = ("out_dir", "resume", "overwrite", "replay", "device", "parallel", "compile", "deterministic")
 # what may change when a run is resumed; everything else is what the run is
 RESUMABLE = (
-    *("out_dir", "resume", "overwrite", "device", "dtype", "compile", "max_iters"),
-    *("learning_rate", "min_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "grad_clip"),
+    *OF_COMMAND,
+    *("dtype", "max_iters", "learning_rate", "min_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "grad_clip"),
     *("eval_interval", "eval_iters", "log_interval", "save_interval"),
+    *("keep_last", "keep_every", "async_save", "tensorboard"),
 )
-
-DTYPES = ("auto", "bfloat16", "float32")
+SCHEMAS = (GPTConfig, TrainConfig)
 
 # name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
 LR_SCHEDULES = {
@@ -170,54 +185,6 @@ def learning_rate(step, cfg):
     return cfg.min_lr + LR_SCHEDULES[cfg.lr_schedule](done) * (cfg.learning_rate - cfg.min_lr)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where this process runs: its device, the autocast dtype and its place among the ranks."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def find(cls, cfg):
-        """From the configuration and torchrun's environment. Raises UserError for a device that is not there."""
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        name = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        if name == "cuda" and "LOCAL_RANK" in os.environ:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        try:
-            device = torch.device(name)
-            torch.empty(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"device={cfg.device} is not at hand: {str(error).splitlines()[0]}") from None
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")
-        dtype = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if has_bfloat16(device) else "float32")
-        return cls(device, getattr(torch, dtype), rank, world)
-
-    def autocast(self):
-        """Mixed precision for the forward pass; weights, gradients and the residual stream stay float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def mean(self, value):
-        """The mean of a float tensor over the ranks."""
-        if self.world > 1:
-            dist.all_reduce(value)
-            value /= self.world
-        return value
-
-
-def has_bfloat16(device):
-    """True if the hardware multiplies bfloat16 matrices natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def cpp_compiler():
     """True if torch.compile can build CPU code here."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
@@ -239,12 +206,13 @@ def validation_loss(model, data, cfg, machine):
     """Mean loss (nats per token) over `eval_iters` fixed batches, the same ones for any number of ranks."""
     model.eval()
     total = torch.zeros((), device=machine.device)
-    for i in range(machine.rank, cfg.eval_iters, machine.world):
-        x, y = data.batch(i, cfg.batch_size)
+    for first in range(0, cfg.eval_iters, machine.world):  # every rank as often: sharded models run together
+        x, y = data.batch(first + machine.rank, cfg.batch_size)
         with machine.autocast():
-            total += model(x.to(machine.device), y.to(machine.device))[1]
+            loss = model(x.to(machine.device), y.to(machine.device))[1]
+        total += loss if first + machine.rank < cfg.eval_iters else 0
     model.train()
-    return machine.mean(total).item() * machine.world / cfg.eval_iters
+    return machine.sum(total).item() / cfg.eval_iters
 
 
 def foreign_model(name, given):
@@ -277,23 +245,28 @@ def load_weights(model, weights, origin):
 
 
 class Run:
-    """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR/ckpt.pt."""
+    """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR.
 
-    def __init__(self, model_config, cfg, given, machine):
-        self.cfg, self.given, self.machine = cfg, given, machine
+    `given`: the keys that were asked for; `saved`: the checkpoint to go on from, as `saved_run` returned it.
+    """
+
+    def __init__(self, model_config, cfg, given, machine, saved=None):
+        self.cfg, self.given, self.machine = cfg, given, machine.at(cfg.dtype)
         self.out_dir = Path(cfg.out_dir)
-        self.path = self.out_dir / "ckpt.pt"
-        self.step = 0
-        self.val_loss = None
-        self.signal = None  # the name of a signal that asked the run to stop
-        saved = self._claim_out_dir()
-        checkpoint.check_writable(self.path)
+        self.checkpoints = checkpoint.Checkpoints(self.out_dir, cfg.keep_last, cfg.keep_every, cfg.async_save)
+        self.path = self.checkpoints.path
+        self.step, self.val_loss, self.best = 0, None, math.inf
+        self.watch = LossWatch()
+        self.signal = None  # the name of a signal that asked this rank to stop
+        self.stopping = None  # that of one that any rank got, agreed on
+        if not cfg.replay:
+            machine.from_chief(self._check_out_dir, saved)
         weights = None
-        if cfg.init_from != "scratch":
+        if cfg.init_from != "scratch" and not saved:
             model_config, weights = foreign_model(cfg.init_from, given)
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
-        self.model_config = self._fit_vocabulary(model_config)
+        self.model_config = model_config if saved else self._fit_vocabulary(model_config)
         if cfg.loss_first >= model_config.block_size:
             raise UserError(
                 f"loss_first={cfg.loss_first} leaves nothing of block_size={model_config.block_size} to learn"
@@ -303,11 +276,14 @@ class Run:
                 f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
                 f"{machine.world} ranks"
             )
+        if machine.sharded and cfg.optimizer == "muon":
+            raise UserError("muon needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
         self.n_micro = cfg.gradient_accumulation_steps // machine.world
         torch.manual_seed(cfg.seed)
         self.model = GPT(self.model_config).to(machine.device)
         if weights is not None:
             load_weights(self.model, weights, cfg.init_from)
+        machine.shard(self.model, self.model.transformer.h)
         self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
         self.penalties = []  # of the current forward pass, one per sub-layer
         if cfg.penalty != "none":
@@ -315,16 +291,15 @@ class Run:
         if saved:
             self._restore(saved)
 
-    def _claim_out_dir(self):
-        """The checkpoint to go on from, or None. Raises UserError rather than overwrite a run unasked."""
-        if self.cfg.resume:
-            return checkpoint.load(self.path)
-        if (self.path.exists() or (self.out_dir / "log.jsonl").exists()) and not self.cfg.overwrite:
+    def _check_out_dir(self, saved):
+        """Raises UserError rather than overwrite a run unasked, or where nothing can be written."""
+        held = self.checkpoints.any() or (self.out_dir / "log.jsonl").exists()
+        if held and not saved and not self.cfg.overwrite:
             raise UserError(
                 f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
                 "--out_dir=DIR goes elsewhere"
             )
-        return None
+        checkpoint.check_writable(self.path)
 
     def _watch_streams(self):
         """Collects the penalty of the stream after every sub-layer, in passes that will be differentiated."""
@@ -347,80 +322,104 @@ class Run:
         return model_config
 
     def _restore(self, saved):
-        if "optimizer" not in saved or "step" not in saved:
-            raise UserError(f"{self.path} is not a run of train.py: start from it with --init_from={self.path}")
-        ours = dataclasses.asdict(self.model_config) | dataclasses.asdict(self.cfg)
-        for key, value in (saved["model_args"] | saved["config"]).items():
-            if ours.get(key) != value and key not in RESUMABLE:
-                raise UserError(f"{self.path} was trained with {key}={value}, not {ours.get(key)}; arms are not mixed")
-        self.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(self.optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        self.step, self.val_loss = saved["step"], saved["val_loss"]
-        if saved.get("data") != self.train_data.meta:
+        if saved["data"] != self.train_data.meta:
             raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
-        if self.step > self.cfg.max_iters:
-            raise UserError(f"{self.path} is at step {self.step}, beyond max_iters={self.cfg.max_iters}")
-        quiet = ("out_dir", "resume", "overwrite")
-        for key, value in saved["config"].items():
-            if ours.get(key) != value and key not in quiet and self.machine.rank == 0:
-                print(f"changed on resume: {key} {value} -> {ours.get(key)}")
+        if saved["step"] > self.cfg.max_iters:
+            raise UserError(f"{self.path} is at step {saved['step']}, beyond max_iters={self.cfg.max_iters}")
+        if saved["step"]:
+            self.machine.restore(self.model, self.optimizers, saved["model"], saved["optimizer"])
+        self.step, self.val_loss, self.watch = saved["step"], saved["val_loss"], LossWatch(saved["loss_watch"])
+        self.best = math.inf if saved["best"] is None else saved["best"]
 
-    def save(self):
-        """Everything that is needed to go on, and to know what this model is."""
-        checkpoint.save(
-            self.path,
-            {
-                "model_args": dataclasses.asdict(self.model_config),
-                "model": self.model.state_dict(),
-                "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
-                "config": dataclasses.asdict(self.cfg),
-                "given": self.given,
-                "data": self.train_data.meta,
-                "step": self.step,
-                "tokens": self.step * self.tokens_per_step,
-                "val_loss": self.val_loss,
-                **provenance(),
-            },
-        )
+    def save(self, best=False, last=False):
+        """Everything that is needed to go on, and to know what this model is. Every rank must call it; rank 0 writes.
+
+        What cannot be written is a warning, and training goes on to the next checkpoint; if it is the `last`, a
+        UserError.
+        """
+        weights, optimizer = self.machine.state(self.model, self.optimizers)
+        if not self.machine.chief:
+            return
+        content = {
+            "model_args": dataclasses.asdict(self.model_config),
+            "model": weights,
+            "optimizer": optimizer,
+            "config": dataclasses.asdict(self.cfg),
+            "given": self.given,
+            "data": self.train_data.meta,
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "val_loss": self.val_loss,
+            "best": None if self.best == math.inf else self.best,
+            "loss_watch": self.watch.state,
+            **provenance(),
+        }
+        wait, write = self.checkpoints.wait, lambda: self.checkpoints.save(content, best)
+        for call in (wait, write, *([wait] if last else [])):
+            try:
+                call()
+            except OSError as error:
+                said = f"step {self.step}: cannot write a checkpoint ({error.strerror}); {self._last_good()}"
+                if last:
+                    raise UserError(f"{said}; make room and go on with --resume") from None
+                warn(f"{said}; training goes on")
+
+    def _last_good(self):
+        return f"the last good one is {self.path}" if self.path.exists() else "there is none yet"
 
     @property
     def tokens_per_step(self):
         """Tokens in one optimiser step, over all micro-batches and ranks."""
-        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model_config.block_size
+        return self.sequences_per_step * self.model_config.block_size
 
-    def update(self, model):
-        """One optimiser step. Returns loss, gradient norm and learning rate.
+    @property
+    def sequences_per_step(self):
+        """Sequences in one optimiser step, over all micro-batches and ranks."""
+        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps
 
-        Raises StoppedError, with the weights as they were, if the loss or a gradient is not finite.
+    def batches(self):
+        """x, y (B, T) of the micro-batches of the current step, on this rank; y is -1 where the loss does not count.
+
+        Dropout noise, like the batch, is a pure function of (seed, step, rank): there is no RNG state to lose.
         """
         cfg, machine = self.cfg, self.machine
-        # Dropout noise, like the batch, is a pure function of (seed, step, rank): there is no RNG state to lose.
         torch.manual_seed(hash((cfg.seed, self.step, machine.rank)))
-        total = torch.zeros((), device=machine.device)
         for micro in range(self.n_micro):
             x, y = self.train_data.batch(
                 self.step, cfg.batch_size, micro, self.n_micro, rank=machine.rank, world=machine.world
             )
-            last = micro == self.n_micro - 1
-            with contextlib.nullcontext() if last or machine.world == 1 else model.no_sync():
-                y[:, : cfg.loss_first] = -1
-                y[:, cfg.loss_last or y.size(1) :] = -1
+            y[:, : cfg.loss_first] = -1
+            y[:, cfg.loss_last or y.size(1) :] = -1
+            yield x.to(machine.device), y.to(machine.device)
+
+    def gradients(self, model):
+        """Gradients of the current step, clipped, the same on every rank. Returns (loss, gradient norm)."""
+        cfg, machine = self.cfg, self.machine
+        total = torch.zeros((), device=machine.device)
+        for micro, (x, y) in enumerate(self.batches()):
+            with machine.accumulating(model, last=micro == self.n_micro - 1):
                 with machine.autocast():
-                    loss = model(x.to(machine.device), y.to(machine.device))[1]
+                    loss = model(x, y)[1]
                 total += loss.detach() / self.n_micro
                 if self.penalties:
                     loss = loss + cfg.penalty_weight * torch.stack(self.penalties).mean()
                     self.penalties.clear()
                 (loss / self.n_micro).backward()
-        loss = machine.mean(total).item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf).item()
+        # every rank learns at the same step that one of them was asked to stop
+        asked = torch.tensor([float(name == self.signal) for name in SIGNALS], device=machine.device)
+        loss, *asked = machine.sum(torch.cat((total[None] / machine.world, asked))).tolist()
+        self.stopping = next((name for name, ranks in zip(SIGNALS, asked, strict=True) if ranks), None)
+        return loss, machine.gradient_norm(self.model.parameters(), cfg.grad_clip or math.inf)
+
+    def update(self, model):
+        """One optimiser step. Returns loss, gradient norm and learning rate.
+
+        Raises StoppedError, on every rank and with the weights as they were, if the loss or a gradient is not finite.
+        """
+        loss, norm = self.gradients(model)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            good = f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was written yet"
-            raise StoppedError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update; {good}"
-            )
-        lr = learning_rate(self.step, cfg)
+            raise StoppedError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update")
+        lr = learning_rate(self.step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -430,54 +429,79 @@ class Run:
         return loss, norm, lr
 
     def open_folder(self):
-        """Makes OUT_DIR, without an old run where one is overwritten, and writes config.json. Raises UserError."""
+        """Makes OUT_DIR this process's own, without an old run where one is overwritten, and writes config.json.
+
+        Raises UserError if it cannot be written, or another process trains there.
+        """
+        self.lock = filelock.FileLock(self.out_dir / ".lock")
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            self.checkpoints.sweep()
+            if self.cfg.overwrite:
+                self.checkpoints.clear()
+            everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
+            text = json.dumps({"given": self.given, "config": everything, **provenance()}, indent=1)
+            checkpoint.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
+            self.log = JsonLines(self.out_dir / "log.jsonl", self.step)
+            self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
+        except filelock.Timeout:
+            raise UserError(f"another process trains in {self.out_dir}: stop it, or give another --out_dir") from None
         except OSError as error:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
-        if self.cfg.overwrite:
-            self.path.unlink(missing_ok=True)
-        everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
-        text = json.dumps({"given": self.given, "config": everything, **provenance()}, indent=1)
-        checkpoint.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
 
     def train(self, model, name=""):
         """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP. `name`: what the
         progress bar calls it."""
-        chief = self.machine.rank == 0
-        log = open_log(self.out_dir / "log.jsonl", self.step) if chief else contextlib.nullcontext()
-        with log as log_file, self._stopping_on_signals():
-            self._train(model, log_file, name)
+        with contextlib.ExitStack() as stack:
+            logs = []
+            if self.machine.chief:
+                stack.callback(self.lock.release)
+                logs = [self.log]
+                if self.cfg.tensorboard:
+                    logs.append(TensorBoard(self.out_dir / "tensorboard", self.step))
+                for log in (*logs, self.jumps):
+                    stack.callback(log.close)
+            stack.enter_context(self._stopping_on_signals())
+            self._train(model, logs, name)
 
     @contextlib.contextmanager
     def _stopping_on_signals(self):
-        """Within, SIGINT and SIGTERM end the run after the step that it is at."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Within, SIGNALS end the run after the step that it is at."""
+        before = {name: signal.signal(getattr(signal, name), self._stop) for name in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
 
     def _stop(self, number, frame):
-        """Asks for a stop after the current step; the same signal again has its usual effect."""
+        """Asks for a stop after the current step; a second Ctrl-C or SIGTERM ends the process at once."""
         self.signal = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number != signal.SIGUSR1:
+            signal.signal(number, signal.default_int_handler)
 
-    def _train(self, model, log, name):
-        cfg, chief = self.cfg, self.machine.rank == 0
+    def _train(self, model, logs, name):
+        cfg, chief = self.cfg, self.machine.chief
         since, seen = time.perf_counter(), self.step
         hidden, label = None if chief else True, f"{name}: " if name else ""
         bar = tqdm(total=cfg.max_iters, initial=self.step, unit="step", desc=name or None, disable=hidden)
         while self.step < cfg.max_iters:
-            loss, norm, lr = self.update(model)
-            last = self.step == cfg.max_iters
+            try:
+                loss, norm, lr = self.update(model)
+            except StoppedError as error:
+                bar.close()
+                self._stopped(error)
+            self._watch_loss(loss, norm)
+            last, best = self.step == cfg.max_iters, False
             evaluated = last or self.step % cfg.eval_interval == 0
             if evaluated or self.step % cfg.log_interval == 0:
                 now = time.perf_counter()
                 speed = (self.step - seen) * self.tokens_per_step / (now - since)
                 if evaluated:
                     self.val_loss = validation_loss(model, self.val_data, cfg, self.machine)
+                    best = self.val_loss < self.best
+                    self.best = min(self.val_loss, self.best)
                 row = {
                     "step": self.step,
                     "loss": loss,
@@ -488,72 +512,197 @@ class Run:
                     "tokens_per_s": speed,
                 }
                 since, seen = time.perf_counter(), self.step
-                if chief:
-                    print(json.dumps(row), file=log, flush=True)
-                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                    if evaluated:
-                        words = f"loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s"
-                        bar.write(f"{label}step {self.step}: {words}", file=sys.stdout)
-            stopped = self.signal is not None
-            if chief and (last or stopped or self.step % cfg.save_interval == 0):
-                self.save()
+                for log in logs:
+                    log.write(row)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if chief and evaluated:
+                    words = f"loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s"
+                    bar.write(f"{label}step {self.step}: {words}", file=sys.stdout)
+            ends = last or self.stopping is not None
+            if ends or best or self.step % cfg.save_interval == 0:
+                self.save(best, ends)
             bar.update()
-            if stopped and not last:
+            if self.stopping and not last:
                 bar.close()
-                raise InterruptedRunError(f"{self.signal} at step {self.step}: saved {self.path}; go on with --resume")
+                raise InterruptedRunError(
+                    f"{self.stopping} at step {self.step}: saved {self.path}; go on with --resume"
+                )
         bar.close()
 
+    def _watch_loss(self, loss, norm):
+        """Notes a loss that stands out, with its batch."""
+        found, mean, sd = self.watch.stands_out(loss)
+        if found and self.machine.chief:
+            self._note(self.step, {"loss": loss, "mean": mean, "sd": sd, "grad_norm": norm})
 
-def step_of(line):
-    """The step of a line of log.jsonl; infinity for a broken one, which is dropped."""
+    def _note(self, step, row):
+        windows = self.train_data.windows(step - 1, self.sequences_per_step)
+        self.jumps.write({"step": step, **row, "windows": windows})
+
+    def _stopped(self, error):
+        """What is left of a run whose loss or gradient was not finite. Raises StoppedError."""
+        step = self.step + 1
+        if self.machine.chief:
+            self._note(step, {"stopped": str(error)})
+            with contextlib.suppress(OSError):
+                self.checkpoints.wait()
+        raise StoppedError(f"{error}; checkpoints: {self._last_good()}; --replay={step} shows its batch") from None
+
+    def replay(self):
+        """Computes step cfg.replay again from the nearest state before it. Returns a dict.
+
+        `loss` and `grad_norm` as in the log; `windows`: [(window, mean loss of its tokens, its ids (T,))], the worst
+        first; `shares`: [(parameter, its share of the squared gradient norm)], the largest first.
+        """
+        if self.machine.world > 1:
+            raise UserError("a step is replayed by one process: leave torchrun out")
+        for _ in tqdm(range(self.step, self.cfg.replay - 1), desc="replay", unit="step", disable=None):
+            self.update(self.model)
+        with torch.no_grad():
+            losses, ids = [], []
+            for x, y in self.batches():
+                with self.machine.autocast():
+                    logits = self.model(x)[0]
+                each = torch.nn.functional.cross_entropy(
+                    logits.float().transpose(1, 2), y, ignore_index=-1, reduction="none"
+                )
+                losses += (each.sum(1) / (y >= 0).sum(1)).tolist()
+                ids += x.tolist()
+        loss, norm = self.gradients(self.model)
+        squares = {name: p.grad.float().square().sum().item() for name, p in self.model.named_parameters()}
+        whole = sum(squares.values())
+        windows = self.train_data.windows(self.step, self.sequences_per_step)
+        worst = lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
+        return {
+            "step": self.cfg.replay,
+            "loss": loss,
+            "grad_norm": norm,
+            "windows": sorted(zip(windows, losses, ids, strict=True), key=worst),
+            "shares": sorted(((name, square / whole) for name, square in squares.items()), key=worst),
+        }
+
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+def saved_run(checkpoints, replay=0):
+    """The checkpoint to go on from: the newest sound one, or for `replay` the nearest before that step. A dict.
+
+    Where there is none before it, one of step 0, whose weights are those that the seed makes. Raises UserError.
+    """
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        saved, path = checkpoints.newest(before=replay or None)
+    except UserError:
+        if not replay or not checkpoints.all():
+            raise
+        saved, path = checkpoints.newest()
+        saved["step"] = 0
+    number = (int, float)
+    kinds = {"optimizer": dict, "step": int, "config": dict, "data": dict, "given": dict}
+    kinds |= {"val_loss": (*number, type(None)), "best": (*number, type(None)), "loss_watch": list}
+    if (
+        not all(isinstance(saved.get(key), kind) for key, kind in kinds.items())
+        or [isinstance(value, number) for value in saved["loss_watch"]] != [True] * 3
+    ):
+        raise UserError(f"{path} is not a run of this train.py: start from it with --init_from={path}")
+    if saved["step"] == 0:
+        saved |= {"val_loss": None, "best": None, "loss_watch": LossWatch().state}
+    return {**saved, "path": str(path)}
 
 
-def open_log(path, step):
-    """log.jsonl for appending, without the lines of steps after `step` that a resumed run writes again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and step_of(line) <= step]
-    checkpoint.write_atomic(path, lambda file: file.write("".join(kept).encode()))
-    return open(path, "a", encoding="utf-8")
+def settings_of(saved, given):
+    """{key: value} of a run that goes on: the checkpoint's, but for what was given and may change. Raises UserError."""
+    fields, values, path = config.fields_of(SCHEMAS), {}, saved["path"]
+    for key, stored in (saved["model_args"] | saved["config"]).items():
+        if key not in fields:
+            raise UserError(f"{path} was trained with {key}={stored}, which this version does not know")
+        value = config.typed(key, stored, fields[key].type, path)
+        if key not in RESUMABLE and given.get(key, value) != value:
+            raise UserError(f"{path} was trained with {key}={value}, not {given[key]}; arms are not mixed")
+        if key not in OF_COMMAND:
+            values[key] = value
+    return values
+
+
+def open_run(given, out_dir, machine):
+    """The Run of a command: new, or going on from what OUT_DIR holds. Raises UserError."""
+    checkpoints, replay = checkpoint.Checkpoints(out_dir), given.get("replay", 0)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun gives the same command again
+    if restarted:
+        there = machine.from_chief(checkpoints.any)
+        given = {**given, "resume": there, "overwrite": not there}
+    saved, tensors = None, {"model": {}, "optimizer": {}}
+
+    def read():  # the tensors stay on rank 0, which hands them out shard by shard
+        saved = saved_run(checkpoints, replay)
+        tensors.update(model=saved.pop("model"), optimizer=saved.pop("optimizer"))
+        return saved
+
+    if given.get("resume") or (replay and machine.from_chief(checkpoints.any)):
+        saved = machine.from_chief(read)
+    before = settings_of(saved, given) if saved else {}
+    model_config, cfg = config.build(SCHEMAS, {**before, **given, "out_dir": out_dir})
+    if machine.chief:
+        for key, value in before.items():
+            if given.get(key, value) != value:
+                print(f"changed on resume: {key} {value} -> {given[key]}")
+    if saved:
+        saved, given = saved | tensors, saved["given"] | given
+    return Run(model_config, cfg, given, machine, saved)
+
+
+def be_deterministic():
+    """Only algorithms that give the same bits again; others raise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def print_replay(run_):
+    """Replays a step and shows it beside what the log says of it."""
+    found = run_.replay()
+    path = run_.out_dir / "log.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    logged = next((row for row in rows if row["step"] == found["step"]), None)
+    words = f" (logged: {logged['loss']:.6f}, {logged['grad_norm']:.6g})" if logged else " (not logged)"
+    print(f"step {found['step']}: loss {found['loss']:.6f}, gradient norm {found['grad_norm']:.6g}{words}")
+    print("\nlargest gradients, of the squared norm")
+    for name, share in found["shares"][:5]:
+        print(f"{share:7.1%}  {name}")
+    text_of = getattr(tokenizer_of(run_.train_data.meta), "text", None)
+    print(f"\nloss    window  {'text' if text_of else 'ids'}, the worst 10 of {len(found['windows'])}")
+    for window, loss, ids in found["windows"][:10]:
+        print(f"{loss:6.3f}  {window:6d}  {repr(text_of(ids))[:100] if text_of else ids[:20]}")
 
 
 def main():
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__ + config.describe((TrainConfig, GPTConfig)))
+        print(__doc__ + config.describe(SCHEMAS))
         return
-    (model_config, cfg), given, files = config.load((GPTConfig, TrainConfig), sys.argv[1:], ROOT)
-    if not cfg.out_dir:
-        cfg = dataclasses.replace(cfg, out_dir=str(Path("out") / ("-".join(files) or "gpt2")))
-    machine = Machine.find(cfg)
-    if machine.world > 1:
-        dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
-    run_ = Run(model_config, cfg, given, machine)
-    chief = machine.rank == 0
-    compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
-    if chief:
-        run_.open_folder()
-        print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
-        print(
-            f"{run_.model.num_params() / 1e6:.2f}M parameters, "
-            f"{run_.model.flops_per_token(run_.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
-            f"{run_.tokens_per_step:,} tokens a step, "
-            f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
-            f"{'compiled' if compiled else 'eager'}, {machine.world} rank(s), from step {run_.step} to {cfg.max_iters}"
-        )
-    model = run_.model
-    if compiled:
-        model = torch.compile(model)
-    if machine.world > 1:
-        ddp = torch.nn.parallel.DistributedDataParallel
-        sync = {"forward_sync_buffers", "broadcast_buffers"} & set(inspect.signature(ddp).parameters)
-        model = ddp(model, **{max(sync): False})  # the new name of the option where torch has it; buffers are constants
-    run_.train(model)
-    if machine.world > 1:
-        dist.destroy_process_group()
-    if chief:
+    given, files = config.given(SCHEMAS, sys.argv[1:], ROOT)
+    out_dir = given.get("out_dir") or str(Path("out") / ("-".join(files) or "gpt2"))
+    machine = Machine.find(given.get("device", "auto"), given.get("parallel", "ddp"))
+    if given.get("deterministic"):
+        be_deterministic()
+    with machine.joined():
+        run_ = open_run(given, out_dir, machine)
+        if run_.cfg.replay:
+            print_replay(run_)
+            return
+        machine.from_chief(run_.open_folder)
+        cfg, machine = run_.cfg, run_.machine
+        compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
+        if machine.chief:
+            print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
+            ranks = f"{machine.world} ranks ({machine.parallel})" if machine.world > 1 else "1 rank"
+            print(
+                f"{run_.model.num_params() / 1e6:.2f}M parameters, "
+                f"{run_.model.flops_per_token(run_.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
+                f"{run_.tokens_per_step:,} tokens a step, "
+                f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
+                f"{'compiled' if compiled else 'eager'}, {ranks}, from step {run_.step} to {cfg.max_iters}"
+            )
+        run_.train(machine.wrap(torch.compile(run_.model) if compiled else run_.model))
+    if machine.chief:
         print(f"checkpoint: {run_.path}\nnext: python detect.py {run_.path}")
 
 

@@ -24,7 +24,7 @@ NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bo
 
 def folder(dataset):
     """The folder of a dataset given by name (under data/) or as a path. Raises UserError with the command to run."""
-    path = Path(dataset) if Path(dataset).is_dir() else ROOT / dataset
+    path = Path(dataset) if Path(dataset).is_dir() and dataset not in SELF_MADE else ROOT / dataset
     if dataset in SELF_MADE:
         make_once(path)
     if (path / "train.bin").is_file() or (path / "val.bin").is_file():
@@ -74,6 +74,7 @@ class Tokens:
         self.meta = meta_of(path)
         file = path / f"{split}.bin"
         self.tokens = _map(file, self.meta, split)
+        self.file, self.size = file, self.tokens.base.size()
         self.block_size, self.seed = block_size, seed
         self.bos_id = self.meta.get("bos_id") if bos else None
         if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < self.meta["vocab_size"]):
@@ -95,7 +96,9 @@ class Tokens:
         return self._order[1][place]
 
     def read(self, windows):
-        """x, y (int64, len(windows) x block_size) of the given windows."""
+        """x, y (int64, len(windows) x block_size) of the given windows. Raises UserError if the file has changed."""
+        if self.tokens.base.size() != self.size:  # reading what is gone would end in a bus error
+            raise UserError(f"{self.file} changed while it was read; put it back as it was, and go on with --resume")
         starts = np.asarray(windows)[:, None] * self.block_size
         ids = self.tokens[starts + np.arange(self.span)].astype(np.int64)
         if ids.max() >= self.meta["vocab_size"]:
@@ -104,6 +107,10 @@ class Tokens:
             ids = np.concatenate([np.full((len(ids), 1), self.bos_id), ids], axis=1)
         ids = torch.from_numpy(ids)
         return ids[:, :-1].contiguous(), ids[:, 1:].clone()  # apart, so that targets can be edited
+
+    def windows(self, step, n):
+        """The windows of `step`, which takes n sequences over all micro-batches and ranks."""
+        return [int(self._window(sample)) for sample in range(step * n, (step + 1) * n)]
 
     def batch(self, step, batch_size, micro=0, n_micro=1, *, rank=0, world=1):
         """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""

@@ -69,14 +69,17 @@ def typed(key, value, kind, origin):
     return value
 
 
-def load(schemas, argv, root):
-    """Instances of the dataclasses `schemas`, from the config files and `--key=value` in `argv`.
+def fields_of(schemas):
+    """{key: field} of dataclasses whose keys are flat: a key belongs to the one that has it."""
+    return {f.name: f for schema in schemas for f in dataclasses.fields(schema)}
 
-    Returns (instances, every value that was given as a dict, names of the config files). Keys are flat: a key belongs
-    to the one dataclass that has it. Raises UserError for an unknown key, a wrong type or an impossible value.
+
+def given(schemas, argv, root):
+    """({key: value} of all that the config files and `--key=value` in `argv` say, names of the config files).
+
+    Raises UserError for an unknown key or a wrong type.
     """
-    fields = {f.name: f for schema in schemas for f in dataclasses.fields(schema)}
-    values = {}
+    fields, values = fields_of(schemas), {}
 
     def take(key, value, origin):
         if key not in fields:
@@ -93,11 +96,21 @@ def load(schemas, argv, root):
         if not equals and key in fields and fields[key].type is not bool:
             raise UserError(f"--{key} needs a value: --{key}={fields[key].default}")
         take(key, value if equals else True, "command line")
+    return values, [path.stem for path in paths]
+
+
+def build(schemas, values):
+    """Instances of the dataclasses `schemas` from {key: value}. Raises UserError for an impossible value."""
     try:
-        instances = [s(**{f.name: values[f.name] for f in dataclasses.fields(s) if f.name in values}) for s in schemas]
+        return [s(**{f.name: values[f.name] for f in dataclasses.fields(s) if f.name in values}) for s in schemas]
     except ValueError as error:
         raise UserError(str(error)) from None
-    return instances, values, [path.stem for path in paths]
+
+
+def load(schemas, argv, root):
+    """(instances of `schemas`, all that was given as a dict, names of the config files). Raises UserError."""
+    values, names = given(schemas, argv, root)
+    return build(schemas, values), values, names
 
 
 def describe(schemas):

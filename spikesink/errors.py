@@ -10,12 +10,14 @@ class UserError(Exception):
     """A mistake that the user can mend; the message names what is wrong and what to do."""
 
     exit_code = 2
+    everywhere = False  # of several ranks all raise it, and rank 0 says it
 
 
 class StoppedError(UserError):
     """A run that stopped itself (a non-finite loss): not a mistake in the command, so another exit code."""
 
     exit_code = 3
+    everywhere = True
 
 
 def nearest(name, known):
@@ -28,6 +30,7 @@ class InterruptedRunError(UserError):
     """A run that was asked to stop, and saved itself."""
 
     exit_code = 130
+    everywhere = True
 
 
 class Flags(argparse.ArgumentParser):
@@ -55,7 +58,8 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
