@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 
 from .errors import UserError
@@ -153,7 +158,9 @@ class Machine:
         """Loads what `state` returned; only rank 0 need have it. Raises UserError if it does not fit."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world > 1)
         try:
-            set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=state, options=options)
+            if any(group.get("momentum", True) for optimizer in optimizers for group in optimizer.param_groups):
+                set_optimizer_state_dict(model, optimizers, state, options=options)  # plain SGD has no state
+            set_model_state_dict(model, weights, options=options)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"the checkpoint does not fit its own settings: {str(error).splitlines()[0]}") from None
 
