@@ -322,7 +322,7 @@ class Run:
         return model_config
 
     def _restore(self, saved):
-        if saved["data"] != self.train_data.meta:
+        if (saved["data"], saved.get("data_sample")) != (self.train_data.meta, self.train_data.sample):
             raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
         if saved["step"] > self.cfg.max_iters:
             raise UserError(f"{self.path} is at step {saved['step']}, beyond max_iters={self.cfg.max_iters}")
@@ -347,6 +347,7 @@ class Run:
             "config": dataclasses.asdict(self.cfg),
             "given": self.given,
             "data": self.train_data.meta,
+            "data_sample": self.train_data.sample,
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "val_loss": self.val_loss,

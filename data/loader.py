@@ -6,7 +6,9 @@ A folder without meta.json is read as nanoGPT's: uint16, GPT-2's vocabulary.
 """
 
 import contextlib
+import hashlib
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -66,6 +68,7 @@ class Tokens:
     `batch(step)` gives x, y (int64, batch_size x block_size). Over an epoch every window is seen once, in an order
     that depends on `seed` alone; the samples of a step are the same whatever the world size, so arms and machines
     differ only where they are meant to. With `bos`, each window starts with the dataset's bos_id.
+    `sample`: SHA-256 (hex) of about 4096 tokens from all over the file, by which a run knows its data again.
     Raises UserError if the file is missing, truncated, of another dtype, empty or out of vocabulary.
     """
 
@@ -74,19 +77,36 @@ class Tokens:
         self.meta = meta_of(path)
         file = path / f"{split}.bin"
         self.tokens = _map(file, self.meta, split)
-        self.file, self.size = file, self.tokens.base.size()
+        self.file, self._open = file, open(file, "rb")
+        self.sample, self._seen = self._hash(), self._stat()
         self.block_size, self.seed = block_size, seed
         self.bos_id = self.meta.get("bos_id") if bos else None
         if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < self.meta["vocab_size"]):
             raise UserError(f"bos=True, but the meta.json of dataset {dataset!r} has no bos_id inside its vocabulary")
-        sample = self.tokens[: 2**20].max()
-        if sample >= self.meta["vocab_size"]:
-            raise UserError(f"{file} holds token {sample}, outside the vocabulary of {self.meta['vocab_size']}")
+        largest = self.tokens[: 2**20].max()
+        if largest >= self.meta["vocab_size"]:
+            raise UserError(f"{file} holds token {largest}, outside the vocabulary of {self.meta['vocab_size']}")
         self.span = block_size + (0 if bos else 1)  # tokens read per window
         self.n_windows = (len(self.tokens) - self.span) // block_size + 1
         if len(self.tokens) < self.span:
             raise UserError(f"{file} holds {len(self.tokens)} tokens, fewer than one window of {self.span}")
         self._order = (None, None)  # (epoch, permutation of the windows)
+
+    def _hash(self):
+        return hashlib.sha256(np.ascontiguousarray(self.tokens[:: max(1, len(self.tokens) // 4096)])).hexdigest()
+
+    def _stat(self):
+        stat = os.fstat(self._open.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+    def _check(self):
+        """Raises UserError if the file is not what it was when it was opened."""
+        seen = self._stat()
+        if seen == self._seen:
+            return
+        if seen[0] != self._seen[0] or self._hash() != self.sample:  # what is gone, reading it is a bus error
+            raise UserError(f"{self.file} changed while it was read; put it back as it was, and go on with --resume")
+        self._seen = seen
 
     def _window(self, sample):
         """The window that sample number `sample` of the endless, epoch by epoch shuffled, sequence falls on."""
@@ -97,8 +117,7 @@ class Tokens:
 
     def read(self, windows):
         """x, y (int64, len(windows) x block_size) of the given windows. Raises UserError if the file has changed."""
-        if self.tokens.base.size() != self.size:  # reading what is gone would end in a bus error
-            raise UserError(f"{self.file} changed while it was read; put it back as it was, and go on with --resume")
+        self._check()
         starts = np.asarray(windows)[:, None] * self.block_size
         ids = self.tokens[starts + np.arange(self.span)].astype(np.int64)
         if ids.max() >= self.meta["vocab_size"]:

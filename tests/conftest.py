@@ -1,10 +1,12 @@
-"""Shared by the tests: tiny models, and the scripts run in this process as a user would run them."""
+"""Shared by the tests: tiny models and data, and the scripts run in this process as a user would run them."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,19 +58,30 @@ def cli(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture(scope="session")
-def toy_data(tmp_path_factory):
+def same(a, b):
+    """Bitwise equality of nested dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def write_toy(folder):
     """A small dataset folder: 64 tokens of vocabulary, with patterns that can be learned."""
-    import json
-
-    import numpy as np
-
-    folder = tmp_path_factory.mktemp("toy")
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for split, n in (("train", 4096), ("val", 2048)):
         (np.arange(n) * 7 % 60 + rng.integers(0, 3, n)).astype("<u2").tofile(folder / f"{split}.bin")
     meta = {"dtype": "uint16", "vocab_size": 64, "tokenizer": None, "bos_id": 63}
     (folder / "meta.json").write_text(json.dumps({**meta, "train_tokens": 4096, "val_tokens": 2048}))
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """The folder of `write_toy`."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy(folder)
     return folder
 
 

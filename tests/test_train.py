@@ -11,20 +11,11 @@ import torch
 from data.loader import Tokens
 from spikesink import checkpoint
 
-from .conftest import ROOT, SMALL_RUN
+from .conftest import ROOT, SMALL_RUN, same
 
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    """Bitwise equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture
