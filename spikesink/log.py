@@ -33,8 +33,7 @@ class JsonLines:
         """Appends a dict."""
         self.waiting += json.dumps(row).encode() + b"\n"
         try:
-            self.file.seek(self.size)
-            self.file.truncate()  # what a failed attempt has left
+            self.file.seek(self.size)  # over what a failed attempt has left
             rest = self.waiting
             while rest:
                 rest = rest[self.file.write(rest) :]

@@ -49,13 +49,13 @@ def _killed_by(harm, world):
 
 @fault("kill -9 before each system call of starting and of saving")
 def kill_in_save(fresh, n, asynchronous=False):
-    """Every fsync, rename, link and deletion up to the third checkpoint: the first, a new best, a rotation."""
+    """Every fsync, rename, link and deletion of four saves, among them new best ones and rotations."""
     counting = fresh("calls")
     counting.asynchronous = asynchronous
     counting.run("--max_iters=8", harm=CountCalls(counting.folder / "calls"))
     calls = len((counting.folder / "calls").read_text().splitlines())
     assert calls >= 4 * 9, "four saves and their links make more calls than that"
-    for number in range(0, calls, 1 if n >= 100 else 5):
+    for number in range(0 if n >= 100 else calls - 20, calls):  # the last 20 are a whole save and more
         world = fresh("kill_in_save")
         world.asynchronous = asynchronous
         yield _killed_by(KillBeforeCall(number), world)

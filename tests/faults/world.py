@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,16 +32,16 @@ class Process:
 
     numbers = itertools.count()
 
-    def __init__(self, folder, arguments, harm=None):
+    def __init__(self, folder, arguments, harm=None, environment=()):
         self.err = folder / f"stderr-{next(self.numbers)}"
         self.err.touch()
-        self.process = processes.Process(target=_main, args=(arguments, self.err, harm))
+        self.process = processes.Process(target=_main, args=(arguments, self.err, harm, dict(environment)))
         self.process.start()
 
     def kill(self, number=signal.SIGKILL):
         os.kill(self.process.pid, number)
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=60):
         """(exit code, or minus the signal it died of; stderr)."""
         self.process.join(timeout)
         if self.process.is_alive():
@@ -49,7 +50,8 @@ class Process:
         return self.process.exitcode, self.err.read_text()
 
 
-def _main(arguments, err, harm):
+def _main(arguments, err, harm, environment):
+    os.environ.update(environment)
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY), stream.fileno())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing ignores it
@@ -79,6 +81,23 @@ class World:
     def start(self, *extra, harm=None):
         """Starts a process; `wait` it."""
         return Process(self.folder, [*self.options, *extra], harm)
+
+    def start_ranks(self, *extra, harms=(None, None)):
+        """Starts processes that are the ranks of one run, as torchrun would; harms: one for each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": str(len(harms)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [
+            Process(self.folder, [*self.options, *extra], harm, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, harm in enumerate(harms)
+        ]
+
+    def run_ranks(self, *extra, harms=(None, None), code=0):
+        """Ranks from start to end. Returns their stderr; AssertionError if an exit code is not `code`."""
+        ends = [process.wait() for process in self.start_ranks(*extra, harms=harms)]
+        assert [end[0] for end in ends] == [code] * len(ends), ends
+        return "".join(end[1] for end in ends)
 
     def run(self, *extra, harm=None, code=0):
         """A process from start to end. Returns its stderr; AssertionError if the exit code is not `code`."""
