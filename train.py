@@ -33,7 +33,7 @@ from model import GPT, GPTConfig
 from spikesink import __version__, checkpoint, config, convert, hf, metrics
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
 from spikesink.log import JsonLines, LossWatch, TensorBoard, warn
-from spikesink.machine import DTYPES, PARALLEL, Machine
+from spikesink.machine import DTYPES, PARALLEL, Machine, attempt
 
 ROOT = Path(__file__).parent
 
@@ -628,8 +628,7 @@ def settings_of(saved, given):
 def open_run(given, out_dir, machine):
     """The Run of a command: new, or going on from what OUT_DIR holds. Raises UserError."""
     checkpoints, replay = checkpoint.Checkpoints(out_dir), given.get("replay", 0)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun gives the same command again
-    if restarted:
+    if attempt():  # torchrun gives the same command again
         there = machine.from_chief(checkpoints.any)
         given = {**given, "resume": there, "overwrite": not there}
     saved, tensors = None, {"model": {}, "optimizer": {}}

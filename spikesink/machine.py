@@ -19,11 +19,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
 
 DTYPES = ("auto", "bfloat16", "float32")
 PARALLEL = ("ddp", "fsdp")
+
+
+def attempt():
+    """How often torchrun has started this run again, after the death of a rank."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,10 @@ class Machine:
     def joined(self):
         """The ranks talk to each other within the block."""
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # torchrun may give a restarted run the store of the one that died, with the addresses of the dead
+            store = dist.PrefixStore(f"attempt-{attempt()}", next(rendezvous("env://"))[0])
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         try:
             yield
         except UserError as error:

@@ -119,8 +119,12 @@ def poison_weights():
     """Every gradient from now on is not a number."""
     gradients = train.Run.gradients
 
+    def hook(block, args, x):
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * float("nan"))
+
     def poisoned(run, model):
-        next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        run.model.transformer.h[0].register_forward_hook(hook)
         return gradients(run, model)
 
     train.Run.gradients = poisoned
