@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+import traceback
 
 
 class UserError(Exception):
@@ -55,14 +56,33 @@ class Flags(argparse.ArgumentParser):
 def run(main):
     """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+    one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        code = exit_code(main)
+    except Exception:
+        if not one_of_many:
+            raise
+        traceback.print_exc()
+        code = 1
+    if one_of_many:  # without the destructor of gloo's process group, which can wait for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def exit_code(main):
+    """Runs `main()` and says on stderr how it ended, if not well."""
     try:
         main()
     except UserError as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0

@@ -86,10 +86,15 @@ class Machine:
         try:
             yield
         except UserError as error:
-            if self.world > 1 and error.everywhere:  # else the others are in the middle of something
-                dist.destroy_process_group()
+            if error.everywhere:  # else the others are in the middle of something
+                self._part()
             raise
-        if self.world > 1:
+        self._part()
+
+    def _part(self):
+        # gloo's group lives until errors.run ends the process: its destructor waits, holding Python's lock, for a
+        # thread that may need that lock to let go of the last tensor
+        if self.world > 1 and dist.get_backend() == "nccl":
             dist.destroy_process_group()
 
     def from_chief(self, function, *args):

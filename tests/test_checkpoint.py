@@ -216,8 +216,8 @@ def hostile(marker):
         "torch function": pickle.dumps(reduced(torch.save, 1, str(marker))),
         "numpy": pickle.dumps(reduced(__import__("numpy").save, str(marker), [1])),
         "nested pickle": pickle.dumps(reduced(pickle.loads, pickle.dumps(reduced(exec, source)))),
-        "getattr": b"\x80\x02cbuiltins\ngetattr\nc__builtin__\n__import__\nX\x02\x00\x00\x00os\x85RX\x06\x00\x00\x00system"
-        b"\x86RX" + len(touch).to_bytes(4, "little") + touch + b"\x85R.",
+        "getattr": b"\x80\x02cbuiltins\ngetattr\nc__builtin__\n__import__\nX\x02\x00\x00\x00os\x85R"
+        b"X\x06\x00\x00\x00system\x86RX" + len(touch).to_bytes(4, "little") + touch + b"\x85R.",
     }
 
 
