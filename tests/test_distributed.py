@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from spikesink import checkpoint, machine
 
@@ -153,15 +154,22 @@ class CountSyncs:
 
     def __call__(self):
         file = open(self.path, "w", buffering=1)
-        wrap, scatter = machine.Machine.wrap, torch.distributed.reduce_scatter_tensor
+        wrap = machine.Machine.wrap
 
-        def counted(*args, **kwargs):
-            file.write("x")
-            return scatter(*args, **kwargs)
+        def counted(call):
+            def counting(*args, **kwargs):
+                file.write("x\n")
+                return call(*args, **kwargs)
+
+            return counting
+
+        for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # the older and the newer name
+            if hasattr(torch.distributed, name):
+                setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
 
         def hook(state, bucket):
-            file.write("x")
-            return torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(state, bucket)
+            file.write("x\n")
+            return default_hooks.allreduce_hook(state, bucket)
 
         def wrapped(self, model):
             model = wrap(self, model)
@@ -169,7 +177,7 @@ class CountSyncs:
                 model.register_comm_hook(None, hook)
             return model
 
-        machine.Machine.wrap, torch.distributed.reduce_scatter_tensor = wrapped, counted
+        machine.Machine.wrap = wrapped
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
@@ -177,9 +185,9 @@ def test_gradients_travel_once_a_step(fresh, parallel):
     """However many micro-batches a step has."""
     world, counts = fresh("syncs"), []
     for number in (2, 8):
-        count = CountSyncs(world.folder / f"count{number}")
+        count, other = (CountSyncs(world.folder / f"count-{number}-{rank}") for rank in range(2))
         options = ["--max_iters=4", "--overwrite", f"--parallel={parallel}", f"--gradient_accumulation_steps={number}"]
-        world.run_ranks(*options, harms=(count, None))
-        counts.append(len(count.path.read_text()))
+        world.run_ranks(*options, harms=(count, other))
+        counts.append(count.path.read_text().count("x"))
     assert counts[0] == counts[1] > 0
     assert counts[0] % 4 == 0
