@@ -76,7 +76,7 @@ class TrainConfig:
     parallel: str = "ddp"  # of several ranks: ddp, or fsdp, in which each holds a shard of the model
     dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile; needs a C++ compiler on a CPU
-    deterministic: bool = False  # only algorithms that give the same bits again, on a GPU too
+    deterministic: bool = False  # only algorithms that give the same bits again; on a CPU, always
     seed: int = 1337  # of the weights, the batches and dropout
     resume: bool = False  # go on from the newest sound checkpoint of OUT_DIR
     overwrite: bool = False  # start again in an out_dir that holds a run
@@ -274,7 +274,7 @@ class Run:
         if cfg.gradient_accumulation_steps % machine.world:
             raise UserError(
                 f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
-                f"{machine.world} ranks"
+                f"{machine.world} ranks, which share the micro-batches out: make it one, and batch_size as much smaller"
             )
         if machine.sharded and cfg.optimizer == "muon":
             raise UserError("muon needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
@@ -651,10 +651,11 @@ def open_run(given, out_dir, machine):
     return Run(model_config, cfg, given, machine, saved)
 
 
-def be_deterministic():
-    """Only algorithms that give the same bits again; others raise."""
+def be_deterministic(asked):
+    """Only algorithms that give the same bits again; for others torch raises if that was asked for, else warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=not asked)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def print_replay(run_):
@@ -681,8 +682,8 @@ def main():
     given, files = config.given(SCHEMAS, sys.argv[1:], ROOT)
     out_dir = given.get("out_dir") or str(Path("out") / ("-".join(files) or "gpt2"))
     machine = Machine.find(given.get("device", "auto"), given.get("parallel", "ddp"))
-    if given.get("deterministic"):
-        be_deterministic()
+    if given.get("deterministic") or machine.device.type == "cpu":  # there it costs nothing
+        be_deterministic(given.get("deterministic", False))
     with machine.joined():
         run_ = open_run(given, out_dir, machine)
         if run_.cfg.replay:

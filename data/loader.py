@@ -77,7 +77,7 @@ class Tokens:
         self.meta = meta_of(path)
         file = path / f"{split}.bin"
         self.tokens = _map(file, self.meta, split)
-        self.file, self._open = file, open(file, "rb")
+        self.file = file
         self.sample, self._seen = self._hash(), self._stat()
         self.block_size, self.seed = block_size, seed
         self.bos_id = self.meta.get("bos_id") if bos else None
@@ -96,8 +96,9 @@ class Tokens:
         return hashlib.sha256(np.ascontiguousarray(self.tokens[:: max(1, len(self.tokens) // 4096)])).hexdigest()
 
     def _stat(self):
-        stat = os.fstat(self._open.fileno())
-        return stat.st_size, stat.st_mtime_ns
+        with contextlib.suppress(FileNotFoundError):  # moved away: what is mapped stays
+            return self.tokens.base.size(), os.stat(self.file).st_mtime_ns
+        return self.tokens.base.size(), None
 
     def _check(self):
         """Raises UserError if the file is not what it was when it was opened."""

@@ -4,6 +4,7 @@ The content hash lies inside the file, so that one rename is the whole commit: t
 """
 
 import copy
+import errno
 import hashlib
 import os
 import re
@@ -62,10 +63,13 @@ def _temporary(path):
 
 
 def _sync(folder):
-    """Makes the renames in a folder survive a loss of power."""
+    """Makes the renames in a folder survive a loss of power, where the file system can promise that."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets
+            raise
     finally:
         os.close(number)
 

@@ -9,6 +9,7 @@ import torch
 
 from data.loader import Tokens
 from spikesink import checkpoint
+from train import cpp_compiler
 
 from .conftest import ROOT, SMALL_RUN, same
 
@@ -318,3 +319,172 @@ def test_resume_notices_other_data_and_says_what_changed(train, tmp_path, toy_da
     code, _, err = train(tmp_path / "o", f"--dataset={data}", "--max_iters=8", "--resume")
     assert code == 2
     assert "other data" in err
+
+
+# ------------------------------------------------------------------------------------------------- what surviving is
+
+
+def test_replay_computes_a_step_again_and_writes_nothing(train, tmp_path, cli):
+    """From the checkpoint before it (step 6 from 4), and from the start where there is none (step 3)."""
+    train(tmp_path, "--dropout=0.1")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for step in (6, 3, 8):
+        code, out, err = cli("train.py", f"--replay={step}", f"--out_dir={tmp_path}", "--compile=False", "--device=cpu")
+        assert code == 0, err
+        row = rows(tmp_path)[step - 1]
+        assert f"step {step}: loss {row['loss']:.6f}, gradient norm {row['grad_norm']:.6g} (logged: " in out
+        assert f"(logged: {row['loss']:.6f}, {row['grad_norm']:.6g})" in out
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, err = cli("train.py", "--replay=2", f"--out_dir={tmp_path / 'nowhere'}", "--dataset=nothing")
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_replay_names_the_window_that_spoils_a_batch(train, tmp_path, toy_data):
+    """One window of random tokens among learnable ones has the highest loss, and is the first that replay shows."""
+    import shutil
+
+    import numpy as np
+
+    from train import Machine, open_run
+
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    tokens = np.fromfile(data / "train.bin", "<u2")
+    step, n = 200, 8
+    spoiled = Tokens(str(data), "train", 16, False, 1337).windows(step - 1, n)[5]
+    tokens[spoiled * 16 : spoiled * 16 + 17] = np.random.default_rng(0).integers(0, 64, 17)
+    tokens.tofile(data / "train.bin")
+    train(tmp_path / "o", f"--dataset={data}", "--max_iters=220", "--save_interval=50", "--eval_interval=220")
+    found = open_run({"replay": step}, str(tmp_path / "o"), Machine.find("cpu")).replay()
+    assert found["windows"][0][0] == spoiled
+    windows = Tokens(str(data), "train", 16, False, 1337).windows(step - 1, n)
+    assert sorted(window for window, _, _ in found["windows"]) == sorted(windows)
+    assert sum(share for _, share in found["shares"]) == pytest.approx(1)
+
+
+def test_a_loss_that_stands_out_is_noted_with_its_windows():
+    from spikesink.log import LossWatch
+
+    generator = torch.Generator().manual_seed(0)
+    losses = (3 + 0.1 * torch.randn(400, generator=generator)).tolist()
+    losses[200], losses[201], losses[300] = 5.0, 5.0, 3.9
+    watch, found = LossWatch(), []
+    for step, loss in enumerate(losses):
+        if step == 250:
+            watch = LossWatch(watch.state)  # a resumed run sees the same
+        if watch.stands_out(loss)[0]:
+            found.append(step)
+    assert found == [200, 201, 300]
+    rising = LossWatch()
+    assert not any(rising.stands_out(1 + 0.01 * step)[0] for step in range(400))  # a slow drift does not
+
+
+def test_a_spike_of_the_loss_is_written_with_what_replays_it(train, tmp_path, monkeypatch):
+    import train as script
+
+    gradients = script.Run.gradients
+
+    def jumping(run, model):
+        loss, norm = gradients(run, model)
+        return loss + 9 * (run.step == 59), norm
+
+    monkeypatch.setattr(script.Run, "gradients", jumping)
+    train(tmp_path, "--max_iters=70", "--eval_interval=70", "--save_interval=70")
+    noted = [json.loads(line) for line in (tmp_path / "loss_spikes.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in noted] == [60]
+    dataset = json.loads((tmp_path / "config.json").read_text())["config"]["dataset"]
+    assert noted[0]["windows"] == Tokens(dataset, "train", 16, False, 1337).windows(59, 8)
+
+
+def test_best_is_the_best_over_both_parts_of_a_run(train, tmp_path):
+    train(tmp_path, "--max_iters=4")
+    assert train(tmp_path, "--resume", "--learning_rate=30", "--keep_last=1")[0] == 0
+    log = rows(tmp_path)
+    assert log[-1]["val_loss"] > log[3]["val_loss"]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
+    assert checkpoint.load(tmp_path)["step"] == 8
+
+
+def test_tensorboard_holds_the_log(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, "--tensorboard=True", "--max_iters=4")
+    train(tmp_path, "--tensorboard=True", "--resume")
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in seen.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in rows(tmp_path)
+    ]
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
+    from spikesink.log import JsonLines
+
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.write({"step": 1})
+    file = log.file
+
+    class Full:
+        """Takes half of a line and then fails."""
+
+        def __init__(self):
+            self.writes = 0
+
+        def seek(self, place):
+            file.seek(place)
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes % 2:
+                return file.write(data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+
+    log.file = Full()
+    log.write({"step": 2})
+    log.write({"step": 3})
+    log.file = file
+    log.write({"step": 4})
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("wait until it can be written") == 1
+
+
+def test_paths_in_a_checkpoint_do_not_decide_where_anything_is_written(train, tmp_path, cli):
+    """A checkpoint that was given to us says out_dir=elsewhere; what is written stays beside it."""
+    train(tmp_path / "o", "--max_iters=4")
+    content = checkpoint.load(tmp_path / "o")
+    content["config"]["out_dir"] = content["given"]["out_dir"] = str(tmp_path / "elsewhere")
+    path = (tmp_path / "o" / "ckpt.pt").resolve()
+    checkpoint.save(path, content)
+    for command in (
+        ["train.py", "--resume", f"--out_dir={tmp_path / 'o'}", "--max_iters=5", "--compile=False"],
+        ["detect.py", path],
+    ):
+        code, _, err = cli(*command)
+        assert code == 0, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o"]
+    assert (tmp_path / "o" / "detect.json").exists()
+
+
+@pytest.mark.skipif(not cpp_compiler(), reason="needs a C++ compiler")
+def test_a_compiled_run_resumes_bitwise(tmp_path, toy_data):
+    options = [*SMALL_RUN, f"--dataset={toy_data}", "--compile=True", "--dropout=0.1", "--eval_interval=8"]
+
+    def train(out, *more):
+        subprocess.run([sys.executable, "train.py", *options, f"--out_dir={out}", *more], cwd=ROOT, check=True)
+
+    train(tmp_path / "whole")
+    (tmp_path / "halves").mkdir()
+    for name in ("ckpt-00000004.pt", "log.jsonl"):
+        (tmp_path / "halves" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    train(tmp_path / "halves", "--resume")
+    one, two = (checkpoint.load(tmp_path / name) for name in ("whole", "halves"))
+    assert same(one["model"], two["model"]) and same(one["optimizer"], two["optimizer"])
+
+
+def test_deterministic_asks_torch_for_it(train, tmp_path):
+    try:
+        assert train(tmp_path, "--deterministic=True", "--max_iters=2")[0] == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

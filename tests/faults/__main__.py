@@ -31,8 +31,8 @@ def main():
                 for world in FAULTS[name](fresh, args.n):
                     times += 1
                     messages |= set(world.messages)
-            except AssertionError as error:
-                outcome, failed = f"**FAILED**: {' '.join(str(error).split())}", failed + 1
+            except Exception as error:
+                outcome, failed = f"**FAILED**: {type(error).__name__} {' '.join(str(error).split())}", failed + 1
             rows.append((name, times, outcome if times or failed else "not run: needs a tmpfs", sorted(messages)))
     table = table_of(rows)
     print(table)

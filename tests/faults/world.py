@@ -39,7 +39,8 @@ class Process:
         self.process.start()
 
     def kill(self, number=signal.SIGKILL):
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.kill(self.process.pid, number)
 
     def wait(self, timeout=60):
         """(exit code, or minus the signal it died of; stderr)."""
