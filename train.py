@@ -32,7 +32,7 @@ from data.tokenizer import tokenizer_of
 from model import GPT, GPTConfig
 from spikesink import __version__, checkpoint, config, convert, hf, metrics
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
-from spikesink.log import JsonLines, LossWatch, TensorBoard, warn
+from spikesink.log import JsonLines, LossWatch, TensorBoard, rows_of, warn
 from spikesink.machine import DTYPES, PARALLEL, Machine, attempt
 
 ROOT = Path(__file__).parent
@@ -661,9 +661,7 @@ def be_deterministic(asked):
 def print_replay(run_):
     """Replays a step and shows it beside what the log says of it."""
     found = run_.replay()
-    path = run_.out_dir / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    logged = next((row for row in rows if row["step"] == found["step"]), None)
+    logged = next((row for row in rows_of(run_.out_dir / "log.jsonl") if row["step"] == found["step"]), None)
     words = f" (logged: {logged['loss']:.6f}, {logged['grad_norm']:.6g})" if logged else " (not logged)"
     print(f"step {found['step']}: loss {found['loss']:.6f}, gradient norm {found['grad_norm']:.6g}{words}")
     print("\nlargest gradients, of the squared norm")

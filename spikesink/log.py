@@ -52,12 +52,19 @@ class JsonLines:
         self.file.close()
 
 
+def rows_of(path):
+    """The rows of a file of JSON lines, as dicts; broken lines are left out, and a file that is not there has none."""
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    return [json.loads(line) for line in lines if step_of(line) < math.inf]
+
+
 def step_of(line):
     """The step of a line of JSON; infinity for a broken one, which is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 class TensorBoard:
