@@ -154,7 +154,7 @@ def load(path):
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on odd files: the error below says it all
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         if "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds more than tensors and plain Python, and nothing in it was executed"
         raise UserError(f"cannot read checkpoint {path}: {reason}; restore it from a copy or train again") from None

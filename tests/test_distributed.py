@@ -18,6 +18,7 @@ from .faults.harms import BeforeStep, poison_weights
 from .faults.world import log_of, make_worlds
 
 PARALLEL = ["ddp", "fsdp"]
+ON_PATH = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,16 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(fresh, whole, parallel):
     assert done.returncode == 0, done.stderr
     assert "from step 6 to 24" in done.stdout
     assert saved_like(world, whole[parallel])
+
+
+def test_the_readmes_example_works_as_typed(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if "--nproc_per_node=2" in line)
+    command = command.replace("out/two", str(tmp_path / "two"))  # as typed, but for where it writes
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ON_PATH, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks (ddp)" in done.stdout
+    assert checkpoint.load(tmp_path / "two")["step"] == 20
 
 
 def test_errors_of_two_ranks(fresh):
