@@ -1,6 +1,7 @@
 """The loop: exact resume, the non-finite guard, ranks, and what it leaves behind."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -283,7 +284,9 @@ def test_a_signal_saves_at_the_end_of_the_step_and_resume_is_exact(train, tmp_pa
     out = tmp_path / "stopped"
     options = [*SMALL_RUN, f"--dataset={toy_data}", f"--out_dir={out}", "--lr_decay_iters=3000", "--max_iters=3000"]
     options += ["--save_interval=100000", "--eval_interval=100000"]
-    running = subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums, with other threads
+    command = [sys.executable, "train.py", *options]
+    running = subprocess.Popen(command, cwd=ROOT, env=threads, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (out / "log.jsonl").exists() and len(rows(out)) > 3:
             break
