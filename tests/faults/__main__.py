@@ -22,7 +22,7 @@ def main():
     parser.add_argument("--only", default="", help="faults that have these words in their name")
     parser.add_argument("--write", type=Path, help="the table, as Markdown")
     args = parser.parse_args()
-    rows, failed, since = [], 0, time.monotonic()
+    rows, failed, since, commit = [], 0, time.monotonic(), provenance()["git_commit"][:12]
     with tempfile.TemporaryDirectory() as folder:
         fresh = make_worlds(folder)
         for name in tqdm([name for name in FAULTS if args.only in name], desc="faults", disable=None):
@@ -39,7 +39,7 @@ def main():
     if args.write:
         about = (
             f"`python -m tests.faults --n {args.n}`, {time.monotonic() - since:,.0f} s, torch {torch.__version__}, "
-            f"{platform.machine()}, commit {provenance()['git_commit'][:12]}"
+            f"{platform.machine()}, commit {commit}"
         )
         text = f"{(Path(__file__).parent / 'table.md').read_text()}\n{about}\n\n{table}\n"
         checkpoint.write_atomic(args.write, lambda file: file.write(text.encode()))
