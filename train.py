@@ -83,9 +83,7 @@ class TrainConfig:
     replay: int = 0  # compute this step of the run in OUT_DIR again and show its batch; writes nothing
 
     def __post_init__(self):
-        choices = {"lr_schedule": LR_SCHEDULES, "optimizer": OPTIMIZERS, "penalty": PENALTIES, "dtype": DTYPES}
-        choices["parallel"] = PARALLEL
-        for key, table in choices.items():
+        for key, table in CHOICES.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
         for key in (
@@ -174,6 +172,14 @@ def magnitude_penalty(x):
 
 
 PENALTIES = {"none": None, "kurtosis": kurtosis_penalty, "magnitude": magnitude_penalty}
+
+CHOICES = {
+    "lr_schedule": LR_SCHEDULES,
+    "optimizer": OPTIMIZERS,
+    "penalty": PENALTIES,
+    "dtype": DTYPES,
+    "parallel": PARALLEL,
+}
 
 
 def learning_rate(step, cfg):

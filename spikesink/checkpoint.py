@@ -3,6 +3,7 @@
 The content hash lies inside the file, so that one rename is the whole commit: there is no second file to lose.
 """
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -27,39 +28,36 @@ def write_atomic(path, write):
 
     Whatever fails, `path` holds either its old content or the whole new one.
     """
-    path = Path(path)
-    temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with _replacing(path) as temporary, open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's, on top of what the disk had said
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
 
 
 def link_atomic(path, name):
     """Makes `path` a symbolic link to its neighbour `name`, atomically; a copy where the file system has no links."""
+    with _replacing(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.symlink(name, temporary)
+        except OSError:
+            shutil.copyfile(temporary.with_name(name), temporary)
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A temporary path beside `path`; what the block makes there is renamed over `path`, or gone if the block fails."""
     path = Path(path)
-    temporary = _temporary(path)
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        os.symlink(name, temporary)
-    except OSError:
-        shutil.copyfile(path.with_name(name), temporary)
-    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
-
-
-def _temporary(path):
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _sync(folder):

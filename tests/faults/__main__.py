@@ -26,14 +26,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         fresh = make_worlds(folder)
         for name in tqdm([name for name in FAULTS if args.only in name], desc="faults", disable=None):
-            times, messages, outcome = 0, set(), "as it should be"
+            times, messages, outcome = 0, set(), "not run: needs a tmpfs"
             try:
                 for world in FAULTS[name](fresh, args.n):
-                    times += 1
+                    times, outcome = times + 1, "as it should be"
                     messages |= set(world.messages)
             except Exception as error:
                 outcome, failed = f"**FAILED**: {type(error).__name__} {' '.join(str(error).split())}", failed + 1
-            rows.append((name, times, outcome if times or failed else "not run: needs a tmpfs", sorted(messages)))
+            rows.append((name, times, outcome, sorted(messages)))
     table = table_of(rows)
     print(table)
     if args.write:

@@ -110,11 +110,6 @@ def turn_clock_back(seconds=86400.0):
     time.time = lambda: start - seconds - (true() - start)
 
 
-def sleep(seconds):
-    """Gives others time to do harm."""
-    time.sleep(seconds)
-
-
 def poison_weights():
     """Every gradient from now on is not a number."""
     gradients = train.Run.gradients

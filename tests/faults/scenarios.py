@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,6 @@ from .harms import (
     KillBetweenMicroBatches,
     kill,
     poison_weights,
-    sleep,
     turn_clock_back,
 )
 from .world import log_of, remount, small_disk, until
@@ -230,7 +230,7 @@ def links_deleted(fresh, n):
 def two_trainers(fresh, n):
     for flag in ("--resume", "--overwrite"):
         world = fresh("two_trainers")
-        first = world.start(harm=BeforeStep(12, sleep, (3,)))
+        first = world.start(harm=BeforeStep(12, time.sleep, (3,)))
         until(lambda out=world.out: (out / "log.jsonl").exists() and len(log_of(out)) >= 11)
         world.says(world.run(flag, code=2), "another process trains in")
         assert first.wait() == (0, "")
@@ -254,7 +254,7 @@ def signals(fresh, n):
 def _signal_self(number, delay):
     """Another process sends the signal, while this one goes on."""
     if os.fork() == 0:
-        sleep(delay)
+        time.sleep(delay)
         os.kill(os.getppid(), number)
         os._exit(0)
 
@@ -313,7 +313,7 @@ def _data_harmed(world, harm):
     shutil.copytree(good, world.data)
     err = world.run(harm=BeforeStep(11, harm, (world.data / "train.bin",)), code=2)
     world.says(err, "train.bin changed while it was read", "--resume")
-    err = world.run("--resume", code=2)
+    world.run("--resume", code=2)  # refused, while the data is not as it was
     shutil.copyfile(good / "train.bin", world.data / "train.bin")
     world.go_on()
     return world
