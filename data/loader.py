@@ -54,7 +54,10 @@ def meta_of(path):
         return dict(NANOGPT_META)
     try:
         meta = json.loads(file.read_text())
-        known = meta["dtype"] in ("uint8", "uint16", "uint32") and meta["vocab_size"] > 0
+        counts = [meta["vocab_size"], *(meta[key] for key in ("train_tokens", "val_tokens") if key in meta)]
+        known = (
+            meta["dtype"] in ("uint8", "uint16", "uint32") and min(counts) > 0 and {type(n) for n in counts} == {int}
+        )
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
