@@ -75,7 +75,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     parallel: str = "ddp"  # of several ranks: ddp, or fsdp, in which each holds a shard of the model
     dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 where the hardware has it
-    compile: bool = True  # torch.compile; needs a C++ compiler on a CPU
+    compile: bool = True  # torch.compile of the sub-layers and the loss; needs a C++ compiler on a CPU
     deterministic: bool = False  # only algorithms that give the same bits again; on a CPU, always
     seed: int = 1337  # of the weights, the batches and dropout
     resume: bool = False  # go on from the newest sound checkpoint of OUT_DIR
@@ -706,7 +706,9 @@ def main():
                 f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
                 f"{'compiled' if compiled else 'eager'}, {ranks}, from step {run_.step} to {cfg.max_iters}"
             )
-        run_.train(machine.wrap(torch.compile(run_.model) if compiled else run_.model))
+        if compiled:
+            run_.model.compile()
+        run_.train(machine.wrap(run_.model))
     if machine.chief:
         print(f"checkpoint: {run_.path}\nnext: python detect.py {run_.path}")
 

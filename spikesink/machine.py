@@ -5,6 +5,7 @@ checkpoint, write) rank 0 does, and what it found reaches the others through `fr
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import inspect
 import os
@@ -57,6 +58,8 @@ class Machine:
         if found.type == "cuda":
             torch.cuda.set_device(found)
             torch.set_float32_matmul_precision("high")
+        else:
+            keep_freed_memory()
         return cls(found, torch.float32, rank, world, parallel)
 
     def at(self, dtype):
@@ -153,8 +156,12 @@ class Machine:
 
     def gradient_norm(self, parameters, limit):
         """The norm of all gradients, which are then scaled down to `limit`; a float, the same on every rank."""
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return (norm.full_tensor() if self.sharded else norm).item()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = (norm.full_tensor() if self.sharded else norm).item()
+        if norm > limit:  # else a pass over all of them is saved
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        return norm
 
     def state(self, model, optimizers):
         """(weights, optimiser state) by parameter name, whole and on the CPU; empty on the other ranks of several.
@@ -180,6 +187,17 @@ class Machine:
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def keep_freed_memory():
+    """Has glibc keep what is freed: else every large tensor of every step is mapped, zeroed and unmapped by the kernel.
+
+    A tenth to a fifth of a training step on a CPU; does nothing where the C library is another.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def has_bfloat16(device):
