@@ -49,7 +49,7 @@ def compare(config, theirs, names, moved=None):
     state["lm_head.weight"] = state["lm_head.weight"] if not config.tie else state["transformer.wte.weight"]
     ours.load_state_dict(state)
     result = theirs(IDS, labels=IDS)
-    logits, loss = ours(IDS[:, :-1], IDS[:, 1:])
+    logits, loss = ours(IDS[:, :-1])[0], ours(IDS[:, :-1], IDS[:, 1:])[1]
     torch.testing.assert_close(logits, result.logits[:, :-1], atol=1e-4, rtol=1e-4)
     loss.backward()
     result.loss.backward()
