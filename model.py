@@ -772,6 +772,7 @@ class GPT(nn.Module):
 
         Sub-layers of a kind share one compilation, and what is hooked between them, not inside, still sees the stream.
         """
+        torch._dynamo.config.recompile_limit = 64  # per function: sub-layers of all arms and modes are one to it
         for block in self.transformer.h:
             for sub_layer in (block.attn, block.mlp):
                 sub_layer.forward = torch.compile(sub_layer.forward, dynamic=False, **kwargs)

@@ -248,3 +248,39 @@ def test_compiles_without_breaks(arm):
     model, compiled = tiny(**arm), tiny(**arm)
     compiled.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(IDS, IDS)[1], model(IDS, IDS)[1])
+
+
+@pytest.mark.parametrize("arm", [{}, {"tie": False}, {"logit_cap": 5.0}], ids=str)
+def test_chunked_loss_and_its_gradients_are_those_of_whole_logits(arm, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS_BYTES", 4 * TINY["vocab_size"] * 7)  # 7 rows at a time
+    targets = IDS.clone()
+    targets[:, :3] = -1
+    chunked, whole = tiny(**arm), tiny(**arm)
+    loss = chunked(IDS, targets)[1]
+    explicit = F.cross_entropy(whole(IDS)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(loss, explicit)
+    (3 * loss).backward()
+    (3 * explicit).backward()
+    for (name, p), reference in zip(chunked.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("arm", [{}, {"n_kv_head": 2, "position": "alibi"}, {"window": 5}, {"n_register": 3}], ids=str)
+def test_compiled_training_on_a_cpu_is_eager_training(arm):
+    torch.compiler.reset()
+    eager, compiled = tiny(**arm).train(), tiny(**arm).train()
+    compiled.compile()
+    for model in (eager, compiled):
+        model(IDS, IDS)[1].backward()
+    for (name, p), reference in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, reference.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_layers_of_a_kind_share_one_compilation():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = tiny(n_layer=6, residual_scale="inv_sqrt_2L", qk_norm="head").train()
+    model.compile(backend=counter)
+    for _ in range(2):
+        model(IDS, IDS)[1].backward()
+    assert counter.frame_count == 3  # attention, FFN, loss
