@@ -48,6 +48,7 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
         "measures": measures,
         "nulls": null,
         "anatomy": anatomy or {},
+        "examples": obs.examples.result(subject, obs) if obs.examples.relative else {},
     }
 
 
