@@ -18,7 +18,7 @@ LAYERS, CHANNELS, EXTREME = 16, 128, 8  # of the matrices: how many, their bins,
 
 @dataclass
 class Examples:
-    """Takes the first `tokens` of the first `sequences` of a pass; `observe` fills it in. `shown` of them are findings."""
+    """Takes the first `tokens` of the first `sequences` of a pass, filled in by `observe`; `shown` become findings."""
 
     sequences: int = SEQUENCES
     tokens: int = TOKENS

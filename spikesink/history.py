@@ -6,12 +6,12 @@ from .log import rows_of
 from .words import ratio_of
 
 ROWS = 200  # at most so many are kept, evenly spread
-COLUMNS = {  # key -> (what it is in the monitor's rows, what it is in findings)
-    "loss": "training or evaluation loss, nats per token",
-    "ratio": "largest |h| / median |h|, of the layer where it is largest",
-    "kurtosis": "channel kurtosis, of the layer where it is largest",
-    "sink_rate": "sink rate of the first key at epsilon 0.3 (share of heads), of the layer where it is largest",
-    "p_sink_given_spike": "share of the spike tokens that are sinks",
+COLUMNS = {  # what each measure is, by its name on a page
+    "loss": "nats per token",
+    "|h| / median": "of the layer where it is largest",
+    "kurtosis": "of the layer where it is largest",
+    "sink rate": "share of heads with alpha > 0.3 on one key, in the layer where it is largest",
+    "P(sink | spike)": "share of the spike tokens that are sinks",
 }
 
 
