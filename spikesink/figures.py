@@ -7,6 +7,7 @@ from matplotlib.patches import Rectangle
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from . import history
+from .calibrate import NULLS_OF
 from .drawing import (
     GREY,
     INK,
@@ -23,7 +24,7 @@ from .drawing import (
     thinned,
 )
 from .examples import unpacked
-from .metrics import PRIMARY_SINK_EPSILON, SPIKE_RATIO
+from .metrics import PERCENTILE, PRIMARY_SINK_EPSILON, SHARE, SPIKE_RATIO
 from .words import name_of, number, on_text, ratio_of
 
 # ---------------------------------------------------------------------------------- of a checkpoint: the stream
@@ -39,7 +40,8 @@ def _matrix(found):
     of, values = largest_matrix(found)
     starts = [int(start) for start in of["starts"].split()]
     width, height = plt.rcParams["figure.figsize"]
-    figure = plt.figure(figsize=(width, 1.25 * height), layout="none")
+    figure = plt.figure(figsize=(width, 1.25 * height))
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0.0, 0.04, 0.93, 1.0), projection="3d", computed_zorder=False)
     lines = [[(x, t, z) for x, z in zip(starts, row, strict=True)] for t, row in enumerate(values.tolist())]
     spikes = values.max(1) >= SPIKE_RATIO * of["median"]
@@ -67,7 +69,7 @@ def _matrix_caption(found):
 
 
 def _magnitudes(found):
-    figure, axes = canvas()
+    figure, axes = canvas(height=1.3)
     layers = found["layers"]
     for key, style in (("top1", "-o"), ("top2", "--"), ("top3", ":")):
         axes.plot([x[key] for x in layers], style, color=SPIKE, markersize=2.5, label=f"top {key[3]}")
@@ -86,7 +88,7 @@ def _heads(found):
     sinks = found["sinks"]
     panels = {"on the first key": sinks["gu"]["0.3"]["by_head"], "on any key": sinks["any_sink_by_head"]}
     rows, heads = len(sinks["alpha_first"]), len(sinks["alpha_first"][0])
-    figure, both = canvas(1, 2, lines=min(rows, 24) + 3, sharey=True)
+    figure, both = canvas(1, 2, lines=max(9, min(rows, 24) + 3), sharey=True)
     for axes, (title, values) in zip(both, panels.items(), strict=True):
         image = axes.imshow(values, vmin=0, vmax=1, cmap=SHADES[SINK], aspect="auto", interpolation="nearest")
         axes.set(title=title, xlabel="head")
@@ -105,13 +107,13 @@ def _heads(found):
 def _positions(found):
     sinks = found["sinks"]
     T = len(sinks["share"])
-    figure, (top, bottom) = canvas(2, 1, height=1.6, sharex=True)
+    figure, (top, bottom) = canvas(2, 1, height=1.5, sharex=True)
     marker = {"marker": "o", "markersize": 2} if T <= 128 else {}
     top.plot(*thinned(sinks["share"]), color=SINK, label="measured", **marker)
     top.plot(*thinned(sinks["share_uniform"]), "--", color=GREY, label="if every query spread it evenly")
     top.set(yscale="log", ylabel="share of all attention")
     top.legend()
-    for epsilon, style in {"0.2": (0, (1, 1)), "0.3": "-", "0.5": "--", "0.8": ":"}.items():
+    for epsilon, style in {"0.2": "-", "0.3": "-", "0.5": "--", "0.8": ":"}.items():
         curve = sinks["gu"][epsilon]["by_position"]
         main = epsilon == str(PRIMARY_SINK_EPSILON)
         bottom.plot(
@@ -156,7 +158,8 @@ def _text(found):
         placed.append((shown, x, line, n))
         x += n + 0.4
     lines = line + 1
-    figure = plt.figure(figsize=(width, lines * 1.75 * size / 72), layout="none")
+    figure = plt.figure(figsize=(width, lines * 1.75 * size / 72))
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, columns + 0.5), ylim=(lines, 0))
     axes.axis("off")
     for (shown, x, line, n), ratio, spike, sink, enough in zip(
@@ -190,7 +193,7 @@ def _tokens(found):
     figure, panels = canvas(1, 2, height=1.1)
     for axes, (kind, key, color, title) in zip(
         panels,
-        (("spikes", "magnitude", SPIKE, "largest |h|"), ("sinks", "alpha", SINK, "alpha in its best head")),
+        (("spikes", "magnitude", SPIKE, "largest |h|"), ("sinks", "alpha", SINK, "alpha, best head")),
         strict=True,
     ):
         top = found[kind]["tokens"][:10]
@@ -212,7 +215,7 @@ def _co_occurrence(found):
         top.annotate(f"{n:,}", (n, i), (4, 0), textcoords="offset points", va="center")
     expected = of["expected"]
     marks = {"marker": "D", "color": GREY, "markersize": 5, "ls": "", "markerfacecolor": "none"}
-    chance = "expected if sinks were permuted among the same positions"
+    chance = "expected from positions alone"
     top.plot(expected, 1.42, **marks, label=chance)
     top.set_yticks(range(3), list(counts))
     top.set(xlabel="tokens", xlim=(0, 1.15 * max(1, spikes, sinks)), ylim=(2.5, -0.5))
@@ -255,24 +258,25 @@ def _co_occurrence_caption(found):
 def _sensitivity(found):
     figure, panels = canvas(1, 4, height=0.95, sharey=True)
     names = {
-        "ratio": ("sequences", "spike: |h| / median", SPIKE_RATIO, SPIKE),
-        "percentile": ("sequences", "spike: percentile", "99.9", SPIKE),
-        "epsilon": ("best_head", "sink: ε, best head", PRIMARY_SINK_EPSILON, SINK),
-        "share": ("sequences", "sink: share of attention", 0.2, SINK),
+        "ratio": ("ratio", "sequences", "spike: |h| / median", SPIKE_RATIO, SPIKE),
+        "percentile": ("percentile", "sequences", "spike: percentile", str(PERCENTILE), SPIKE),
+        "epsilon": ("gu", "best_head", "sink: ε, best head", PRIMARY_SINK_EPSILON, SINK),
+        "share": ("share", "sequences", "sink: share of attention", SHARE, SINK),
     }
     curves = {"this model": found["sensitivity"]}
     curves |= {name: null["curves"] for name, null in found["nulls"].items() if "curves" in null}
-    for axes, (kind, (key, title, used, color)) in zip(panels, names.items(), strict=True):
-        shuffled = "shuffled_channels" if kind == "percentile" else "shuffled_positions"
-        for name, style in (
-            ("this model", {"ls": "-", "marker": "o", "color": color}),
-            ("init", {"ls": "--", "color": GREY, "label": "null: new random weights"}),
-            (shuffled, {"ls": ":", "color": INK, "label": "null: shuffled channels or positions"}),
-        ):
-            if name in curves:
+    for axes, (kind, (rule, key, title, used, color)) in zip(panels, names.items(), strict=True):
+        shuffled = {"ls": ":", "color": INK, "label": "null: shuffled channels or positions"}
+        for name, style in {
+            "this model": {"ls": "-", "marker": "o", "color": color, "label": "this model"},
+            "init": {"ls": "--", "color": GREY, "label": "null: new random weights"},
+            "shuffled_channels": shuffled,
+            "shuffled_positions": shuffled,
+        }.items():
+            if name in curves and name in ("this model", *NULLS_OF[rule]):
                 points = curves[name][kind]
                 x = [p["at"] if kind != "percentile" else str(p["at"]) for p in points]
-                axes.plot(x, [p[key] for p in points], **{"label": name, "markersize": 2.5, **style})
+                axes.plot(x, [p[key] for p in points], markersize=2.5, **style)
         axes.set(ylim=(-0.03, 1.03), xlabel=title)
         if kind == "ratio":
             axes.set_xscale("log")
@@ -280,7 +284,7 @@ def _sensitivity(found):
             axes.tick_params(axis="x", rotation=40)
         axes.axvline(used, color=GREY, lw=0.8)
     panels[0].set_ylabel("share of sequences")
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    figure.legend(*panels[1].get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
 
@@ -292,8 +296,8 @@ def _path(found):
     for step, word in ((anatomy["step_up"], "step-up"), (anatomy["step_down"], "step-down")):
         if step:
             axes.axvline(step["index"], color=GREY, lw=0.8, ls="--")
-            at = {"xycoords": ("data", "axes fraction"), "xytext": (-2, -2), "textcoords": "offset points"}
-            axes.annotate(word, (step["index"], 1), **at, color=GREY, ha="right", va="top", rotation=90)
+            at = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+            axes.annotate(word, (step["index"], 1), **at, color=GREY, ha="center", va="bottom")
     name_ticks(axes.xaxis, [name_of(x) for x in layers])
     axes.set_ylabel("h, mean over the tokens")
     figure.legend(ncols=3, loc="outside upper center")

@@ -70,7 +70,7 @@ def _overlap_sentence(both):
     return (
         f"Co-occurrence: P(sink | spike) {both['p_sink_given_spike']:.0%} {interval(ci['p_sink_given_spike'], '.0%')}, "
         f"P(spike | sink) {both['p_spike_given_sink']:.0%} {interval(ci['p_spike_given_sink'], '.0%')}, lift over what "
-        f"position alone explains {number(both['lift'], '.2f')} {interval(ci['lift'], '.2f')}, p "
+        f"position alone explains {' '.join((number(both['lift'], '.2f'), interval(ci['lift'], '.2f'))).strip()}, p "
         f"{both['p_permutation']:.3g}. {_without_first(both['without_first'])}"
     )
 
