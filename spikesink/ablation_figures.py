@@ -37,6 +37,7 @@ def _deltas(ablation):
             axes.plot(entry["ci95"], [i, i], color=color, lw=2)
         axes.plot(entry["delta_loss"], i, "o", color=color, markersize=4)
     axes.set_yticks(range(len(shown)), [label for label, _, _ in shown])
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, lw=0.8)
     axes.set_xlabel("change of the loss, nats per token")
@@ -60,7 +61,7 @@ def _two_by_two(ablation):
                 if left["ci95"]:
                     axes.plot([x, x], left["ci95"]["same"], color=INK, lw=1)
         axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name, _ in runs])
-        axes.set(ylim=(0, 1.05), title=f"{removed.replace('_', ' ')}")
+        axes.set(ylim=(0, 1.05), title=REMOVED[removed][0])
     both[0].set_ylabel("share that remains")
     handles = [matplotlib.patches.Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]
     figure.legend(handles=handles, ncols=2, loc="outside lower center")
@@ -194,17 +195,17 @@ def _int8(models):
     return figure
 
 
+REMOVED = {  # title, question
+    "remove_spikes": ("spikes removed", "Do sinks need spikes?"),
+    "remove_sinks": ("sinks removed", "Do spikes need sinks?"),
+}
 on_this = lambda found: f" Measured on {on_text(found)}."
 edits = lambda found: bool(_entries(found))
 
 
 def _needs(ablation):
     """What the two by two says, in words."""
-    said = {"yes": "yes", "no": "no"}
-    return "; ".join(
-        f"with {removed.replace('_', ' ')}: {said.get(cell['needs'], cell['needs'])}"
-        for removed, cell in ablation["two_by_two"].items()
-    )
+    return " ".join(f"{REMOVED[removed][1]} {cell['needs']}." for removed, cell in ablation["two_by_two"].items())
 
 
 def _conditions(kind):
@@ -215,16 +216,16 @@ ABLATION = {
     "deltas": Figure(
         _deltas,
         lambda found: (
-            "Change of the loss under each intervention and, in grey, under its matched controls; 95% intervals. The "
-            "axis is linear near 0, then logarithmic." + on_this(found)
+            "Change of the loss under each intervention (orange: on spikes, blue: on sinks) and, in grey, under its "
+            "matched controls; 95% intervals. The axis is linear near 0, then logarithmic." + on_this(found)
         ),
         needs=edits,
     ),
     "two_by_two": Figure(
         _two_by_two,
         lambda found: (
-            f"Does one need the other? What is left of the very same spikes and sinks when the other is removed, and, "
-            f"paler, under the controls. Needed, {_needs(found)}." + on_this(found)
+            "What is left of the very same spikes and sinks when the other is removed, and, paler, under the controls. "
+            f"{_needs(found)}" + on_this(found)
         ),
         needs=lambda found: edits(found) and any(cell["edited"] for cell in found["two_by_two"].values()),
     ),

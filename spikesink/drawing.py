@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .words import visible
 
@@ -130,6 +131,15 @@ def name_ticks(axis, names, at_most=14, turn=40):
     step = -(-len(names) // at_most)
     turned = {"rotation": turn, "ha": "right" if turn < 90 else "center"} if turn else {}
     axis.set_ticks(range(0, len(names), step), names[::step], **turned)
+
+
+def log_ticks(axis, values):
+    """A logarithmic axis with plain numbers, in more places where the values span little."""
+    positive = [x for x in values if x > 0]
+    near = positive and max(positive) < 50 * min(positive)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def thinned(values, at_most=600):

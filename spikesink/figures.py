@@ -19,6 +19,7 @@ from .drawing import (
     columns_of,
     heat,
     label,
+    log_ticks,
     name_ticks,
     shade_bar,
     thinned,
@@ -76,6 +77,8 @@ def _magnitudes(found):
     axes.plot([x["median"] for x in layers], color=GREY, label="median")
     scale = "log" if any(x["median"] > 0 for x in layers) else "linear"
     axes.set(yscale=scale, ylabel="|h| in the residual stream")
+    if scale == "log":
+        log_ticks(axes.yaxis, [x[key] for x in layers for key in ("top1", "median")])
     name_ticks(axes.xaxis, [name_of(x) for x in layers])
     figure.legend(ncols=4, loc="outside upper center")
     return figure
@@ -280,6 +283,7 @@ def _sensitivity(found):
         axes.set(ylim=(-0.03, 1.03), xlabel=title)
         if kind == "ratio":
             axes.set_xscale("log")
+            log_ticks(axes.xaxis, [1, 100])
         if kind == "percentile":
             axes.tick_params(axis="x", rotation=40)
         axes.axvline(used, color=GREY, lw=0.8)
@@ -335,10 +339,15 @@ def _history(rows):
             axes.text(0.5, 0.5, "undefined at every step", transform=axes.transAxes, ha="center", va="center")
         if key == "ratio":
             axes.set_yscale("log")
+            log_ticks(axes.yaxis, [*values, SPIKE_RATIO])
             axes.axhline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
     later = [step for step in steps if step]
     if len(later) > 2 and max(later) > 30 * min(later):
-        axes_of[-1].set_xscale("symlog", linthresh=min(later))
+        if 0 in steps:
+            axes_of[-1].set_xscale("symlog", linthresh=min(later))
+            axes_of[-1].set_xlim(left=-0.05 * min(later))
+        else:
+            axes_of[-1].set_xscale("log")
     axes_of[-1].set_xlabel("training step")
     figure.align_ylabels(axes_of)
     return figure
@@ -381,21 +390,23 @@ def _prompt_received(found):
 
 
 def _comparison(pairs):
-    figure, (left, right) = canvas(1, 2, height=1.1)
+    figure, (top, bottom) = canvas(2, 1, height=1.9)
     shades = plt.get_cmap("viridis")
     many = len(pairs) > 8 or bool(history.of_findings([found for _, found in pairs]))
     for i, (name, found) in enumerate(pairs):
-        color = shades(0.85 * i / max(1, len(pairs) - 1)) if many else f"C{i}"
+        color = shades(0.3 + 0.45 * i / max(1, len(pairs) - 1)) if many else f"C{i}"
         ratios, rates = [ratio_of(x) for x in found["layers"]], found["sinks"]["gu"]["0.3"]["by_layer"]
-        for axes, values in ((left, ratios), (right, rates)):
+        for axes, values in ((top, ratios), (bottom, rates)):
             depth = [j / max(1, len(values) - 1) for j in range(len(values))]
             axes.plot(depth, values, "-o", markersize=2.5, color=color, label=label(name, 40))
-    left.set(yscale="log", ylabel="largest |h| / median")
-    left.axhline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
-    right.set(ylim=(-0.03, 1.03), ylabel="sink rate, share of heads")
-    for axes in (left, right):
-        axes.set_xlabel("depth: 0 first layer, 1 last")
-    figure.legend(*left.get_legend_handles_labels(), ncols=min(4, len(pairs)), loc="outside lower center")
+    top.set(yscale="log", ylabel="largest |h| / median")
+    log_ticks(top.yaxis, [SPIKE_RATIO, *(ratio_of(x) for _, found in pairs for x in found["layers"])])
+    top.axhline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
+    bottom.set(ylim=(-0.03, 1.03), ylabel="sink rate, share of heads")
+    bottom.set_xlabel("depth: 0 first layer, 1 last")
+    longest = max(len(name) for name, _ in pairs)
+    ncols = max(1, min(len(pairs), 48 // (longest + 5)))
+    figure.legend(*top.get_legend_handles_labels(), ncols=ncols, loc="outside lower center")
     return figure
 
 
@@ -464,10 +475,9 @@ COMPARISON = {
     "comparison": Figure(
         _comparison,
         lambda pairs: (
-            "Left: largest |h| over the median, through the layers; dashed: the spike rule. Right: sink rate of the "
+            "Above: largest |h| over the median, through the layers; dashed: the spike rule. Below: sink rate of the "
             f"first key, alpha > {PRIMARY_SINK_EPSILON}." + on_this(pairs[0][1])
         ),
-        wide=True,
     ),
     "history": Figure(
         lambda pairs: _history(of_pairs(pairs)),

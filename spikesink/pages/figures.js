@@ -149,7 +149,7 @@ function surface(data, of) { // what plotly needs to show one layer
     margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: "rgba(0,0,0,0)", uirevision: "kept", font: { color: ink },
     scene: {
       xaxis: axis("channel"), yaxis: { ...axis("position"), autorange: "reversed" }, zaxis: axis("|h|"),
-      aspectmode: "manual", aspectratio: { x: 1.3, y: 1, z: 0.75 }, camera: { eye: { x: 1.25, y: -1.75, z: 0.75 }, center: { x: 0, y: 0, z: -0.15 } },
+      aspectmode: "manual", aspectratio: { x: 1.3, y: 1, z: 0.75 }, camera: { eye: { x: 1.4, y: -1.95, z: 0.85 }, center: { x: 0, y: 0, z: -0.15 } },
     },
   }];
 }
