@@ -100,6 +100,8 @@ def _heads(found):
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
                     axes.text(j, i, f"{value:.0%}", ha="center", va="center")
+        elif not any(map(any, values)):
+            axes.text(0.5, 0.5, "0% in every head", transform=axes.transAxes, ha="center", va="center")
         for side in axes.spines.values():
             side.set(visible=True, color=GREY, linewidth=0.5)
     name_ticks(both[0].yaxis, [name_of(seam) for seam in sinks["seams"]], 24, 0)
@@ -288,7 +290,7 @@ def _sensitivity(found):
             axes.tick_params(axis="x", rotation=40)
         axes.axvline(used, color=GREY, lw=0.8)
     panels[0].set_ylabel("share of sequences")
-    figure.legend(*panels[1].get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    figure.legend(*panels[1].get_legend_handles_labels(), ncols=3, loc="outside upper left")
     return figure
 
 

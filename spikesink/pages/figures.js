@@ -130,7 +130,8 @@ const plotly = () => (library ??= (async () => { // inflated once, when it is fi
   return window.Plotly;
 })());
 
-function surface(data, of) { // what plotly needs to show one layer
+function surface(data, of, width) { // what plotly needs to show one layer
+  const far = Math.max(1, 480 / (width || 480)); // labels need the same room on a phone
   const values = unpacked(of.values), starts = of.starts.split(" ").map(Number);
   const ratio = (x) => x / Math.max(of.median, 1e-30), texts = data.sequences[0].texts;
   const channels = starts.map((start, i) => {
@@ -149,7 +150,7 @@ function surface(data, of) { // what plotly needs to show one layer
     margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: "rgba(0,0,0,0)", uirevision: "kept", font: { color: ink },
     scene: {
       xaxis: axis("channel"), yaxis: { ...axis("position"), autorange: "reversed" }, zaxis: axis("|h|"),
-      aspectmode: "manual", aspectratio: { x: 1.3, y: 1, z: 0.75 }, camera: { eye: { x: 1.4, y: -1.95, z: 0.85 }, center: { x: 0, y: 0, z: -0.15 } },
+      aspectmode: "manual", aspectratio: { x: 1.3, y: 1, z: 0.75 }, camera: { eye: { x: 1.4 * far, y: -1.95 * far, z: 0.85 * far }, center: { x: 0, y: 0, z: -0.15 } },
     },
   }];
 }
@@ -159,7 +160,7 @@ async function magnitudeFigure(figure, data) {
   if (!(canvas.getContext("webgl2") || canvas.getContext("webgl")) || !window.DecompressionStream) return;
   const Plotly = await plotly();
   const plot = make("div", { className: "plot" });
-  const show = () => Plotly.react(plot, ...surface(data, data.matrices[select.value]), {
+  const show = () => Plotly.react(plot, ...surface(data, data.matrices[select.value], plot.clientWidth), {
     displaylogo: false, responsive: true, scrollZoom: false, modeBarButtons: [["resetCameraDefault3d"]],
   });
   const [select, label] = selector("after", data.matrices.map((m) => ["", m.layer]), show);
