@@ -61,6 +61,7 @@ def _two_by_two(ablation):
                 if left["ci95"]:
                     axes.plot([x, x], left["ci95"]["same"], color=INK, lw=1)
         axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name, _ in runs])
+        axes.tick_params(axis="x", labelsize=0.85 * plt.rcParams["font.size"])
         axes.set(ylim=(0, 1.05), title=REMOVED[removed][0])
     both[0].set_ylabel("share that remains")
     handles = [matplotlib.patches.Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]

@@ -55,7 +55,11 @@ class Examples:
             "heads": [subject.heads[h] for h in heads],
             "n_heads": len(subject.heads),
             "sequences": [self._sequence(subject, obs, n, alphas[n][heads]) for n in numbers],
-            "matrices": [{"layer": names[i], **packed_matrix(self.matrices[i])} for i in self._shown_layers()],
+            "matrices": [
+                {"layer": names[i], **packed_matrix(self.matrices[i])}
+                for i in self._shown_layers()
+                if subject.part != "cross"  # its streams are the encoder's, which shows them
+            ],
         }
 
     def _strongest(self, alphas):

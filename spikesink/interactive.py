@@ -27,7 +27,7 @@ def live(name, found):
     examples = found["examples"]
     if not examples:
         return None
-    matrices, largest = examples["matrices"], largest_matrix(found)[0]
+    matrices = examples["matrices"]
     sequences = [{**s, "texts": [visible(text) for text in s["texts"]]} for s in examples["sequences"]]
     return {
         "id": name,
@@ -38,7 +38,7 @@ def live(name, found):
                 **examples,
                 "sequences": sequences,
                 "best_layer": best_layer(examples),
-                "best_matrix": matrices.index(largest),
+                "best_matrix": matrices.index(largest_matrix(found)[0]) if matrices else None,
                 "ratio": SPIKE_RATIO,
                 "epsilon": PRIMARY_SINK_EPSILON,
             }

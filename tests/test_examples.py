@@ -74,7 +74,7 @@ def test_a_large_model_has_a_small_entry():
         kept.add_attention(seam, rows, torch.rand(4, 32, T))
     tap = SimpleNamespace(name="attn 0")
     subject = SimpleNamespace(
-        streams=[tap] * 65, attends=[tap] * 32, heads=["31.31"] * 1024, text=lambda i: " token of some length"
+        part="", streams=[tap] * 65, attends=[tap] * 32, heads=["31.31"] * 1024, text=lambda i: " token of some length"
     )
     obs = SimpleNamespace(
         ids=torch.randint(9**5, (4, T)),

@@ -131,7 +131,7 @@ const plotly = () => (library ??= (async () => { // inflated once, when it is fi
 })());
 
 function surface(data, of, width) { // what plotly needs to show one layer
-  const far = Math.max(1, 480 / (width || 480)); // labels need the same room on a phone
+  const far = Math.max(1, 430 / (width || 430)); // labels need the same room on a phone
   const values = unpacked(of.values), starts = of.starts.split(" ").map(Number);
   const ratio = (x) => x / Math.max(of.median, 1e-30), texts = data.sequences[0].texts;
   const channels = starts.map((start, i) => {
