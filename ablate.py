@@ -11,7 +11,7 @@ does to the model. Writes ablate.json, detect.json (what there is on the same te
 from pathlib import Path
 
 from detect import detect, flags, folder_of, open_checkpoint, output_paths
-from spikesink import findings, intervene, outcomes, probes, quantise, report
+from spikesink import ablation_figures, figures, findings, intervene, outcomes, probes, quantise, report
 from spikesink.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parent
@@ -138,6 +138,9 @@ def main():
     findings.save(json_path, ablation)
     report.page(html_path, found, ablation)
     print(f"measured on {report.conditions(found)}\n\n{report.ablation_terminal(ablation)}")
+    if args.figures:
+        tables = (figures.DETECTION, found), (ablation_figures.ABLATION, ablation)
+        print(f"\n{report.figure_files(args.figures, *tables)}")
     print(f"\nfindings: {json_path}\npage:     {html_path}")
 
 

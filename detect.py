@@ -22,10 +22,11 @@ from data.loader import NANOGPT_META
 from data.sequences import Reader
 from data.tokenizer import NoTokenizer, tokenizer_of
 from model import GPT
-from spikesink import checkpoint, findings, hf, offload, prompt, report
+from spikesink import checkpoint, figures, findings, hf, history, offload, prompt, report
 from spikesink.anatomy import anatomy
 from spikesink.calibrate import nulls
 from spikesink.errors import Flags, UserError, run
+from spikesink.examples import Examples
 from spikesink.observe import observe
 from spikesink.subject import PADDING, Subject
 
@@ -70,6 +71,7 @@ def flags(description):
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda ...")
     parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: beside the checkpoint)")
     parser.add_argument("--html", metavar="FILE", help="where the page goes (default: beside the checkpoint)")
+    parser.add_argument("--figures", metavar="DIR", help="also write every figure there as SVG and PNG, for a paper")
     return parser
 
 
@@ -211,12 +213,15 @@ def open_checkpoint(args, calibration=False):
 def detect(opened, args):
     """Findings of an opened checkpoint; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
     first, *others = (detect_part(subject, opened, args) for subject in opened.subjects)
+    path, step = opened.about["checkpoint"]["path"], opened.about["checkpoint"]["step"]
+    if step is not None:  # a run of ours: its log lies beside it
+        first["history"] = history.of_log(folder_of(path) / "log.jsonl", step)
     return {**first, "parts": {found["part"]: found for found in others}} if others else first
 
 
 def detect_part(subject, opened, args):
     """Findings of one Subject: the observation, its nulls, its anatomy."""
-    observation = observe(subject, opened.ids, args.batch_size)
+    observation = observe(subject, opened.ids, args.batch_size, examples=Examples())
     no_init = offload.no_copy(subject.model, offload.room(args.max_memory))
     null = nulls(subject, opened.ids, opened.vocab_size, args.nulls, args.batch_size, no_init=no_init)
     parts = anatomy(subject, opened.ids, observation, args.batch_size)
@@ -236,6 +241,8 @@ def look_at_prompt(args):
     findings.save(json_path, found)
     report.prompt_page(html_path, found)
     print(report.prompt_terminal(found))
+    if args.figures:
+        print(f"\n{report.figure_files(args.figures, (figures.PROMPT, found))}")
     return json_path, html_path
 
 
@@ -246,7 +253,7 @@ def compare(args):
     found = []
     for path in tqdm(paths, desc="checkpoints", disable=None, leave=False):
         args.checkpoint = path
-        found.append(detect(open_checkpoint(args), args))
+        found.append({**detect(open_checkpoint(args), args), "examples": {}})  # of one checkpoint, for its own page
     names = short_names(paths)
     findings.save(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
     report.comparison_page(html_path, names, found)
@@ -254,6 +261,9 @@ def compare(args):
     header, rows = report.architecture_rows(names, found)
     if rows:
         print("\nwhat differs in their architecture\n" + report.grid(header, rows))
+    if args.figures:
+        pairs = list(zip(names, found, strict=True))
+        print(f"\n{report.figure_files(args.figures, (figures.COMPARISON, pairs))}")
     return json_path, html_path
 
 
@@ -280,6 +290,8 @@ def look_at_checkpoint(args):
     print(report.terminal(found))
     if args.vocab:
         print(f"\n{report.vocabulary_terminal(found['vocabulary'])}")
+    if args.figures:
+        print(f"\n{report.figure_files(args.figures, (figures.DETECTION, found))}")
     return json_path, html_path
 
 

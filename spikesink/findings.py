@@ -48,6 +48,7 @@ def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
         "measures": measures,
         "nulls": null,
         "anatomy": anatomy or {},
+        "examples": obs.examples.result(subject, obs) if obs.examples.relative else {},
     }
 
 
@@ -241,10 +242,15 @@ def plain(value):
 
 def save_text(path, text):
     """Writes a text file atomically. Raises UserError if that cannot be done."""
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path, content):
+    """Writes a file atomically. Raises UserError if that cannot be done."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: file.write(text.encode()))
+        write_atomic(path, lambda file: file.write(content))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -178,7 +178,7 @@ def overlap(spike, sink, tokens=None, weights=None):
     in a bootstrap. `lift` is the overlap over its expectation when, at each position, the sink labels are permuted
     among the sequences: 1 if position alone explains it. `lift_anywhere`: over its expectation when they are permuted
     among all tokens. `explained_by_position`: the part of the overlap in excess of the latter that the former has too,
-    at most 1. Expectations are exact, not drawn.
+    at most 1. Expectations are exact, not drawn. `expected`: the tokens that would be both, position by position.
     """
     present = torch.ones_like(spike) if tokens is None else tokens
     w = (torch.ones(len(spike)) if weights is None else weights).double()[:, None]
@@ -196,6 +196,7 @@ def overlap(spike, sink, tokens=None, weights=None):
         "p_sink_given_spike": ratio(both, spikes),
         "p_spike_given_sink": ratio(both, sinks),
         "jaccard": ratio(both, spikes + sinks - both),
+        "expected": at_position.item(),
         "lift": ratio(both, at_position),
         "lift_anywhere": ratio(both, anywhere),
         "explained_by_position": ratio((at_position - anywhere).clamp_min(0).minimum(both - anywhere), both - anywhere),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import metrics
 from .errors import UserError
+from .examples import Examples
 from .hooks import hooked, on_streams
 from .subject import PADDING, batches, for_heads, map_rows
 
@@ -194,6 +195,7 @@ class Observation:
     best_alpha: torch.Tensor  # (N, L, H), of the eligible key that has most
     loss: torch.Tensor  # (N,), mean loss per predicted token, nats
     predicted: torch.Tensor  # (N,), how many those are
+    examples: Examples  # some sequences, token by token
 
     @property
     def tokens(self):
@@ -210,8 +212,10 @@ class Shuffle:
     rows: Callable = lambda weights, first, causal: weights
 
 
-def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="observe"):
+def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="observe", examples=None):
     """Runs `subject` over token ids (N, T), PADDING where there is none, and returns an Observation.
+
+    `examples`: an examples.Examples to fill in.
 
     Raises UserError if the model's loss is not finite.
     """
@@ -238,6 +242,7 @@ def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="obser
         best_alpha=zeros(N, L, H),
         loss=zeros(N),
         predicted=zeros(N),
+        examples=examples or Examples(sequences=0),
     )
     bar = tqdm(total=N * max(1, taps - 1), desc=desc, unit="layer", disable=None if progress else True, leave=False)
     with bar:
@@ -268,6 +273,7 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
                 marked[rule].append(layer.marked(definition))
             for percentile in metrics.PERCENTILES:
                 marked[percentile].append(layer.above(percentile))
+            obs.examples.add_stream(index, rows, layer)
             bar.update(B if index else 0)
 
         return function
@@ -277,6 +283,7 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
             nonlocal n_queries
             n_queries, bias = args[0].size(-2), kwargs.get("bias")
             received, alpha, eligible = obs.attention[index].add(module, *args, bias, subject.causal, shuffle.rows)
+            obs.examples.add_attention(index, rows, alpha)
             share.add_(received.sum(1))
             torch.maximum(max_alpha, alpha.amax(1), out=max_alpha)
             sink_heads.add_(((alpha > metrics.PRIMARY_SINK_EPSILON) & eligible).sum(1))

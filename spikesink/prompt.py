@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from . import metrics
+from .examples import TOKENS, Examples
 from .hooks import hooked, on_streams
 from .observe import observe
 from .subject import map_rows
@@ -23,26 +24,23 @@ def inspect(subject, ids, checkpoint, model):
 
     Memory is O(T) per head: of each row of a map only the key that gets most is kept.
     """
-    looks, received = [], []
+    looks, whole = [], Examples(sequences=1, tokens=subject.seen(ids).size(1), shown=4 * TOKENS)
 
     def hook(module, args, kwargs, output):
         q, k, _ = args
         best, most = [], []
-        total = torch.zeros(q.size(1), k.size(-2))
         for _, weights in map_rows(module, q, k, subject.causal):
-            total[:, : weights.size(-1)] += weights[0].sum(1).cpu()
             top = weights[0].max(-1)  # (H, R) each
             best.append(top.indices.cpu())
             most.append(top.values.cpu())
         looks.append((torch.cat(best, 1), torch.cat(most, 1)))  # (H, T) each
-        received.append(total)
 
     with hooked([(seam.module, hook) for seam in subject.attends]):
-        obs = observe(subject, ids, 1, progress=False)
+        obs = observe(subject, ids, 1, progress=False, examples=whole)
     T = obs.ids.size(1)
-    received = torch.stack(received)  # (L, H, T)
     queries = metrics.queries_per_key(T, None if subject.causal else T)
-    alpha = metrics.sink_alpha(received, queries).flatten(0, 1)  # (L * H, T)
+    alpha = torch.cat([whole.alpha[i, 0] for i in range(len(subject.attends))])  # (L * H, T)
+    received = alpha * queries  # attention mass
     names = [tap.name for tap in subject.streams]
     heads = subject.heads
     targets = torch.cat([best for best, _ in looks])  # (L * H, T)
@@ -86,10 +84,11 @@ def inspect(subject, ids, checkpoint, model):
                 "alpha": alpha[i].tolist(),
                 "looks_at": targets[i].tolist(),
                 "weight": weights[i].tolist(),
-                "most_at": int(received.flatten(0, 1)[i].argmax()),
+                "most_at": int(received[i].argmax()),
             }
             for i, name in enumerate(heads)
         ],
+        "examples": whole.result(subject, obs),
     }
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import jinja2
 
-from . import answers, figures
-from .findings import save_text
+from . import ablation_figures, answers, drawing, figures, history, interactive
+from .findings import save_bytes, save_text
+from .metrics import PRIMARY_SINK_EPSILON, SPIKE_RATIO
 from .words import grid, interval, name_of, number, ratio_of, visible
 
 PAGES = Path(__file__).with_name("pages")
@@ -69,7 +70,7 @@ def _overlap_sentence(both):
     return (
         f"Co-occurrence: P(sink | spike) {both['p_sink_given_spike']:.0%} {interval(ci['p_sink_given_spike'], '.0%')}, "
         f"P(spike | sink) {both['p_spike_given_sink']:.0%} {interval(ci['p_spike_given_sink'], '.0%')}, lift over what "
-        f"position alone explains {number(both['lift'], '.2f')} {interval(ci['lift'], '.2f')}, p "
+        f"position alone explains {' '.join((number(both['lift'], '.2f'), interval(ci['lift'], '.2f'))).strip()}, p "
         f"{both['p_permutation']:.3g}. {_without_first(both['without_first'])}"
     )
 
@@ -219,6 +220,20 @@ def inner_rows(findings):
             cells += [number(row["top1"], ".4g"), f"{ratio_of(row):.1f}"] if row else ["–", "–"]
         rows.append([name, *cells, number(update["kurtosis"])])
     return header, rows
+
+
+def places_sentence(findings):
+    """What the columns of `inner_rows` are, in words."""
+    of = findings["anatomy"]
+    places = "; ".join(f"{place}: {text}" for place, text in of["places"].items())
+    return f"On the {of['n_seq']} sequences that were dissected. {places}."
+
+
+def history_rows(rows):
+    """(header, rows) of what happened over training."""
+    header = ["step", *history.COLUMNS]
+    keys = ("loss", "ratio", "kurtosis", "sink_rate", "p_sink_given_spike")
+    return header, [[f"{row['step']:,}", *(number(row[key], ".4g") for key in keys)] for row in rows]
 
 
 def parts_of(findings):
@@ -386,6 +401,21 @@ def prompt_head_rows(found, heads=None):
     return ["head", "attends most to", "alpha", "queries with their maximum there"], rows
 
 
+def prompt_sentence(found):
+    """What stands out in a prompt."""
+    tokens = found["tokens"]
+    place = lambda t: f"{visible(t['text'])} at position {t['position']}"
+    peak, most = max(tokens, key=lambda t: t["ratio"]), max(tokens, key=lambda t: t["share"])
+    spikes = sum("ratio" in t["rules"] for t in tokens)
+    sinks = sum(bool(t["sink_heads"]) and not t["few_queries"] for t in tokens)
+    return (
+        f"Of {len(tokens)} tokens {spikes} {'is a spike' if spikes == 1 else 'are spikes'} (|h| at least "
+        f"{SPIKE_RATIO:g} x the layer's median) and {sinks} {'a sink' if sinks == 1 else 'sinks'} (alpha > "
+        f"{PRIMARY_SINK_EPSILON} in at least one head). Largest: {place(peak)}, {peak['ratio']:.1f} x the median. Most "
+        f"attention over all heads: {place(most)}, {most['share']:.1%}."
+    )
+
+
 PROMPT_NOTE = (
     "|h|: the token's largest magnitude in the residual stream, after which sub-layer, and against that layer's median "
     "on this text. share: of all attention. alpha: mean attention from the queries that can see the token, in the head "
@@ -469,12 +499,15 @@ def architecture_rows(names, all_findings):
 # ---------------------------------------------------------------------------------------------------- pages
 
 
-def _write(path, template, **values):
+def _write(path, template, alive=(), **values):
+    """Writes a page; `alive`: interactive.live of the parts whose figures answer."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"visible": visible, "number": number}
-    save_text(path, environment.get_template(template).render(**values))
+    environment.globals |= {"plotly": interactive.plotly, "ratio": SPIKE_RATIO, "epsilon": PRIMARY_SINK_EPSILON}
+    alive = [live for live in alive if live]
+    save_text(path, environment.get_template(template).render(alive=alive, **values))
 
 
 def page(path, findings, ablation=None):
@@ -483,19 +516,22 @@ def page(path, findings, ablation=None):
         {
             "name": name,
             "findings": found,
-            "figures": figures.detection(found),
-            "verdicts": found["verdicts"],
+            "figures": drawing.for_page(figures.DETECTION, found),
+            "live": interactive.live(name, found),
             "summary": summary(found) + anatomy_lines(found),
             "layers": layer_rows(found),
             "inner": inner_rows(found) if found["anatomy"] else None,
+            "places": places_sentence(found) if found["anatomy"] else "",
             "heads": head_rows(found),
             "nulls": null_rows(found) if found["nulls"] else None,
+            "history": history_rows(found.get("history", [])),
         }
         for name, found in parts_of(findings)
     ]
     _write(
         path,
         "detect.html",
+        alive=[part["live"] for part in parts],
         findings=findings,
         parts=parts,
         conditions=conditions(findings),
@@ -514,7 +550,7 @@ def ablation_parts(ablation):
             "table": answers.rows(found),
             "classes": answers.class_rows(found),
             "probes": answers.probe_tables(found),
-            "figures": figures.ablation(found),
+            "figures": drawing.for_page(ablation_figures.ABLATION, found),
         }
         for name, found in parts_of(ablation)
     ]
@@ -537,25 +573,31 @@ def prompt_page(path, found):
         {
             "name": name,
             "found": part,
-            "figures": figures.prompt(part),
+            "sentence": prompt_sentence(part),
+            "figures": drawing.for_page(figures.PROMPT, part),
+            "live": interactive.live(name, part),
             "rows": prompt_rows(part),
             "heads": prompt_head_rows(part),
         }
         for name, part in parts_of(found)
     ]
-    _write(path, "prompt.html", found=found, parts=parts, note=PROMPT_NOTE)
+    alive = [part["live"] for part in parts]
+    _write(path, "prompt.html", alive=alive, found=found, parts=parts, note=PROMPT_NOTE)
 
 
 def comparison_page(path, names, all_findings):
     """Writes the page that puts checkpoints side by side."""
+    pairs = list(zip(names, all_findings, strict=True))
     _write(
         path,
         "compare.html",
         names=names,
+        verdicts=pairs,
         rows=comparison_rows(names, all_findings),
         architecture=architecture_rows(names, all_findings),
-        figures=figures.comparison(names, all_findings),
-        conditions=[(name, conditions(found)) for name, found in zip(names, all_findings, strict=True)],
+        drawn=drawing.for_page(figures.COMPARISON, pairs),
+        conditions=[(name, conditions(found)) for name, found in pairs],
+        history=history_rows(history.of_findings(all_findings)),
     )
 
 
@@ -570,5 +612,22 @@ def mitigation_page(path, mitigation):
         rows=mitigation_rows(mitigation),
         phenomena=phenomena_rows(mitigation),
         int8=int8_rows(mitigation),
-        figures=figures.mitigation(models_of(mitigation)),
+        drawn=drawing.for_page(ablation_figures.MITIGATION, models_of(mitigation)),
     )
+
+
+# --------------------------------------------------------------------------------------------- figures for a paper
+
+
+def figure_files(folder, *tables):
+    """Writes NAME.svg and NAME.png of every figure of (table, findings) pairs, and captions.txt; returns a line."""
+    folder, captions = Path(folder), []
+    for table, findings in tables:
+        for part, found in parts_of(findings) if isinstance(findings, dict) else [("", findings)]:
+            for name, svg, png, caption in drawing.for_paper(table, found):
+                stem = f"{part}-{name}" if part else name
+                save_text(folder / f"{stem}.svg", svg)
+                save_bytes(folder / f"{stem}.png", png)
+                captions.append(f"{stem}: {caption}")
+    save_text(folder / "captions.txt", "\n\n".join(captions) + "\n")
+    return f"figures: {', '.join(caption.split(':')[0] for caption in captions)} (.svg, .png) in {folder}"

@@ -39,3 +39,9 @@ def ratio_of(layer):
 def name_of(layer):
     """'embedding', 'attn 0', 'ffn 0', ... of a layer of the findings."""
     return layer["kind"] if layer["layer"] < 0 else f"{layer['kind']} {layer['layer']}"
+
+
+def on_text(findings):
+    """The sequences that findings are about, in short."""
+    data = findings["data"]
+    return f"{data['n_seq']} sequences of {data['seq_len']} tokens of {data['name']}, {data['dtype']}"

@@ -132,6 +132,8 @@ def test_token_text_never_becomes_part_of_the_page(detected, tmp_path):  # noqa:
         endless = itertools.cycle(texts)
         for token in (*changed["spikes"]["tokens"], *changed["sinks"]["tokens"]):
             token["text"] = token["before"] = next(endless)
+        for sequence in changed["examples"]["sequences"]:
+            sequence["texts"] = [next(endless) for _ in sequence["texts"]]
         changed["checkpoint"]["path"] = changed["data"]["name"] = "".join(texts)
         report.page(tmp_path / "page.html", changed)
         return (tmp_path / "page.html").read_text()
@@ -142,7 +144,7 @@ def test_token_text_never_becomes_part_of_the_page(detected, tmp_path):  # noqa:
     outside = lambda page: [tag for tag in page.seen if tag[0] not in in_figures]
     assert outside(harmless) == outside(harmful)
     assert not any(name.startswith("on") for tag in harmful.seen for name in tag[1:])
-    assert "script" not in {tag[0] for tag in harmful.seen}
+    assert sum(tag[0] == "script" for tag in harmful.seen) == 3  # ours: the examples, plotly, what uses them
 
 
 def test_the_arrays_that_are_read_hold_no_objects(tmp_path, cli, trained):

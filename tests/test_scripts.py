@@ -163,7 +163,7 @@ def test_ablate_probes_a_model_that_reads_text(cli, tmp_path, monkeypatch):
         assert names == ["none", "bos_remove", "bos_remove/second_token"]  # the model has no spikes
     assert "BLiMP under" in text and "linear probe under" in text
     page = (tmp_path / "report.html").read_text()
-    assert "selectivity by layer" in page and "change of BLiMP accuracy" in page
+    assert "selectivity by layer" in page and "Change of BLiMP accuracy" in page
     code, text, _ = cli("ablate.py", tmp_path / "ckpt.pt", *out, "--only", "bos_remove", "--no-probes")
     assert code == 0 and "BLiMP" not in text and "Not probed" not in text
     assert cli("ablate.py", tmp_path / "ckpt.pt", "--only", "spike_zap")[0] == 2
@@ -177,7 +177,7 @@ def test_page_is_self_contained_and_escapes_token_text(detected, tmp_path):
     found["checkpoint"]["path"] = attack
     report.page(tmp_path / "evil.html", found)
     html = (tmp_path / "evil.html").read_text()
-    assert "<script" not in html and "&lt;script&gt;" in html
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html
     links = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", html)
     assert all(link.startswith(("#", "data:")) for link in links), links
     assert "url(http" not in html and "@import" not in html
