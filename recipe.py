@@ -1,0 +1,81 @@
+"""nanoGPT's recipe written out plainly: what bench.py measures the trainer against.
+
+The model and the step of Karpathy's nanoGPT as its readers run it, and nothing of ours: float32 and eager on a CPU;
+bfloat16 autocast, torch.compile and fused AdamW on a GPU. Whole logits, PyTorch's attention, no bias, no dropout.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.c_attn, self.attn_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.c_fc, self.mlp_proj = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for p in self.c_attn(self.ln_1(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.attn_proj(y)
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 with tied embeddings; forward: token ids and targets (B, T) -> mean cross-entropy, nats."""
+
+    def __init__(self, n_layer, n_head, width, block_size, vocab_size):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab_size, width), nn.Embedding(block_size, width)
+        self.h = nn.ModuleList(Block(width, n_head) for _ in range(n_layer))
+        self.ln_f, self.lm_head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocab_size, bias=False)
+        self.wte.weight = self.lm_head.weight
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("proj.weight") else 0.02)
+
+    def forward(self, idx, targets):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+class Recipe:
+    """A model and its AdamW; `step` is one update."""
+
+    def __init__(self, shape, device, learning_rate=6e-4, weight_decay=0.1):
+        """`shape`: the arguments of PlainGPT, as a tuple."""
+        cuda = device.type == "cuda"
+        self.model = PlainGPT(*shape).to(device)
+        self.forward = torch.compile(self.model) if cuda else self.model
+        self.autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # as in nanoGPT: fused on a GPU only
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=cuda or None)
+
+    def step(self, batches):
+        """One update from micro-batches [(ids, targets)]. Returns the mean loss, nats."""
+        total = 0.0
+        for x, y in batches:
+            with self.autocast:
+                loss = self.forward(x, y) / len(batches)
+            total += loss.item()
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
