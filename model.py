@@ -313,19 +313,17 @@ class Attend(nn.Module):
     def forward(self, q, k, v, bias=None, chunk=256):
         """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
 
-        Softmax without a bias uses PyTorch's fused kernels, but for those of the CPU in compiled training: matrix
-        products and a compiled softmax are 1.7 to 5 times faster there. What is not fused makes the map `chunk`
-        queries at a time, over the keys that they see, and again for the backward pass rather than keep it.
+        Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
+        times as fast. What is not fused makes the map `chunk` queries at a time, over the keys that they see; of
+        sequences longer than that it is made again for the backward pass rather than kept.
         """
         dropout, T = self.dropout if self.training else 0.0, q.size(-2)
-        fused = self.kind == "softmax" and bias is None
-        if fused and self.training and torch.compiler.is_compiling() and q.device.type == "cpu":
-            fused = False
+        fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
         if fused and self.slopes is None and not self.window:
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
         chunk = T if fused and self.training else chunk
         rows_of = self._fused_rows if fused else self._rows
-        if torch.is_grad_enabled() and not dropout and not fused:
+        if torch.is_grad_enabled() and not fused and not dropout and T > chunk:
             rows_of = functools.partial(checkpoint, rows_of, use_reentrant=False, preserve_rng_state=False)
         rows = []
         for first in range(0, T, chunk):
