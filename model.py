@@ -323,7 +323,7 @@ class Attend(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
         chunk = T if fused and self.training else chunk
         rows_of = self._fused_rows if fused else self._rows
-        if torch.is_grad_enabled() and not fused and not dropout and T > chunk:
+        if torch.is_grad_enabled() and not fused and not dropout and chunk < T:
             rows_of = functools.partial(checkpoint, rows_of, use_reentrant=False, preserve_rng_state=False)
         rows = []
         for first in range(0, T, chunk):
@@ -457,7 +457,7 @@ FFNS = {"plain": PlainFFN, "gated": GatedFFN, "linear": LinearFFN, "attention": 
 
 # ------------------------------------------------------------------------------------------------ loss
 
-LOGITS_BYTES = 2**26  # of the logits in float32 that are held at a time
+LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of the logits in float32 that are held at a time
 
 
 def loss_of_rows(x, weight, targets, cap):
@@ -489,7 +489,8 @@ class CrossEntropy(torch.autograd.Function):
         loss, n = torch.zeros((), device=x.device), (targets >= 0).sum()
         wanted = any(ctx.needs_input_grad)
         dx, dw = (torch.empty_like(small), torch.zeros_like(weight)) if wanted else (None, None)
-        at_once = max(1, LOGITS_BYTES // (4 * len(weight)))
+        n_parts = -(-4 * len(weight) * len(x) // LOGITS_BYTES.get(x.device.type, LOGITS_BYTES["cuda"]))
+        at_once = -(-len(x) // n_parts)
         for first in range(0, len(x), at_once):
             part = slice(first, first + at_once)
             of_part, slope = rows(small[part], w, targets[part], cap)
