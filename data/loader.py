@@ -42,6 +42,10 @@ def folder(dataset):
             f"{dataset} is a file, no dataset: python data/text/prepare.py --name=mine {dataset} makes one of it, to "
             "train on; detect.py and ablate.py read it as it is, with --text"
         )
+    if Path(dataset).is_dir():
+        raise UserError(
+            f"{dataset} is no dataset: it holds no train.bin and val.bin, which a prepare.py of data/ makes"
+        )
     raise UserError(f"there is no dataset {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}")
 
 

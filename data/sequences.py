@@ -140,8 +140,10 @@ def ids_of_array(path, seq_len):
     """
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read --tokens {path}: {error}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"cannot read --tokens {path}: it is no .npy file of integers; text goes with --text") from None
+    except OSError as error:
+        raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
     ids = torch.from_numpy(array.astype(np.int64))

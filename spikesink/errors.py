@@ -51,7 +51,8 @@ class Flags(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            hint = nearest(unknown[0].split("=")[0], known)
+            words = {option.lstrip("-"): option for option in known}
+            hint = nearest(unknown[0].split("=")[0].lstrip("-"), words).replace("mean ", "mean --")
             if not unknown[0].startswith("-") and "--compare" in known:
                 hint = "; several checkpoints side by side: --compare A B"
             raise UserError(f"unknown argument {unknown[0]}{hint or '; --help lists them'}")
