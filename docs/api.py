@@ -22,7 +22,7 @@ from spikesink.observe import observe
 from spikesink.subject import Subject
 
 OUT = Path("out/api")
-STEPS, BATCH, T = 300, 32, 64
+STEPS, BATCH, T = 200, 32, 64
 
 
 def train():
