@@ -582,6 +582,7 @@ CHOICES = {
 class GPTConfig:
     """The architecture. Raises ValueError naming the fields, what was given and what is possible."""
 
+    # size
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
@@ -589,26 +590,33 @@ class GPTConfig:
     head_dim: int = 0  # width of a head; 0: n_embd / n_head
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
+    # weights
     bias: bool = False  # in linear layers and LayerNorms
     dropout: float = 0.0
     tie: bool = True  # the unembedding is the token embedding
+    # norms
     norm_place: str = "pre"  # pre, post, sandwich, output, none
     norm: str = "layernorm"  # layernorm, rmsnorm, dyt
     norm_gain: bool = True  # learned gain (and bias) in the norms
     norm_eps: float = 1e-5
     qk_norm: str = "none"  # none, head, full (heads x width)
+    # feed-forward
     ffn: str = "plain"  # plain, gated, linear, attention
     ffn_hidden: int = 0  # hidden width of the FFN; 0: 4 n_embd, or 8/3 n_embd if gated
     activation: str = "gelu"  # gelu, gelu_tanh, relu, relu2, silu, tanh, identity
+    # residual stream
     residual_scale: str = "one"  # forward multiplier: one, inv_sqrt_2L, deepnorm, learned, rezero or a number
     init_scale: str = "inv_sqrt_2L"  # init of what writes to the stream: one, inv_sqrt_2L, deepnorm
+    # attention
     attention: str = "softmax"  # softmax, softmax1, sink_logit, k_bias, kv_bias, clipped, sigmoid, relu
     window: int = 0  # keys a query sees, itself included; 0: all before it
     n_register: int = 0  # learned tokens before the sequence
     gate: str = "none"  # on the attention output: none, channel, head, single
     gate_input: str = "input"  # what a gate depends on: input, constant, position, token
+    # positions
     position: str = "learned"  # learned, sinusoidal, rope, alibi, none
     rope_base: float = 10000.0
+    # limits
     stream_clip: float = 0.0  # the stream is clamped to +- this after every sub-layer; 0: not
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
 
