@@ -28,6 +28,13 @@ def nearest(name, known):
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def no_device(name, error):
+    """The UserError for a device that torch would not use."""
+    said = str(error).splitlines()[0]
+    reason = "torch knows no such kind" if said.startswith("Expected one of") else said
+    return UserError(f"device {name} is not at hand: {reason}; cpu always is")
+
+
 class InterruptedRunError(UserError):
     """A run that was asked to stop, and saved itself."""
 
