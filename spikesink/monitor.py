@@ -269,7 +269,9 @@ def MonitorCallback(trainer, every=100, **how):
         def on_step_end(self, args, state, control, **kwargs):
             self.block.close()
             if self.monitor.row:
+                due = control.should_log
                 trainer.log(flat(self.monitor.row))
+                control.should_log = due  # which logging takes back, and with it the Trainer's own row
 
     return Callback()
 
