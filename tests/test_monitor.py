@@ -480,3 +480,20 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         Tracker("wandb", "name", {})
+
+
+def test_the_example_of_a_hugging_face_model(tmp_path):
+    (tmp_path / "text").write_text("a spike, the sparse and the sink; " * 200)
+    command = [sys.executable, "examples/finetune_hf.py", f"--text={tmp_path / 'text'}", "--steps=4", "--every=2"]
+    done = subprocess.run(
+        [*command, "--length=32", "--batch_size=2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+    assert [line.split(":")[0] for line in lines] == [
+        "== transformers.Trainer",
+        *("step 2", "step 4"),
+        "== a plain loop",
+        *("step 2", "step 4"),
+    ]
+    assert all("spike" in line and "of heads" in line for line in lines if line.startswith("step"))
