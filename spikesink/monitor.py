@@ -34,7 +34,7 @@ from . import metrics
 from .findings import plain
 from .hooks import hooked, on_streams
 from .observe import StreamStats
-from .onlooker import Part, no_stream, view_of
+from .onlooker import Part, compiled, no_stream, view_of
 from .subject import attention_received
 
 
@@ -147,7 +147,7 @@ class Look:
     def _measure_attention(self, attention, args, cast):
         device, hits, mass = args[0].device.type, [], torch.zeros(self.shape[1])
         for i, part in enumerate(self.parts):
-            # as the model does it; a weight's cast that was cached here would lack its gradient there
+            # in the model's own precision; casts of weights made here, without a gradient, are not kept for its passes
             with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
                 seam, q, k = attention.of(args, part)
             later = seam.shares(q[:, :, :1], k)[..., 1:]
@@ -255,6 +255,9 @@ def MonitorCallback(trainer, every=100, **how):
     Trainer compiles.
     """
     from transformers import TrainerCallback
+
+    if trainer.args.torch_compile:  # when it trains, not yet
+        raise compiled(trainer.model)
 
     class Callback(TrainerCallback):
         def __init__(self):

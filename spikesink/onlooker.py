@@ -1,4 +1,4 @@
-"""A model in training, to be watched and left as it is: where its stream passes, and its queries and keys.
+"""A model in training, watched and left as it is: where its stream passes, and its queries and keys.
 
 Everything here only reads. The trial run that finds the taps of a transformers model restores what it touches, and
 the model's own attention function computes its attention throughout.
@@ -54,10 +54,7 @@ class View:
 def view_of(model, streams=None):
     """The View of any model; `streams`, {name: module that returns the stream}, says where it is. Raises UserError."""
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
-        raise UserError(
-            f"{type(model).__name__} is compiled as a whole, where nothing can be watched: compile the forward of its "
-            "sub-layers, each by itself, as GPT.compile of model.py does"
-        )
+        raise compiled(model)
     if streams:
         return View(model, [Tap(-1, name, module) for name, module in streams.items()])
     return next(view for view in (kind(model) for kind in KINDS) if view)
@@ -211,6 +208,14 @@ def of_blocks(model):
     if not lists:
         raise no_stream(model)
     return View(model, [Tap(i, "block", block) for i, block in enumerate(max(lists, key=len))])
+
+
+def compiled(model):
+    """The UserError of a model whose modules are called by compiled code, which calls no hook."""
+    return UserError(
+        f"{type(model).__name__} is compiled as a whole, where nothing can be watched: compile the forward of its "
+        "sub-layers, each by itself, as GPT.compile of model.py does"
+    )
 
 
 def no_stream(model):

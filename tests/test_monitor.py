@@ -16,10 +16,11 @@ from torch import nn
 from model import GPT, GPTConfig
 from spikesink import checkpoint, config, hf, metrics
 from spikesink.errors import UserError
+from spikesink.hooks import hooked
 from spikesink.log import Tracker, numbers
 from spikesink.monitor import Monitor, MonitorCallback, flat, headline, overhead
 from spikesink.observe import observe
-from spikesink.subject import PADDING
+from spikesink.subject import PADDING, attention_received
 from train import cpp_compiler
 
 from .conftest import ROOT, SMALL_RUN, TINY, same, subject_of, tiny
@@ -141,14 +142,34 @@ def test_padding_is_left_out(family, attention, side):
     assert_same_row(monitor.row, expected, rel=1e-4)
 
 
-def test_float32_statistics_under_autocast(ids):
-    """The stream is measured in float32; queries and keys are made in bfloat16, their map is not."""
-    model = tiny()
-    expected, monitor = row_of(subject_of(model), ids), Monitor(model, sequences=6)
-    with monitor(0), torch.autocast("cpu", torch.bfloat16):
+def test_statistics_are_float32_under_autocast(ids, monkeypatch):
+    """Queries and keys are made in bfloat16, as in the model; their map is not."""
+    model, received, given = tiny(), [], []
+    attends = [block.attn.f.attend for block in model.transformer.h]
+    seen = attention_received
+    monkeypatch.setattr(
+        "spikesink.monitor.attention_received", lambda *how: received.append(seen(*how)) or received[-1]
+    )
+    pairs = [(attend, lambda module, args, kwargs, out: given.append((module, *args[:2]))) for attend in attends]
+    monitor = Monitor(model, sequences=6)
+    with torch.no_grad(), hooked(pairs), torch.autocast("cpu", torch.bfloat16), monitor(0):
         model(ids, ids)
-    assert monitor.row["layers"][0] == pytest.approx(expected["layers"][0])
-    assert_same_row({**monitor.row, "attention": []}, {**expected, "attention": []}, rel=0.05)
+    for ours, (attend, q, k) in zip(received, given, strict=True):
+        assert q.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, seen(attend, q, k, True), rtol=1e-6, atol=1e-6)
+    assert monitor.row["layers"][0] == pytest.approx(row_of(subject_of(model), ids)["layers"][0])
+
+
+def test_a_cast_made_for_a_look_is_not_the_one_that_trains(ids):
+    """Autocast keeps the casts of weights, and one made where there is no gradient has none."""
+    model = tiny(n_layer=1)
+    attn = model.transformer.h[0].attn
+    attn.forward = lambda x, embedding: x  # compiled code, too, makes its casts elsewhere
+    with torch.autocast("cpu", torch.bfloat16):
+        with Monitor(model)(0):
+            model(ids)
+        attn.f.c_attn(torch.ones(1, 1, 32)).float().sum().backward()
+    assert attn.f.c_attn.weight.grad is not None
 
 
 @pytest.mark.skipif(not cpp_compiler(), reason="needs a C++ compiler")
@@ -357,7 +378,7 @@ def test_only_the_first_pass_of_a_block_is_seen(ids):
     monitor = Monitor(model)
     with monitor(0):
         model(ids[:3], ids[:3])
-        model(ids[3:], ids[3:])
+        model(ids[3:, :9], ids[3:, :9])
     assert_same_row(monitor.row, row_of(subject_of(model), ids[:3]))
     with monitor(1):
         model(ids)
@@ -409,8 +430,10 @@ def test_a_stream_of_another_shape_and_a_whole_compiled_model_are_refused():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(UserError, match="streams="), Monitor(model, streams={"a": model[0]})(0):
         model(torch.zeros(3, 2))
-    with pytest.raises(UserError, match="compiled as a whole"):
-        Monitor(torch.compile(tiny()))
+    trainer = types.SimpleNamespace(model=model, args=types.SimpleNamespace(torch_compile=True))
+    for make in (lambda: Monitor(torch.compile(tiny())), lambda: MonitorCallback(trainer)):
+        with pytest.raises(UserError, match="compiled as a whole"):
+            make()
 
 
 def test_overhead_is_timed(ids):
