@@ -89,7 +89,7 @@ def in_a_loop(model, windows, args):
             print(f"step {step}: loss {loss.item():.3f}, {monitor.words()}")
 
 
-def main():  # noqa: D103
+def main():
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", help="a causal model of the hub or a folder; default: a tiny GPT-2, new")
     flags.add_argument("--text", metavar="FILE", help="default: data/stdlib")

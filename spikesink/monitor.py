@@ -100,14 +100,15 @@ class Look:
             self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     def _take_parts(self, stream):
-        """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding."""
+        """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding, or nothing else."""
         self.shape = stream.shape[:2]
-        n = min(self.sequences, len(stream))
-        mask = torch.ones(n, self.shape[1]) if self.mask is None else self.mask[:n].cpu() != 0
+        known = self.mask is not None and self.mask.shape == self.shape
+        mask = (self.mask if known else torch.ones(self.shape))[: self.sequences].cpu() != 0
+        if bool(mask.all()) or not bool(mask.any()):
+            self.parts = [Part(slice(len(mask)), slice(None))]
+            return
         tokens = [row.nonzero()[:, 0].tolist() for row in mask]
         self.parts = [Part(slice(i, i + 1), slice(at[0], at[-1] + 1)) for i, at in enumerate(tokens) if at]
-        if bool(mask.all()):
-            self.parts = [Part(slice(n), slice(None))]
 
     def _on_stream(self, name):
         def function(stream):

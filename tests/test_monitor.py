@@ -142,6 +142,17 @@ def test_padding_is_left_out(family, attention, side):
     assert_same_row(monitor.row, expected, rel=1e-4)
 
 
+def test_sequences_of_padding_alone(ids):
+    """They are left out; where there is nothing else, something is measured all the same."""
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).eval()
+    for lengths, measured in (((32, 0, 9), 2), ((0, 0, 0), 3)):
+        mask = (torch.arange(32) < torch.tensor(lengths)[:, None]).long()
+        monitor = Monitor(model)
+        with monitor(0), torch.no_grad():
+            model(input_ids=ids[:3] % 60, attention_mask=mask)
+        assert monitor.row["sequences"] == measured and len(monitor.row["attention"]) == 2
+
+
 def test_statistics_are_float32_under_autocast(ids, monkeypatch):
     """Queries and keys are made in bfloat16, as in the model; their map is not."""
     model, received, given = tiny(), [], []
