@@ -26,7 +26,6 @@ Definitions and sources are those of metrics.py, in float32; what is not finite 
 import contextlib
 import inspect
 import statistics
-import time
 
 import torch
 
@@ -278,18 +277,3 @@ def MonitorCallback(trainer, every=100, **how):
                 control.should_log = due  # which logging takes back, and with it the Trainer's own row
 
     return Callback()
-
-
-def overhead(monitor, step, rounds=7):
-    """What a look costs, from `step()`, a whole training step of the monitored model: timed without and with one, in
-    turn. Returns {"step_s", "look_s" (in addition), "share" (of training time, one look every `monitor.every`)}."""
-    seconds = {1: [], 0: []}
-    for round_ in range(1 + rounds):
-        for number, taken in seconds.items():  # step 0 is looked at, step 1 is not
-            start = time.perf_counter()
-            with monitor(number):
-                step()
-            if round_:  # the first warms up
-                taken.append(time.perf_counter() - start)
-    plain_s, watched_s = (statistics.median(taken) for taken in seconds.values())
-    return {"step_s": plain_s, "look_s": watched_s - plain_s, "share": (watched_s - plain_s) / plain_s / monitor.every}

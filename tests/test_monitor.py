@@ -18,7 +18,7 @@ from spikesink import checkpoint, config, hf, metrics
 from spikesink.errors import UserError
 from spikesink.hooks import hooked
 from spikesink.log import Tracker, numbers
-from spikesink.monitor import Monitor, MonitorCallback, flat, headline, overhead
+from spikesink.monitor import Monitor, MonitorCallback, flat, headline
 from spikesink.observe import observe
 from spikesink.subject import PADDING, attention_received
 from train import cpp_compiler
@@ -445,12 +445,6 @@ def test_a_stream_of_another_shape_and_a_whole_compiled_model_are_refused():
     for make in (lambda: Monitor(torch.compile(tiny())), lambda: MonitorCallback(trainer)):
         with pytest.raises(UserError, match="compiled as a whole"):
             make()
-
-
-def test_overhead_is_timed(ids):
-    model = tiny()
-    found = overhead(Monitor(model), lambda: model(ids, ids)[1].backward(), rounds=3)
-    assert found["step_s"] > 0 and found["share"] == pytest.approx(found["look_s"] / found["step_s"] / 100)
 
 
 # ------------------------------------------------------------------------------------------- TensorBoard, trackers
