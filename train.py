@@ -330,7 +330,6 @@ class Run:
             for sub_layer in (block.attn, block.mlp):
                 sub_layer.stream.register_forward_hook(hook)
 
-
     def _restore(self, saved):
         if (saved["data"], saved.get("data_sample")) != (self.train_data.meta, self.train_data.sample):
             raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
