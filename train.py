@@ -714,6 +714,7 @@ def main():
         machine.from_chief(run_.open_folder)
         cfg, machine = run_.cfg, run_.machine
         if machine.chief:
+            mode = "compiled" if compiles(cfg, machine) else "eager"
             print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
             ranks = f"{machine.world} ranks ({machine.parallel})" if machine.world > 1 else "1 rank"
             print(
@@ -721,7 +722,7 @@ def main():
                 f"{run_.model.flops_per_token(run_.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
                 f"{run_.tokens_per_step:,} tokens a step, "
                 f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
-                f"{'compiled' if compiles(cfg, machine) else 'eager'}, {ranks}, from step {run_.step} to {cfg.max_iters}"
+                f"{mode}, {ranks}, from step {run_.step} to {cfg.max_iters}"
             )
         carry_out(run_)
     if machine.chief:

@@ -4,10 +4,12 @@ A verdict is `supported`, `contradicted` or `underpowered` (absence in a small r
 three seeds), or `not asked` where the study has nothing to say. Numbers are means over seeds with 95% intervals.
 """
 
+import math
+
 from .measures import measure_of
-from .statistics import done, excludes_none, interval, numbers, paired
-from .words import number
+from .statistics import done, interval, numbers, paired
 from .words import interval as brackets
+from .words import number
 
 SUPPORTED, CONTRADICTED, UNDERPOWERED, NOT_ASKED = "supported", "contradicted", "underpowered", "not asked"
 
@@ -97,10 +99,10 @@ def zeroing(table):
     arm, name = baseline(table), "spike_zero: loss"
     if name not in arm["mean"]:
         return NOT_ASKED, "spike_zero is not among the study's ablations"
-    rise = arm["mean"][name]
-    verdict = UNDERPOWERED if missing(arm, "spike") else within(rise, 0.02956, 0.04879)  # log 1.03, log 1.05
+    rise, control = arm["mean"][name], arm["mean"]["spike_zero: control loss"]
+    verdict = UNDERPOWERED if missing(arm, "spike") else within(rise, math.log(1.03), math.log(1.05))
     return verdict, (
-        f"{said(rise, name)} nats, under its controls at most {number(arm['mean']['spike_zero: control loss']['mean'], '+.4f')}"
+        f"{said(rise, name)} nats, under its controls at most {number(control['mean'], '+.4f')}"
         f"; 3 to 5% of perplexity are +0.0296 to +0.0488{lacks(arm, 'spike')}"
     )
 
@@ -170,29 +172,27 @@ FACTOR, SHIFT = 1.1, 0.05  # what counts as no difference: a tenth of a magnitud
 def elsewhere(table):
     """H7: activation function and residual scaling matter too.
 
-    Over the arms that change these alone, and top1/median, Sink_1 and P(sink | spike): supported if an interval of a
-    difference leaves out "none" (none of them corrected for their number, which is given); contradicted if all lie
-    within a tenth (of a share, 5%).
+    Over the arms that change these alone, and top1/median, Sink_1 and P(sink | spike): supported if a difference has a
+    p below 0.05 over the number of differences (Bonferroni); contradicted if all intervals lie within a tenth of none
+    (of a share, 5%).
     """
     arms = changed(table, *ARCHITECTURE)
     if not arms:
         return NOT_ASKED, "no arm changes activation or residual scaling alone"
-    measures = ("top1/median", "Sink_1", "P(sink | spike)")
-    kinds = {name: measure_of(name).kind for name in measures}
-    tried = {(arm, m): found for arm, of in arms.items() for m, found in of["difference"].items() if m in measures}
-    clear = {key: found for key, found in tried.items() if excludes_none(found, kinds[key[1]])}
+    kinds = {name: measure_of(name).kind for name in ("top1/median", "Sink_1", "P(sink | spike)")}
+    tried = {(arm, m): of["difference"][m] for arm, of in arms.items() for m in kinds if of["difference"].get(m)}
+    clear = {key: found for key, found in tried.items() if found["p"] is not None and found["p"] * len(tried) < 0.05}
     alike = [
         within(f, *((1 / FACTOR, FACTOR) if kinds[m] == "log" else (-SHIFT, SHIFT))) for (_, m), f in tried.items()
     ]
     verdict = SUPPORTED if clear else CONTRADICTED if alike and set(alike) == {SUPPORTED} else UNDERPOWERED
     shown = [
         f"{arm}: {name} {'x ' if kinds[name] == 'log' else ''}{number(found['mean'])} {brackets(found['ci95'])}"
-        for (arm, name), found in clear.items()
+        for (arm, name), found in sorted(clear.items(), key=lambda item: item[1]["p"])
     ]
     more = f", and {len(shown) - 6} more" if len(shown) > 6 else ""
-    return verdict, f"{len(clear)} of {len(tried)} differences leave out none" + (
-        f": {'; '.join(shown[:6])}{more}" if shown else ""
-    )
+    words = f"{len(clear)} of {len(tried)} differences are clear of none"
+    return verdict, words + (f": {'; '.join(shown[:6])}{more}" if shown else "")
 
 
 # name -> (what is claimed, its rule)

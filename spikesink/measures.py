@@ -148,20 +148,20 @@ EFFECTS = {
         "of the very same spikes, the share left", "share", ".0%", lambda e: e["spikes_left"]["same"]
     ),
     "sinks left": Measure("of the very same sinks, the share left", "share", ".0%", lambda e: e["sinks_left"]["same"]),
-    "BLiMP": Measure("change of BLiMP accuracy", "plain", "+.2%", lambda e: e.get("blimp")),
+    "BLiMP": Measure("change of BLiMP accuracy", "plain", "+.2%", lambda e: e["blimp"]),
 }
 
 
 def of_ablation(ablation):
-    """{'spike_zero: loss': number, ...} of ablate.py's findings; None for an intervention that found nothing to edit."""
+    """{'spike_zero: loss': number, ...} of ablate.py's findings; None where there was nothing to edit."""
     grammar = ablation["probes"].get("blimp", {}).get("conditions", ())
     accuracy = {c["name"]: c["accuracy"] for c in grammar}
     values = {}
     for entry in ablation["interventions"]:
-        if entry["name"] in accuracy:
-            entry = {**entry, "blimp": accuracy[entry["name"]] - accuracy["none"]}
+        known = accuracy.get(entry["name"])
+        entry_and_grammar = {**entry, "blimp": None if known is None else known - accuracy["none"]}
         for name, effect in EFFECTS.items():
-            values[f"{entry['name']}: {name}"] = effect.of(entry) if entry["edited"] else None
+            values[f"{entry['name']}: {name}"] = effect.of(entry_and_grammar) if entry["edited"] else None
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values

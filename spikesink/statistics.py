@@ -4,7 +4,7 @@ Intervals are Student's t over seeds, 95%, for at least three seeds. With three 
 covers far less than it says (about 75% at n = 3; tests/test_study.py simulates both), while t is exact for normal
 values and close for others. What spans orders of magnitude is taken as logarithms: geometric means, factors. Arms are
 compared seed by seed, since a seed fixes the batches and their order. Intervals are not corrected for the number of
-comparisons. An interval without width says that the seeds agree, not more.
+comparisons (H7's verdict is, by Bonferroni). An interval without width says that the seeds agree, not more.
 """
 
 import math
@@ -43,14 +43,19 @@ def paired(values, base, kind="plain"):
     """The interval of values - base, or of values / base for `log` numbers, seed by seed; both {seed: number}."""
     both = [(values[s], base[s]) for s in values if values[s] is not None and base.get(s) is not None]
     if kind == "log":
-        return interval([a / b if a > 0 and b > 0 else None for a, b in both], "log")
-    return interval([a - b for a, b in both])
+        seen = [a / b for a, b in both if a > 0 and b > 0]
+        return {**interval(seen, "log"), "p": chance([math.log(x) for x in seen])}
+    seen = [a - b for a, b in both]
+    return {**interval(seen), "p": chance(seen)}
 
 
-def excludes_none(found, kind):
-    """True if the interval of a difference (of a factor) leaves out 0 (1)."""
-    nothing = 1.0 if kind == "log" else 0.0
-    return found["ci95"] is not None and not found["ci95"][0] <= nothing <= found["ci95"][1]
+def chance(values):
+    """Two-sided p of a mean as far from 0, by Student's t; None for fewer than LEAST values."""
+    n = len(values)
+    if n < LEAST:
+        return None
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(n)
+    return 2 * float(student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
 
 
 def done(rows):

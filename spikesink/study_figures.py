@@ -28,6 +28,8 @@ def _arms(table):
             if values:
                 axes.plot(arm["mean"][name]["mean"], i + 0.28, "D", color=color, markersize=3.5)
         axes.set(xlabel=name)
+        if not any(arm["mean"][name]["n"] for arm in arms.values()):
+            axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
         if measure_of(name).kind == "log":
             axes.set_xscale("log")
             log_ticks(
@@ -58,6 +60,8 @@ def _course(table):
             if known:
                 axes.plot(*zip(*known, strict=True), "-o", color=SHADES(i % 10), markersize=2, label=label(arm, 24))
         axes.set_ylabel(name)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "undefined at every step", transform=axes.transAxes, ha="center", va="center")
         if measure_of(name).kind == "log":
             axes.set_yscale("log")
             log_ticks(axes.yaxis, [SPIKE_RATIO, *(y for line in axes.lines for y in line.get_ydata())])

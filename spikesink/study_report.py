@@ -18,7 +18,7 @@ NOTE = " ".join(statistics.__doc__.split("\n\n", 1)[1].split())
 
 
 def cell(found, name, difference=False):
-    """A mean with its interval; of a difference with its sign, a factor with ×."""
+    """A mean with its interval; of a difference with its sign, of a factor with a cross."""
     measure = measure_of(name)
     form = measure.form
     if difference:
@@ -72,7 +72,8 @@ def equal_loss_rows(table):
 
 def effect_rows(table):
     """(header, rows): what the interventions do in every arm."""
-    names = dict.fromkeys(m for arm in table["arms"].values() for m in arm["mean"] if ": " in m)
+    means = [(name, of) for arm in table["arms"].values() for name, of in arm["mean"].items()]
+    names = dict.fromkeys(name for name, of in means if ": " in name and of["n"])
     rows = [[name, *(cell(arm["mean"].get(m), m) for m in names)] for name, arm in table["arms"].items()]
     return ["arm", *names], rows if names else []
 
@@ -106,17 +107,18 @@ def conditions(table):
     arm = table["arms"][table["baseline"]]
     start = "each starting with BOS" if config["bos"] else "no BOS"
     ran = {(row["machine"], row["torch"]) for arm in table["arms"].values() for row in arm["seeds"] if "machine" in row}
+    batch = config["batch_size"] * config["gradient_accumulation_steps"]
+    ran = "; ".join(sorted(f"{machine}, torch {version}" for machine, version in ran)) or "nothing yet"
     return [
-        f"Trained: {arm['tokens'] / 1e6:,.2f}M tokens of {config['dataset']} a run ({config['max_iters']:,} steps of "
-        f"{config['batch_size'] * config['gradient_accumulation_steps']} x {config['block_size']}), {config['n_layer']} "
-        f"layers, {config['n_head']} heads, width {config['n_embd']}; where an arm says otherwise, it is under "
-        "changes. loss: the trainer's, on its validation batches.",
-        f"Measured on {of['n_seq']} sequences of {of['seq_len']} tokens of the validation split, {start}, {of['dtype']}, "
-        f"by detect.py and ablate.py; {of['points']} checkpoints of each run and that of step 0 for the time course and "
-        "equal loss, which is so fine and no finer.",
-        f"Ran on {'; '.join(sorted(f'{machine}, torch {version}' for machine, version in ran)) or 'nothing yet'}; Python "
-        f"{table['python']}, spikesink {table['spikesink']}, commit {table['git_commit'][:12]}, code {table['code']}.",
         f"Command: {table['command']}",
+        f"Trained: {arm['tokens'] / 1e6:,.2f}M tokens of {config['dataset']} a run ({config['max_iters']:,} steps of "
+        f"{batch} x {config['block_size']}), layers {config['n_layer']}, heads {config['n_head']}, width "
+        f"{config['n_embd']}; where arms differ, see changes. loss: the trainer's, on its validation batches.",
+        f"Measured on {of['n_seq']} sequences of {of['seq_len']} tokens of the validation split, {start}, "
+        f"{of['dtype']}, by detect.py and ablate.py; {of['points']} checkpoints of each run and that of step 0 for the "
+        "time course and for equal loss, which is so fine and no finer.",
+        f"Ran on {ran}; Python {table['python']}, spikesink {table['spikesink']}, commit {table['git_commit'][:12]}, "
+        f"code {table['code']}.",
     ]
 
 
