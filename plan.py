@@ -7,6 +7,7 @@ that its numbers depend on.
 import dataclasses
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,9 @@ class Study:
         for key, least in (("points", 1), ("n_seq", 2), ("seq_len", 2)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
+        odd = next((name for name in self.arms if not re.fullmatch(r"[\w.+-]+", name)), None)
+        if odd is not None:
+            raise ValueError(f"the arm {odd!r} is to name a folder: letters, digits and _ . + - only")
         if not self.arms or not self.seeds or any(type(seed) is not int or seed < 0 for seed in self.seeds):
             raise ValueError("a study needs arms, and seeds that are whole numbers")
         if len(set(self.seeds)) < len(self.seeds):

@@ -72,8 +72,8 @@ def perform(job, study, device, keep_checkpoints):
     since, row = time.perf_counter(), {"seed": job.seed, "job": job.id, "what": job.what, "code": job.code}
     machine = dataclasses.replace(Machine.find(device), rank=0, world=1)  # under torchrun, a run per rank
     try:
-        run_ = trained(job, machine)
-        row |= {"status": statistics.DONE, "step": run_.step, "lr": None, "loss": run_.val_loss}
+        loss = trained(job, machine)
+        row |= {"status": statistics.DONE, "step": job.cfg.max_iters, "lr": None, "loss": loss}
     except Diverged as stop:
         row |= {"status": "diverged", "step": stop.step, "lr": stop.lr, "loss": None}
     row |= {"tokens": row["step"] * job.tokens // job.cfg.max_iters, "machine": described(machine)}
@@ -94,7 +94,10 @@ class Diverged(Exception):
 
 
 def trained(job, machine):
-    """The train.Run of a job at its end; its first checkpoint is of step 0. Raises Diverged, InterruptedRunError."""
+    """Trains a job to its end, from a checkpoint of step 0 on; the validation loss there.
+
+    Raises Diverged, and InterruptedRunError after a signal.
+    """
     going_on = checkpoint.Checkpoints(job.folder).any()
     given = {**job.given, "resume": going_on, "overwrite": not going_on}
     run_ = train.open_run(given, str(job.folder), machine)
@@ -111,7 +114,7 @@ def trained(job, machine):
         raise InterruptedRunError(str(stop).replace("go on with --resume", "the same command goes on")) from None
     finally:
         torch._dynamo.reset()  # what was compiled for one arm is of no use to the next
-    return run_
+    return run_.val_loss
 
 
 def measured(job, study, machine, row):

@@ -92,6 +92,16 @@ def _earliest(row, loss):
     return next(reached, row)
 
 
+def onset(course, name, most=0.5):
+    """The step of the first point of a time course from which on a share is more than `most`; None if it never is."""
+    step = None
+    for point in reversed(course):
+        if not (point["measures"][name] or 0) > most:
+            break
+        step = point["step"]
+    return step
+
+
 def compare(rows, base):
     """Differences of an arm's rows to the baseline's, per measure: (at equal tokens, at equal loss)."""
     rows, base = done(rows), done(base)

@@ -44,7 +44,7 @@ def arm_rows(table):
         parameters = f"{arm['parameters'] / 1e6:.3f}" + ("" if arm["matched"] else " (not matched)")
         row = [name, changes(arm), parameters, ended, *(cell(arm["mean"].get(m), m) for m in SHOWN)]
         if table["published"]:
-            row.append(", ".join(f"{x:g}" for x in table["published"].get(name, ())) or "–")
+            row.append(", ".join(number(x, "g") for x in table["published"].get(name, ())) or "–")
         rows.append(row)
     return header, rows
 
@@ -68,6 +68,16 @@ def equal_loss_rows(table):
             cells = (cell(at["measures"].get(m), m, True) for m in COMPARED)
             rows.append([name, number(at["step"], ".0f"), number(at["baseline_step"], ".0f"), *cells])
     return header, rows
+
+
+def onset_rows(table):
+    """(header, rows): the step from which on most sequences have a spike, and a sink in one head, run by run."""
+    rows = []
+    for name, arm in table["arms"].items():
+        for seed, row in statistics.done(arm["seeds"]).items():
+            cells = [statistics.onset(row["course"], measure) for measure in ("spike sequences", "best head")]
+            rows.append([f"{name}, seed {seed}", *("never" if step is None else f"{step:,}" for step in cells)])
+    return ["run", "spikes from step", "sinks from step"], rows
 
 
 def effect_rows(table):
@@ -142,6 +152,10 @@ SECTIONS = {  # title -> (its rows, a note on them)
     "Against the baseline, at equal loss": (
         equal_loss_rows,
         "The run with the higher final loss at its end, the other at its earliest checkpoint with no more than that.",
+    ),
+    "When they come": (
+        onset_rows,
+        "The first of the checkpoints from which on more than half of the sequences have it, in all later ones too.",
     ),
     "What two changes do beyond the sum of both": (interaction_rows, "AB - A - B + baseline, paired by seed."),
     "What interventions do": (effect_rows, "ablate.py; – where there was nothing to edit."),

@@ -3,13 +3,14 @@
 question = "Do spikes stay when sinks are made needless, and sinks when spikes are forbidden?"
 common = {"dataset": "stdlib", "bos": True}
 seeds = [1, 2, 3]
+# against sinks: gate, sigmoid, slot; against spikes: clip, penalty
 arms = {
-    "neither": "prenorm",
-    "sinks off: gate": "gate_head",
-    "sinks off: sigmoid": "sigmoid",
-    "sinks off: slot": "kvbias",
-    "spikes off: clip": "stream_clip",
-    "spikes off: penalty": "kurtosis_penalty",
-    "gate and clip": "gate_head stream_clip",
-    "gate and penalty": "gate_head kurtosis_penalty",
+    "baseline": "prenorm",
+    "gate": "gate_head",
+    "sigmoid": "sigmoid",
+    "slot": "kvbias",
+    "clip": "stream_clip",
+    "penalty": "kurtosis_penalty",
+    "gate+clip": "gate_head stream_clip",
+    "gate+penalty": "gate_head kurtosis_penalty",
 }
