@@ -1,11 +1,14 @@
-"""What changes when it cannot? Spikes and sinks removed in ten ways, each beside matched controls.
+"""What changes when it cannot?    python ablate.py CHECKPOINT [--flag ...]
 
-  python ablate.py out/quickstart/ckpt.pt
-  python ablate.py gpt2 --only spike_zero sink_mask --no-probes
+  python ablate.py out/quickstart                        all interventions
+  python ablate.py out/quickstart --only spike_zero      one, with its controls
+  python ablate.py gpt2 --only sink_mask --no-probes     of the Hugging Face hub
 
-Takes detect.py's flags. Answers what spikes and sinks do to the loss, where, and whether one needs the other; with
-data/blimp and data/ud_ewt prepared, also what they do to grammar and to what can be read off the states; and what int8
-does to the model. Writes ablate.json, detect.json (what there is on the same text) and report.html, a page with both.
+Spikes and sinks removed in ten ways, each beside matched controls: what they
+do to the loss, where, whether one needs the other, what int8 costs; with
+data/blimp and data/ud_ewt prepared, also what they do to grammar and to what
+can be read off the states. Writes ablate.json, detect.json (what there is on
+the same text) and report.html, a page with both, beside the checkpoint.
 """
 
 from pathlib import Path
@@ -122,10 +125,9 @@ def probe(subject, opened, entries, conditions):
 def main():
     parser = flags(__doc__)
     names = [*intervene.INTERVENTIONS, *intervene.REMOVALS]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument(
-        "--no-probes", dest="probes", action="store_false", help="leave BLiMP and the linear probes out"
-    )
+    part = parser.add_argument_group("some of it")
+    part.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    part.add_argument("--no-probes", dest="probes", action="store_false", help="leave BLiMP and the linear probes out")
     args = parser.parse_args()
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")

@@ -1,6 +1,6 @@
 """Time and memory beside named baselines, measured in one run: what is compared runs in turn, so that noise cancels.
 
-  python bench.py --quick                        40 seconds: the small model, detection on a short text
+  python bench.py --quick                        under a minute: the small model, detection on a short text
   python bench.py --json results/bench.json      everything but the arms: a quarter of an hour on 2 cores
   python bench.py --only arms                    what each arm costs a token
 
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from arms import arm_names
 from model import GPT, GPTConfig
 from recipe import Recipe
 from spikesink import config, findings, hf
@@ -109,8 +110,7 @@ class Worker:
         return self
 
     def __exit__(self, *error):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def in_turn(workers, rounds, bar):
@@ -287,18 +287,17 @@ def train_rows(rows):
 
 def bench_arms():
     """A row per arm, each in turn with pre-norm."""
-    names = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-    names = [name for name in names if name not in ("prenorm", "quickstart", "backcopy")]
+    baseline_name, *names = arm_names()
     rows = []
     with tempfile.TemporaryDirectory() as data, _bar("arms", ARM_ROUNDS * 2 * len(names)) as bar:
         random_tokens(data, SHAPES["10M"]["vocab_size"])
         job = lambda name: {"job": "run", "argv": [name, "scale/tiny", "--compile=True"], "data": data}
-        with Worker(job("prenorm")) as baseline:
+        with Worker(job(baseline_name)) as baseline:
             for name in names:
                 with Worker(job(name)) as worker:
-                    said = in_turn({"prenorm": baseline, name: worker}, ARM_ROUNDS, bar)
-                ratio, between = ratios(said[name], said["prenorm"])
-                of = {key: said[name][-1][key] / said["prenorm"][-1][key] for key in ("flops", "mb")}
+                    said = in_turn({baseline_name: baseline, name: worker}, ARM_ROUNDS, bar)
+                ratio, between = ratios(said[name], said[baseline_name])
+                of = {key: said[name][-1][key] / said[baseline_name][-1][key] for key in ("flops", "mb")}
                 rows.append({"arm": name, "time": ratio, "time_range": between, "flops": of["flops"], "peak": of["mb"]})
     return rows
 
@@ -440,7 +439,7 @@ def _bar(text, total):
 
 def main():
     flags = Flags(description=__doc__)
-    flags.add_argument("--quick", action="store_true", help="40 seconds on a CPU")
+    flags.add_argument("--quick", action="store_true", help="under a minute on a CPU")
     flags.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     flags.add_argument("--json", metavar="FILE", help="where the numbers go")
     flags.add_argument("--worker", metavar="JOB", help=argparse.SUPPRESS)  # how it calls itself

@@ -1,13 +1,14 @@
-"""What does this checkpoint do? Massive activations and attention sinks, in one streaming pass.
+"""What does this checkpoint do?    python detect.py CHECKPOINT [--flag ...]
 
-  python detect.py out/quickstart/ckpt.pt
-  python detect.py ckpt.pt --data wikitext103 --seq_len 1024 --json findings.json --html findings.html
+  python detect.py out/quickstart                        a run of train.py
+  python detect.py gpt2                                  of the Hugging Face hub
+  python detect.py out/quickstart --prompt "The cat."    one text, by token
+  python detect.py out/quickstart --data wikitext103     on other text
+  python detect.py --compare out/prenorm out/postnorm    side by side
 
-  python detect.py gpt2                                        a model of the Hugging Face hub, or a folder
-  python detect.py ckpt.pt --prompt "The cat sat on the mat."  one text, token by token
-  python detect.py --compare out/prenorm out/postnorm          side by side
-
-Reads checkpoints of train.py, nanoGPT and transformers; nothing in them is executed.
+Massive activations and attention sinks, in one streaming pass. Reads
+checkpoints of train.py, nanoGPT and transformers; nothing in them is executed.
+Writes detect.json and detect.html beside the checkpoint.
 """
 
 import argparse
@@ -47,31 +48,32 @@ def flags(description):
     parser.add_argument(
         "checkpoint", nargs="?", help="ckpt.pt or the folder that holds it, or a Hugging Face folder or hub name"
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="NAME", help="dataset whose val split is used; default: the training data's")
+    text = parser.add_argument_group("on which text (default: the validation split of what it was trained on)")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="NAME", help="the validation split of this dataset")
     source.add_argument("--text", metavar="FILE", help="a text file, encoded as the training data was")
     source.add_argument(
         "--tokens", metavar="FILE.npy", help="integer ids [n_seq, seq_len], used as they are; -100 is padding"
     )
-    parser.add_argument(
+    text.add_argument(
         "--seq_len", type=count, metavar="N", help="tokens in a sequence, with BOS (default: 64, Gu et al.'s)"
     )
-    parser.add_argument("--n_seq", type=count, metavar="N", help="number of sequences (default: 100)")
-    parser.add_argument("--batch_size", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
-    parser.add_argument(
-        "--nulls", type=whole, metavar="N", help="sequences of each null, 0 for none (default: up to 16)"
-    )
-    parser.add_argument(
+    text.add_argument("--n_seq", type=count, metavar="N", help="number of sequences (default: 100)")
+    text.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
+    output = parser.add_argument_group("where the findings go")
+    output.add_argument("--json", metavar="FILE", help="the numbers (default: beside the checkpoint)")
+    output.add_argument("--html", metavar="FILE", help="the page (default: beside the checkpoint)")
+    output.add_argument("--figures", metavar="DIR", help="every figure too, as SVG and PNG, for a paper")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1 ...")
+    how.add_argument("--batch_size", type=count, default=8, metavar="N", help="sequences at a time (default: 8)")
+    how.add_argument("--nulls", type=whole, metavar="N", help="sequences of each null, 0 for none (default: up to 16)")
+    how.add_argument(
         "--max_memory",
         type=count,
         metavar="GiB",
         help="on the CPU, a Hugging Face model that needs more is read from disk as it runs (default: what is free)",
     )
-    parser.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda ...")
-    parser.add_argument("--json", metavar="FILE", help="where the JSON goes (default: beside the checkpoint)")
-    parser.add_argument("--html", metavar="FILE", help="where the page goes (default: beside the checkpoint)")
-    parser.add_argument("--figures", metavar="DIR", help="also write every figure there as SVG and PNG, for a paper")
     return parser
 
 
@@ -85,15 +87,23 @@ class Loaded:
     model: dict  # the findings' entry: its architecture
 
 
+NO_CHECKPOINT = (".py", ".jsonl", ".html", ".txt", ".md", ".npy", ".csv")
+
+
 def load(args):
     """The model of the command line: a checkpoint file, or a Hugging Face folder or hub name. Raises UserError."""
     path = Path(args.checkpoint)
     if path.suffix in (".json", ".safetensors") and path.is_file():
-        raise UserError(f"{path} is a part of a Hugging Face folder; give the folder")
+        raise UserError(f"{path} is a part of a folder; give the folder, {path.parent}")
+    if path.suffix in NO_CHECKPOINT and path.is_file():
+        raise UserError(f"{path} is no checkpoint; give the ckpt.pt of a run, or the folder that holds it")
     if path.is_file() or path.suffix == ".pt" or (path / "ckpt.pt").is_file():
         return load_ours(path / "ckpt.pt" if path.is_dir() else path, args)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{path} holds neither a ckpt.pt nor a Hugging Face config.json")
+        runs = ", ".join(str(run.parent) for run in sorted(path.glob("*/ckpt.pt"))[:5])
+        raise UserError(
+            f"{path} holds neither a ckpt.pt nor a Hugging Face config.json" + (f"; these do: {runs}" if runs else "")
+        )
     return load_hf(args)
 
 
@@ -297,11 +307,10 @@ def look_at_checkpoint(args):
 
 def main():
     parser = flags(__doc__)
-    parser.add_argument("--prompt", metavar="TEXT", help="look at one text instead, token by token")
-    parser.add_argument("--compare", nargs="+", metavar="CKPT", help="put these checkpoints side by side")
-    parser.add_argument(
-        "--vocab", action="store_true", help="also try every token of the vocabulary: which of them spike?"
-    )
+    asking = parser.add_argument_group("other questions, one at a time")
+    asking.add_argument("--prompt", metavar="TEXT", help="one text, token by token")
+    asking.add_argument("--compare", nargs="+", metavar="CKPT", help="several checkpoints side by side")
+    asking.add_argument("--vocab", action="store_true", help="every token of the vocabulary too: which of them spike?")
     args = parser.parse_args()
     if not args.checkpoint and not args.compare:
         raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")

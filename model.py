@@ -313,19 +313,17 @@ class Attend(nn.Module):
     def forward(self, q, k, v, bias=None, chunk=256):
         """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
 
-        Softmax without a bias uses PyTorch's fused kernels, but for those of the CPU in compiled training: matrix
-        products and a compiled softmax are 1.7 to 5 times faster there. What is not fused makes the map `chunk`
-        queries at a time, over the keys that they see, and again for the backward pass rather than keep it.
+        Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
+        times as fast. What is not fused makes the map `chunk` queries at a time, over the keys that they see; of
+        sequences longer than that it is made again for the backward pass rather than kept.
         """
         dropout, T = self.dropout if self.training else 0.0, q.size(-2)
-        fused = self.kind == "softmax" and bias is None
-        if fused and self.training and torch.compiler.is_compiling() and q.device.type == "cpu":
-            fused = False
+        fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
         if fused and self.slopes is None and not self.window:
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
         chunk = T if fused and self.training else chunk
         rows_of = self._fused_rows if fused else self._rows
-        if torch.is_grad_enabled() and not dropout and not fused:
+        if torch.is_grad_enabled() and not fused and not dropout and chunk < T:
             rows_of = functools.partial(checkpoint, rows_of, use_reentrant=False, preserve_rng_state=False)
         rows = []
         for first in range(0, T, chunk):
@@ -459,7 +457,7 @@ FFNS = {"plain": PlainFFN, "gated": GatedFFN, "linear": LinearFFN, "attention": 
 
 # ------------------------------------------------------------------------------------------------ loss
 
-LOGITS_BYTES = 2**26  # of the logits in float32 that are held at a time
+LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of the logits in float32 that are held at a time
 
 
 def loss_of_rows(x, weight, targets, cap):
@@ -491,7 +489,8 @@ class CrossEntropy(torch.autograd.Function):
         loss, n = torch.zeros((), device=x.device), (targets >= 0).sum()
         wanted = any(ctx.needs_input_grad)
         dx, dw = (torch.empty_like(small), torch.zeros_like(weight)) if wanted else (None, None)
-        at_once = max(1, LOGITS_BYTES // (4 * len(weight)))
+        n_parts = -(-4 * len(weight) * len(x) // LOGITS_BYTES.get(x.device.type, LOGITS_BYTES["cuda"]))
+        at_once = -(-len(x) // n_parts)
         for first in range(0, len(x), at_once):
             part = slice(first, first + at_once)
             of_part, slope = rows(small[part], w, targets[part], cap)
@@ -583,6 +582,7 @@ CHOICES = {
 class GPTConfig:
     """The architecture. Raises ValueError naming the fields, what was given and what is possible."""
 
+    # size
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0  # heads of keys and values, shared by groups of query heads; 0: n_head
@@ -590,26 +590,33 @@ class GPTConfig:
     head_dim: int = 0  # width of a head; 0: n_embd / n_head
     block_size: int = 1024  # longest sequence, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
+    # weights
     bias: bool = False  # in linear layers and LayerNorms
     dropout: float = 0.0
     tie: bool = True  # the unembedding is the token embedding
+    # norms
     norm_place: str = "pre"  # pre, post, sandwich, output, none
     norm: str = "layernorm"  # layernorm, rmsnorm, dyt
     norm_gain: bool = True  # learned gain (and bias) in the norms
     norm_eps: float = 1e-5
     qk_norm: str = "none"  # none, head, full (heads x width)
+    # feed-forward
     ffn: str = "plain"  # plain, gated, linear, attention
     ffn_hidden: int = 0  # hidden width of the FFN; 0: 4 n_embd, or 8/3 n_embd if gated
     activation: str = "gelu"  # gelu, gelu_tanh, relu, relu2, silu, tanh, identity
+    # residual stream
     residual_scale: str = "one"  # forward multiplier: one, inv_sqrt_2L, deepnorm, learned, rezero or a number
     init_scale: str = "inv_sqrt_2L"  # init of what writes to the stream: one, inv_sqrt_2L, deepnorm
+    # attention
     attention: str = "softmax"  # softmax, softmax1, sink_logit, k_bias, kv_bias, clipped, sigmoid, relu
     window: int = 0  # keys a query sees, itself included; 0: all before it
     n_register: int = 0  # learned tokens before the sequence
     gate: str = "none"  # on the attention output: none, channel, head, single
     gate_input: str = "input"  # what a gate depends on: input, constant, position, token
+    # positions
     position: str = "learned"  # learned, sinusoidal, rope, alibi, none
     rope_base: float = 10000.0
+    # limits
     stream_clip: float = 0.0  # the stream is clamped to +- this after every sub-layer; 0: not
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
 

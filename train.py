@@ -1,12 +1,18 @@
 """Train a GPT: python train.py CONFIG [CONFIG ...] [--key=value ...]
 
-  python train.py config/postnorm.py                            the 125M post-norm arm, on OpenWebText
-  python train.py postnorm scale/nano --dataset=stdlib          the same arm, small enough for a CPU
-  torchrun --nproc_per_node=8 train.py config/postnorm.py       on eight GPUs; --parallel=fsdp shards the model
-  python train.py --resume --out_dir=out/postnorm               goes on, with the settings of the checkpoint
-  python train.py --replay=812 --out_dir=out/postnorm           what was in the batch of step 812?
+  python train.py postnorm scale/nano --dataset=stdlib     small, on a CPU
+  python train.py config/postnorm.py                       125M, OpenWebText
+  torchrun --nproc_per_node=8 train.py config/postnorm.py  on eight GPUs
+  python train.py --resume --out_dir=out/postnorm          goes on
+  python train.py --replay=812 --out_dir=out/postnorm      step 812, looked at
 
-Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl, loss_spikes.jsonl and config.json.
+CONFIG names a file of configs/: an arm (configs/README.md lists them) or a
+size (scale/nano, scale/tiny, scale/gpt2). Without one it is GPT-2 small, every
+default. Keys have the last word; they are written --key=value, and shown here
+with their defaults. A first ablation, step by step: docs/tutorial.md.
+
+Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl,
+loss_spikes.jsonl and config.json.
 """
 
 import contextlib
@@ -29,6 +35,7 @@ from tqdm import tqdm
 
 from data.loader import Tokens
 from data.tokenizer import tokenizer_of
+from model import CHOICES as OF_MODEL
 from model import GPT, GPTConfig
 from spikesink import __version__, checkpoint, config, convert, hf, metrics
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
@@ -42,6 +49,7 @@ ROOT = Path(__file__).parent
 class TrainConfig:
     """The run. The defaults are nanoGPT's for GPT-2 small on OpenWebText, about 0.5M tokens a step."""
 
+    # what is trained on, how long, where it goes
     out_dir: str = ""  # default: out/ and the names of the config files
     dataset: str = "openwebtext"  # a folder of data/, or a path
     bos: bool = False  # every training window starts with the dataset's BOS token
@@ -49,6 +57,7 @@ class TrainConfig:
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     init_from: str = "scratch"  # or a checkpoint of ours, or a Hugging Face folder or hub name: GPT-2, Llama
+    # optimiser
     optimizer: str = "adamw"  # adamw, muon (matrices of the blocks; AdamW for the rest), sgd
     learning_rate: float = 6e-4
     weight_decay: float = 0.1  # on matrices and embeddings
@@ -56,14 +65,17 @@ class TrainConfig:
     beta2: float = 0.95
     momentum: float = 0.95  # of sgd and muon
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    # learning-rate schedule
     lr_schedule: str = "cosine"  # cosine, constant_linear (constant, then linear over the last fifth) or constant
     warmup_iters: int = 2000
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
     min_lr: float = 6e-5
+    # loss
     loss_first: int = 0  # first position that the training loss counts
     loss_last: int = 0  # the position after the last one that it counts; 0: all
     penalty: str = "none"  # on the residual stream, against spikes: none, kurtosis, magnitude
     penalty_weight: float = 1e-3
+    # log and checkpoints
     eval_interval: int = 2000  # steps between validation losses
     eval_iters: int = 200  # batches in a validation loss; always the same ones
     log_interval: int = 1  # steps between lines of log.jsonl
@@ -72,11 +84,13 @@ class TrainConfig:
     keep_every: int = 0  # and those of every so many steps
     async_save: bool = False  # write checkpoints while training goes on
     tensorboard: bool = False  # the log's numbers in OUT_DIR/tensorboard too
+    # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     parallel: str = "ddp"  # of several ranks: ddp, or fsdp, in which each holds a shard of the model
     dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 where the hardware has it
     compile: bool = True  # torch.compile of the sub-layers and the loss; needs a C++ compiler on a CPU
     deterministic: bool = False  # only algorithms that give the same bits again; on a CPU, always
+    # seed, going on, looking back
     seed: int = 1337  # of the weights, the batches and dropout
     resume: bool = False  # go on from the newest sound checkpoint of OUT_DIR
     overwrite: bool = False  # start again in an out_dir that holds a run
@@ -699,7 +713,7 @@ def print_replay(run_):
 
 def main():
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__ + config.describe(SCHEMAS))
+        print(__doc__ + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES))
         return
     given, files = config.given(SCHEMAS, sys.argv[1:], ROOT)
     out_dir = given.get("out_dir") or str(Path("out") / ("-".join(files) or "gpt2"))

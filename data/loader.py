@@ -33,7 +33,19 @@ def folder(dataset):
         return path
     known = sorted(p.parent.name for p in ROOT.glob("*/prepare.py"))
     if (path / "prepare.py").is_file():
-        raise UserError(f"dataset {dataset!r} is not prepared; run: python data/{path.name}/prepare.py")
+        small = "; or --dataset=stdlib, which needs no download" if dataset == "openwebtext" else ""  # the default
+        raise UserError(f"dataset {dataset!r} is not prepared; run: python data/{path.name}/prepare.py{small}")
+    if Path(dataset).suffix == ".bin" and Path(dataset).is_file():
+        raise UserError(f"{dataset} is a part of a dataset; give its folder, {Path(dataset).parent}")
+    if Path(dataset).is_file():
+        raise UserError(
+            f"{dataset} is a file, no dataset: python data/text/prepare.py --name=mine {dataset} makes one of it, to "
+            "train on; detect.py and ablate.py read it as it is, with --text"
+        )
+    if Path(dataset).is_dir():
+        raise UserError(
+            f"{dataset} is no dataset: it holds no train.bin and val.bin, which a prepare.py of data/ makes"
+        )
     raise UserError(f"there is no dataset {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}")
 
 

@@ -89,7 +89,10 @@ class Reader:
         taken = seq_len - len(self.before) - len(self.after)
         n = len(ids) // taken
         if n == 0:
-            raise UserError(f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}")
+            raise UserError(
+                f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}: give a longer text, or a smaller "
+                "--seq_len"
+            )
         return self.framed(torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken))
 
     def prompt(self, text):
@@ -122,7 +125,10 @@ class Reader:
 def check_length(seq_len, block_size):
     """Raises UserError for a sequence that the model cannot take, or that is too short to say anything."""
     if seq_len > block_size:
-        raise UserError(f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}")
+        raise UserError(
+            f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}; take a --seq_len up "
+            "to that"
+        )
     if seq_len < SHORTEST:
         raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
 
@@ -134,8 +140,10 @@ def ids_of_array(path, seq_len):
     """
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read --tokens {path}: {error}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"cannot read --tokens {path}: it is no .npy file of integers; text goes with --text") from None
+    except OSError as error:
+        raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
     ids = torch.from_numpy(array.astype(np.int64))
@@ -158,5 +166,7 @@ def read_text(path):
     """A text file. Raises UserError."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

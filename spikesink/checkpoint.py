@@ -206,7 +206,8 @@ class Checkpoints:
         if self.path.is_file() and not self.path.is_symlink():  # another program's, or an older version's
             paths.insert(0, self.path)
         if not paths:
-            raise UserError(f"there is no checkpoint in {self.folder}" + (f" before step {before}" if before else ""))
+            when = f" before step {before}" if before else ""
+            raise UserError(f"there is no checkpoint in {self.folder}{when}: name the folder of a run, --out_dir=DIR")
         reasons = []
         for path in paths:
             try:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import os
 import sys
 import traceback
@@ -23,8 +24,15 @@ class StoppedError(UserError):
 
 def nearest(name, known):
     """' (did you mean X?)' for the known name closest to `name`, or ''."""
-    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+def no_device(name, error):
+    """The UserError for a device that torch would not use."""
+    said = str(error).splitlines()[0]
+    reason = "torch knows no such kind" if said.startswith("Expected one of") else said
+    return UserError(f"device {name} is not at hand: {reason}; cpu always is")
 
 
 class InterruptedRunError(UserError):
@@ -35,21 +43,26 @@ class InterruptedRunError(UserError):
 
 
 class Flags(argparse.ArgumentParser):
-    """argparse, with UserError for a bad flag and the nearest known one named."""
+    """argparse, with UserError for a bad flag and the nearest known one named; the description says how to call it."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=22)
+        super().__init__(usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=form, **kwargs)
 
     def error(self, message):
         """Argparse calls this for every mistake it finds."""
-        raise UserError(message)
+        raise UserError(f"{message}; --help shows how" if "required" in message or "expected" in message else message)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's. Raises UserError."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+            words = {option.lstrip("-"): option for option in known}
+            hint = nearest(unknown[0].split("=")[0].lstrip("-"), words).replace("mean ", "mean --")
+            if not unknown[0].startswith("-") and "--compare" in known:
+                hint = "; several checkpoints side by side: --compare A B"
+            raise UserError(f"unknown argument {unknown[0]}{hint or '; --help lists them'}")
         return parsed
 
 
@@ -72,6 +85,12 @@ def run(main):
         sys.exit(code)
 
 
+def out_of_memory(error):
+    """True for what Python, torch on a CPU and torch on a GPU raise where memory is short."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "not enough memory" in said or "out of memory" in said
+
+
 def exit_code(main):
     """Runs `main()` and says on stderr how it ended, if not well."""
     try:
@@ -80,6 +99,13 @@ def exit_code(main):
         if not error.everywhere or os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        hint = "a smaller --batch_size, or shorter sequences; training keeps its step with more"
+        print(f"error: out of memory ({said}): take {hint} --gradient_accumulation_steps", file=sys.stderr)
+        return UserError.exit_code
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from . import offload
 from .blocks import Stack, stacks_of
 from .checkpoint import file_hash
-from .errors import UserError
+from .errors import UserError, no_device
 from .subject import SEAM, Subject, after_start, for_heads, rows_at_once
 
 NAME = "spikesink"
@@ -210,7 +210,7 @@ def to_device(model, device):
     try:
         return model.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} is not at hand: {str(error).splitlines()[0]}") from None
+        raise no_device(device, error) from None
 
 
 @functools.cache

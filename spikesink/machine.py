@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import UserError
+from .errors import UserError, no_device
 
 DTYPES = ("auto", "bfloat16", "float32")
 PARALLEL = ("ddp", "fsdp")
@@ -54,7 +54,7 @@ class Machine:
             found = torch.device(name)
             torch.empty(1, device=found).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"device={device} is not at hand: {str(error).splitlines()[0]}") from None
+            raise no_device(device, error) from None
         if found.type == "cuda":
             torch.cuda.set_device(found)
             torch.set_float32_matmul_precision("high")

@@ -1,0 +1,62 @@
+"""bench.py measures what it says: the recipe is the same model and the same step, and methods run in turn."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from model import GPT, GPTConfig
+from recipe import Recipe
+from train import adamw
+
+from .conftest import TINY
+
+SHAPE = {**TINY, "vocab_size": 60}
+
+
+def test_the_recipe_is_the_same_model_and_the_same_update():
+    """Two updates from the same weights end in the same weights: neither side of the ratio does less than the other."""
+    torch.manual_seed(0)
+    config = GPTConfig(**TINY)
+    ours, recipe = (
+        GPT(config),
+        Recipe((config.n_layer, config.n_head, config.n_embd, 32, 64), torch.device("cpu"), 1e-2),
+    )
+    pairs = {"transformer.wte": "wte", "transformer.wpe": "wpe", "transformer.ln_f": "ln_f"}
+    for i in range(config.n_layer):
+        names = {"attn.norm_before": "ln_1", "attn.f.c_attn": "c_attn", "attn.f.c_proj": "attn_proj"}
+        names |= {"mlp.norm_before": "ln_2", "mlp.f.c_fc": "c_fc", "mlp.f.c_proj": "mlp_proj"}
+        pairs |= {f"transformer.h.{i}.{mine}": f"h.{i}.{its}" for mine, its in names.items()}
+    mine, its = dict(ours.named_parameters()), dict(recipe.model.named_parameters())
+    assert len(mine) == len(its) == len(pairs)
+    with torch.no_grad():
+        for a, b in pairs.items():
+            its[f"{b}.weight"].copy_(mine[f"{a}.weight"])
+    cfg = bench.config.build(bench.SCHEMAS, {"learning_rate": 1e-2, "min_lr": 1e-3})[1]
+    optimizer = adamw(ours.optimiser_groups(0.1), cfg)
+    for seed in range(2):
+        ids = torch.randint(60, (4, 33), generator=torch.Generator().manual_seed(seed))
+        loss = ours(ids[:, :-1], ids[:, 1:])[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert recipe.step([(ids[:, :-1], ids[:, 1:].contiguous())]) == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in pairs.items():
+        torch.testing.assert_close(mine[f"{a}.weight"], its[f"{b}.weight"], atol=1e-4, rtol=1e-4, msg=a)
+
+
+def test_training_is_measured_in_turn_and_reported(monkeypatch, tmp_path, cli):
+    monkeypatch.setitem(bench.SHAPES, "10M", SHAPE)
+    monkeypatch.setattr(bench, "QUICK_ROUNDS", {"10M": 2})
+    monkeypatch.setattr(bench, "arguments", lambda *args: [*ARGUMENTS(*args), "--compile=False", "--warmup_iters=1"])
+    code, out, err = cli("bench.py", "--quick", "--only", "train", f"--json={tmp_path / 'b.json'}")
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "b.json").read_text())["train"]
+    assert row["model"] == "10M" and row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
+    assert row["tokens_per_s"] > 0 and 0 < row["model_flops_use"] < 1 and row["peak_mb"] > 0
+    assert "10M" in out and "16 x 32" in out
+
+
+ARGUMENTS = bench.arguments
