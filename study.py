@@ -40,6 +40,7 @@ from spikesink.observe import observe
 from spikesink.words import grid, number
 
 SCHEMA = "spikesink-study-1"
+
 # --------------------------------------------------------------------------------------------------- a run
 
 
@@ -47,6 +48,11 @@ def stored(job, keep_code):
     """A job's row if it is done, else None."""
     row = read(job.folder / "row.json")
     return row if row and (row["job"] == job.id or (keep_code and row["what"] == job.what)) else None
+
+
+def started(job):
+    """True if what lies in a job's folder is that job's."""
+    return (read(job.folder / "job.json") or {}).get("job") == job.id
 
 
 def read(path):
@@ -63,12 +69,13 @@ def once(path, make):
 
 def perform(job, study, device, keep_checkpoints):
     """Trains and measures one run, or goes on with it; its row.json comes last, so that a run is done or it is not."""
-    started = job.folder / "job.json"
-    if (read(started) or {}).get("job") != job.id:
-        if job.folder.exists():
+    if not started(job):
+        if (job.folder / "job.json").is_file():
             tqdm.write(f"{job.name}: what {job.folder} holds is of another config, data or code: run anew")
             shutil.rmtree(job.folder)
-        findings.save(started, {"job": job.id})
+        elif job.folder.exists() and any(not path.name.startswith(".") for path in job.folder.iterdir()):
+            raise UserError(f"{job.folder} holds something else than a run of a study: give another --out or --name")
+        findings.save(job.folder / "job.json", {"job": job.id})
     since, row = time.perf_counter(), {"seed": job.seed, "job": job.id, "what": job.what, "code": job.code}
     machine = dataclasses.replace(Machine.find(device), rank=0, world=1)  # under torchrun, a run per rank
     try:
@@ -193,7 +200,7 @@ def table_of(study, jobs, args, command):
                 "seed": job.seed,
                 "job": job.id,
                 "code": job.code,
-                "status": "started" if (job.folder / "job.json").is_file() else "not run",
+                "status": "started" if started(job) else "not run",
             }
             times[f"{arm}-{job.seed}"] = row.pop("seconds", None)
             rows.append({key: value for key, value in row.items() if key != "what"})

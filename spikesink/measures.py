@@ -21,7 +21,13 @@ class Measure(NamedTuple):
 
 
 def _largest(key):
-    return lambda found: max(layer[key] for layer in found["layers"])
+    return lambda found: max((layer[key] for layer in found["layers"] if layer[key] is not None), default=None)
+
+
+def _largest_ratio(found):
+    """None where a magnitude is not finite, as in a model about to diverge."""
+    known = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
+    return max(map(ratio_of, known), default=None)
 
 
 def _rule(where, rule, *keys):
@@ -67,7 +73,7 @@ MEASURES = {
         "top-1 over the median |h|, in the layer where it is largest; means over sequences",
         "log",
         ".3g",
-        lambda f: max(map(ratio_of, f["layers"])),
+        _largest_ratio,
     ),
     "kurtosis": Measure(
         "He et al.'s channel kurtosis of the layer where it is largest", "log", ".3g", _largest("kurtosis")
