@@ -1,14 +1,21 @@
-"""Arms x seeds -> train, detect, ablate -> one table with intervals: python study.py STUDY [--key=value ...]
+"""Does it hold over arms and seeds?    python study.py STUDY [--key=value ...]
 
-  python study.py configs/studies/ci.py                     seconds; a study file names arms, seeds and sizes
-  python study.py configs/studies/norm.py --dry             the plan and its cost, from a few measured updates
-  python study.py configs/studies/norm.py --seeds=1,2 --arms=pre,post --max_iters=500 --name=try
-  torchrun --nproc_per_node=8 study.py configs/studies/norm.py       a run per GPU: run i on rank i mod 8
+  python study.py configs/studies/ci.py            seconds; what a study file is
+  python study.py configs/studies/norm.py --dry    the plan and its cost
+  python study.py configs/studies/norm.py --seeds=1,2 --max_iters=500 --name=try
+  torchrun --nproc_per_node=8 study.py configs/studies/norm.py      a run per GPU
 
---key=value changes what all arms have in common; an arm keeps what it says. Runs lie in out/studies/NAME/ARM-SEED, the
-results in results/NAME. Killed anywhere, the same command goes on. What is done is not done again: a run is known by
-its config, its data and what is measured, and by a hash of the code; where any of these has changed it is run anew
-(with --keep_code, a finished run of other code is kept, and the table says of which).
+--key=value changes a key that all arms have in common (an arm keeps what it
+says), or what the study file says: --seeds=1,2 --arms=pre,post
+--scale=scale/tiny --points=20 (checkpoints measured of each run) --n_seq=100
+--seq_len=64 --ablations=spike_zero,sink_mask --probes=true --hypotheses=H1,H2.
+
+Trains, detects and ablates every arm x seed; writes one table with intervals.
+Runs lie in out/studies/NAME/ARM-SEED, results in results/NAME. Killed anywhere,
+the same command goes on. What is done is not done again: a run is known by its
+config, its data, what is measured, and a hash of the code; where any of these
+has changed it is run anew (with --keep_code, a finished run of other code is
+kept, and the table says of which).
 """
 
 import argparse
@@ -292,7 +299,7 @@ def rate(job, updates, device):
 
 def parse():
     """(flags, {key: value} that change the study, {key: value} that change its common keys). Raises UserError."""
-    flags = Flags(description=__doc__ + config.describe((Study,)))
+    flags = Flags(description=__doc__)
     flags.add_argument("study", metavar="STUDY", help="a file of configs/studies/")
     flags.add_argument("--dry", action="store_true", help="print the plan and its cost, and stop")
     flags.add_argument(
