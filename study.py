@@ -3,7 +3,7 @@
   python study.py configs/studies/ci.py            seconds; what a study file is
   python study.py configs/studies/norm.py --dry    the plan and its cost
   python study.py configs/studies/norm.py --seeds=1,2 --max_iters=500 --name=try
-  torchrun --nproc_per_node=8 study.py configs/studies/norm.py      a run per GPU
+  torchrun --nproc_per_node=8 study.py configs/studies/norm.py     a run per GPU
 
 --key=value changes a key that all arms have in common (an arm keeps what it
 says), or what the study file says: --seeds=1,2 --arms=pre,post
