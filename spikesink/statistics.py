@@ -46,7 +46,10 @@ def paired(values, base, kind="plain"):
         seen = [a / b for a, b in both if a > 0 and b > 0]
         return {**interval(seen, "log"), "p": chance([math.log(x) for x in seen])}
     seen = [a - b for a, b in both]
-    return {**interval(seen), "p": chance(seen)}
+    found = interval(seen)
+    if kind == "share" and found["ci95"]:
+        found["ci95"] = [max(-1.0, found["ci95"][0]), min(1.0, found["ci95"][1])]
+    return {**found, "p": chance(seen)}
 
 
 def chance(values):

@@ -159,7 +159,10 @@ SECTIONS = {  # title -> (its rows, a note on them)
     ),
     "What two changes do beyond the sum of both": (interaction_rows, "AB - A - B + baseline, paired by seed."),
     "What interventions do": (effect_rows, "ablate.py; – where there was nothing to edit."),
-    "Every run": (run_rows, "Diverged runs are counted and in no mean. seeds, jobs and weights: see table.json."),
+    "Every run": (
+        run_rows,
+        "Diverged runs are counted, and in no mean. job: a hash of keys, data, measures and code; weights: of the last ones.",
+    ),
 }
 
 

@@ -270,6 +270,8 @@ def test_intervals_by_hand():
     base = {1: 10.0, 2: 20.0, 3: 40.0, 4: 7.0}
     assert statistics.paired({s: 2 * x for s, x in base.items() if s < 4}, base, "log")["ci95"] == pytest.approx([2, 2])
     assert statistics.paired({1: 11.0, 2: 21.0, 3: None}, base)["mean"] == 1.0
+    shares = statistics.paired({1: 0.0, 2: 0.1, 3: 0.0}, {1: 0.7, 2: 1.0, 3: 1.0}, "share")
+    assert shares["mean"] == pytest.approx(-2.6 / 3) and shares["ci95"][0] == -1.0
 
 
 def run_of(seed, loss, course=(), **numbers):
