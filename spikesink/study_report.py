@@ -161,7 +161,7 @@ SECTIONS = {  # title -> (its rows, a note on them)
     "What interventions do": (effect_rows, "ablate.py; – where there was nothing to edit."),
     "Every run": (
         run_rows,
-        "Diverged runs are counted, and in no mean. job: a hash of keys, data, measures and code; weights: of the last ones.",
+        "Diverged runs are counted, and in no mean. Hashes: job of keys, data, measures, code; weights of the last.",
     ),
 }
 
