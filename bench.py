@@ -6,7 +6,7 @@
 
 train: updates of train.py's Run, as a run makes them, beside nanoGPT's recipe (recipe.py). ratio: its time over ours.
 Use of the machine: model FLOPs a second over the best bfloat16 matrix product of the same minutes.
-monitor: what a look at spikes and sinks adds to an update, spread over the steps from one look to the next.
+monitor: what a look at spikes and sinks adds to such an update, and its share of the time, one look every 100 steps.
 arms: every arm of configs/ beside pre-norm at the tiny scale: time and memory a token, and FLOPs.
 detect: the observing pass beside the plain forward pass with its loss, and beside what most scripts do, transformers
 with output_attentions=True; one sequence, float32. ratio: observing over plain.
@@ -39,7 +39,7 @@ from spikesink.machine import Machine
 from spikesink.observe import observe
 from spikesink.subject import Subject
 from spikesink.words import grid, number
-from train import ROOT, SCHEMAS, Run, be_deterministic
+from train import ROOT, SCHEMAS, Run, TrainConfig, be_deterministic
 
 CUDA = torch.cuda.is_available()
 
@@ -223,15 +223,16 @@ def arguments(shape, batch_size, **more):
 
 
 def bench_train(names, rounds_of):
-    """A row per model."""
-    rows = []
+    """A row per model, of training and of the monitor."""
+    rows, looks = [], []
     for name in names:
         shape, batch_size, rounds = SHAPES[name], BATCH[name], rounds_of[name]
         with tempfile.TemporaryDirectory() as data:
             random_tokens(data, shape["vocab_size"])
             jobs = {
                 "recipe": {"job": "recipe", "shape": shape, "batch_size": batch_size, "data": data},
-                "ours": {"job": "run", "argv": arguments(shape, batch_size), "data": data},
+                "ours": {"job": "run", "argv": arguments(shape, batch_size, monitor=0), "data": data},
+                "watched": {"job": "run", "argv": arguments(shape, batch_size, monitor=1), "data": data},
                 "matmul": {"job": "matmul", "sizes": [4096, 8192] if CUDA else [1024, 2048]},
             }
             said = measured(jobs, rounds, f"train {name}")
@@ -257,7 +258,11 @@ def bench_train(names, rounds_of):
                 "peak_ratio": peaks["ours"] / peaks["recipe"] if peaks["recipe"] else None,
             }
         )
-    return rows
+        of_looks = [w["seconds"] - o["seconds"] for w, o in zip(said["watched"], said["ours"], strict=True)]
+        look_s, step_s, every = statistics.median(of_looks), seconds(said["ours"]), TrainConfig.monitor
+        row = {"model": name, "every": every, "step_s": step_s, "look_s": look_s, "share": look_s / step_s / every}
+        looks.append({**row, "look_range_s": [min(of_looks), max(of_looks)]})
+    return {"train": rows, "monitor": looks}
 
 
 def train_rows(rows):
@@ -282,6 +287,21 @@ def train_rows(rows):
     ]
 
 
+def monitor_rows(rows):
+    """(header, rows) of what the monitor costs."""
+    header = ["monitor", "step s", "a look adds s", "lowest, highest", "share of the time", "one look every"]
+    return header, [
+        [
+            r["model"],
+            *(f"{r[key]:.3f}" for key in ("step_s", "look_s")),
+            "{:.3f}, {:.3f}".format(*r["look_range_s"]),
+            f"{r['share']:.2%}",
+            f"{r['every']} steps",
+        ]
+        for r in rows
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------- arms
 
 
@@ -291,7 +311,7 @@ def bench_arms():
     rows = []
     with tempfile.TemporaryDirectory() as data, _bar("arms", ARM_ROUNDS * 2 * len(names)) as bar:
         random_tokens(data, SHAPES["10M"]["vocab_size"])
-        job = lambda name: {"job": "run", "argv": [name, "scale/tiny", "--compile=True"], "data": data}
+        job = lambda name: {"job": "run", "argv": [name, "scale/tiny", "--compile=True", "--monitor=0"], "data": data}
         with Worker(job(baseline_name)) as baseline:
             for name in names:
                 with Worker(job(name)) as worker:
@@ -299,7 +319,7 @@ def bench_arms():
                 ratio, between = ratios(said[name], said[baseline_name])
                 of = {key: said[name][-1][key] / said[baseline_name][-1][key] for key in ("flops", "mb")}
                 rows.append({"arm": name, "time": ratio, "time_range": between, "flops": of["flops"], "peak": of["mb"]})
-    return rows
+    return {"arms": rows}
 
 
 def arm_rows(rows):
@@ -390,7 +410,7 @@ def bench_detect(lengths, rounds_of):
                 "maps_mb": map_bytes(T) / 2**20,
             }
         )
-    return rows
+    return {"detect": rows}
 
 
 DETECT_METHODS = ("plain", "observe", "eager")
@@ -418,19 +438,15 @@ def detect_rows(rows):
 
 JOBS = {"recipe": recipe_job, "run": run_job, "matmul": matmul_job, "detect": detect_job}
 QUICK_ROUNDS = {"10M": 3}
-BENCHMARKS = {  # name -> what is measured in full, what with --quick, how it is printed
-    "train": (
-        lambda: bench_train(SHAPES, TRAIN_ROUNDS),
-        lambda: bench_train(QUICK_ROUNDS, QUICK_ROUNDS),
-        train_rows,
-    ),
+BENCHMARKS = {  # name -> what is measured in full, what with --quick
+    "train": (lambda: bench_train(SHAPES, TRAIN_ROUNDS), lambda: bench_train(QUICK_ROUNDS, QUICK_ROUNDS)),
     "detect": (
         lambda: bench_detect((*LENGTHS, LONG["block_size"]), DETECT_ROUNDS),
         lambda: bench_detect(QUICK_LENGTHS, lambda T: 3),
-        detect_rows,
     ),
-    "arms": (bench_arms, list, arm_rows),
+    "arms": (bench_arms, dict),
 }
+ROWS = {"train": train_rows, "monitor": monitor_rows, "detect": detect_rows, "arms": arm_rows}
 
 
 def _bar(text, total):
@@ -456,10 +472,11 @@ def main():
         }
     }
     for name in names:
-        full, quick, rows_of = BENCHMARKS[name]
-        found[name] = (quick if args.quick else full)()
-        if found[name]:
-            print(f"{grid(*rows_of(found[name]))}\n", flush=True)
+        full, quick = BENCHMARKS[name]
+        measured_now = quick() if args.quick else full()
+        for key, rows in measured_now.items():
+            print(f"{grid(*ROWS[key](rows))}\n", flush=True)
+        found |= measured_now
         if args.json:
             findings.save(args.json, found)
 

@@ -391,11 +391,15 @@ class SelfAttention(nn.Module):
         self.gate = GATES[config.gate](config)
         self.c_proj = nn.Linear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
 
-    def forward(self, x, embedding):
+    def qkv(self, x):
+        """What `attend` is called with: queries (B, H, T, D), keys and values (B, n_kv_head, T, D)."""
         qkv = self.c_attn(x).unflatten(-1, (-1, self.head_width))  # (B, T, heads of q, k and v, D)
         q, k, v = qkv.split(self.heads, dim=-2)
         q, k, v = (p.transpose(1, 2) for p in (*self.qk_norm(q, k), v))  # (B, H, T, D)
-        out = self.attend(*self.rotate(q, k), v).transpose(1, 2)  # (B, T, H, D)
+        return *self.rotate(q, k), v
+
+    def forward(self, x, embedding):
+        out = self.attend(*self.qkv(x)).transpose(1, 2)  # (B, T, H, D)
         return self.c_proj(self.gate(out, x, embedding).flatten(-2))
 
 

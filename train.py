@@ -39,8 +39,9 @@ from model import CHOICES as OF_MODEL
 from model import GPT, GPTConfig
 from spikesink import __version__, checkpoint, config, convert, hf, metrics
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
-from spikesink.log import JsonLines, LossWatch, TensorBoard, rows_of, warn
+from spikesink.log import TRACKERS, JsonLines, LossWatch, TensorBoard, Tracker, rows_of, warn
 from spikesink.machine import DTYPES, PARALLEL, Machine, attempt
+from spikesink.monitor import Monitor
 
 ROOT = Path(__file__).parent
 
@@ -83,7 +84,9 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints that are kept, besides the best
     keep_every: int = 0  # and those of every so many steps
     async_save: bool = False  # write checkpoints while training goes on
+    monitor: int = 100  # steps between looks at spikes and sinks, each logged; under 1% of the time; 0: never
     tensorboard: bool = False  # the log's numbers in OUT_DIR/tensorboard too
+    tracker: str = "none"  # the log's numbers there too: none, wandb, trackio
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     parallel: str = "ddp"  # of several ranks: ddp, or fsdp, in which each holds a shard of the model
@@ -102,7 +105,7 @@ class TrainConfig:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
         for key in (
             *("weight_decay", "grad_clip", "min_lr", "warmup_iters", "lr_decay_iters", "seed"),
-            *("loss_first", "loss_last", "penalty_weight", "keep_every", "replay"),
+            *("loss_first", "loss_last", "penalty_weight", "keep_every", "monitor", "replay"),
         ):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
@@ -133,7 +136,7 @@ RESUMABLE = (
     *OF_COMMAND,
     *("dtype", "max_iters", "learning_rate", "min_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "grad_clip"),
     *("eval_interval", "eval_iters", "log_interval", "save_interval"),
-    *("keep_last", "keep_every", "async_save", "tensorboard"),
+    *("keep_last", "keep_every", "async_save", "monitor", "tensorboard", "tracker"),
 )
 SCHEMAS = (GPTConfig, TrainConfig)
 
@@ -193,6 +196,7 @@ CHOICES = {
     "penalty": PENALTIES,
     "dtype": DTYPES,
     "parallel": PARALLEL,
+    "tracker": TRACKERS,
 }
 
 
@@ -319,6 +323,7 @@ class Run:
         self.penalties = []  # of the current forward pass, one per sub-layer
         if cfg.penalty != "none":
             self._watch_streams()
+        self.monitor = Monitor(self.model, cfg.monitor if machine.chief else 0)
         if saved:
             self._restore(saved)
 
@@ -440,7 +445,8 @@ class Run:
 
         Raises StoppedError, on every rank and with the weights as they were, if the loss or a gradient is not finite.
         """
-        loss, norm = self.gradients(model)
+        with self.monitor(self.step + 1):  # its number when it is done, as in the log
+            loss, norm = self.gradients(model)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise StoppedError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update")
         lr = learning_rate(self.step, self.cfg)
@@ -482,8 +488,12 @@ class Run:
             if self.machine.chief:
                 stack.callback(self.lock.release)
                 logs = [self.log]
+                arm = {key: value for key, value in self.given.items() if key not in OF_COMMAND}
                 if self.cfg.tensorboard:
-                    logs.append(TensorBoard(self.out_dir / "tensorboard", self.step))
+                    before = rows_of(self.out_dir / "log.jsonl")
+                    logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, before))
+                if self.cfg.tracker != "none":
+                    logs.append(Tracker(self.cfg.tracker, self.out_dir.name, arm))
                 for log in (*logs, self.jumps):
                     stack.callback(log.close)
             stack.enter_context(self._stopping_on_signals())
@@ -519,7 +529,7 @@ class Run:
             self._watch_loss(loss, norm)
             last, best = self.step == cfg.max_iters, False
             evaluated = last or self.step % cfg.eval_interval == 0
-            if evaluated or self.step % cfg.log_interval == 0:
+            if evaluated or self.monitor.row or self.step % cfg.log_interval == 0:
                 now = time.perf_counter()
                 speed = (self.step - seen) * self.tokens_per_step / (now - since)
                 if evaluated:
@@ -535,12 +545,16 @@ class Run:
                     "grad_norm": norm,
                     "tokens_per_s": speed,
                 }
+                if self.monitor.row:
+                    row["monitor"] = self.monitor.row
                 since, seen = time.perf_counter(), self.step
                 for log in logs:
                     log.write(row)
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                looked = self.monitor.words()
+                bar.set_postfix_str(", ".join(filter(None, (f"loss={loss:.3f}", looked))), refresh=False)
                 if chief and evaluated:
                     words = f"loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s"
+                    words = ", ".join(filter(None, (words, looked)))
                     bar.write(f"{label}step {self.step}: {words}", file=sys.stdout)
             ends = last or self.stopping is not None
             if ends or best or self.step % cfg.save_interval == 0:

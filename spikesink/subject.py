@@ -42,6 +42,14 @@ def map_rows(seam, q, k, causal, bias=None, rows_of=None):
         yield first, rows_of(part, k[:, :, :seen], first, None if bias is None else bias[..., :seen])
 
 
+def attention_received(seam, q, k, causal):
+    """The attention mass (B, H, keys) that each key gets, summed over the queries of q (B, H, T, D). float32."""
+    received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
+    for _, weights in map_rows(seam, q, k, causal):
+        received[..., : weights.size(-1)] += weights.sum(-2)
+    return received
+
+
 def after_start(ids, start):
     """A decoder's input that teaches it to give ids (B, T): they, one later, after the token `start`."""
     return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)

@@ -50,13 +50,17 @@ def test_the_recipe_is_the_same_model_and_the_same_update():
 def test_training_is_measured_in_turn_and_reported(monkeypatch, tmp_path, cli):
     monkeypatch.setitem(bench.SHAPES, "10M", SHAPE)
     monkeypatch.setattr(bench, "QUICK_ROUNDS", {"10M": 2})
-    monkeypatch.setattr(bench, "arguments", lambda *args: [*ARGUMENTS(*args), "--compile=False", "--warmup_iters=1"])
+    monkeypatch.setattr(
+        bench, "arguments", lambda *args, **more: [*ARGUMENTS(*args, **more), "--compile=False", "--warmup_iters=1"]
+    )
     code, out, err = cli("bench.py", "--quick", "--only", "train", f"--json={tmp_path / 'b.json'}")
     assert code == 0, err
     (row,) = json.loads((tmp_path / "b.json").read_text())["train"]
     assert row["model"] == "10M" and row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]
     assert row["tokens_per_s"] > 0 and 0 < row["model_flops_use"] < 1 and row["peak_mb"] > 0
-    assert "10M" in out and "16 x 32" in out
+    (look,) = json.loads((tmp_path / "b.json").read_text())["monitor"]
+    assert look["every"] == 100 and look["share"] == pytest.approx(look["look_s"] / look["step_s"] / 100)
+    assert "16 x 32" in out and "100 steps" in out
 
 
 ARGUMENTS = bench.arguments

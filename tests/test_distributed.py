@@ -84,6 +84,26 @@ def test_a_run_goes_on_with_other_ranks(fresh, one_rank):
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
+def test_rank_0_looks_at_its_first_micro_batch_and_changes_nothing(fresh, whole, parallel):
+    """Under FSDP too, where weights are whole only while their block runs."""
+    world, one = fresh(f"monitored-{parallel}"), fresh("monitored-one")
+    assert world.run_ranks(f"--parallel={parallel}", "--monitor=8") == ""
+    one.run("--dropout=0", "--monitor=1", "--max_iters=1")
+    looks = [row.get("monitor") for row in log_of(world.out)]
+    assert [step for step, look in enumerate(looks, 1) if look] == [8, 16, 24]
+    assert all(look["attention"] and len(look["layers"]) == 3 for look in looks if look)
+    keys = ("model", "optimizer", "val_loss", "loss_watch")
+    ours, theirs = (checkpoint.load(it.out) for it in (world, whole[parallel]))
+    assert all(same(ours[key], theirs[key]) for key in keys)
+    first = fresh(f"first-{parallel}")
+    assert first.run_ranks(f"--parallel={parallel}", "--dropout=0", "--monitor=1", "--max_iters=1") == ""
+    ours, theirs = (log_of(it.out)[0]["monitor"] for it in (first, one))
+    assert ours["attention"] == theirs["attention"] and ours["sequences"] == theirs["sequences"] == 4
+    for layer, other in zip(ours["layers"], theirs["layers"], strict=True):
+        assert layer.pop("name") == other.pop("name") and layer == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
 def test_a_resumed_run_of_two_ranks_is_bitwise_the_uninterrupted_one(fresh, whole, parallel):
     world = fresh("resumed")
     world.run_ranks(f"--parallel={parallel}", "--max_iters=12")
