@@ -268,6 +268,15 @@ def load_weights(model, weights, origin):
         ) from None
 
 
+def fit_vocabulary(model_config, cfg, given, needed):
+    """The GPTConfig with a vocabulary for `needed` tokens, unless one was given. Raises UserError if that is less."""
+    if "vocab_size" not in given and cfg.init_from == "scratch":
+        return dataclasses.replace(model_config, vocab_size=-(-needed // 64) * 64)
+    if model_config.vocab_size < needed:
+        raise UserError(f"vocab_size={model_config.vocab_size} is less than the {needed} of {cfg.dataset}")
+    return model_config
+
+
 class Run:
     """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR.
 
@@ -290,7 +299,9 @@ class Run:
             model_config, weights = foreign_model(cfg.init_from, given)
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
-        self.model_config = model_config if saved else self._fit_vocabulary(model_config)
+        self.model_config = model_config
+        if not saved:
+            self.model_config = fit_vocabulary(model_config, cfg, given, self.train_data.meta["vocab_size"])
         if cfg.loss_first >= model_config.block_size:
             raise UserError(
                 f"loss_first={cfg.loss_first} leaves nothing of block_size={model_config.block_size} to learn"
@@ -337,14 +348,6 @@ class Run:
         for block in self.model.transformer.h:
             for sub_layer in (block.attn, block.mlp):
                 sub_layer.stream.register_forward_hook(hook)
-
-    def _fit_vocabulary(self, model_config):
-        needed = self.train_data.meta["vocab_size"]
-        if "vocab_size" not in self.given and self.cfg.init_from == "scratch":
-            return dataclasses.replace(model_config, vocab_size=-(-needed // 64) * 64)
-        if model_config.vocab_size < needed:
-            raise UserError(f"vocab_size={model_config.vocab_size} is less than the {needed} of {self.cfg.dataset}")
-        return model_config
 
     def _restore(self, saved):
         if (saved["data"], saved.get("data_sample")) != (self.train_data.meta, self.train_data.sample):
@@ -685,6 +688,21 @@ def open_run(given, out_dir, machine):
     return Run(model_config, cfg, given, machine, saved)
 
 
+def compiles(cfg, machine):
+    """True if a run's sub-layers and loss are compiled: asked for, and possible here."""
+    return cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
+
+
+def carry_out(run_, name=""):
+    """Trains an opened run, whose folder is open too, to its end; `name`: what the progress bar calls it.
+
+    Raises InterruptedRunError after a signal, StoppedError if the loss is not finite.
+    """
+    if compiles(run_.cfg, run_.machine):
+        run_.model.compile()
+    run_.train(run_.machine.wrap(run_.model), name)
+
+
 def be_deterministic(asked):
     """Only algorithms that give the same bits again; for others torch raises if that was asked for, else warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -723,8 +741,8 @@ def main():
             return
         machine.from_chief(run_.open_folder)
         cfg, machine = run_.cfg, run_.machine
-        compiled = cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
         if machine.chief:
+            mode = "compiled" if compiles(cfg, machine) else "eager"
             print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
             ranks = f"{machine.world} ranks ({machine.parallel})" if machine.world > 1 else "1 rank"
             print(
@@ -732,11 +750,9 @@ def main():
                 f"{run_.model.flops_per_token(run_.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
                 f"{run_.tokens_per_step:,} tokens a step, "
                 f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
-                f"{'compiled' if compiled else 'eager'}, {ranks}, from step {run_.step} to {cfg.max_iters}"
+                f"{mode}, {ranks}, from step {run_.step} to {cfg.max_iters}"
             )
-        if compiled:
-            run_.model.compile()
-        run_.train(machine.wrap(run_.model))
+        carry_out(run_)
     if machine.chief:
         print(f"checkpoint: {run_.path}\nnext: python detect.py {run_.path}")
 

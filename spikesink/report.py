@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jinja2
 
-from . import ablation_figures, answers, drawing, figures, history, interactive
+from . import ablation_figures, answers, drawing, figures, history, interactive, study_figures, study_report
 from .findings import save_bytes, save_text
 from .metrics import PRIMARY_SINK_EPSILON, SPIKE_RATIO
 from .words import grid, interval, name_of, number, ratio_of, visible
@@ -238,7 +238,7 @@ def history_rows(rows):
 
 def parts_of(findings):
     """[(name, findings)] of an encoder-decoder's parts, or of the one there is, named ''."""
-    return [(findings["part"], findings), *findings.get("parts", {}).items()]
+    return [(findings.get("part", ""), findings), *findings.get("parts", {}).items()]
 
 
 def terminal(findings):
@@ -614,6 +614,26 @@ def mitigation_page(path, mitigation):
         int8=int8_rows(mitigation),
         drawn=drawing.for_page(ablation_figures.MITIGATION, models_of(mitigation)),
     )
+
+
+def study_files(folder, table, whole):
+    """Writes a study's table.md; with `whole`, also its page and its figures for a paper."""
+    folder = Path(folder)
+    save_text(folder / "table.md", study_report.markdown(table))
+    if whole:
+        _write(
+            folder / "index.html",
+            "study.html",
+            found=table,
+            counts=study_report.counts(table),
+            judged=study_report.judged(table),
+            sections=study_report.sections(table),
+            conditions=study_report.conditions(table),
+            note=study_report.NOTE,
+            differs=study_report.DIFFERS,
+            drawn=drawing.for_page(study_figures.STUDY, table),
+        )
+        figure_files(folder / "figures", (study_figures.STUDY, table))
 
 
 # --------------------------------------------------------------------------------------------- figures for a paper

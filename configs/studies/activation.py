@@ -1,0 +1,24 @@
+"""The FFN: its activation, gated or plain, linear, or attention in its place."""
+
+question = "Do spikes and sinks depend on the FFN and its activation?"
+common = {"dataset": "stdlib", "bos": True}
+seeds = [1, 2, 3]
+arms = {
+    "gelu": "prenorm",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "tanh": "tanh",
+    "identity": "identity",
+    "geglu": "geglu",
+    "swiglu": "swiglu",
+    "linear": "linear",
+    "attention": "attention_ffn",
+}
+hypotheses = ["H7"]
+published = {
+    "gelu": (10.1, 69.3, 3369),
+    "swiglu": (10.1, 46.0, 3818),
+    "linear": (12.5, 58.9, 688),
+    "attention": (10.8, 73.9, 637),
+}
