@@ -75,8 +75,10 @@ class Memory:
 def work(job):
     """A worker's life: prepares and warms up, then answers each line of stdin with one measured call."""
     memory = Memory()
+    warm = job.pop("warm", True)
     call = JOBS[job.pop("job")](memory, **job)
-    call()
+    if warm:
+        call()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -396,8 +398,9 @@ def bench_detect(lengths, rounds_of):
         names = ["plain", "observe"]
         if map_bytes(T) < EAGER_LIMIT:
             names.append("eager")
-        jobs = {name: {"job": "detect", "method": name, "T": T} for name in names}
-        said = measured(jobs, rounds_of(T), f"detect T={T}")
+        rounds = rounds_of(T)
+        jobs = {name: {"job": "detect", "method": name, "T": T, "warm": rounds > 1} for name in names}
+        said = measured(jobs, rounds, f"detect T={T}")
         ratio, between = ratios(said["observe"], said["plain"])
         rows.append(
             {
