@@ -250,7 +250,7 @@ TRAINING = {
 }
 LOOKING = {
     "{run} {run}": "side by side: --compare A B",
-    "{parent}": "these do: {run}",
+    "{parent}": "these do: {parent}/run",
     "{run}/config.json": "give the folder, {run}",
     "{run}/log.jsonl": "give the ckpt.pt of a run, or the folder",
     "configs/prenorm.py": "is no checkpoint",
@@ -274,7 +274,9 @@ def test_a_mistake_says_what_to_do(cli, trained, toy_data, tmp_path_factory, mon
     (folder / "some.txt").write_text("hi")
     (folder / "some.dat").write_bytes(bytes(range(128, 256)))
     names = {"run": trained.parent, "data": toy_data, "text": folder / "some.txt", "binary": folder / "some.dat"}
-    names["parent"] = trained.parent.parent
+    names["parent"] = folder / "runs"
+    names["parent"].mkdir()
+    (names["parent"] / "run").symlink_to(trained.parent)
     code, _, err = cli(script, *line.format(**names).split())
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     wanted = {**TRAINING, **LOOKING}[line].format(**names) if script == "detect.py" else TRAINING[line].format(**names)
