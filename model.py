@@ -314,8 +314,9 @@ class Attend(nn.Module):
         """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
 
         Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
-        times as fast. What is not fused makes the map `chunk` queries at a time, over the keys that they see; of
-        sequences longer than that it is made again for the backward pass rather than kept.
+        times as fast (and under autocast give logits in bfloat16, as other eager attention does). What is not fused
+        makes the map `chunk` queries at a time, over the keys that they see; of sequences longer than that it is made
+        again for the backward pass rather than kept.
         """
         dropout, T = self.dropout if self.training else 0.0, q.size(-2)
         fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
