@@ -39,7 +39,7 @@ from spikesink.machine import Machine
 from spikesink.observe import observe
 from spikesink.subject import Subject
 from spikesink.words import grid, number
-from train import ROOT, SCHEMAS, Run, TrainConfig, be_deterministic
+from train import ROOT, SCHEMAS, Run, TrainConfig, be_deterministic, ready
 
 CUDA = torch.cuda.is_available()
 
@@ -191,9 +191,7 @@ def run_job(memory, argv, data):
     torch.compile(lambda x: x + 1)(torch.zeros(1, device=machine.device))  # the compiler is a library too
     memory.start()
     run_ = Run(*config.build(SCHEMAS, given), given, machine)
-    if run_.cfg.compile:
-        run_.model.compile()
-    model = machine.wrap(run_.model)
+    model = ready(run_)
     facts = {"tokens": run_.tokens_per_step, "flops": run_.model.flops_per_token(run_.model_config.block_size)}
 
     def call():

@@ -283,12 +283,11 @@ def rate(job, updates, device):
     machine = dataclasses.replace(Machine.find(device), rank=0, world=1)
     with tempfile.TemporaryDirectory() as folder:
         run_ = train.open_run({**job.given, "overwrite": True}, folder, machine)
-        if train.compiles(run_.cfg, machine):
-            run_.model.compile()
-        run_.update(run_.model)
+        model = train.ready(run_)
+        run_.update(model)
         since = time.perf_counter()
         for _ in range(updates):
-            run_.update(run_.model)  # ends with the loss as a number: the device has done it
+            run_.update(model)  # ends with the loss as a number: the device has done it
         seconds = time.perf_counter() - since
     torch._dynamo.reset()
     return updates * run_.tokens_per_step / seconds

@@ -693,14 +693,19 @@ def compiles(cfg, machine):
     return cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
 
 
+def ready(run_):
+    """What the steps of a run call: its model, compiled if that was asked for and can be, wrapped for its ranks."""
+    if compiles(run_.cfg, run_.machine):
+        run_.model.compile()
+    return run_.machine.wrap(run_.model)
+
+
 def carry_out(run_, name=""):
     """Trains an opened run, whose folder is open too, to its end; `name`: what the progress bar calls it.
 
     Raises InterruptedRunError after a signal, StoppedError if the loss is not finite.
     """
-    if compiles(run_.cfg, run_.machine):
-        run_.model.compile()
-    run_.train(run_.machine.wrap(run_.model), name)
+    run_.train(ready(run_), name)
 
 
 def be_deterministic(asked):

@@ -187,7 +187,7 @@ def markdown(table):
     for title, header, rows, note in sections(table):
         lines += [f"## {title}", "", note, "", *_markdown(header, rows), ""]
     lines += ["## Notes", "", NOTE, "", *([DIFFERS, ""] if table["published"] else [])]
-    rules = [f"- {name}: {of['rule']}" for name, of in table["hypotheses"].items() if name in table["asked"]]
+    rules = [f"- {of['rule']}" for name, of in table["hypotheses"].items() if name in table["asked"]]
     return "\n".join([*lines, *(["Rules of the verdicts:", "", *rules, ""] if rules else [])])
 
 
