@@ -4,6 +4,7 @@ A run is known again by hashes of all that makes it: its keys, samples of its da
 that its numbers depend on.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -140,11 +141,23 @@ def data_of(dataset):
 
 
 def code_version():
-    """A hash of the source that runs and their numbers depend on: scripts, data, instruments, not what only shows."""
+    """A hash of the source that runs and their numbers depend on: scripts, data, instruments, not what only shows.
+
+    Comments, docstrings and layout count for nothing, so that mending a sentence does not undo hours of runs.
+    """
     scripts = [ROOT / f"{name}.py" for name in ("model", "train", "detect", "ablate")]
     parts = [*(ROOT / "data").glob("*.py"), *(p for p in (ROOT / "spikesink").glob("*.py") if p.stem not in ONLY_SHOWN)]
-    texts = [f"{path.relative_to(ROOT)}\n{path.read_text()}" for path in (*scripts, *sorted(parts))]
+    texts = [f"{path.relative_to(ROOT)}\n{statements(path.read_text())}" for path in (*scripts, *sorted(parts))]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
+
+
+def statements(source):
+    """Python source without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
 
 
 def plan(study, folder, changes, code):

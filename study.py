@@ -15,7 +15,7 @@ Runs lie in out/studies/NAME/ARM-SEED, results in results/NAME. Killed anywhere,
 the same command goes on. What is done is not done again: a run is known by its
 config, its data, what is measured, and a hash of the code; where any of these
 has changed it is run anew (with --keep_code, a finished run of other code is
-kept, and the table says of which).
+kept, and the table says of which). A run that two studies ask for is done once.
 """
 
 import argparse
@@ -67,6 +67,16 @@ def read(path):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def shared(job):
+    """True if another study in the same folder has done the very same run: its files are then this job's too."""
+    rows = job.folder.parent.parent.glob("*/*/row.json")
+    twin = next((path.parent for path in rows if read(path)["job"] == job.id), None)
+    for name in ("job.json", "log.jsonl", *("detect.json", "course.json", "ablate.json", "row.json")) if twin else ():
+        if (twin / name).is_file():
+            findings.save_bytes(job.folder / name, (twin / name).read_bytes())
+    return twin is not None
+
+
 def once(path, make):
     """What `make()` returns, from the file that holds it if it was made before."""
     if not path.is_file():
@@ -82,6 +92,8 @@ def perform(job, study, device, keep_checkpoints):
             shutil.rmtree(job.folder)
         elif job.folder.exists() and any(not path.name.startswith(".") for path in job.folder.iterdir()):
             raise UserError(f"{job.folder} holds something else than a run of a study: give another --out or --name")
+        if not keep_checkpoints and shared(job):
+            return
         findings.save(job.folder / "job.json", {"job": job.id})
     since, row = time.perf_counter(), {"seed": job.seed, "job": job.id, "what": job.what, "code": job.code}
     machine = dataclasses.replace(Machine.find(device), rank=0, world=1)  # under torchrun, a run per rank

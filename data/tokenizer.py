@@ -10,6 +10,7 @@ from spikesink.errors import UserError
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END = "<|endoftext|>"
+GPT2_SIZE = 50257
 
 
 class ByteTokenizer:
@@ -34,36 +35,41 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken; id 50256 (<|endoftext|>) begins a sequence and separates documents.
+    """GPT-2's byte-level BPE through tiktoken; its last id (<|endoftext|>) begins a sequence and separates documents.
 
-    `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once.
+    `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once. A `vocab_size` below
+    GPT-2's keeps the first merges only, which are a BPE by themselves: for models too small for 50,257 embeddings.
+    Raises UserError.
     """
 
-    name, vocab_size, bos_id = "gpt2", 50257, 50256
+    name = "gpt2"
 
-    def __init__(self, bpe=None):
+    def __init__(self, bpe=None, vocab_size=GPT2_SIZE):
         import tiktoken
         from tiktoken.load import load_tiktoken_bpe
 
         self.bpe = str(Path(bpe).resolve()) if bpe else None
-        if bpe is None:
-            try:
-                self.encoding = tiktoken.get_encoding("gpt2")
-            except Exception as error:
-                raise UserError(
-                    f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); "
-                    "point at a local copy with --bpe=gpt2.tiktoken"
-                ) from None
-            return
-        if not Path(bpe).is_file():
+        self.vocab_size, self.bos_id = vocab_size, vocab_size - 1
+        if not 256 < vocab_size <= GPT2_SIZE:
+            raise UserError(f"GPT-2's BPE has 257 to {GPT2_SIZE:,} ids, not {vocab_size}")
+        if bpe and not Path(bpe).is_file():
             raise UserError(f"there is no file of BPE ranks {bpe}")
         try:
-            ranks = load_tiktoken_bpe(self.bpe)
+            ranks = load_tiktoken_bpe(self.bpe) if bpe else tiktoken.get_encoding("gpt2")._mergeable_ranks
             self.encoding = tiktoken.Encoding(
-                "gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: 50256}, explicit_n_vocab=50257
+                self.name,
+                pat_str=GPT2_SPLIT,
+                mergeable_ranks={token: rank for token, rank in ranks.items() if rank < self.bos_id},
+                special_tokens={END: self.bos_id},
+                explicit_n_vocab=vocab_size,
             )
         except Exception as error:
-            raise UserError(f"{bpe} does not hold GPT-2's BPE ranks: {type(error).__name__}") from None
+            if bpe:
+                raise UserError(f"{bpe} does not hold GPT-2's BPE ranks: {type(error).__name__}") from None
+            raise UserError(
+                f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); "
+                "point at a local copy with --bpe=gpt2.tiktoken"
+            ) from None
 
     def encode(self, texts):
         """A list of strings -> a list of arrays of ids; special tokens in the text are plain text."""
@@ -101,7 +107,7 @@ class CharTokenizer(NoTokenizer):
         return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
 
 
-TOKENIZERS = {"byte": lambda bpe: ByteTokenizer(), "gpt2": GPT2Tokenizer}
+TOKENIZERS = {"byte": lambda bpe, vocab_size: ByteTokenizer(), "gpt2": GPT2Tokenizer}  # of (ranks, ids)
 
 
 def tokenizer_of(meta, bpe=None):
@@ -110,8 +116,9 @@ def tokenizer_of(meta, bpe=None):
         return CharTokenizer(meta["chars"], meta["bos_id"])
     if meta.get("tokenizer") not in TOKENIZERS:
         return NoTokenizer()
+    ids = min(meta.get("vocab_size", GPT2_SIZE), GPT2_SIZE)  # beyond it: padding
     try:
-        return TOKENIZERS[meta["tokenizer"]](bpe or meta.get("bpe"))
+        return TOKENIZERS[meta["tokenizer"]](bpe or meta.get("bpe"), ids)
     except UserError as error:
         if bpe:
             raise

@@ -34,12 +34,12 @@ def bytes_to_characters():
     return [chr(b) if b in shown else chr(next(hidden)) for b in range(256)]
 
 
-def gpt2_tokenizer(bpe, folder):
-    """GPT-2's tokenizer from a file of BPE ranks."""
+def gpt2_tokenizer(bpe, size, folder):
+    """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
     from tiktoken.load import load_tiktoken_bpe
     from transformers import GPT2TokenizerFast
 
-    ranks = load_tiktoken_bpe(str(bpe))
+    ranks = {token: rank for token, rank in load_tiktoken_bpe(str(bpe)).items() if rank < size - 1}
     show = bytes_to_characters()
     text = lambda token: "".join(show[b] for b in token)
     vocabulary = {**{text(token): rank for token, rank in ranks.items()}, "<|endoftext|>": len(ranks)}
@@ -90,7 +90,7 @@ def export(content, folder, bpe=None):
             if meta.get("tokenizer") == "byte":
                 byte_tokenizer().save_pretrained(made)
             elif meta.get("tokenizer") == "gpt2" and bpe:
-                gpt2_tokenizer(bpe, made).save_pretrained(made)
+                gpt2_tokenizer(bpe, meta["vocab_size"], made).save_pretrained(made)
             made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None

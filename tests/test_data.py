@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.loader import Tokens
-from data.tokenizer import ByteTokenizer, GPT2Tokenizer, split_documents
+from data.tokenizer import ByteTokenizer, GPT2Tokenizer, split_documents, tokenizer_of
 from data.writer import DatasetWriter
 from spikesink.errors import UserError
 
@@ -204,6 +204,27 @@ def test_gpt2_tokenizer_from_local_ranks(ranks):
         GPT2Tokenizer("nowhere.tiktoken")
     with pytest.raises(UserError, match="does not hold GPT-2's BPE ranks"):
         GPT2Tokenizer(__file__)
+
+
+@pytest.mark.parametrize("size", [257, 1000, 50257])
+def test_gpt2s_first_merges_are_a_tokenizer_by_themselves(ranks, tmp_path, size):
+    from spikesink.export import gpt2_tokenizer
+
+    tokenizer, text = GPT2Tokenizer(ranks, size), '  !! Grüße, 世界!\n !" 12'
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.encoding.decode(ids.tolist()) == text and tokenizer.decode(size - 1) == "<|endoftext|>"
+    assert ids.max() < tokenizer.bos_id == size - 1
+    assert (len(ids) == len(text.encode())) == (size == 257)  # bytes alone merge nothing
+    exported = gpt2_tokenizer(ranks, size, tmp_path)
+    assert exported(text)["input_ids"] == ids.tolist() and exported.eos_token_id == size - 1
+    again = tokenizer_of({"tokenizer": "gpt2", "bpe": str(ranks), "vocab_size": size})
+    assert again.encode([text])[0].tolist() == ids.tolist()
+
+
+def test_a_padded_vocabulary_is_gpt2s_and_a_senseless_one_is_refused(ranks):
+    assert tokenizer_of({"tokenizer": "gpt2", "bpe": str(ranks), "vocab_size": 50304}).vocab_size == 50257
+    with pytest.raises(UserError, match="257 to 50,257 ids, not 256"):
+        GPT2Tokenizer(ranks, 256)
 
 
 def shards(folder, name, documents, n):

@@ -187,6 +187,27 @@ def test_ranks_share_the_runs_out(small, tmp_path):
     assert [row["status"] for row in rows] == ["done", "done", "diverged", "diverged"]
 
 
+def test_the_hash_of_the_code_is_of_what_it_does():
+    code = 'def f(a):\n    """Doc."""\n    return a + 1  # why\n'
+    assert plan.statements(code) == plan.statements('"""Module."""\n\n\ndef f(\n    a,\n):\n    return (a + 1)')
+    assert plan.statements(code) != plan.statements(code.replace("+ 1", "+ 2"))
+
+
+def test_a_run_that_another_study_has_done_is_not_done_again(whole):
+    path = whole[0]
+    rows = [path / "out" / name / "pre-2" / "row.json" for name in ("ci", "second")]
+    argv = [*COMMAND, CI, *folders(path), "--name=second", "--arms=pre", "--seeds=2,3"]
+    subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert rows[0].read_bytes() == rows[1].read_bytes()  # with how long it took
+    logs = [results_of(path, name) / "logs" / "pre-2.jsonl" for name in ("ci", "second")]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
+    assert [row["status"] for row in table_of(path, "second")["arms"]["pre"]["seeds"]] == ["done", "done"]
+    assert (
+        json.loads((path / "out" / "second" / "pre-3" / "row.json").read_text())["weights"]
+        != json.loads(rows[0].read_text())["weights"]
+    )
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_resolves(name, cli, tmp_path):
     code, out, err = cli("study.py", f"configs/studies/{name}.py", "--dry", "--warmup=0", *folders(tmp_path))

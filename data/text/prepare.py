@@ -18,7 +18,7 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.tokenizer import TOKENIZERS, split_documents
+from data.tokenizer import GPT2_SIZE, TOKENIZERS, split_documents
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, run
 
@@ -84,7 +84,7 @@ def prepare(files, folder, tokenizer, val_every):
             raise UserError(f"there is no file {file}")
     settings = {
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "tokenizer": tokenizer.name,
+        "tokenizer": [tokenizer.name, tokenizer.vocab_size],
         "val_every": val_every,
     }
     with DatasetWriter(folder, tokenizer, val_every, settings) as writer:
@@ -101,13 +101,18 @@ def main():
     flags.add_argument("--name", default="text", help="of the dataset: data/NAME")
     flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    flags.add_argument(
+        "--vocab", type=int, default=GPT2_SIZE, metavar="N", help="of GPT-2's BPE, only the first N ids (the last: end)"
+    )
     flags.add_argument("--val_every", type=int, default=200, help="every n-th document is validation")
     flags.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     args = flags.parse_args()
     if args.val_every < 2:
         raise UserError(f"--val_every={args.val_every} must be at least 2")
+    if args.tokenizer != "gpt2" and args.vocab != GPT2_SIZE:
+        raise UserError(f"--vocab is GPT-2's, not --tokenizer={args.tokenizer}'s")
     folder = new_folder(args.name, args.overwrite)
-    prepare(args.files, folder, TOKENIZERS[args.tokenizer](args.bpe), args.val_every)
+    prepare(args.files, folder, TOKENIZERS[args.tokenizer](args.bpe, args.vocab), args.val_every)
 
 
 if __name__ == "__main__":
