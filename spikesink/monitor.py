@@ -150,7 +150,7 @@ class Look:
             # in the model's own precision; casts of weights made here, without a gradient, are not kept for its passes
             with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
                 seam, q, k = attention.of(args, part)
-            later = seam.shares(q[:, :, :1], k)[..., 1:]
+            later = seam.shares(q[:, :, :1].float(), k.float())[..., 1:]
             causal = not bool((later > 0).any())
             T = k.size(-2)
             queries = metrics.queries_per_key(T, None if causal else q.size(-2))

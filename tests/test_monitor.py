@@ -153,9 +153,10 @@ def test_sequences_of_padding_alone(ids):
         assert monitor.row["sequences"] == measured and len(monitor.row["attention"]) == 2
 
 
-def test_statistics_are_float32_under_autocast(ids, monkeypatch):
+@pytest.mark.parametrize("attention", ["softmax", "kv_bias"])
+def test_statistics_are_float32_under_autocast(ids, monkeypatch, attention):
     """Queries and keys are made in bfloat16, as in the model; their map is not."""
-    model, received, given = tiny(), [], []
+    model, received, given = tiny(attention=attention), [], []
     attends = [block.attn.f.attend for block in model.transformer.h]
     seen = attention_received
     monkeypatch.setattr(
