@@ -222,6 +222,8 @@ def table_of(study, jobs, args, command):
                 "status": "started" if started(job) else "not run",
             }
             times[f"{arm}-{job.seed}"] = row.pop("seconds", None)
+            if row["status"] == statistics.DONE:
+                row["where"] = study_report.where(read(job.folder / "detect.json"))
             rows.append({key: value for key, value in row.items() if key != "what"})
         own = settings(first[arm].model, first[arm].cfg)
         parameters, flops = size(first[arm].model)

@@ -82,7 +82,7 @@ def _plane(table):
         axes.plot(*zip(*points, strict=True), "o", color=SHADES(i % 10), markersize=5, alpha=0.7, label=label(name, 24))
     axes.set(xscale="log", xlabel="top-1 / median of the layer where it is largest", ylim=(-0.04, 1.04))
     log_ticks(axes.xaxis, [SPIKE_RATIO, *(x for line in axes.lines for x in line.get_xdata())])
-    axes.set_ylabel("sequences with a sink, best head")
+    axes.set_ylabel("sequences with a sink\nin the best head")
     axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
     figure.legend(ncols=3, loc="outside lower center")
     return figure

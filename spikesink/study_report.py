@@ -1,9 +1,12 @@
 """A study's table in words: for a terminal, for Markdown, and what its page shows."""
 
+from collections import Counter
+
 from . import statistics
 from .hypotheses import HYPOTHESES
 from .measures import measure_of
-from .words import grid, interval, number
+from .metrics import SPIKE_RATIO
+from .words import grid, interval, name_of, number, ratio_of, visible
 
 # measures that the tables show; all are in table.json
 SHOWN = ("loss", "top1/median", "largest |h|", "kurtosis", "spike tokens", "Sink_1", "best head", "sink tokens")
@@ -78,6 +81,27 @@ def onset_rows(table):
             cells = [statistics.onset(row["course"], measure) for measure in ("spike sequences", "best head")]
             rows.append([f"{name}, seed {seed}", *("never" if step is None else f"{step:,}" for step in cells)])
     return ["run", "spikes from step", "sinks from step"], rows
+
+
+def where(found):
+    """Of detect.py's findings, where the spikes are: top1/median by layer, and the texts of the tokens it lists."""
+    texts = Counter(visible(t["text"]) for t in found["spikes"]["tokens"] if found["spikes"]["primary"] in t["rules"])
+    finite = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
+    return {"layers": {name_of(layer): ratio_of(layer) for layer in finite}, "tokens": dict(texts)}
+
+
+def where_rows(table):
+    """(header, rows): in which layers the stream has a spike, and on which tokens, run by run."""
+    rows = []
+    for name, arm in table["arms"].items():
+        for seed, row in statistics.done(arm["seeds"]).items():
+            layers, tokens = row["where"]["layers"], Counter(row["where"]["tokens"])
+            largest = max(layers, key=layers.get, default=None)
+            above = [layer for layer, ratio in layers.items() if ratio >= SPIKE_RATIO]
+            seen = [f"{text} {n} of {tokens.total()}" for text, n in tokens.most_common(3)]
+            cells = number(layers.get(largest)), f"{len(above)} of {len(layers)}", above[0] if above else "–"
+            rows.append([f"{name}, seed {seed}", largest or "–", *cells, ", ".join(seen) or "–"])
+    return ["run", "largest after", "top1/median", "layers with a spike", "the first", "on tokens"], rows
 
 
 def effect_rows(table):
@@ -157,6 +181,10 @@ SECTIONS = {  # title -> (its rows, a note on them)
         onset_rows,
         "The first of the checkpoints from which on more than half of the sequences have it, in all later ones too.",
     ),
+    "Where the spikes are": (
+        where_rows,
+        f"A layer has a spike where top1/median is {SPIKE_RATIO:g} or more; tokens as detect.py lists the strongest.",
+    ),
     "What two changes do beyond the sum of both": (interaction_rows, "AB - A - B + baseline, paired by seed."),
     "What interventions do": (effect_rows, "ablate.py; – where there was nothing to edit."),
     "Every run": (
@@ -179,19 +207,20 @@ def markdown(table):
         "",
         counts(table) + ".",
         "",
-        *_markdown(*verdict_rows(table)),
+        *markdown_table(*verdict_rows(table)),
         "",
     ]
     for text in conditions(table):
         lines += [text.replace("Command: ", "Command: `") + ("`" if text.startswith("Command") else ""), ""]
     for title, header, rows, note in sections(table):
-        lines += [f"## {title}", "", note, "", *_markdown(header, rows), ""]
+        lines += [f"## {title}", "", note, "", *markdown_table(header, rows), ""]
     lines += ["## Notes", "", NOTE, "", *([DIFFERS, ""] if table["published"] else [])]
     rules = [f"- {of['rule']}" for name, of in table["hypotheses"].items() if name in table["asked"]]
     return "\n".join([*lines, *(["Rules of the verdicts:", "", *rules, ""] if rules else [])])
 
 
-def _markdown(header, rows):
+def markdown_table(header, rows):
+    """Lines of a Markdown table."""
     escaped = lambda row: "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
     return [escaped(header), "|" + "---|" * len(header), *map(escaped, rows)]
 

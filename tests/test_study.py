@@ -16,6 +16,7 @@ import pytest
 import plan
 import study
 from spikesink import hypotheses, measures, statistics, study_report
+from spikesink.errors import UserError
 
 from .conftest import ROOT, SMALL_RUN
 
@@ -427,3 +428,27 @@ def test_verdicts_without_evidence():
     assert set(verdicts(table).values()) == {"underpowered"}
     assert verdicts(planted({"pre": ({}, PRE)}))["H2"] == "not asked"
     assert set(verdicts(planted(arms, asked=())).values()) == {"not asked"}
+
+
+# ------------------------------------------------------------------------------------------------ RESULTS.md
+
+
+def test_results_say_what_the_tables_hold():
+    """RESULTS.md is made of its template and the committed tables; its prose has no measured number of its own."""
+    sys.path.insert(0, str(ROOT / "results"))
+    import write
+
+    assert (ROOT / "RESULTS.md").read_text() == write.render()
+    prose = re.sub(r"\{[^{}]+\}|```.*?```", "", write.TEMPLATE.read_text(), flags=re.DOTALL)
+    published = prose[prose.index("Beside Sun et al.") : prose.index("largest |h| falls")]
+    allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9"}  # rules and claims
+    found = set(re.findall(r"\d+\.\d+%?|\d+%", prose.replace(published, "")))
+    assert found <= allowed | {"5%"}, found - allowed
+
+
+def test_a_field_that_names_nothing_is_refused():
+    sys.path.insert(0, str(ROOT / "results"))
+    import write
+
+    with pytest.raises(UserError, match="no_such_arm"):
+        write.filled("ci; no_such_arm; loss", {"ci": json.loads((ROOT / "results/ci/table.json").read_text())})

@@ -1,7 +1,6 @@
 """Under a million parameters beside the embeddings: minutes of a CPU."""
 
 dataset = "stdlib"
-bos = True
 n_layer = 4
 n_head = 4
 n_embd = 128

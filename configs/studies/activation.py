@@ -1,6 +1,7 @@
 """The FFN: its activation, gated or plain, linear, or attention in its place."""
 
 question = "Do spikes and sinks depend on the FFN and its activation?"
+common = {"bos": True}
 seeds = [1, 2, 3]
 arms = {
     "gelu": "prenorm",

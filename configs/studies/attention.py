@@ -1,6 +1,7 @@
 """Attention: what its rows sum to, a place to park it, and gates on its output."""
 
 question = "Which attention needs no sink, and do its spikes go too?"
+common = {"bos": True}
 seeds = [1, 2, 3]
 arms = {
     "softmax": "prenorm",

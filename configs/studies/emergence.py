@@ -1,7 +1,7 @@
 """The time course: when do spikes come, when sinks, and when do they meet?"""
 
 question = "Which comes first, spike or sink, and from when on do they fall on the same tokens?"
-common = {"max_iters": 8000}
+common = {"bos": True, "max_iters": 8000}
 seeds = [1, 2, 3]
 arms = {"pre": "prenorm", "post": "postnorm", "sandwich": "sandwich"}
 hypotheses = ["H2"]

@@ -1,7 +1,7 @@
 """Heads: their width at a fixed count, and their count at a fixed width. Parameters are not matched."""
 
 question = "Do spikes and sinks depend on the width and the number of heads?"
-common = {"n_head": 4, "head_dim": 32}
+common = {"bos": True, "n_head": 4, "head_dim": 32}
 seeds = [1, 2, 3]
 arms = {
     "4x32": {},

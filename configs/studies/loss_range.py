@@ -1,7 +1,7 @@
 """Which positions the training loss counts: the paper's parts of its 4096, here of 128."""
 
 question = "Do spikes and sinks depend on which positions are trained?"
-common = {"block_size": 128}
+common = {"bos": True, "block_size": 128}
 seeds = [1, 2, 3]
 arms = {
     "all": "prenorm",

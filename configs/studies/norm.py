@@ -2,7 +2,7 @@
 
 question = "Does norm placement decide whether spikes and sinks fall on the same tokens?"
 scale = "scale/nano"
-common = {"norm": "rmsnorm"}
+common = {"bos": True, "norm": "rmsnorm"}
 seeds = [1, 2, 3]
 arms = {
     "pre": "prenorm",

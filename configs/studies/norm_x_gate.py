@@ -1,6 +1,7 @@
 """A factorial that nobody has run: norm placement x a gate on the attention's output."""
 
 question = "Does a gate take sinks, spikes or both away, and does that depend on the norm's place?"
+common = {"bos": True}
 seeds = [1, 2, 3]
 arms = {
     "pre": "prenorm",

@@ -1,6 +1,7 @@
 """A factorial that nobody has run: norm placement x optimiser."""
 
 question = "Is it the optimiser or the norm's place that makes spikes and sinks, and do they add up?"
+common = {"bos": True}
 seeds = [1, 2, 3]
 arms = {
     "pre": "prenorm",

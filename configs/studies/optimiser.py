@@ -1,6 +1,7 @@
 """The optimiser and its settings, about the nano scale's learning rate of 2e-3 (the paper's: 3e-4)."""
 
 question = "Do spikes and sinks depend on the optimiser?"
+common = {"bos": True}
 seeds = [1, 2, 3]
 arms = {
     "adamw": "prenorm",

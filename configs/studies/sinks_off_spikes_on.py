@@ -1,6 +1,7 @@
 """Levers on the one, to see the other: attention that needs no sink, a stream that allows no spike, and both."""
 
 question = "Do spikes stay when sinks are made needless, and sinks when spikes are forbidden?"
+common = {"bos": True}
 seeds = [1, 2, 3]
 # against sinks: gate, sigmoid, slot; against spikes: clip, penalty
 arms = {
