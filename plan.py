@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 # of spikesink/, what no run and no number of a run depends on
 ONLY_SHOWN = (
     *("statistics", "hypotheses", "report", "answers", "drawing", "figures", "ablation_figures", "study_figures"),
-    *("study_report", "interactive", "export", "monitor"),
+    *("study_report", "interactive", "export", "monitor", "quantise"),
 )
 SET_HERE = ("eval_interval", "save_interval", "keep_every", "seed", "out_dir", "resume", "overwrite", "replay")
 

@@ -96,7 +96,7 @@ class Ranges:
 
         def record(index):
             def function(x):
-                new, old = x.float().abs().flatten(0, -2).amax(0), self.largest[index]
+                new, old = x.float().abs().reshape(-1, x.size(-1)).amax(0), self.largest[index]
                 self.largest[index] = new if old is None else torch.maximum(old, new)
 
             return function

@@ -132,7 +132,8 @@ def test_an_outlier_channel_breaks_one_scale_and_not_one_per_channel(ids):
 
 @pytest.mark.parametrize("family", ["ours", *HF])
 def test_weights_and_losses_come_back_bit_by_bit(ids, family):
-    for subject in [subject_of(tiny(ffn="gated"))] if family == "ours" else hf_subjects(family):
+    ours = {"ffn": "gated", "gate": "channel", "gate_input": "constant"}  # the gate's input is one vector
+    for subject in [subject_of(tiny(**ours))] if family == "ours" else hf_subjects(family):
         before = {name: value.clone() for name, value in subject.model.state_dict().items()}
         storages = {name: value.data_ptr() for name, value in subject.model.state_dict().items()}
         clean = subject.losses(ids)
