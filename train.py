@@ -7,9 +7,10 @@
   python train.py --replay=812 --out_dir=out/postnorm      step 812, looked at
 
 CONFIG names a file of configs/: an arm (configs/README.md lists them) or a
-size (scale/nano, scale/tiny, scale/gpt2). Without one it is GPT-2 small, every
-default. Keys have the last word; they are written --key=value, and shown here
-with their defaults. A first ablation, step by step: docs/tutorial.md.
+size (scale/toy, scale/micro, scale/nano, scale/tiny, scale/gpt2). Without one
+it is GPT-2 small, every default. Keys have the last word; they are written
+--key=value, and shown here with their defaults. A first ablation, step by
+step: docs/tutorial.md.
 
 Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl,
 loss_spikes.jsonl and config.json.
