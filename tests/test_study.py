@@ -441,7 +441,7 @@ def test_results_say_what_the_tables_hold():
     assert (ROOT / "RESULTS.md").read_text() == write.render()
     prose = re.sub(r"\{[^{}]+\}|```.*?```", "", write.TEMPLATE.read_text(), flags=re.DOTALL)
     published = re.compile(r"(Beside|took both).*?\)", re.DOTALL)
-    allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9"}  # rules and claims
+    allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9", "1.56%"}  # rules and claims
     found = set(re.findall(r"\d+\.\d+%?|\d+%", published.sub("", prose)))
     assert found <= allowed | {"5%"}, found - allowed
 
