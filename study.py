@@ -16,6 +16,8 @@ the same command goes on. What is done is not done again: a run is known by its
 config, its data, what is measured, and a hash of the code; where any of these
 has changed it is run anew (with --keep_code, a finished run of other code is
 kept, and the table says of which). A run that two studies ask for is done once.
+With --extend, what the results' table holds is not run again either: more seeds
+or arms for a table that came with the clone.
 """
 
 import argparse
@@ -47,14 +49,17 @@ from spikesink.observe import observe
 from spikesink.words import grid, number
 
 SCHEMA = "spikesink-study-1"
+ENDED = (statistics.DONE, "diverged")
 
 # --------------------------------------------------------------------------------------------------- a run
 
 
-def stored(job, keep_code):
-    """A job's row if it is done, else None."""
+def stored(job, args):
+    """A job's row if it is done, here or in the table that is extended; else None."""
     row = read(job.folder / "row.json")
-    return row if row and (row["job"] == job.id or (keep_code and row["what"] == job.what)) else None
+    if row and (row["job"] == job.id or (args.keep_code and row["what"] == job.what)):
+        return row
+    return args.held.get(job.id)
 
 
 def started(job):
@@ -75,6 +80,15 @@ def shared(job):
         if (twin / name).is_file():
             findings.save_bytes(job.folder / name, (twin / name).read_bytes())
     return twin is not None
+
+
+def held(path):
+    """{job: row} of the runs that ended, of a table. Raises UserError."""
+    table = read(path)
+    if not table or table.get("schema") != SCHEMA:
+        raise UserError(f"--extend: {path} is no table of study.py; without --extend a new one is made")
+    rows = ((f"{arm}-{row['seed']}", row) for arm, of in table["arms"].items() for row in of["seeds"])
+    return {row["job"]: {**row, "seconds": table["times"][name]} for name, row in rows if row["status"] in ENDED}
 
 
 def once(path, make):
@@ -163,6 +177,7 @@ def measured(job, study, machine, row):
         "weights": checkpoint.content_hash(checkpoint.load(path)["model"])[:16],
         "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
         **effects,
+        "where": study_report.where(found),
         "course": [*points, last],
     }
 
@@ -215,16 +230,14 @@ def table_of(study, jobs, args, command):
     for arm in study.arms:
         rows = []
         for job in (job for job in jobs if job.arm == arm):
-            row = stored(job, args.keep_code) or {
+            row = stored(job, args) or {
                 "seed": job.seed,
                 "job": job.id,
                 "code": job.code,
                 "status": "started" if started(job) else "not run",
             }
-            times[f"{arm}-{job.seed}"] = row.pop("seconds", None)
-            if row["status"] == statistics.DONE:
-                row["where"] = study_report.where(read(job.folder / "detect.json"))
-            rows.append({key: value for key, value in row.items() if key != "what"})
+            times[f"{arm}-{job.seed}"] = row.get("seconds")
+            rows.append({key: value for key, value in row.items() if key not in ("what", "seconds")})
         own = settings(first[arm].model, first[arm].cfg)
         parameters, flops = size(first[arm].model)
         arms[arm] = {
@@ -269,7 +282,7 @@ def cost(jobs, args, device):
     rates, rows, totals = {}, [], {"tokens": 0, "flops": 0.0, "hours": 0.0}
     for arm in dict.fromkeys(job.arm for job in jobs):
         of_arm = [job for job in jobs if job.arm == arm]
-        job, left = of_arm[0], [job for job in of_arm if not stored(job, args.keep_code)]
+        job, left = of_arm[0], [job for job in of_arm if not stored(job, args)]
         parameters, flops = size(job.model)
         shape = (job.model, job.cfg.batch_size, job.cfg.optimizer, job.cfg.penalty, job.cfg.dtype)
         if args.warmup and left and shape not in rates:
@@ -319,6 +332,7 @@ def parse():
         "--warmup", type=detect.whole, default=3, metavar="N", help="measured updates of --dry (default: 3; 0: none)"
     )
     flags.add_argument("--keep_code", action="store_true", help="do not run again what other code has finished")
+    flags.add_argument("--extend", action="store_true", help="do not run again what the results' table holds")
     flags.add_argument("--keep_checkpoints", action="store_true", help="do not delete them once they are measured")
     flags.add_argument("--name", metavar="NAME", help="of the folders of runs and results (default: the file's)")
     flags.add_argument("--out", default=str(ROOT / "out" / "studies"), metavar="DIR", help="of the runs")
@@ -350,17 +364,19 @@ def main():
     study = read_study(args.study, of_study)
     folder = Path(args.out) / args.name
     jobs = plan(study, folder, of_runs, code_version())
+    results = Path(args.results) / args.name / "table.json"
+    args.held = held(results) if args.extend else {}
     if args.dry:
         header, rows, sentence = cost(jobs, args, device)
         print(f"{study.question}\n\n{grid(header, rows)}\n\n{sentence}")
         return
     if Machine.find(device).device.type == "cpu":
         train.be_deterministic(False)
-    checkpoint.check_writable(Path(args.results) / args.name / "table.json")
+    checkpoint.check_writable(results)
     folder.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = jobs[rank::world]
-    left = [job for job in mine if not stored(job, args.keep_code)]
+    left = [job for job in mine if not stored(job, args)]
     command = shown_command(sys.argv)
     with tqdm(total=sum(job.tokens for job in left), unit="token", unit_scale=True, disable=None, desc="study") as bar:
         for number, job in enumerate(left):
@@ -374,8 +390,8 @@ def main():
 
 
 def shown_command(argv):
-    """The command, without where its files go."""
-    kept = [arg for arg in argv[1:] if not arg.startswith(("--out=", "--results="))]
+    """The command, without where its files go: what makes the same table elsewhere, from nothing."""
+    kept = [arg for arg in argv[1:] if not arg.startswith(("--out=", "--results=", "--extend"))]
     return " ".join(["python", "study.py", *kept])
 
 

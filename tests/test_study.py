@@ -157,6 +157,11 @@ def test_divergence_is_a_result_and_what_is_done_is_not_done_again(small, tmp_pa
         patch.setattr(study, "trained", refuse)
         assert cli("study.py", small, *folders(tmp_path))[0] == 0
         assert table_of(tmp_path, "small") == table
+        elsewhere = f"--out={tmp_path / 'elsewhere'}", f"--results={tmp_path / 'results'}"
+        assert cli("study.py", small, *elsewhere, "--extend")[0] == 0
+        assert table_of(tmp_path, "small") == table
+        with pytest.raises(AssertionError, match="trained again"):
+            cli("study.py", small, *elsewhere, "--extend", "--seeds=1,2,3")
         patch.setattr(study, "code_version", lambda: "other code")
         assert cli("study.py", small, *folders(tmp_path), "--keep_code")[0] == 0
         kept = table_of(tmp_path, "small")
@@ -251,6 +256,7 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
         ([CI, "--hypotheses=H9"], "no 'H9'"),
         ([CI, "scale/nano"], "unknown argument"),
         ([CI, "--common=3"], "write it into the study file"),
+        ([CI, "--extend"], "is no table of study.py"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, cli, tmp_path):
@@ -440,7 +446,7 @@ def test_results_say_what_the_tables_hold():
 
     assert (ROOT / "RESULTS.md").read_text() == write.render()
     prose = re.sub(r"\{[^{}]+\}|```.*?```", "", write.TEMPLATE.read_text(), flags=re.DOTALL)
-    published = re.compile(r"(Beside|took both).*?\)", re.DOTALL)
+    published = re.compile(r"(Beside|took both|as in Sun).*?\)", re.DOTALL)
     allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9", "1.56%"}  # rules and claims
     found = set(re.findall(r"\d+\.\d+%?|\d+%", published.sub("", prose)))
     assert found <= allowed | {"5%"}, found - allowed
