@@ -110,7 +110,8 @@ def perform(job, study, device, keep_checkpoints):
             return
         findings.save(job.folder / "job.json", {"job": job.id})
     since, row = time.perf_counter(), {"seed": job.seed, "job": job.id, "what": job.what, "code": job.code}
-    machine = dataclasses.replace(Machine.find(device), rank=0, world=1)  # under torchrun, a run per rank
+    machine = Machine.find(device).at(job.cfg.dtype)
+    machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, a run per rank
     try:
         loss = trained(job, machine)
         row |= {"status": statistics.DONE, "step": job.cfg.max_iters, "lr": None, "loss": loss}
@@ -199,10 +200,11 @@ def course(job, args):
 
 
 def described(machine):
-    """The machine of a run, in words."""
-    if machine.device.type == "cuda":
-        return torch.cuda.get_device_name(machine.device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    """The machine of a run, in words, and the dtype that it trains in."""
+    cuda = machine.device.type == "cuda"
+    name = torch.cuda.get_device_name(machine.device) if cuda else f"{platform.machine()} CPU"
+    threads = "" if cuda else f", {torch.get_num_threads()} threads"
+    return f"{name}{threads}, {str(machine.dtype).removeprefix('torch.')}"
 
 
 # --------------------------------------------------------------------------------------------- the results
@@ -300,7 +302,7 @@ def cost(jobs, args, device):
         rows,
         (
             f"left: {totals['tokens'] / 1e6:,.1f}M tokens, {totals['flops']:.3g} FLOPs, {hours} one run at a time, on "
-            f"{described(Machine.find(device))}; measuring what was trained comes on top"
+            f"{described(Machine.find(device).at(jobs[0].cfg.dtype))}; measuring what was trained comes on top"
         ),
     )
 

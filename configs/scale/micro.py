@@ -25,4 +25,3 @@ eval_interval = 500
 eval_iters = 20
 log_interval = 10
 save_interval = 1000
-dtype = "bfloat16"

@@ -1,4 +1,4 @@
-"""Two layers on the bigram-backcopy task: a sink and a spike on BOS within a minute of one CPU core."""
+"""Two layers on the bigram-backcopy task: a sink and a spike on BOS within a minute or three of one CPU core."""
 
 dataset = "backcopy"
 bos = True
@@ -19,4 +19,3 @@ eval_interval = 150
 eval_iters = 10
 log_interval = 10
 save_interval = 500
-dtype = "bfloat16"
