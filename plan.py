@@ -16,6 +16,7 @@ import torch
 
 import train
 from data.loader import Tokens
+from data.sequences import SHORTEST
 from model import GPT, GPTConfig
 from spikesink import checkpoint, config, hypotheses, intervene
 from spikesink.errors import UserError, nearest
@@ -26,7 +27,8 @@ ONLY_SHOWN = (
     *("statistics", "hypotheses", "report", "answers", "drawing", "figures", "ablation_figures", "study_figures"),
     *("study_report", "interactive", "export", "monitor", "quantise"),
 )
-SET_HERE = ("eval_interval", "save_interval", "keep_every", "seed", "out_dir", "resume", "overwrite", "replay")
+SET_HERE = ("eval_interval", "save_interval", "keep_every", "seed", "device")
+SET_HERE += ("out_dir", "resume", "overwrite", "replay")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Study:
             for name in getattr(self, key):
                 if name not in table:
                     raise ValueError(f"{key}: there is no {name!r}{nearest(name, table)}")
-        for key, least in (("points", 1), ("n_seq", 2), ("seq_len", 2)):
+        for key, least in (("points", 1), ("n_seq", 2), ("seq_len", SHORTEST)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
         odd = next((name for name in self.arms if not re.fullmatch(r"[\w.+-]+", name)), None)
@@ -122,10 +124,12 @@ def keys_of(entry, origin):
     What the configs say of intervals is left out: a study sets those.
     """
     entry = {"configs": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict):
+        raise UserError(f"{origin} is to be names of configs, or a dict of keys; it is {entry!r}")
     rest = {key: value for key, value in entry.items() if key != "configs"}
     own = next((key for key in rest if key in SET_HERE), None)
     if own:
-        raise UserError(f"{origin}: {own} is set by the study: see seeds and points")
+        raise UserError(f"{origin}: {own} is set by the study: see seeds, points, --device")
     argv = [*entry.get("configs", "").split(), *(f"--{key}={value}" for key, value in rest.items())]
     values = config.given(train.SCHEMAS, argv, ROOT)[0]
     if values.get("init_from", "scratch") != "scratch":
@@ -138,6 +142,17 @@ def data_of(dataset):
     """(meta, the hashes of samples of both splits) of a dataset. Raises UserError."""
     splits = [Tokens(dataset, split, 1) for split in ("train", "val")]
     return splits[0].meta, [split.sample for split in splits]
+
+
+@functools.cache
+def check_sequences(n_seq, seq_len, dataset, bos):
+    """Raises UserError if a dataset has too few sequences to measure, and as many of other text for the nulls."""
+    wanted, there = 2 * n_seq - 1, Tokens(dataset, "val", seq_len, bos).n_windows
+    if there < wanted:
+        raise UserError(
+            f"{dataset} has {there} validation sequences of {seq_len} tokens, fewer than the {wanted} that "
+            f"n_seq={n_seq} needs: lower --n_seq or --seq_len"
+        )
 
 
 def code_version():
@@ -167,7 +182,7 @@ def plan(study, folder, changes, code):
     """
     common = {**keys_of(study.scale, "scale"), **keys_of(study.common, "common"), **keys_of(changes, "command line")}
     of_arms = {arm: {**common, **keys_of(entry, f"arm {arm}")} for arm, entry in study.arms.items()}
-    jobs = []
+    jobs, arms = [], {}
     for seed in study.seeds:
         for arm, of_arm in of_arms.items():
             interval = max(1, of_arm.get("max_iters", train.TrainConfig.max_iters) // study.points)
@@ -184,10 +199,13 @@ def plan(study, folder, changes, code):
             model = train.fit_vocabulary(model, cfg, given, meta["vocab_size"])
             if model.block_size < study.seq_len:
                 raise UserError(f"arm {arm}: seq_len={study.seq_len} is more than block_size={model.block_size}")
+            check_sequences(study.n_seq, study.seq_len, cfg.dataset, cfg.bos)
             asked = [settings(model, cfg), seed, samples, study.n_seq, study.seq_len, study.ablations, study.probes]
-            jobs.append(
-                Job(arm, seed, folder / f"{arm}-{seed}", given, model, cfg, checkpoint.content_hash(asked), code)
-            )
+            what = checkpoint.content_hash(asked)
+            if arms.setdefault(what, arm) != arm:
+                others = ",".join(name for name in study.arms if name != arm)
+                raise UserError(f"arms {arms[what]} and {arm} are the same here: leave one out, as by --arms={others}")
+            jobs.append(Job(arm, seed, folder / f"{arm}-{seed}", given, model, cfg, what, code))
     return jobs
 
 

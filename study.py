@@ -82,13 +82,21 @@ def shared(job):
     return twin is not None
 
 
-def held(path):
-    """{job: row} of the runs that ended, of a table. Raises UserError."""
-    table = read(path)
-    if not table or table.get("schema") != SCHEMA:
-        raise UserError(f"--extend: {path} is no table of study.py; without --extend a new one is made")
-    rows = ((f"{arm}-{row['seed']}", row) for arm, of in table["arms"].items() for row in of["seeds"])
-    return {row["job"]: {**row, "seconds": table["times"][name]} for name, row in rows if row["status"] in ENDED}
+def held(path, jobs):
+    """{job: row} of the runs that ended, of a table. Raises UserError, also where the new table would lose one."""
+    try:
+        table = read(path)
+        rows = {f"{arm}-{row['seed']}": row for arm, of in table["arms"].items() for row in of["seeds"]}
+        rows = {name: {**row, "seconds": table["times"][name]} for name, row in rows.items() if row["status"] in ENDED}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--extend: {path} is no table of study.py; without --extend a new one is made") from None
+    lost = [name for name, row in rows.items() if row["job"] not in {job.id for job in jobs}]
+    if lost:
+        raise UserError(
+            f"--extend: {path} holds {len(lost)} runs that are not asked for, {lost[0]} the first: ask for all of its "
+            f"arms and seeds with its keys ({table['command']!r}); runs of other code cannot be kept"
+        )
+    return {row["job"]: row for row in rows.values()}
 
 
 def once(path, make):
@@ -102,6 +110,7 @@ def perform(job, study, device, keep_checkpoints):
     """Trains and measures one run, or goes on with it; its row.json comes last, so that a run is done or it is not."""
     if not started(job):
         if (job.folder / "job.json").is_file():
+            check_idle(job.folder)
             tqdm.write(f"{job.name}: what {job.folder} holds is of another config, data or code: run anew")
             shutil.rmtree(job.folder)
         elif job.folder.exists() and any(not path.name.startswith(".") for path in job.folder.iterdir()):
@@ -124,6 +133,15 @@ def perform(job, study, device, keep_checkpoints):
     findings.save(job.folder / "row.json", {**row, "seconds": time.perf_counter() - since})
     if not keep_checkpoints:
         checkpoint.Checkpoints(job.folder).clear()
+
+
+def check_idle(folder):
+    """Raises UserError if another process trains there."""
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            pass
+    except filelock.Timeout:
+        raise UserError(f"another study trains in {folder}: stop it, or give this one another --name") from None
 
 
 class Diverged(Exception):
@@ -184,11 +202,14 @@ def measured(job, study, machine, row):
 
 
 def course(job, args):
-    """What the kept checkpoints before the last show, on the same sequences: rows by step."""
+    """What the checkpoints at the study's points show, but for the last, on the same sequences: rows by step.
+
+    A run that was stopped has one of another step too, which is not looked at.
+    """
     losses = {row["step"]: row["val_loss"] for row in rows_of(job.folder / "log.jsonl")}
     points = []
     for step, path in checkpoint.Checkpoints(job.folder).all().items():
-        if step < job.cfg.max_iters:
+        if step < job.cfg.max_iters and step % job.cfg.keep_every == 0:
             opened = detect.open_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": str(path)}))
             subject = opened.subjects[0]
             observation = observe(subject, opened.ids, args.batch_size, desc=f"step {step}")
@@ -308,15 +329,18 @@ def cost(jobs, args, device):
 
 
 def rate(job, updates, device):
-    """Tokens a second of a job's training, from a few updates after a first one."""
+    """Tokens a second of a job's training, from a few updates after a first one; NaN if it diverges in these."""
     machine = dataclasses.replace(Machine.find(device), rank=0, world=1)
     with tempfile.TemporaryDirectory() as folder:
         run_ = train.open_run({**job.given, "overwrite": True}, folder, machine)
         model = train.ready(run_)
-        run_.update(model)
-        since = time.perf_counter()
-        for _ in range(updates):
-            run_.update(model)  # ends with the loss as a number: the device has done it
+        try:
+            run_.update(model)
+            since = time.perf_counter()
+            for _ in range(updates):
+                run_.update(model)  # ends with the loss as a number: the device has done it
+        except StoppedError:  # it will diverge: who knows when
+            return math.nan
         seconds = time.perf_counter() - since
     torch._dynamo.reset()
     return updates * run_.tokens_per_step / seconds
@@ -367,15 +391,17 @@ def main():
     folder = Path(args.out) / args.name
     jobs = plan(study, folder, of_runs, code_version())
     results = Path(args.results) / args.name / "table.json"
-    args.held = held(results) if args.extend else {}
+    args.held = held(results, jobs) if args.extend else {}
     if args.dry:
         header, rows, sentence = cost(jobs, args, device)
         print(f"{study.question}\n\n{grid(header, rows)}\n\n{sentence}")
         return
-    if Machine.find(device).device.type == "cpu":
-        train.be_deterministic(False)
-    checkpoint.check_writable(results)
+    for path in (results, folder / "row.json"):
+        checkpoint.check_writable(path)
     folder.mkdir(parents=True, exist_ok=True)
+    asked = any(job.cfg.deterministic for job in jobs)
+    if asked or Machine.find(device).device.type == "cpu":
+        train.be_deterministic(asked)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = jobs[rank::world]
     left = [job for job in mine if not stored(job, args)]
@@ -387,7 +413,7 @@ def main():
             bar.update(job.tokens)
             collect(study, jobs, args, command, whole=False)
     table = collect(study, jobs, args, command, whole=True)
-    if rank == 0:
+    if all(row["status"] in ENDED for arm in table["arms"].values() for row in arm["seeds"]):  # of ranks, the last
         print(f"{study_report.terminal(table)}\n\nresults: {Path(args.results) / args.name}")
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from spikesink.errors import UserError, run
 from spikesink.measures import measure_of
-from spikesink.study_report import cell, markdown_table
+from spikesink.study_report import cell, markdown_table, pairs_of
 from spikesink.words import number
 
 TEMPLATE = ROOT / "results" / "RESULTS.in.md"
@@ -35,11 +35,11 @@ def of_arm(table, arm, measure):
         of = arms[arm]
         return f"{of['verdicts'][measure.removesuffix(' present')].get('present', 0)} of {of['done']}"
     if arm in arms:
-        return cell(arms[arm]["mean"][measure], measure)
+        return cell(arms[arm]["mean"][measure], measure, arms[arm]["done"])
     name, sign, rest = arm.rpartition(" - ") if " - " in arm else arm.rpartition(" = ")
     if sign and rest == table["baseline"]:
         differences = arms[name]["difference"] if sign == " - " else arms[name]["equal_loss"]["measures"]
-        return cell(differences[measure], measure, True)
+        return cell(differences[measure], measure, pairs_of(table)[name], True)
     name, _, seed = arm.rpartition(" ")
     row = next(row for row in arms[name]["seeds"] if str(row["seed"]) == seed)
     if measure in row and measure != "loss":

@@ -70,8 +70,8 @@ def shares(table):
     verdicts = []
     for name, (what, share) in wanted.items():
         verdict = within(mean[name], share / 2, 2 * share)
-        too_few = mean[name]["mean"] is not None and mean[name]["mean"] < share
-        verdicts.append(UNDERPOWERED if missing(arm, what) and too_few else verdict)
+        too_many = verdict == CONTRADICTED and mean[name]["mean"] > share
+        verdicts.append(UNDERPOWERED if missing(arm, what) and not too_many else verdict)
     first = 1 / table["measured"]["seq_len"]
     return both(*verdicts), (
         f"{said(mean['spike tokens'], 'spike tokens')}, {said(mean['sink tokens'], 'sink tokens')}; one token of each "

@@ -4,7 +4,8 @@ Intervals are Student's t over seeds, 95%, for at least three seeds. With three 
 covers far less than it says (about 75% at n = 3; tests/test_study.py simulates both), while t is exact for normal
 values and close for others. What spans orders of magnitude is taken as logarithms: geometric means, factors. Arms are
 compared seed by seed, since a seed fixes the batches and their order. Intervals are not corrected for the number of
-comparisons (H7's verdict is, by Bonferroni). An interval without width says that the seeds agree, not more.
+comparisons (H7's verdict is, by Bonferroni). An interval without width says that the seeds agree, not more. (1 of 3)
+behind a number: it is of one run, the others have none.
 """
 
 import math
@@ -21,12 +22,15 @@ DONE = "done"
 def interval(values, kind="plain"):
     """{"n", "mean", "ci95"} of one number per seed; None where a number is undefined, which `n` does not count.
 
-    ci95 is None for fewer than LEAST numbers. A share's ends at 0 and 1; of a `log` number the mean is geometric.
+    ci95 is None for fewer than LEAST numbers. A share's ends at 0 and 1; of a `log` number the mean is geometric, so
+    that it is 0, without an interval, if one is.
     """
-    values = [x for x in values if x is not None and (kind != "log" or x > 0)]
+    values = [x for x in values if x is not None]
     n = len(values)
     if not n:
         return {"n": 0, "mean": None, "ci95": None}
+    if kind == "log" and min(values) <= 0:
+        return {"n": n, "mean": 0.0, "ci95": None}
     seen = [math.log(x) for x in values] if kind == "log" else values
     mean, ci = statistics.fmean(seen), None
     if n >= LEAST:
@@ -43,8 +47,8 @@ def paired(values, base, kind="plain"):
     """The interval of values - base, or of values / base for `log` numbers, seed by seed; both {seed: number}."""
     both = [(values[s], base[s]) for s in values if values[s] is not None and base.get(s) is not None]
     if kind == "log":
-        seen = [a / b for a, b in both if a > 0 and b > 0]
-        return {**interval(seen, "log"), "p": chance([math.log(x) for x in seen])}
+        seen = [a / b for a, b in both if b > 0]
+        return {**interval(seen, "log"), "p": chance([math.log(x) for x in seen]) if 0 not in seen else None}
     seen = [a - b for a, b in both]
     found = interval(seen)
     if kind == "share" and found["ci95"]:

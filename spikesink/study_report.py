@@ -20,8 +20,8 @@ DIFFERS = (
 NOTE = " ".join(statistics.__doc__.split("\n\n", 1)[1].split())
 
 
-def cell(found, name, difference=False):
-    """A mean with its interval; of a difference with its sign, of a factor with a cross."""
+def cell(found, name, runs, difference=False):
+    """A mean with its interval, and of how many of the `runs` if some have none; a difference has a sign or a cross."""
     measure = measure_of(name)
     form = measure.form
     if difference:
@@ -29,7 +29,8 @@ def cell(found, name, difference=False):
     if not found or found["mean"] is None:
         return "–"
     sign = "×" if difference and measure.kind == "log" else ""
-    return f"{sign}{number(found['mean'], form)} {interval(found['ci95'], form)}".strip()
+    some = f"({found['n']} of {runs})" if found["n"] < runs else ""
+    return " ".join(filter(None, (f"{sign}{number(found['mean'], form)}", interval(found["ci95"], form), some)))
 
 
 def changes(arm):
@@ -45,30 +46,37 @@ def arm_rows(table):
     for name, arm in table["arms"].items():
         ended = f"{arm['done']} of {len(arm['seeds'])}" + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
         parameters = f"{arm['parameters'] / 1e6:.3f}" + ("" if arm["matched"] else " (not matched)")
-        row = [name, changes(arm), parameters, ended, *(cell(arm["mean"].get(m), m) for m in SHOWN)]
+        row = [name, changes(arm), parameters, ended, *(cell(arm["mean"].get(m), m, arm["done"]) for m in SHOWN)]
         if table["published"]:
             row.append(", ".join(number(x, "g") for x in table["published"].get(name, ())) or "–")
         rows.append(row)
     return header, rows
 
 
+def pairs_of(table):
+    """{arm: number of seeds with which both it and the baseline have ended}."""
+    seeds = {name: set(statistics.done(arm["seeds"])) for name, arm in table["arms"].items()}
+    return {name: len(of & seeds[table["baseline"]]) for name, of in seeds.items()}
+
+
 def difference_rows(table):
     """(header, rows): every arm against the baseline at equal tokens."""
     header = ["arm - baseline", *COMPARED]
     others = {name: arm for name, arm in table["arms"].items() if "difference" in arm}
+    runs = pairs_of(table)
     return header, [
-        [name, *(cell(arm["difference"].get(m), m, True) for m in COMPARED)] for name, arm in others.items()
+        [name, *(cell(arm["difference"].get(m), m, runs[name], True) for m in COMPARED)] for name, arm in others.items()
     ]
 
 
 def equal_loss_rows(table):
     """(header, rows): the same at equal loss, and at which steps that is."""
     header = ["arm - baseline", "at step", "baseline at", *COMPARED]
-    rows = []
+    rows, runs = [], pairs_of(table)
     for name, arm in table["arms"].items():
         if "equal_loss" in arm:
             at = arm["equal_loss"]
-            cells = (cell(at["measures"].get(m), m, True) for m in COMPARED)
+            cells = (cell(at["measures"].get(m), m, runs[name], True) for m in COMPARED)
             rows.append([name, number(at["step"], ".0f"), number(at["baseline_step"], ".0f"), *cells])
     return header, rows
 
@@ -108,13 +116,14 @@ def effect_rows(table):
     """(header, rows): what the interventions do in every arm."""
     means = [(name, of) for arm in table["arms"].values() for name, of in arm["mean"].items()]
     names = dict.fromkeys(name for name, of in means if ": " in name and of["n"])
-    rows = [[name, *(cell(arm["mean"].get(m), m) for m in names)] for name, arm in table["arms"].items()]
+    rows = [[name, *(cell(arm["mean"].get(m), m, arm["done"]) for m in names)] for name, arm in table["arms"].items()]
     return ["arm", *names], rows if names else []
 
 
 def interaction_rows(table):
     """(header, rows): what two changes together do beyond the sum of both."""
-    rows = [[name, *(cell(of.get(m), m, True) for m in COMPARED)] for name, of in table["interactions"].items()]
+    runs = table["arms"][table["baseline"]]["done"]
+    rows = [[name, *(cell(of.get(m), m, runs, True) for m in COMPARED)] for name, of in table["interactions"].items()]
     return ["both - each", *COMPARED], rows
 
 

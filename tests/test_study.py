@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import pytest
 
@@ -116,8 +117,9 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_table(whole, tmp_path)
     )
     while not list((tmp_path / "out").rglob("job.json")) and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(random.Random(seed).uniform(0, 0.5 * took))
-    process.send_signal(signal.SIGKILL)
+    drawn = random.Random(seed)
+    time.sleep(drawn.uniform(0, 0.5 * took))
+    process.send_signal(drawn.choice([signal.SIGKILL, signal.SIGTERM]))
     process.wait()
     subprocess.run([*COMMAND, CI, *folders(tmp_path)], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     assert without_times(tmp_path) == without_times(path), f"killed at a moment drawn with seed {seed}"
@@ -162,6 +164,9 @@ def test_divergence_is_a_result_and_what_is_done_is_not_done_again(small, tmp_pa
         assert table_of(tmp_path, "small") == table
         with pytest.raises(AssertionError, match="trained again"):
             cli("study.py", small, *elsewhere, "--extend", "--seeds=1,2,3")
+        code, _, err = cli("study.py", small, *elsewhere, "--extend", "--seeds=3")
+        assert code == 2 and "holds 4 runs that are not asked for, calm-1 the first" in err
+        assert table_of(tmp_path, "small") == table
         patch.setattr(study, "code_version", lambda: "other code")
         assert cli("study.py", small, *folders(tmp_path), "--keep_code")[0] == 0
         kept = table_of(tmp_path, "small")
@@ -175,6 +180,15 @@ def test_divergence_is_a_result_and_what_is_done_is_not_done_again(small, tmp_pa
     assert [path.name for path in sorted(kept)] == [f"ckpt-{step:08d}.pt" for step in (0, 2, 4)]
     row = table_of(tmp_path, "x")["arms"]["calm"]["seeds"][0]
     assert (row["seed"], row["step"]) == (2, 4)
+
+
+def test_what_another_process_trains_is_left_alone(small, tmp_path, cli):
+    folder = tmp_path / "out" / "small" / "calm-1"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text('{"job": "of other keys"}')
+    with filelock.FileLock(folder / ".lock"):
+        code, _, err = cli("study.py", small, *folders(tmp_path))
+        assert code == 2 and "another study trains in" in err and (folder / "job.json").is_file()
 
 
 def test_ranks_share_the_runs_out(small, tmp_path):
@@ -252,6 +266,10 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
         ([CI, "--seed=3"], "seed is set by the study"),
         ([CI, "--seeds=3,3"], "twice"),
         ([CI, "--seq_len=65"], "more than block_size"),
+        ([CI, "--seq_len=7"], "must be at least 8"),
+        ([CI, "--n_seq=1_000_000"], "fewer than the 1999999"),
+        (["configs/studies/optimiser.py", "--dataset=backcopy", "--weight_decay=0"], "adamw and decay_0 are the same"),
+        (["configs/studies/emergence.py", "--dataset=backcopy", "--out=/dev/null/x"], "cannot write /dev/null/x"),
         ([CI, "--init_from=gpt2"], "trains from scratch"),
         ([CI, "--hypotheses=H9"], "no 'H9'"),
         ([CI, "scale/nano"], "unknown argument"),
@@ -260,7 +278,7 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(arguments, words, cli, tmp_path):
-    code, out, err = cli("study.py", *arguments, *folders(tmp_path))
+    code, out, err = cli("study.py", *folders(tmp_path), *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
 
 
@@ -294,7 +312,9 @@ def test_intervals_by_hand():
     assert found == {"n": 3, "mean": 2.0, "ci95": pytest.approx([2 - half, 2 + half])}
     assert statistics.interval([0.9, 1.0, 0.95], "share")["ci95"][1] == 1.0
     assert statistics.interval([1.0, 100.0], "log") == {"n": 2, "mean": pytest.approx(10.0), "ci95": None}
+    assert statistics.interval([0.0, 100.0, 10.0], "log") == {"n": 3, "mean": 0.0, "ci95": None}
     assert statistics.interval([None]) == {"n": 0, "mean": None, "ci95": None}
+    assert study_report.cell(statistics.interval([0.25, None, None]), "Sink_1", 3) == "25.0% (1 of 3)"
     base = {1: 10.0, 2: 20.0, 3: 40.0, 4: 7.0}
     assert statistics.paired({s: 2 * x for s, x in base.items() if s < 4}, base, "log")["ci95"] == pytest.approx([2, 2])
     assert statistics.paired({1: 11.0, 2: 21.0, 3: None}, base)["mean"] == 1.0
@@ -423,7 +443,7 @@ def test_verdicts_without_evidence():
     table = planted(arms)
     for arm in table["arms"].values():
         arm["verdicts"]["spike"] = {"underpowered": 3}  # absence is no evidence
-    assert {verdicts(table)[name] for name in ("H2", "H3", "H4", "H5")} == {"underpowered"}
+    assert {verdicts(table)[name] for name in ("H1", "H2", "H3", "H4", "H5")} == {"underpowered"}
     table = planted(arms)
     for arm in table["arms"].values():
         arm["seeds"] = arm["seeds"][:2]

@@ -1,7 +1,7 @@
 """The FFN: its activation, gated or plain, linear, or attention in its place."""
 
 question = "Do spikes and sinks depend on the FFN and its activation?"
-common = {"bos": True}
+common = {"bos": True, "ffn": "plain", "activation": "gelu"}
 seeds = [1, 2, 3]
 arms = {
     "gelu": "prenorm",

@@ -3,7 +3,7 @@
 question = "At which learning rate does a model without norms diverge, and at which step?"
 scale = "scale/toy"
 seeds = [1, 2, 3]
-arms = {
+arms = {  # times that scale's 4e-3
     "none_x1": "nonorm",
     "none_x4": {"configs": "nonorm", "learning_rate": 1.6e-2, "min_lr": 1.6e-2},
     "none_x16": {"configs": "nonorm", "learning_rate": 6.4e-2, "min_lr": 6.4e-2},

@@ -1,14 +1,14 @@
-"""The optimiser and its settings, about the nano scale's learning rate of 2e-3 (the paper's: 3e-4)."""
+"""The optimiser and its settings, about a learning rate of 2e-3, the nano scale's (the paper's: 3e-4)."""
 
 question = "Do spikes and sinks depend on the optimiser?"
-common = {"bos": True}
+common = {"bos": True, "learning_rate": 2e-3, "min_lr": 2e-4, "weight_decay": 0.1}
 seeds = [1, 2, 3]
 arms = {
     "adamw": "prenorm",
     "muon": "muon",
     "sgd": "sgd",
-    "lr_quarter": {"learning_rate": 5e-4},
-    "lr_double": {"learning_rate": 4e-3},
+    "lr_quarter": {"learning_rate": 5e-4, "min_lr": 5e-5},
+    "lr_double": {"learning_rate": 4e-3, "min_lr": 4e-4},
     "decay_0": "nodecay",
     "decay_half": {"weight_decay": 0.5},
     "beta2_999": "beta2",
