@@ -5,7 +5,7 @@
   python bench.py --only arms                    what each arm costs a token
 
 train: updates of train.py's Run, as a run makes them, beside nanoGPT's recipe (recipe.py). ratio: its time over ours.
-Use of the machine: model FLOPs a second over the best bfloat16 matrix product of the same minutes.
+Use of the machine: model FLOPs a second over the best matrix product of the same minutes, in train.py's dtype.
 monitor: what a look at spikes and sinks adds to such an update, and its share of the time, one look every 100 steps.
 arms: every arm of configs/ beside pre-norm at the tiny scale: time and memory a token, and FLOPs.
 detect: the observing pass beside the plain forward pass with its loss, and beside what most scripts do, transformers
@@ -202,9 +202,9 @@ def run_job(memory, argv, data):
 
 
 def matmul_job(memory, sizes):
-    """A call says the best FLOPs a second of a square matrix product in bfloat16."""
-    device = "cuda" if CUDA else "cpu"
-    matrices = {n: torch.randn(n, n, device=device, dtype=torch.bfloat16) for n in sizes}
+    """A call says the best FLOPs a second of a square matrix product, in bfloat16 where the machine has it."""
+    machine = Machine.find().at("auto")
+    matrices = {n: torch.randn(n, n, device=machine.device, dtype=machine.dtype) for n in sizes}
 
     def timed(matrix):
         start = time.perf_counter()
