@@ -339,11 +339,11 @@ def rate(job, updates, device):
             since = time.perf_counter()
             for _ in range(updates):
                 run_.update(model)  # ends with the loss as a number: the device has done it
+            return updates * run_.tokens_per_step / (time.perf_counter() - since)
         except StoppedError:  # it will diverge: who knows when
             return math.nan
-        seconds = time.perf_counter() - since
-    torch._dynamo.reset()
-    return updates * run_.tokens_per_step / seconds
+        finally:
+            torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -414,7 +414,7 @@ def main():
             collect(study, jobs, args, command, whole=False)
     table = collect(study, jobs, args, command, whole=True)
     if all(row["status"] in ENDED for arm in table["arms"].values() for row in arm["seeds"]):  # of ranks, the last
-        print(f"{study_report.terminal(table)}\n\nresults: {Path(args.results) / args.name}")
+        print(f"{study_report.terminal(table)}\n\nresults: {results.parent}")
 
 
 def shown_command(argv):
