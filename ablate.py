@@ -14,8 +14,10 @@ the same text) and report.html, a page with both, beside the checkpoint.
 from pathlib import Path
 
 from detect import detect, flags, folder_of, open_checkpoint, output_paths
-from spikesink import ablation_figures, figures, findings, intervene, outcomes, probes, quantise, report
-from spikesink.errors import UserError, run
+from spikesink import files
+from spikesink.edit import interventions, outcomes, probes, quantise
+from spikesink.errors import UserError, cli
+from spikesink.show import ablation_figures, figures, report
 
 ROOT = Path(__file__).resolve().parent
 SCHEMA = "spikesink-ablation-1"
@@ -37,7 +39,7 @@ def ablate(opened, args):
 
 def ablate_part(subject, opened, args):
     """Ablation findings of one Subject; `opened` needs other text to take means from."""
-    reference = intervene.Reference(subject, opened.other_ids, args.batch_size)
+    reference = interventions.Reference(subject, opened.other_ids, args.batch_size)
     table, removals = chosen(subject, opened, args.only)
     conditions = outcomes.conditions_of(table | removals, reference)
     desc = f"ablate {subject.part}".strip()
@@ -62,10 +64,10 @@ def ablate_part(subject, opened, args):
 
 def chosen(subject, opened, only):
     """The interventions that are wanted, and those on whole tokens, heads and sub-layers."""
-    table, removals = intervene.INTERVENTIONS, intervene.REMOVALS
+    table, removals = interventions.INTERVENTIONS, interventions.REMOVALS
     starts = subject.start is not None or opened.about["data"]["bos"]
     if not starts:  # there is no BOS to remove
-        table = {**table, "bos_remove": table["bos_remove"]._replace(edit=intervene.nothing)}
+        table = {**table, "bos_remove": table["bos_remove"]._replace(edit=interventions.nothing)}
     keep = lambda table: {name: one for name, one in table.items() if not only or name in only}
     return keep(table), keep(removals)
 
@@ -111,7 +113,7 @@ def prepared(dataset, file):
 
 def probe(subject, opened, entries, conditions):
     """What grammar and the states say under every condition; for a probe that cannot be run, the `reason`."""
-    conditions = {"none": intervene.nothing} | conditions
+    conditions = {"none": interventions.nothing} | conditions
     conditions = {name: conditions[name] for name in left_to_probe(entries)}
     found = {}
     for name, run_probe in PROBES.items():
@@ -124,7 +126,7 @@ def probe(subject, opened, entries, conditions):
 
 def main():
     parser = flags(__doc__)
-    names = [*intervene.INTERVENTIONS, *intervene.REMOVALS]
+    names = [*interventions.INTERVENTIONS, *interventions.REMOVALS]
     part = parser.add_argument_group("some of it")
     part.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     part.add_argument("--no-probes", dest="probes", action="store_false", help="leave BLiMP and the linear probes out")
@@ -136,8 +138,8 @@ def main():
     json_path, html_path = output_paths(path, args, "ablate.json", "report.html")
     found = detect(opened, args)
     ablation = ablate(opened, args)
-    findings.save(folder_of(path) / "detect.json", found)
-    findings.save(json_path, ablation)
+    files.save_json(folder_of(path) / "detect.json", found)
+    files.save_json(json_path, ablation)
     report.page(html_path, found, ablation)
     print(f"measured on {report.conditions(found)}\n\n{report.ablation_terminal(ablation)}")
     if args.figures:
@@ -147,4 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

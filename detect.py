@@ -20,16 +20,19 @@ import torch
 from tqdm import tqdm
 
 from data.loader import NANOGPT_META
-from data.sequences import Reader
-from data.tokenizer import NoTokenizer, tokenizer_of
 from model import GPT
-from spikesink import checkpoint, figures, findings, hf, history, offload, prompt, report
-from spikesink.anatomy import anatomy
-from spikesink.calibrate import nulls
-from spikesink.errors import Flags, UserError, run
-from spikesink.examples import Examples
-from spikesink.observe import observe
-from spikesink.subject import PADDING, Subject
+from spikesink import files
+from spikesink.errors import Flags, UserError, cli
+from spikesink.measure import findings, history, prompt
+from spikesink.measure.anatomy import anatomy
+from spikesink.measure.calibrate import nulls
+from spikesink.measure.examples import Examples
+from spikesink.measure.observe import observe
+from spikesink.models import checkpoint, disk_weights, hf
+from spikesink.models.subject import Subject
+from spikesink.show import figures, report
+from spikesink.text.sequences import PADDING, Reader
+from spikesink.text.tokenizers import NoTokenizer, tokenizer_of
 
 
 def whole(text, least=0):
@@ -124,7 +127,7 @@ def load_ours(path, args):
         Reader(tokenizer, meta, dataset, before, (), config.block_size, config.vocab_size),
         {
             "path": str(path),
-            "sha256": checkpoint.file_hash(path),
+            "sha256": files.file_hash(path),
             "step": content.get("step", content.get("iter_num")),
             "tokens": content.get("tokens"),  # of training; None where unknown
         },
@@ -135,7 +138,7 @@ def load_ours(path, args):
 def load_hf(args):
     """A language model of transformers; its default text is Python's own documentation."""
     name = args.checkpoint
-    model = hf.open_model(name, args.device, offload.room(args.max_memory))
+    model = hf.open_model(name, args.device, disk_weights.room(args.max_memory))
     config = model.config
     tokenizer = hf.Tokenizer.of(name) or NoTokenizer()
     before, after = getattr(tokenizer, "before", ()), getattr(tokenizer, "after", ())
@@ -153,7 +156,7 @@ def load_hf(args):
         {"path": str(name), "sha256": hf.weights_hash(name), "step": None, "tokens": None},
         {
             **{key: getattr(config, key) for key in shown if hasattr(config, key)},
-            "parameters": offload.count(model),
+            "parameters": disk_weights.count(model),
         },
     )
 
@@ -177,7 +180,7 @@ def output_paths(path, args, json_name, html_name):
     """
     paths = Path(args.json or folder_of(path) / json_name), Path(args.html or folder_of(path) / html_name)
     for file in paths:
-        checkpoint.check_writable(file)
+        files.check_writable(file)
     if paths[0].resolve() == paths[1].resolve():
         raise UserError(f"--json and --html both name {paths[0]}")
     return paths
@@ -232,7 +235,7 @@ def detect(opened, args):
 def detect_part(subject, opened, args):
     """Findings of one Subject: the observation, its nulls, its anatomy."""
     observation = observe(subject, opened.ids, args.batch_size, examples=Examples())
-    no_init = offload.no_copy(subject.model, offload.room(args.max_memory))
+    no_init = disk_weights.no_copy(subject.model, disk_weights.room(args.max_memory))
     null = nulls(subject, opened.ids, opened.vocab_size, args.nulls, args.batch_size, no_init=no_init)
     parts = anatomy(subject, opened.ids, observation, args.batch_size)
     return findings.detection(subject, observation, **opened.about, null=null, anatomy=parts)
@@ -248,7 +251,7 @@ def look_at_prompt(args):
     json_path, html_path = output_paths(loaded.checkpoint["path"], args, "prompt.json", "prompt.html")
     looked = [prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects]
     found = {**looked[0], **({"parts": {one["part"]: one for one in looked[1:]}} if looked[1:] else {})}
-    findings.save(json_path, found)
+    files.save_json(json_path, found)
     report.prompt_page(html_path, found)
     print(report.prompt_terminal(found))
     if args.figures:
@@ -265,7 +268,7 @@ def compare(args):
         args.checkpoint = path
         found.append({**detect(open_checkpoint(args), args), "examples": {}})  # of one checkpoint, for its own page
     names = short_names(paths)
-    findings.save(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
+    files.save_json(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
     report.comparison_page(html_path, names, found)
     print(report.grid(*report.comparison_rows(names, found)))
     header, rows = report.architecture_rows(names, found)
@@ -295,7 +298,7 @@ def look_at_checkpoint(args):
         encoder = next((subject for subject in opened.subjects if subject.part == "encoder"), opened.subjects[0])
         of_part = dict(report.parts_of(found))[encoder.part]
         found["vocabulary"] = prompt.vocabulary(encoder, of_part, opened.ids, opened.vocab_size)
-    findings.save(json_path, found)
+    files.save_json(json_path, found)
     report.page(html_path, found)
     print(report.terminal(found))
     if args.vocab:
@@ -323,4 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -831,6 +831,6 @@ class GPT(nn.Module):
         `kwargs` go to transformers' `from_pretrained`. Raises UserError where the model cannot be had whole, ValueError
         where its architecture is not one this class computes.
         """
-        from spikesink import convert, hf  # the one place where this file needs others: other people's weights
+        from spikesink.models import convert, hf
 
         return cls.from_checkpoint(convert.from_hf(hf.open_model(name_or_path, **kwargs)))

@@ -40,16 +40,20 @@ from tqdm import tqdm
 import ablate
 import detect
 import train
-from plan import ROOT, Study, code_version, data_of, plan, read_study, settings, size
-from spikesink import checkpoint, config, findings, hypotheses, measures, report, statistics, study_report
-from spikesink.errors import Flags, InterruptedRunError, StoppedError, UserError, nearest, run
-from spikesink.log import rows_of
-from spikesink.machine import Machine
-from spikesink.observe import observe
-from spikesink.words import grid, number
+from spikesink import files
+from spikesink.errors import Flags, InterruptedRunError, StoppedError, UserError, cli, nearest
+from spikesink.files import rows_of
+from spikesink.measure import findings
+from spikesink.measure.observe import observe
+from spikesink.models import checkpoint
+from spikesink.show.text import grid, number
+from studies import aggregate, hypotheses, measures, report, tables
+from studies.jobs import ROOT, Study, code_version, data_of, plan, read_study, settings, size
+from trainer import checkpoints, config
+from trainer.machine import Machine
 
 SCHEMA = "spikesink-study-1"
-ENDED = (statistics.DONE, "diverged")
+ENDED = (aggregate.DONE, "diverged")
 
 # --------------------------------------------------------------------------------------------------- a run
 
@@ -78,7 +82,7 @@ def shared(job):
     twin = next((path.parent for path in rows if read(path)["job"] == job.id), None)
     for name in ("job.json", "log.jsonl", *("detect.json", "course.json", "ablate.json", "row.json")) if twin else ():
         if (twin / name).is_file():
-            findings.save_bytes(job.folder / name, (twin / name).read_bytes())
+            files.save_bytes(job.folder / name, (twin / name).read_bytes())
     return twin is not None
 
 
@@ -102,7 +106,7 @@ def held(path, jobs):
 def once(path, make):
     """What `make()` returns, from the file that holds it if it was made before."""
     if not path.is_file():
-        findings.save(path, make())
+        files.save_json(path, make())
     return read(path)
 
 
@@ -117,22 +121,22 @@ def perform(job, study, device, keep_checkpoints):
             raise UserError(f"{job.folder} holds something else than a run of a study: give another --out or --name")
         if not keep_checkpoints and shared(job):
             return
-        findings.save(job.folder / "job.json", {"job": job.id})
+        files.save_json(job.folder / "job.json", {"job": job.id})
     since, row = time.perf_counter(), {"seed": job.seed, "job": job.id, "what": job.what, "code": job.code}
     machine = Machine.find(device).at(job.cfg.dtype)
     machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, a run per rank
     try:
         loss = trained(job, machine)
-        row |= {"status": statistics.DONE, "step": job.cfg.max_iters, "lr": None, "loss": loss}
+        row |= {"status": aggregate.DONE, "step": job.cfg.max_iters, "lr": None, "loss": loss}
     except Diverged as stop:
         row |= {"status": "diverged", "step": stop.step, "lr": stop.lr, "loss": None}
     row |= {"tokens": row["step"] * job.tokens // job.cfg.max_iters, "machine": described(machine)}
     row["torch"] = str(torch.__version__)
-    if row["status"] == statistics.DONE:
+    if row["status"] == aggregate.DONE:
         row |= measured(job, study, machine, row)
-    findings.save(job.folder / "row.json", {**row, "seconds": time.perf_counter() - since})
+    files.save_json(job.folder / "row.json", {**row, "seconds": time.perf_counter() - since})
     if not keep_checkpoints:
-        checkpoint.Checkpoints(job.folder).clear()
+        checkpoints.Checkpoints(job.folder).clear()
 
 
 def check_idle(folder):
@@ -157,7 +161,7 @@ def trained(job, machine):
 
     Raises Diverged, and InterruptedRunError after a signal.
     """
-    going_on = checkpoint.Checkpoints(job.folder).any()
+    going_on = checkpoints.Checkpoints(job.folder).any()
     given = {**job.given, "resume": going_on, "overwrite": not going_on}
     run_ = train.open_run(given, str(job.folder), machine)
     run_.open_folder()
@@ -193,10 +197,10 @@ def measured(job, study, machine, row):
         ablation = once(job.folder / "ablate.json", lambda: ablate.ablate(opened(), args))
         effects = {"measures": numbers | measures.of_ablation(ablation), "ablations": measures.ablations(ablation)}
     return {
-        "weights": checkpoint.content_hash(checkpoint.load(path)["model"])[:16],
+        "weights": files.content_hash(checkpoint.load(path)["model"])[:16],
         "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
         **effects,
-        "where": study_report.where(found),
+        "where": tables.where(found),
         "course": [*points, last],
     }
 
@@ -208,12 +212,12 @@ def course(job, args):
     """
     losses = {row["step"]: row["val_loss"] for row in rows_of(job.folder / "log.jsonl")}
     points = []
-    for step, path in checkpoint.Checkpoints(job.folder).all().items():
+    for step, path in checkpoints.Checkpoints(job.folder).all().items():
         if step < job.cfg.max_iters and step % job.cfg.keep_every == 0:
             opened = detect.open_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": str(path)}))
             subject = opened.subjects[0]
             observation = observe(subject, opened.ids, args.batch_size, desc=f"step {step}")
-            found = findings.plain(findings.detection(subject, observation, **opened.about))
+            found = files.plain(findings.detection(subject, observation, **opened.about))
             numbers = {"loss": losses.get(step), **measures.of_findings(found)}
             tokens = step * job.tokens // job.cfg.max_iters
             points.append({"step": step, "tokens": tokens, "loss": losses.get(step), "measures": numbers})
@@ -236,12 +240,12 @@ def collect(study, jobs, args, command, whole):
     folder = Path(args.results) / args.name
     with filelock.FileLock(jobs[0].folder.parent / ".lock"):
         table = table_of(study, jobs, args, command)
-        findings.save(folder / "table.json", table)
+        files.save_json(folder / "table.json", table)
         report.study_files(folder, table, whole)
         for job in jobs if whole else ():
             if (job.folder / "log.jsonl").is_file():
                 log = (job.folder / "log.jsonl").read_bytes()
-                findings.save_bytes(folder / "logs" / f"{job.arm}-{job.seed}.jsonl", log)
+                files.save_bytes(folder / "logs" / f"{job.arm}-{job.seed}.jsonl", log)
     return table
 
 
@@ -270,12 +274,12 @@ def table_of(study, jobs, args, command):
             "flops_per_token": flops,
             "tokens": first[arm].tokens,
             "seeds": rows,
-            **statistics.arm_summary(rows),
+            **aggregate.arm_summary(rows),
         }
     for arm in arms.values():
         arm["matched"] = abs(arm["parameters"] / arms[baseline]["parameters"] - 1) < 0.01
         if arm is not arms[baseline]:
-            arm["difference"], arm["equal_loss"] = statistics.compare(arm["seeds"], arms[baseline]["seeds"])
+            arm["difference"], arm["equal_loss"] = aggregate.compare(arm["seeds"], arms[baseline]["seeds"])
     table = {
         "schema": SCHEMA,
         "name": args.name,
@@ -291,7 +295,7 @@ def table_of(study, jobs, args, command):
         "measured": {"n_seq": study.n_seq, "seq_len": study.seq_len, "points": study.points, "dtype": "float32"},
         "published": study.published,
         "arms": arms,
-        "interactions": statistics.interactions(arms, baseline),
+        "interactions": aggregate.interactions(arms, baseline),
         "times": times,
     }
     return {**table, "hypotheses": hypotheses.judge(table)}
@@ -397,7 +401,7 @@ def main():
         print(f"{study.question}\n\n{grid(header, rows)}\n\n{sentence}")
         return
     for path in (results, folder / "row.json"):
-        checkpoint.check_writable(path)
+        files.check_writable(path)
     folder.mkdir(parents=True, exist_ok=True)
     asked = any(job.cfg.deterministic for job in jobs)
     if asked or Machine.find(device).device.type == "cpu":
@@ -414,7 +418,7 @@ def main():
             collect(study, jobs, args, command, whole=False)
     table = collect(study, jobs, args, command, whole=True)
     if all(row["status"] in ENDED for arm in table["arms"].values() for row in arm["seeds"]):  # of ranks, the last
-        print(f"{study_report.terminal(table)}\n\nresults: {results.parent}")
+        print(f"{tables.terminal(table)}\n\nresults: {results.parent}")
 
 
 def shown_command(argv):
@@ -424,4 +428,4 @@ def shown_command(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

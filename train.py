@@ -35,14 +35,18 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Tokens
-from data.tokenizer import tokenizer_of
 from model import CHOICES as OF_MODEL
 from model import GPT, GPTConfig
-from spikesink import __version__, checkpoint, config, convert, hf, metrics
-from spikesink.errors import InterruptedRunError, StoppedError, UserError, run
-from spikesink.log import TRACKERS, JsonLines, LossWatch, TensorBoard, Tracker, rows_of, warn
-from spikesink.machine import DTYPES, PARALLEL, Machine, attempt
-from spikesink.monitor import Monitor
+from spikesink import __version__, files
+from spikesink.errors import InterruptedRunError, StoppedError, UserError, cli
+from spikesink.files import rows_of
+from spikesink.measure import metrics
+from spikesink.measure.monitor import Monitor
+from spikesink.models import checkpoint, convert, hf
+from spikesink.text.tokenizers import tokenizer_of
+from trainer import checkpoints, config
+from trainer.log import TRACKERS, JsonLines, LossWatch, TensorBoard, Tracker, warn
+from trainer.machine import DTYPES, PARALLEL, Machine, attempt
 
 ROOT = Path(__file__).parent
 
@@ -287,7 +291,7 @@ class Run:
     def __init__(self, model_config, cfg, given, machine, saved=None):
         self.cfg, self.given, self.machine = cfg, given, machine.at(cfg.dtype)
         self.out_dir = Path(cfg.out_dir)
-        self.checkpoints = checkpoint.Checkpoints(self.out_dir, cfg.keep_last, cfg.keep_every, cfg.async_save)
+        self.checkpoints = checkpoints.Checkpoints(self.out_dir, cfg.keep_last, cfg.keep_every, cfg.async_save)
         self.path = self.checkpoints.path
         self.step, self.val_loss, self.best = 0, None, math.inf
         self.watch = LossWatch()
@@ -336,7 +340,7 @@ class Run:
                 f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
                 "--out_dir=DIR goes elsewhere"
             )
-        checkpoint.check_writable(self.path)
+        files.check_writable(self.path)
 
     def _watch_streams(self):
         """Collects the penalty of the stream after every sub-layer, in passes that will be differentiated."""
@@ -473,7 +477,7 @@ class Run:
                 self.checkpoints.clear()
             everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
             text = json.dumps({"given": self.given, "config": everything, **provenance()}, indent=1)
-            checkpoint.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
+            files.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
             self.log = JsonLines(self.out_dir / "log.jsonl", self.step)
             self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
         except filelock.Timeout:
@@ -665,18 +669,18 @@ def settings_of(saved, given):
 
 def open_run(given, out_dir, machine):
     """The Run of a command: new, or going on from what OUT_DIR holds. Raises UserError."""
-    checkpoints, replay = checkpoint.Checkpoints(out_dir), given.get("replay", 0)
+    there, replay = checkpoints.Checkpoints(out_dir), given.get("replay", 0)
     if attempt():  # torchrun gives the same command again
-        there = machine.from_chief(checkpoints.any)
-        given = {**given, "resume": there, "overwrite": not there}
+        going_on = machine.from_chief(there.any)
+        given = {**given, "resume": going_on, "overwrite": not going_on}
     saved, tensors = None, {"model": {}, "optimizer": {}}
 
     def read():  # the tensors stay on rank 0, which hands them out shard by shard
-        saved = saved_run(checkpoints, replay)
+        saved = saved_run(there, replay)
         tensors.update(model=saved.pop("model"), optimizer=saved.pop("optimizer"))
         return saved
 
-    if given.get("resume") or (replay and machine.from_chief(checkpoints.any)):
+    if given.get("resume") or (replay and machine.from_chief(there.any)):
         saved = machine.from_chief(read)
     before = settings_of(saved, given) if saved else {}
     model_config, cfg = config.build(SCHEMAS, {**before, **given, "out_dir": out_dir})
@@ -764,4 +768,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -1,27 +1,21 @@
-"""Token files -> batches. A batch is a pure function of (seed, step, rank, world size).
+"""Datasets by name -> batches. A batch is a pure function of (seed, step, rank, world size).
 
-A dataset is a folder with train.bin and val.bin (little-endian unsigned tokens, nanoGPT's format) and meta.json:
-{"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "train_tokens": ..., "val_tokens": ...}.
-A folder without meta.json is read as nanoGPT's: uint16, GPT-2's vocabulary.
+Files and their format: spikesink/text/token_files.py.
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import runpy
 import sys
 from pathlib import Path
 
 import filelock
 import numpy as np
-import torch
 
 from spikesink.errors import UserError, nearest
+from spikesink.text.token_files import TokenFile
 
 ROOT = Path(__file__).parent
 SELF_MADE = ("stdlib", "backcopy")  # datasets that need no download and are made on first use, in seconds
-NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256}
 
 
 def folder(dataset):
@@ -59,70 +53,17 @@ def make_once(path):
             runpy.run_path(str(path / "prepare.py"))["prepare"]()
 
 
-def meta_of(path):
-    """meta.json of a dataset folder, checked. Raises UserError."""
-    file = Path(path) / "meta.json"
-    if not file.exists():
-        return dict(NANOGPT_META)
-    try:
-        meta = json.loads(file.read_text())
-        counts = [meta["vocab_size"], *(meta[key] for key in ("train_tokens", "val_tokens") if key in meta)]
-        known = (
-            meta["dtype"] in ("uint8", "uint16", "uint32") and min(counts) > 0 and {type(n) for n in counts} == {int}
-        )
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{file} is not a dataset description; run the dataset's prepare.py again")
-    return meta
+class Tokens(TokenFile):
+    """One split of a dataset, by name or path, in batches: `batch(step)` gives x, y (int64, batch_size x block_size).
 
-
-class Tokens:
-    """One split of a dataset, memory-mapped and cut into windows of `block_size` tokens.
-
-    `batch(step)` gives x, y (int64, batch_size x block_size). Over an epoch every window is seen once, in an order
-    that depends on `seed` alone; the samples of a step are the same whatever the world size, so arms and machines
-    differ only where they are meant to. With `bos`, each window starts with the dataset's bos_id.
-    `sample`: SHA-256 (hex) of about 4096 tokens from all over the file, by which a run knows its data again.
-    Raises UserError if the file is missing, truncated, of another dtype, empty or out of vocabulary.
+    Over an epoch every window is seen once, in an order that depends on `seed` alone; the samples of a step are the
+    same whatever the world size, so arms and machines differ only where they are meant to. Raises UserError.
     """
 
-    def __init__(self, dataset, split, block_size, bos=False, seed=0):
-        path = folder(dataset)
-        self.meta = meta_of(path)
-        file = path / f"{split}.bin"
-        self.tokens = _map(file, self.meta, split)
-        self.file = file
-        self.sample, self._seen = self._hash(), self._stat()
-        self.block_size, self.seed = block_size, seed
-        self.bos_id = self.meta.get("bos_id") if bos else None
-        if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < self.meta["vocab_size"]):
-            raise UserError(f"bos=True, but the meta.json of dataset {dataset!r} has no bos_id inside its vocabulary")
-        largest = self.tokens[: 2**20].max()
-        if largest >= self.meta["vocab_size"]:
-            raise UserError(f"{file} holds token {largest}, outside the vocabulary of {self.meta['vocab_size']}")
-        self.span = block_size + (0 if bos else 1)  # tokens read per window
-        self.n_windows = (len(self.tokens) - self.span) // block_size + 1
-        if len(self.tokens) < self.span:
-            raise UserError(f"{file} holds {len(self.tokens)} tokens, fewer than one window of {self.span}")
+    def __init__(self, dataset: str, split: str, block_size: int, bos: bool = False, seed: int = 0) -> None:
+        super().__init__(folder(dataset), split, block_size, bos)
+        self.seed = seed
         self._order = (None, None)  # (epoch, permutation of the windows)
-
-    def _hash(self):
-        return hashlib.sha256(np.ascontiguousarray(self.tokens[:: max(1, len(self.tokens) // 4096)])).hexdigest()
-
-    def _stat(self):
-        with contextlib.suppress(FileNotFoundError):  # moved away: what is mapped stays
-            return self.tokens.base.size(), os.stat(self.file).st_mtime_ns
-        return self.tokens.base.size(), None
-
-    def _check(self):
-        """Raises UserError if the file is not what it was when it was opened."""
-        seen = self._stat()
-        if seen == self._seen:
-            return
-        if seen[0] != self._seen[0] or self._hash() != self.sample:  # what is gone, reading it is a bus error
-            raise UserError(f"{self.file} changed while it was read; put it back as it was, and go on with --resume")
-        self._seen = seen
 
     def _window(self, sample):
         """The window that sample number `sample` of the endless, epoch by epoch shuffled, sequence falls on."""
@@ -130,18 +71,6 @@ class Tokens:
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows))
         return self._order[1][place]
-
-    def read(self, windows):
-        """x, y (int64, len(windows) x block_size) of the given windows. Raises UserError if the file has changed."""
-        self._check()
-        starts = np.asarray(windows)[:, None] * self.block_size
-        ids = self.tokens[starts + np.arange(self.span)].astype(np.int64)
-        if ids.max() >= self.meta["vocab_size"]:
-            raise UserError(f"token {ids.max()} is outside the vocabulary of {self.meta['vocab_size']}")
-        if self.bos_id is not None:
-            ids = np.concatenate([np.full((len(ids), 1), self.bos_id), ids], axis=1)
-        ids = torch.from_numpy(ids)
-        return ids[:, :-1].contiguous(), ids[:, 1:].clone()  # apart, so that targets can be edited
 
     def windows(self, step, n):
         """The windows of `step`, which takes n sequences over all micro-batches and ranks."""
@@ -151,19 +80,3 @@ class Tokens:
         """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""
         first = ((step * n_micro + micro) * world + rank) * batch_size
         return self.read([self._window(sample) for sample in range(first, first + batch_size)])
-
-
-def _map(file, meta, split):
-    if not file.is_file():
-        raise UserError(f"{file} is missing; run the dataset's prepare.py")
-    size, dtype = file.stat().st_size, np.dtype(meta["dtype"]).newbyteorder("<")
-    if size == 0:
-        raise UserError(f"{file} is empty; run the dataset's prepare.py again")
-    expected = meta.get(f"{split}_tokens")
-    if size % dtype.itemsize or (expected is not None and size != expected * dtype.itemsize):
-        wanted = f"{expected} tokens" if expected is not None else "whole tokens"
-        raise UserError(
-            f"{file} has {size} bytes, not {wanted} of {dtype.name}: truncated or of another dtype; "
-            "run the dataset's prepare.py again"
-        )
-    return np.memmap(file, dtype=dtype, mode="r")

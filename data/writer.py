@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from spikesink.checkpoint import write_atomic
 from spikesink.errors import UserError
+from spikesink.files import write_atomic
 
 BATCH = 256  # documents encoded at a time
 

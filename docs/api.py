@@ -11,15 +11,18 @@ import torch
 
 import detect
 from data.loader import Tokens
-from data.tokenizer import tokenizer_of
 from model import GPT, GPTConfig
-from spikesink import figures, findings, intervene, report
-from spikesink.anatomy import anatomy
-from spikesink.calibrate import nulls
-from spikesink.errors import run
-from spikesink.examples import Examples
-from spikesink.observe import observe
-from spikesink.subject import Subject
+from spikesink import files
+from spikesink.edit import interventions
+from spikesink.errors import cli
+from spikesink.measure import findings
+from spikesink.measure.anatomy import anatomy
+from spikesink.measure.calibrate import nulls
+from spikesink.measure.examples import Examples
+from spikesink.measure.observe import observe
+from spikesink.models.subject import Subject
+from spikesink.show import figures, report
+from spikesink.text.tokenizers import tokenizer_of
 
 OUT = Path("out/api")
 STEPS, BATCH, T = 200, 32, 64
@@ -67,14 +70,14 @@ def look(subject, ids, vocab_size):
 
 def remove(subject, ids):
     """{what is removed: the change of the loss in nats per token}; interventions combine in any order."""
-    clean = intervene.Clean.of(subject, ids)
-    mask, control = intervene.sink_mask(clean), intervene.sink_mask(clean, control="random_keys")
+    clean = interventions.Clean.of(subject, ids)
+    mask, control = interventions.sink_mask(clean), interventions.sink_mask(clean, control="random_keys")
     change = lambda: (subject.losses(ids) - clean.losses).mean().item()
     with mask:
         masked = change()
     with control:
         at_random = change()
-    with mask, intervene.spike_zero(clean):
+    with mask, interventions.spike_zero(clean):
         both = change()
     assert torch.equal(subject.losses(ids), clean.losses)  # outside the blocks the model is as it was
     return {"sinks": masked, "as many random keys": at_random, "sinks and spikes": both}
@@ -98,10 +101,10 @@ def main():
     print(f"Sink_1 at epsilon 0.3: {found['sinks']['gu']['0.3']['first']:.0%} of heads")
     for what, change in remove(subject, ids).items():
         print(f"without {what}: {change:+.4f} nats per token")
-    findings.save(OUT / "detect.json", found)
+    files.save_json(OUT / "detect.json", found)
     report.page(OUT / "detect.html", found)
     print(report.figure_files(OUT, (figures.DETECTION, found)))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -66,7 +66,7 @@ class Flags(argparse.ArgumentParser):
         return parsed
 
 
-def run(main):
+def cli(main):
     """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -15,9 +15,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
-from model import GPT, GPTConfig  # noqa: E402
-from spikesink.errors import run  # noqa: E402
-from spikesink.subject import Subject  # noqa: E402
+from model import GPT, GPTConfig
+from spikesink import errors
+from spikesink.models.subject import Subject
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64}
 
@@ -49,7 +49,7 @@ def cli(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
         code = 0
         try:
-            run(importlib.import_module(script.removesuffix(".py")).main)
+            errors.cli(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as stop:
             code = stop.code or 0
         printed = capsys.readouterr()
@@ -98,7 +98,7 @@ def trained(tmp_path_factory, toy_data):
     out = tmp_path_factory.mktemp("trained")
     old, sys.argv = sys.argv, ["train.py", *SMALL_RUN, "--bos", f"--dataset={toy_data}", f"--out_dir={out}"]
     try:
-        run(importlib.import_module("train").main)
+        errors.cli(importlib.import_module("train").main)
     finally:
         sys.argv = old
     return out / "ckpt.pt"

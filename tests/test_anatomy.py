@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from spikesink import anatomy, subject
-from spikesink.observe import observe
-from spikesink.subject import Tap
+from spikesink.measure import anatomy
+from spikesink.measure.observe import observe
+from spikesink.models import subject
+from spikesink.models.subject import Tap
 
 from .conftest import subject_of, tiny
 from .test_observe import marked_ids, planted  # noqa: F401

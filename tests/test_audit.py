@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from spikesink import checkpoint
+from spikesink.models import checkpoint
 
 BACKCOPY = ("backcopy", "--n_embd=64", "--max_iters=250", "--batch_size=32", "--eval_interval=250", "--eval_iters=1")
 TEXT = ("--dataset=stdlib", "--bos", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--batch_size=8")

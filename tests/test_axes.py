@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import model as model_module
 from model import CHOICES, GPT, GPTConfig
-from spikesink import convert
 from spikesink.errors import UserError
-from spikesink.observe import observe
+from spikesink.measure.observe import observe
+from spikesink.models import convert
 
 from .conftest import TINY, subject_of, tiny
 
@@ -199,7 +199,7 @@ def test_registers_stand_in_front_and_shift_nothing_but_rotary_positions():
 
 
 def test_what_goes_to_a_slot_is_reported(ids):
-    from spikesink import findings
+    from spikesink.measure import findings
 
     torch.manual_seed(0)
     fresh = GPT(GPTConfig(**TINY, attention="softmax1")).eval()  # logits near 0: each of t + 2 takes a share
@@ -300,7 +300,7 @@ def find_valid(n):
 def test_exported_model_has_the_same_logits(tmp_path, arm):
     from transformers import AutoModelForCausalLM
 
-    from spikesink.export import export
+    from spikesink.models.export import export
 
     model = tiny(**arm)
     content = {
@@ -328,7 +328,7 @@ def test_export_refuses_what_neither_family_computes():
 
 
 def test_export_writes_all_or_nothing(tmp_path):
-    from spikesink.export import export
+    from spikesink.models.export import export
 
     model = tiny()
     content = {
@@ -345,7 +345,7 @@ def test_export_writes_all_or_nothing(tmp_path):
 
 
 def test_exported_byte_tokenizer_is_bytes():
-    from spikesink.export import byte_tokenizer
+    from spikesink.models.export import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     text = "Grüße, 世界!\n\ttab"
@@ -355,7 +355,7 @@ def test_exported_byte_tokenizer_is_bytes():
 
 
 def test_merges_of_gpt2_tokenizer_follow_from_ranks():
-    from spikesink.export import halves
+    from spikesink.models.export import halves
 
     ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b"he": 257, b"the": 258, b"in": 259, b"thein": 260}
     assert halves(b"the", ranks) == [b"th", b"e"]

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import bench
+from benchmarks import bench
+from benchmarks.nanogpt_recipe import Recipe
 from model import GPT, GPTConfig
-from recipe import Recipe
 from train import adamw
 
 from .conftest import TINY
@@ -53,7 +53,7 @@ def test_training_is_measured_in_turn_and_reported(monkeypatch, tmp_path, cli):
     monkeypatch.setattr(
         bench, "arguments", lambda *args, **more: [*ARGUMENTS(*args, **more), "--compile=False", "--warmup_iters=1"]
     )
-    code, out, err = cli("bench.py", "--quick", "--only", "train", f"--json={tmp_path / 'b.json'}")
+    code, out, err = cli("benchmarks.bench", "--quick", "--only", "train", f"--json={tmp_path / 'b.json'}")
     assert code == 0, err
     (row,) = json.loads((tmp_path / "b.json").read_text())["train"]
     assert row["model"] == "10M" and row["ratio_range"][0] <= row["ratio"] <= row["ratio_range"][1]

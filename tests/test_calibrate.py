@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from spikesink import calibrate, metrics, planted
-from spikesink.observe import observe
-from spikesink.subject import PADDING
+from spikesink.measure import calibrate, metrics, planted
+from spikesink.measure.observe import observe
+from spikesink.measure.sinks import queries_per_key, uniform_share
+from spikesink.text.sequences import PADDING
 
 from .conftest import TINY, subject_of
 
@@ -114,7 +115,7 @@ def test_a_sink_is_gone_when_positions_are_shuffled():
         gone = observe(subject, ids, 32, False, shuffle=calibrate.shuffles(0)["shuffled_positions"])
     assert (kept.sink_heads > 0).sum() == 32
     assert (gone.sink_heads > 0).sum() == 0
-    uniform = metrics.uniform_share(metrics.queries_per_key(32), causal=True)
+    uniform = uniform_share(queries_per_key(32), causal=True)
     one_head = gone.attention[0].sums["alpha"][0] / 32  # (T,)
     expected = uniform * 32 / torch.arange(32, 0, -1)
     torch.testing.assert_close(one_head[:16], expected[:16], atol=0.05, rtol=0.3)

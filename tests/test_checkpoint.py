@@ -12,8 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spikesink import checkpoint
+from spikesink import files
 from spikesink.errors import UserError
+from spikesink.models import checkpoint
+from trainer import checkpoints
 
 from .conftest import same
 
@@ -32,7 +34,7 @@ def test_round_trip_and_hash(tmp_path):
     assert torch.equal(loaded["model"]["w"], CONTENT["model"]["w"]) and loaded["note"] == CONTENT["note"]
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
     changed = {**CONTENT, "step": 4}
-    assert checkpoint.content_hash(CONTENT) != checkpoint.content_hash(changed)
+    assert files.content_hash(CONTENT) != files.content_hash(changed)
 
 
 @pytest.mark.parametrize("stage", ["fsync", "replace"])
@@ -132,7 +134,7 @@ def names(folder):
 
 
 def test_rotation_keeps_the_last_the_best_and_every_nth(tmp_path):
-    kept = checkpoint.Checkpoints(tmp_path, keep_last=2, keep_every=40)
+    kept = checkpoints.Checkpoints(tmp_path, keep_last=2, keep_every=40)
     for step in range(10, 100, 10):
         kept.save(content(step), best=step == 30)
     steps = [30, 40, 80, 90]
@@ -143,7 +145,7 @@ def test_rotation_keeps_the_last_the_best_and_every_nth(tmp_path):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_save_that_fails_leaves_what_there_was(tmp_path, monkeypatch, asynchronous):
-    kept = checkpoint.Checkpoints(tmp_path, keep_last=1, asynchronous=asynchronous)
+    kept = checkpoints.Checkpoints(tmp_path, keep_last=1, asynchronous=asynchronous)
     kept.save(content(1))
     kept.wait()
 
@@ -172,7 +174,7 @@ def test_async_saves_keep_their_order_and_the_state_they_were_given(tmp_path, mo
         order.append(whole["step"])
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    kept, weights = checkpoint.Checkpoints(tmp_path, asynchronous=True), content(1)
+    kept, weights = checkpoints.Checkpoints(tmp_path, asynchronous=True), content(1)
     kept.save(weights)
     weights["model"]["w"].zero_()  # training goes on
     kept.save(content(2))
@@ -184,12 +186,12 @@ def test_async_saves_keep_their_order_and_the_state_they_were_given(tmp_path, mo
 
 def test_rotation_never_deletes_the_only_good_one(tmp_path):
     """The newest two are damaged and known to be: they do not count as kept, and the good one stays."""
-    kept = checkpoint.Checkpoints(tmp_path, keep_last=3)
+    kept = checkpoints.Checkpoints(tmp_path, keep_last=3)
     for step in (1, 2, 3):
         kept.save(content(step))
     for step in (2, 3):
         os.truncate(tmp_path / f"ckpt-{step:08d}.pt", 100)
-    again = checkpoint.Checkpoints(tmp_path, keep_last=1)
+    again = checkpoints.Checkpoints(tmp_path, keep_last=1)
     assert again.newest()[0]["step"] == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))

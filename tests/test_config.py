@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from model import GPTConfig
-from spikesink import config
 from spikesink.errors import UserError
 from train import TrainConfig, learning_rate
+from trainer import config
 
 from .conftest import ROOT
 

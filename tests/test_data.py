@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from data.loader import Tokens
-from data.tokenizer import ByteTokenizer, GPT2Tokenizer, split_documents, tokenizer_of
 from data.writer import DatasetWriter
 from spikesink.errors import UserError
+from spikesink.text.tokenizers import ByteTokenizer, GPT2Tokenizer, split_documents, tokenizer_of
 
 from .conftest import ROOT
 
@@ -208,7 +208,7 @@ def test_gpt2_tokenizer_from_local_ranks(ranks):
 
 @pytest.mark.parametrize("size", [257, 1000, 50257])
 def test_gpt2s_first_merges_are_a_tokenizer_by_themselves(ranks, tmp_path, size):
-    from spikesink.export import gpt2_tokenizer
+    from spikesink.models.export import gpt2_tokenizer
 
     tokenizer, text = GPT2Tokenizer(ranks, size), '  !! Grüße, 世界!\n !" 12'
     (ids,) = tokenizer.encode([text])

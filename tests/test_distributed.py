@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from spikesink import checkpoint, machine
+from spikesink.models import checkpoint
+from trainer import machine
 
 from .conftest import ROOT, same
 from .faults.harms import BeforeStep, poison_weights

@@ -15,8 +15,8 @@ import torch
 
 import model
 import train
-from spikesink import config
-from spikesink.errors import UserError, run
+from spikesink.errors import UserError, cli
+from trainer import config
 
 from .conftest import ROOT
 
@@ -292,7 +292,7 @@ def test_too_little_memory_says_what_to_lower(capsys, error):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        run(main)
+        cli(main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "--batch_size" in err
 
@@ -302,7 +302,7 @@ def test_other_errors_stay_tracebacks():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        run(main)
+        cli(main)
 
 
 def test_every_alias_is_refused_as_any_other_unknown_key():

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from spikesink import examples, findings
-from spikesink.examples import Examples, unpacked
-from spikesink.observe import observe
+from spikesink.measure import examples, findings
+from spikesink.measure.examples import Examples, unpacked
+from spikesink.measure.observe import observe
 
 from .conftest import subject_of
 from .test_observe import explicit_maps, planted

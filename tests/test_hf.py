@@ -9,9 +9,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from spikesink import findings, hf, intervene, offload
+from spikesink.edit import interventions
 from spikesink.errors import UserError
-from spikesink.observe import observe
+from spikesink.measure import findings
+from spikesink.measure.observe import observe
+from spikesink.models import disk_weights, hf
 
 transformers.logging.set_verbosity_error()
 IDS = torch.randint(60, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -197,7 +199,7 @@ def test_updates_add_up_to_the_stream(family):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     subject = hf.subject_of(build(family), str)
-    clean = intervene.Clean.of(subject, IDS)
+    clean = interventions.Clean.of(subject, IDS)
     received = []
 
     def look(module, args, kwargs, output):
@@ -205,7 +207,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 
     from spikesink.hooks import hooked
 
-    with intervene.bos_remove(clean), hooked([(seam.module, look) for seam in subject.attends]):
+    with interventions.bos_remove(clean), hooked([(seam.module, look) for seam in subject.attends]):
         assert not torch.equal(subject.losses(IDS), clean.losses)
     for maps in received:
         assert maps[:, :, 1:, 0].abs().max() == 0
@@ -215,7 +217,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_edit_is_the_same_on_the_shared_prefix(family):
     for subject in hf.subjects_of(build(family), str):
-        clean = intervene.Clean.of(subject, IDS)
+        clean = interventions.Clean.of(subject, IDS)
         for stage in range(len(subject.stages) + 1):
             with clean.prefix(stage):
                 assert torch.equal(subject.losses(IDS), clean.losses)
@@ -225,7 +227,11 @@ def test_every_edit_is_the_same_on_the_shared_prefix(family):
         marked = [torch.zeros_like(entries) for entries in clean.spikes]
         marked[last][:, 3, 1] = True
         clean.sinks, clean.spikes = with_some, marked
-        for edit in (intervene.spike_zero(clean), intervene.sink_relocate(clean), intervene.sink_null(clean)):
+        for edit in (
+            interventions.spike_zero(clean),
+            interventions.sink_relocate(clean),
+            interventions.sink_null(clean),
+        ):
             with edit:
                 whole = subject.losses(IDS)
             with clean.prefix(edit.stage), edit:
@@ -354,7 +360,7 @@ def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch,
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60, (8, 24)))
     found = []
     for room in (math.inf, 1000):
-        monkeypatch.setattr(offload, "room", lambda limit, room=room: room)
+        monkeypatch.setattr(disk_weights, "room", lambda limit, room=room: room)
         code, _, err = cli("detect.py", tmp_path / "hf", f"--tokens={tmp_path / 'ids.npy'}")
         assert code == 0, err
         assert ("from disk" in err) == (room == 1000)
@@ -368,7 +374,7 @@ def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch,
 
 def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(offload, "room", lambda limit: 1000)
+    monkeypatch.setattr(disk_weights, "room", lambda limit: 1000)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = cli("detect.py", tmp_path)
     assert code == 2
@@ -377,12 +383,12 @@ def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path
 
 
 def test_room_is_what_the_process_may_still_take():
-    assert offload.room(10**9) == pytest.approx(offload.room(), rel=0.1)
-    assert offload.room(1) < 2**30
+    assert disk_weights.room(10**9) == pytest.approx(disk_weights.room(), rel=0.1)
+    assert disk_weights.room(1) < 2**30
 
 
 def test_text_is_translated_by_the_models_own_tokenizer(cli, tmp_path):
-    from spikesink.export import byte_tokenizer
+    from spikesink.models.export import byte_tokenizer
 
     config = transformers.LlamaConfig(**{**SHAPE, "vocab_size": 260})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
@@ -460,6 +466,6 @@ def test_ablate_takes_encoders_encoder_decoders_and_padding(cli, tmp_path):
         code, _, err = cli("ablate.py", tmp_path / family, f"--tokens={tmp_path / 'ids.npy'}", f"--json={out}")
         assert code == 0, err
         found = json.loads(out.read_text())
-        assert [row["name"] for row in found["interventions"]] == list(intervene.INTERVENTIONS)
+        assert [row["name"] for row in found["interventions"]] == list(interventions.INTERVENTIONS)
         assert list(found.get("parts", {})) == {"bert": [], "t5": ["encoder", "cross"]}[family]
     assert list(json.loads((tmp_path / "t5" / "detect.json").read_text())["parts"]) == ["encoder", "cross"]

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from data.loader import Tokens
 from model import GPTConfig
-from spikesink import config, report
 from spikesink.errors import UserError
-from spikesink.log import JsonLines, rows_of
+from spikesink.files import rows_of
+from spikesink.show import report
 from train import TrainConfig
+from trainer import config
+from trainer.log import JsonLines
 
 from .test_scripts import detected  # noqa: F401
 

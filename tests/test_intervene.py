@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from spikesink import intervene, metrics
+from spikesink.edit import interventions
+from spikesink.edit.interventions import INTERVENTIONS, REMOVALS, Clean, Reference
 from spikesink.hooks import hooked, on_streams
-from spikesink.intervene import INTERVENTIONS, REMOVALS, Clean, Reference
+from spikesink.measure.sinks import eligible_keys, queries_per_key
 
 from .conftest import subject_of, tiny
 from .test_observe import explicit_maps, marked_ids, planted  # noqa: F401
@@ -57,7 +58,7 @@ def test_nothing_and_what_finds_nothing_are_bit_identical(ids):
         assert edit.edited == 0 and edit.stage == len(subject.stages)
         with edit:
             assert torch.equal(subject.losses(ids), clean.losses)
-    with intervene.nothing(clean):
+    with interventions.nothing(clean):
         assert torch.equal(subject.losses(ids), clean.losses)
 
 
@@ -123,12 +124,12 @@ def test_spike_edits_are_their_formulas_and_touch_nothing_else(both):
         assert edit.stage == 1  # ffn 0
     assert reference.step_up == 2
     token = x[SPIKE]
-    drawn = intervene.entries_of(clean, "random_channels")[2][SPIKE]
+    drawn = interventions.entries_of(clean, "random_channels")[2][SPIKE]
     factor = (10 * median / x[where].abs())[:, None]
     for name, values in (("spike_zero", 0 * token), ("spike_clip", token * factor)):
         edited = streams_under(clean, EVERY[name].edit(clean, reference, "random_channels"))[2][SPIKE]
         torch.testing.assert_close(edited, torch.where(drawn, values, token), atol=1e-4, rtol=1e-3)
-    edited = streams_under(clean, intervene.spike_mean(clean, reference, "random_channels"))[2]
+    edited = streams_under(clean, interventions.spike_mean(clean, reference, "random_channels"))[2]
     usual = torch.where(others, x, torch.nan).nanmean((0, 1))  # of each channel over the entries that are no spikes
     torch.testing.assert_close(edited[SPIKE], torch.where(drawn, usual, token), atol=1e-4, rtol=1e-3)
 
@@ -160,7 +161,7 @@ def test_projection_and_constant_state_are_their_formulas(both):
         edited = streams_under(clean, EVERY[name].edit(clean, reference))[2]
         torch.testing.assert_close(edited[SPIKE], expected, atol=1e-3, rtol=1e-4)
         assert torch.equal(edited[rest], x[rest])
-    others = streams_under(clean, intervene.spike_constant(clean, reference, "other_tokens"))[2]
+    others = streams_under(clean, interventions.spike_constant(clean, reference, "other_tokens"))[2]
     changed = (others != x).any(-1)
     assert changed.sum(1).tolist() == [1] * 6 and not changed[SPIKE].any()
     torch.testing.assert_close(others[changed], x[rest].mean(0).expand(6, -1), atol=1e-4, rtol=1e-4)
@@ -198,8 +199,8 @@ def test_sink_edits_are_their_formulas(both):
         out, (_, _, v) = output_under(clean, 1, edit)
         torch.testing.assert_close(out, weights @ v, atol=1e-5, rtol=1e-4)
         assert edit.edited == 12 and edit.stage == 2
-    _, (q, k, v) = output_under(clean, 1, intervene.nothing(clean))
-    out, _ = output_under(clean, 1, intervene.sink_null(clean))
+    _, (q, k, v) = output_under(clean, 1, interventions.nothing(clean))
+    out, _ = output_under(clean, 1, interventions.sink_null(clean))
     torch.testing.assert_close(out, explicit_null(subject.attends[1].module, q, k, v, sinks), atol=1e-5, rtol=1e-4)
 
 
@@ -210,8 +211,8 @@ def test_relocation_moves_the_weights_that_are_used(ids, attention):
     clean.sinks = [torch.zeros(6, 2, 32, dtype=torch.bool) for _ in range(2)]
     clean.sinks[0][2, 1, [4, 5]] = True
     module = subject.attends[0].module
-    before, (q, k, v) = output_under(clean, 0, intervene.nothing(clean))
-    after, _ = output_under(clean, 0, intervene.sink_relocate(clean))
+    before, (q, k, v) = output_under(clean, 0, interventions.nothing(clean))
+    after, _ = output_under(clean, 0, interventions.sink_relocate(clean))
     weights, slot = module.weights(q, k)
     torch.testing.assert_close(weights @ v + slot, before, atol=1e-5, rtol=1e-4)
     weights[2, 1, 6:, 6] += weights[2, 1, 6:, 4] + weights[2, 1, 6:, 5]
@@ -222,13 +223,13 @@ def test_relocation_moves_the_weights_that_are_used(ids, attention):
 def test_destinations():
     keys = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 1], [1] * 8, [0] * 8]).bool()[None]
     places = list(range(8))
-    assert intervene._destinations(keys)[0].tolist() == [[2, 2, 2, 3, 5, 5, 5, 5], places, places]
+    assert interventions._destinations(keys)[0].tolist() == [[2, 2, 2, 3, 5, 5, 5, 5], places, places]
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention": "relu"}, {"attention": "softmax1", "n_kv_head": 1}])
 def test_bos_remove_is_the_model_without_bos(ids, changes):
     subject = subject_of(tiny(position="rope", **changes))  # positions count only relative to each other
-    with intervene.bos_remove(Clean.of(subject, ids)):
+    with interventions.bos_remove(Clean.of(subject, ids)):
         without = subject.losses(ids)[:, 1:]
     torch.testing.assert_close(without, subject.losses(ids[:, 1:]), atol=1e-4, rtol=1e-4)
 
@@ -238,7 +239,7 @@ def test_bos_stands_after_the_registers(ids):
     clean = Clean.of(subject, ids)
     received = []
     look = lambda module, args, kwargs, output: received.append(module.shares(*args[:2], 0, kwargs["bias"]))
-    with intervene.bos_remove(clean), hooked([(tap.module, look) for tap in subject.attends]):
+    with interventions.bos_remove(clean), hooked([(tap.module, look) for tap in subject.attends]):
         subject.losses(ids)
     for weights in received:
         assert weights[:, :, 3:, 2].max() == 0 and weights[:, :, 3:, :2].min() > 0
@@ -247,10 +248,10 @@ def test_bos_stands_after_the_registers(ids):
 def test_entry_controls_are_matched(both):
     _, clean, _ = both
     for control in ("random_channels", "median_entries"):
-        for marked, drawn in zip(clean.spikes, intervene.entries_of(clean, control), strict=True):
+        for marked, drawn in zip(clean.spikes, interventions.entries_of(clean, control), strict=True):
             assert torch.equal(marked.sum(-1), drawn.sum(-1)) and not (marked & drawn).any()
     size = clean.streams[2].abs()
-    nearest = intervene.entries_of(clean, "median_entries")[2]
+    nearest = interventions.entries_of(clean, "median_entries")[2]
     distance = (size - size.flatten(1).median(1).values[:, None, None]).abs()
     assert torch.equal(distance[nearest], distance[SPIKE].amin(-1))
 
@@ -258,9 +259,9 @@ def test_entry_controls_are_matched(both):
 def test_key_controls_are_matched(both):
     _, clean, _ = both
     sinks = torch.stack(clean.sinks)
-    random, same = (torch.stack(intervene.keys_of(clean, c)) for c in ("random_keys", "same_positions"))
+    random, same = (torch.stack(interventions.keys_of(clean, c)) for c in ("random_keys", "same_positions"))
     assert torch.equal(random.sum(-1), sinks.sum(-1)) and not (random & sinks).any()
-    assert not random[..., ~metrics.eligible_keys(metrics.queries_per_key(32))].any()
+    assert not random[..., ~eligible_keys(queries_per_key(32))].any()
     assert torch.equal(same.sum((0, 2)), sinks.sum((0, 2))) and not (same & sinks).any()
 
 
@@ -268,10 +269,10 @@ def test_controls_do_not_depend_on_the_batch(both):
     subject, clean, _ = both
     part = Clean.of(subject, clean.ids[2:5], torch.arange(2, 5))
     for control in ("random_channels", "median_entries"):
-        pairs = zip(intervene.entries_of(part, control), intervene.entries_of(clean, control), strict=True)
+        pairs = zip(interventions.entries_of(part, control), interventions.entries_of(clean, control), strict=True)
         assert all(torch.equal(a, b[2:5]) for a, b in pairs)
     for control in ("random_keys", "same_positions"):
-        pairs = zip(intervene.keys_of(part, control), intervene.keys_of(clean, control), strict=True)
+        pairs = zip(interventions.keys_of(part, control), interventions.keys_of(clean, control), strict=True)
         assert all(torch.equal(a, b[2:5]) for a, b in pairs)
 
 
@@ -295,13 +296,13 @@ def test_edits_compose_in_any_order(both):
 def test_removed_heads_and_sub_layers_give_nothing(both):
     _, clean, reference = both
     assert reference.sink_rate.tolist() == [[0, 0], [1, 1]]
-    edit = intervene.sink_heads(clean, reference)
+    edit = interventions.sink_heads(clean, reference)
     out, _ = output_under(clean, 1, edit)
     assert out.abs().max() == 0 and edit.edited == 2 * 6
-    drawn = intervene.sink_heads(clean, reference, "random_heads")
+    drawn = interventions.sink_heads(clean, reference, "random_heads")
     out, _ = output_under(clean, 1, drawn)
     assert out.abs().max() > 0 and drawn.edited == 2 * 6
-    streams = streams_under(clean, intervene.step_up(clean, reference))
+    streams = streams_under(clean, interventions.step_up(clean, reference))
     assert torch.equal(streams[2], streams[1])  # ffn 0 added nothing
-    streams = streams_under(clean, intervene.step_up(clean, reference, "other_sub_layer"))
+    streams = streams_under(clean, interventions.step_up(clean, reference, "other_sub_layer"))
     assert torch.equal(streams[4], streams[3]) and not torch.equal(streams[2], streams[1])

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from model import GATES, GPT, GPTConfig
-from spikesink import checkpoint, convert, metrics, quantise, report
+from spikesink.edit import quantise
+from spikesink.measure import metrics
+from spikesink.models import checkpoint, convert
+from studies import report
 
 from .conftest import TINY, tiny
 
@@ -58,7 +61,7 @@ def mitigate(cli, source, monkeypatch):
 
     def call(*args, steps=3, seeds=1):
         common = ["--seq_len=16", "--n_seq=12", "--nulls=0", f"--steps={steps}", f"--seeds={seeds}"]
-        code, out, err = cli("mitigate.py", source, *common, *args)
+        code, out, err = cli("studies.mitigate", source, *common, *args)
         found = source.with_name("mitigate.json")
         return code, out, err, json.loads(found.read_text()) if code == 0 else None
 
@@ -173,19 +176,19 @@ def test_checkpoints_that_cannot_be_tuned(cli, source, tmp_path):
         ("clipped", {"model_args": {**content["model_args"], "stream_clip": 3.0}}, "leave clip out of --arms"),
     ):
         checkpoint.save(tmp_path / f"{name}.pt", {**content, **changed})
-        code, _, err = cli("mitigate.py", tmp_path / f"{name}.pt", "--seq_len=16", "--steps=1")
+        code, _, err = cli("studies.mitigate", tmp_path / f"{name}.pt", "--seq_len=16", "--steps=1")
         assert code == 2 and words in err and err.count("\n") == 1, err
     (tmp_path / "config.json").write_text("{}")
     source.unlink()
-    code, _, err = cli("mitigate.py", tmp_path)
+    code, _, err = cli("studies.mitigate", tmp_path)
     assert code == 2 and "no checkpoint of train.py or nanoGPT" in err and "--init_from" in err
-    assert cli("mitigate.py")[0] == 2
+    assert cli("studies.mitigate")[0] == 2
 
 
 def test_nanogpts_settings_are_taken_where_they_mean_something_here():
     import argparse
 
-    import mitigate
+    from studies import mitigate
 
     theirs = {"dataset": "shakespeare", "dtype": "float16", "device": "cuda", "compile": True, "grad_clip": 1}
     theirs |= {"min_lr": 6e-5, "weight_decay": 1e-1, "backend": "nccl", "warmup_iters": 2000, "max_iters": 600000}

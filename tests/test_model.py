@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import GPT, GPTConfig
-from spikesink import convert
+from spikesink.models import convert
 
 from .conftest import TINY, tiny
 

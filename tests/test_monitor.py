@@ -14,14 +14,18 @@ import transformers
 from torch import nn
 
 from model import GPT, GPTConfig
-from spikesink import checkpoint, config, hf, metrics
 from spikesink.errors import UserError
 from spikesink.hooks import hooked
-from spikesink.log import Tracker, numbers
-from spikesink.monitor import Monitor, MonitorCallback, flat, headline
-from spikesink.observe import observe
-from spikesink.subject import PADDING, attention_received
+from spikesink.measure import metrics
+from spikesink.measure.monitor import Monitor, MonitorCallback, flat, headline
+from spikesink.measure.observe import observe
+from spikesink.measure.sinks import PRIMARY_SINK_EPSILON
+from spikesink.models import checkpoint, hf
+from spikesink.models.subject import attention_received
+from spikesink.text.sequences import PADDING
 from train import cpp_compiler
+from trainer import config
+from trainer.log import Tracker, numbers
 
 from .conftest import ROOT, SMALL_RUN, TINY, same, subject_of, tiny
 from .test_hf import FAMILIES
@@ -42,7 +46,7 @@ def row_of(subject, ids):
     for i, tap in enumerate(subject.attends):
         alpha = obs.attention[i].sums["alpha"].mean(0)  # (T,); the eligible keys are the first ones
         n = int(obs.eligible.sum(1).max())
-        rate = (obs.best_alpha[:, i] > metrics.PRIMARY_SINK_EPSILON).double().mean().item()
+        rate = (obs.best_alpha[:, i] > PRIMARY_SINK_EPSILON).double().mean().item()
         best = int(alpha[:n].argmax()) if subject.causal else int(alpha.argmax())
         attention.append({"name": tap.name, "sink_rate": rate, "best_position": best})
     spike, sink, n = obs.spikes["ratio"], obs.sink_heads > 0, int(obs.tokens.sum())
@@ -513,7 +517,7 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
 
 def test_the_example_of_a_hugging_face_model(tmp_path):
     (tmp_path / "text").write_text("a spike, the sparse and the sink; " * 200)
-    command = [sys.executable, "examples/finetune_hf.py", f"--text={tmp_path / 'text'}", "--steps=4", "--every=2"]
+    command = [sys.executable, "docs/examples/finetune_hf.py", f"--text={tmp_path / 'text'}", "--steps=4", "--every=2"]
     done = subprocess.run(
         [*command, "--length=32", "--batch_size=2"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from spikesink import findings, metrics
 from spikesink.hooks import hooked
-from spikesink.observe import observe
+from spikesink.measure import findings, metrics
+from spikesink.measure.observe import observe
+from spikesink.measure.sinks import eligible_keys, queries_per_key, sink_alpha, uniform_share
+from spikesink.measure.spikes import SPIKE_RULES
 
 from .conftest import TINY, subject_of, tiny
 
@@ -45,9 +47,7 @@ def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, c
     alpha = torch.zeros(L, N, H, T)
     for k in range(1, T + 1):  # Gu et al.'s formula, keys counted from 1
         alpha[..., k - 1] = sum(maps[..., i - 1, k - 1] for i in range(k, T + 1)) / (T - k + 1)
-    torch.testing.assert_close(
-        torch.stack([metrics.sink_alpha(m.sum(-2), metrics.queries_per_key(T)) for m in maps]), alpha
-    )
+    torch.testing.assert_close(torch.stack([sink_alpha(m.sum(-2), queries_per_key(T)) for m in maps]), alpha)
     for epsilon in (0.2, 0.3, 0.5, 0.8):
         hits = (alpha > epsilon).float()
         ours = sinks["gu"][str(epsilon)]
@@ -112,7 +112,7 @@ def test_layer_statistics_are_the_written_formulas(ids):
 def test_sun_et_al_rule_at_its_boundaries():
     x = torch.full((1, 10, 10), 0.05)
     x[0, 3, 4] = 100.0
-    entries = metrics.SPIKE_RULES["massive"].entries
+    entries = SPIKE_RULES["massive"].entries
     assert not entries(x).any()  # |h| > 100 is strict
     x[0, 3, 4] = -100.5
     assert entries(x).nonzero().tolist() == [[0, 3, 4]]
@@ -127,11 +127,11 @@ def test_kurtosis_bounds():
 def test_uniform_share_is_that_of_uniform_attention():
     maps = torch.ones(9, 9).tril().double()
     maps /= maps.sum(-1, keepdim=True)
-    torch.testing.assert_close(metrics.uniform_share(metrics.queries_per_key(9), causal=True), maps.sum(0) / 9)
+    torch.testing.assert_close(uniform_share(queries_per_key(9), causal=True), maps.sum(0) / 9)
 
 
 def test_eligible_keys_have_a_quarter_of_the_queries():
-    eligible = lambda T: metrics.eligible_keys(metrics.queries_per_key(T))
+    eligible = lambda T: eligible_keys(queries_per_key(T))
     assert eligible(64).nonzero().flatten().tolist() == list(range(49))  # key 48 has 16 queries
     assert eligible(10).sum() == 8  # key 7 has 3, key 8 has 2 < 2.5
 

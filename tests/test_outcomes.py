@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spikesink import intervene, outcomes
-from spikesink.intervene import INTERVENTIONS, Clean, Reference
-from spikesink.subject import PADDING
+from spikesink.edit import interventions, outcomes
+from spikesink.edit.interventions import INTERVENTIONS, Clean, Reference
+from spikesink.text.sequences import PADDING
 
 from .conftest import subject_of, tiny
 from .test_observe import MARK, explicit_maps, planted
@@ -105,7 +105,7 @@ def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
     for n in range(16):
         row = ids[n][ids[n] != PADDING][None]
         clean = Clean.of(subject, row)
-        with intervene.spike_zero(clean):
+        with interventions.spike_zero(clean):
             delta[n, : row.size(1) - 1] = (subject.losses(row) - clean.losses)[0]
     entry = outcomes.effect("spike_zero", "spike", measured)
     assert entry["delta_loss"] == pytest.approx(delta.nanmean(1).mean().item(), rel=1e-4)
@@ -163,7 +163,7 @@ def test_a_model_without_spikes_or_sinks_says_so(ids):
 def test_what_stands_before_an_edit_is_still_there():
     """A sink in block 0 and a spike at its FFN, then an edit of the last tap alone: all of both are left."""
     subject, ids = subject_of(spike_needs_sink()), many()
-    last = lambda clean: intervene.remove_sub_layer(clean, subject.inner["update"][-1])
+    last = lambda clean: interventions.remove_sub_layer(clean, subject.inner["update"][-1])
     measured = outcomes.measure(subject, ids, {"last": last}, 4)
     clean, edited = measured.outcomes["none"], measured.outcomes["last"]
     assert clean.spikes.sum() > 0 and clean.sinks.sum() > 0

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from spikesink import figures, history, report
+from spikesink.measure import history
+from spikesink.show import figures, report
 
 from .conftest import SMALL_RUN
 
@@ -48,14 +49,14 @@ def made(tmp_path_factory):
     import importlib
     import sys
 
-    from spikesink.errors import run
+    from spikesink.errors import cli
 
     out = tmp_path_factory.mktemp("pages")
 
     def call(script, *args):
         old, sys.argv = sys.argv, [f"{script}.py", *map(str, args)]
         try:
-            run(importlib.import_module(script).main)
+            cli(importlib.import_module(script).main)
         finally:
             sys.argv = old
 

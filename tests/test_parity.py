@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from spikesink import convert
+from spikesink.models import convert
 
 IDS = torch.randint(63, (3, 32), generator=torch.Generator().manual_seed(0))
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "vocab_size": 64}

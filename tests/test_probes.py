@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokenizer import ByteTokenizer
-from spikesink import probes
+from spikesink.edit import probes
 from spikesink.errors import UserError
 from spikesink.hooks import on_streams
+from spikesink.text.tokenizers import ByteTokenizer
 
 from .conftest import ROOT, subject_of, tiny
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from spikesink import findings, metrics, prompt
-from spikesink.observe import observe
+from spikesink.measure import findings, prompt
+from spikesink.measure.observe import observe
+from spikesink.measure.spikes import SPIKE_RULES
 
 from .conftest import SMALL_RUN, subject_of, tiny
 from .test_observe import explicit_maps, planted
@@ -63,13 +64,13 @@ def bytes_run(tmp_path_factory):
     import importlib
     import sys
 
-    from spikesink.errors import run
+    from spikesink.errors import cli
 
     out = tmp_path_factory.mktemp("bytes")
     old = sys.argv
     sys.argv = ["train.py", *SMALL_RUN, "--vocab_size=257", "--bos", "--dataset=stdlib", f"--out_dir={out}"]
     try:
-        run(importlib.import_module("train").main)
+        cli(importlib.import_module("train").main)
     finally:
         sys.argv = old
     return out / "ckpt.pt"
@@ -114,4 +115,4 @@ def test_compare_and_vocab_commands(cli, bytes_run, trained, tmp_path):
 
 
 def test_a_ratio_of_zero_medians_is_no_spike():
-    assert not metrics.SPIKE_RULES["ratio"].entries(torch.zeros(1, 8, 4)).any()
+    assert not SPIKE_RULES["ratio"].entries(torch.zeros(1, 8, 4)).any()

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 
-from spikesink import hf, planted, quantise
+from spikesink.edit import quantise
 from spikesink.errors import UserError
+from spikesink.measure import planted
+from spikesink.models import hf
 
 from .conftest import subject_of, tiny
 

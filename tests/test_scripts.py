@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from spikesink import checkpoint, findings, intervene, report
+from spikesink import files
+from spikesink.edit import interventions
+from spikesink.measure import findings
+from spikesink.models import checkpoint
+from spikesink.show import report
 
 from .conftest import ROOT, tiny
 from .test_probes import treebank
@@ -36,7 +40,7 @@ def test_findings_hold_the_promised_keys(detected, trained):
     assert found["schema"] == findings.SCHEMA
     assert found["checkpoint"] == {
         "path": str(trained),
-        "sha256": checkpoint.file_hash(trained),
+        "sha256": files.file_hash(trained),
         "step": 8,
         "tokens": 1024,
     }
@@ -112,7 +116,7 @@ def test_ablation_findings(cli, trained, tmp_path):
     assert code == 0, err
     found = json.loads(out.read_text())
     assert found["baseline"]["ppl"] == pytest.approx(np.exp(found["baseline"]["loss"]))
-    assert [row["name"] for row in found["interventions"]] == list(intervene.INTERVENTIONS)
+    assert [row["name"] for row in found["interventions"]] == list(interventions.INTERVENTIONS)
     for row in found["interventions"] + found["removals"]:
         for entry in (row, *row["control"]):
             assert entry["delta_loss"] == pytest.approx(entry["loss"] - found["baseline"]["loss"], abs=1e-9)
@@ -245,10 +249,10 @@ def test_checkpoint_that_is_not_one(cli, tmp_path):
         assert code == 2 and name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "mitigate.py"])
+@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "studies.mitigate"])
 def test_help(cli, script):
     code, out, _ = cli(script, "--help")
-    assert code == 0 and f"python {script}" in out
+    assert code == 0 and f"python {'-m ' * ('.' in script.removesuffix('.py'))}{script}" in out
 
 
 def test_training_on_an_unprepared_dataset_names_the_command():

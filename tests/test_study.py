@@ -14,10 +14,9 @@ import filelock
 import numpy as np
 import pytest
 
-import plan
 import study
-from spikesink import hypotheses, measures, statistics, study_report
 from spikesink.errors import UserError
+from studies import aggregate, hypotheses, jobs, measures, tables
 
 from .conftest import ROOT, SMALL_RUN
 
@@ -129,7 +128,7 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_same_table(whole, tmp_path)
 def small(tmp_path, toy_data):
     """A study file of two arms, one of which cannot but diverge."""
     keys = dict(option.removeprefix("--").split("=") for option in SMALL_RUN)
-    keys = {key: value for key, value in keys.items() if key not in plan.SET_HERE}
+    keys = {key: value for key, value in keys.items() if key not in jobs.SET_HERE}
     keys |= {"dataset": str(toy_data), "bos": True}
     wild = {"optimizer": "sgd", "learning_rate": 1e30, "grad_clip": 0.0}
     file = tmp_path / "small.py"
@@ -150,7 +149,7 @@ def test_divergence_is_a_result_and_what_is_done_is_not_done_again(small, tmp_pa
     assert all(row["step"] <= 3 and row["lr"] > 1e29 and row["loss"] is None for row in wild["seeds"])
     assert (wild["done"], wild["diverged"], wild["mean"], calm["done"]) == (0, 2, {}, 2)
     assert "| –, 1.5, 2 |" in (results_of(tmp_path, "small") / "table.md").read_text()
-    assert "2 done, 2 diverged" in out and "diverged at learning rate" in study_report.markdown(table)
+    assert "2 done, 2 diverged" in out and "diverged at learning rate" in tables.markdown(table)
 
     def refuse(*args):
         raise AssertionError("trained again")
@@ -209,8 +208,8 @@ def test_ranks_share_the_runs_out(small, tmp_path):
 
 def test_the_hash_of_the_code_is_of_what_it_does():
     code = 'def f(a):\n    """Doc."""\n    return a + 1  # why\n'
-    assert plan.statements(code) == plan.statements('"""Module."""\n\n\ndef f(\n    a,\n):\n    return (a + 1)')
-    assert plan.statements(code) != plan.statements(code.replace("+ 1", "+ 2"))
+    assert jobs.statements(code) == jobs.statements('"""Module."""\n\n\ndef f(\n    a,\n):\n    return (a + 1)')
+    assert jobs.statements(code) != jobs.statements(code.replace("+ 1", "+ 2"))
 
 
 def test_a_run_that_another_study_has_done_is_not_done_again(whole):
@@ -242,17 +241,19 @@ def test_dry_measures(small, cli, tmp_path):
 
 
 def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
-    asked = plan.read_study("configs/studies/optimiser.py", {})
-    jobs = plan.plan(asked, tmp_path, {"learning_rate": "1e-3", "max_iters": "100"}, "code")
-    by_arm = {job.arm: job.cfg for job in jobs}
+    asked = jobs.read_study("configs/studies/optimiser.py", {})
+    planned = jobs.plan(asked, tmp_path, {"learning_rate": "1e-3", "max_iters": "100"}, "code")
+    by_arm = {job.arm: job.cfg for job in planned}
     assert (by_arm["adamw"].learning_rate, by_arm["lr_quarter"].learning_rate, by_arm["muon"].max_iters) == (
         1e-3,
         5e-4,
         100,
     )
-    assert len({job.what for job in jobs}) == len(jobs) == 3 * len(asked.arms)
-    assert [job.seed for job in jobs[: len(asked.arms)]] == [1] * len(asked.arms)  # what is done first can be compared
-    own = [plan.settings(job.model, job.cfg) for job in jobs if job.arm in ("adamw", "decay_0")][:2]
+    assert len({job.what for job in planned}) == len(planned) == 3 * len(asked.arms)
+    assert [job.seed for job in planned[: len(asked.arms)]] == [1] * len(
+        asked.arms
+    )  # what is done first can be compared
+    own = [jobs.settings(job.model, job.cfg) for job in planned if job.arm in ("adamw", "decay_0")][:2]
     assert {key for key in own[0] if own[0][key] != own[1][key]} == {"weight_decay"}
 
 
@@ -290,35 +291,35 @@ def test_intervals_cover_what_they_say():
     rng = np.random.default_rng(0)
     draws = rng.normal(3.0, 2.0, (2000, 3))
     inside = lambda ci: ci[0] <= 3.0 <= ci[1]
-    t = np.mean([inside(statistics.interval(row)["ci95"]) for row in draws])
+    t = np.mean([inside(aggregate.interval(row)["ci95"]) for row in draws])
     boots = [row[rng.integers(0, 3, (200, 3))].mean(1) for row in draws]
     bootstrap = np.mean([inside(np.quantile(b, [0.025, 0.975])) for b in boots])
     assert abs(t - 0.95) < 0.015 and bootstrap < 0.85
-    logs = np.mean([inside([math.log(x) for x in statistics.interval(np.exp(row), "log")["ci95"]]) for row in draws])
+    logs = np.mean([inside([math.log(x) for x in aggregate.interval(np.exp(row), "log")["ci95"]]) for row in draws])
     assert abs(logs - 0.95) < 0.015
 
 
 def test_p_is_uniform_where_nothing_differs():
     rng = np.random.default_rng(0)
-    p = np.array([statistics.chance(row) for row in rng.normal(0.0, 1.0, (2000, 4))])
+    p = np.array([aggregate.chance(row) for row in rng.normal(0.0, 1.0, (2000, 4))])
     assert abs((p < 0.05).mean() - 0.05) < 0.015 and abs(np.median(p) - 0.5) < 0.05
-    assert statistics.chance([1.0, 2.0]) is None
-    assert (statistics.chance([1.0, 1.0, 1.0]), statistics.chance([0.0, 0.0, 0.0])) == (0.0, 1.0)
+    assert aggregate.chance([1.0, 2.0]) is None
+    assert (aggregate.chance([1.0, 1.0, 1.0]), aggregate.chance([0.0, 0.0, 0.0])) == (0.0, 1.0)
 
 
 def test_intervals_by_hand():
-    found = statistics.interval([1.0, 2.0, 3.0, None])
+    found = aggregate.interval([1.0, 2.0, 3.0, None])
     half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom
     assert found == {"n": 3, "mean": 2.0, "ci95": pytest.approx([2 - half, 2 + half])}
-    assert statistics.interval([0.9, 1.0, 0.95], "share")["ci95"][1] == 1.0
-    assert statistics.interval([1.0, 100.0], "log") == {"n": 2, "mean": pytest.approx(10.0), "ci95": None}
-    assert statistics.interval([0.0, 100.0, 10.0], "log") == {"n": 3, "mean": 0.0, "ci95": None}
-    assert statistics.interval([None]) == {"n": 0, "mean": None, "ci95": None}
-    assert study_report.cell(statistics.interval([0.25, None, None]), "Sink_1", 3) == "25.0% (1 of 3)"
+    assert aggregate.interval([0.9, 1.0, 0.95], "share")["ci95"][1] == 1.0
+    assert aggregate.interval([1.0, 100.0], "log") == {"n": 2, "mean": pytest.approx(10.0), "ci95": None}
+    assert aggregate.interval([0.0, 100.0, 10.0], "log") == {"n": 3, "mean": 0.0, "ci95": None}
+    assert aggregate.interval([None]) == {"n": 0, "mean": None, "ci95": None}
+    assert tables.cell(aggregate.interval([0.25, None, None]), "Sink_1", 3) == "25.0% (1 of 3)"
     base = {1: 10.0, 2: 20.0, 3: 40.0, 4: 7.0}
-    assert statistics.paired({s: 2 * x for s, x in base.items() if s < 4}, base, "log")["ci95"] == pytest.approx([2, 2])
-    assert statistics.paired({1: 11.0, 2: 21.0, 3: None}, base)["mean"] == 1.0
-    shares = statistics.paired({1: 0.0, 2: 0.1, 3: 0.0}, {1: 0.7, 2: 1.0, 3: 1.0}, "share")
+    assert aggregate.paired({s: 2 * x for s, x in base.items() if s < 4}, base, "log")["ci95"] == pytest.approx([2, 2])
+    assert aggregate.paired({1: 11.0, 2: 21.0, 3: None}, base)["mean"] == 1.0
+    shares = aggregate.paired({1: 0.0, 2: 0.1, 3: 0.0}, {1: 0.7, 2: 1.0, 3: 1.0}, "share")
     assert shares["mean"] == pytest.approx(-2.6 / 3) and shares["ci95"][0] == -1.0
 
 
@@ -335,17 +336,17 @@ def run_of(seed, loss, course=(), **numbers):
 
 def test_at_equal_loss_the_better_run_is_taken_earlier():
     good, bad = run_of(1, 1.0, (3.0, 2.0, 1.5, 1.0)), run_of(1, 1.9, (4.0, 3.0, 2.5, 1.9))
-    assert [point["step"] for point in statistics.at_equal_loss(good, bad)] == [30, 40]
-    assert [point["step"] for point in statistics.at_equal_loss(bad, good)] == [40, 30]
-    equal, at = statistics.compare([bad], [good])
+    assert [point["step"] for point in aggregate.at_equal_loss(good, bad)] == [30, 40]
+    assert [point["step"] for point in aggregate.at_equal_loss(bad, good)] == [40, 30]
+    equal, at = aggregate.compare([bad], [good])
     assert equal["loss"]["mean"] == pytest.approx(0.9)
     assert (at["step"], at["baseline_step"], at["measures"]["loss"]["mean"]) == (40, 30, pytest.approx(0.4))
 
 
 def test_onset_is_where_it_stays():
     course = [{"step": s, "measures": {"best head": x}} for s, x in ((0, 0.0), (1, 0.9), (2, None), (3, 0.6), (4, 1.0))]
-    assert statistics.onset(course, "best head") == 3
-    assert statistics.onset(course[:3], "best head") is None
+    assert aggregate.onset(course, "best head") == 3
+    assert aggregate.onset(course[:3], "best head") is None
 
 
 def test_interactions_are_what_is_beyond_the_sum():
@@ -359,7 +360,7 @@ def test_interactions_are_what_is_beyond_the_sum():
         "b": arm({"gate": "head"}, (0.8, 1.8, 2.8)),
         "ab": arm({"norm_place": "post", "gate": "head"}, (2.3, 3.3, 4.3)),
     }
-    found = statistics.interactions(arms, "base")
+    found = aggregate.interactions(arms, "base")
     assert list(found) == ["a and b"]
     assert found["a and b"]["loss"]["mean"] == pytest.approx(1.0)
     assert found["a and b"]["kurtosis"]["mean"] == pytest.approx(math.e)
@@ -376,10 +377,10 @@ def planted(arms, asked=("H1", "H2", "H3", "H4", "H5", "H6", "H7")):
             run_of(seed, 1.0, (1.0,), **{m: x * (1 + 0.01 * (seed - 2)) for m, x in numbers.items()})
             for seed in (1, 2, 3)
         ]
-        made[name] = {"changes": changes, "seeds": seeds, **statistics.arm_summary(seeds)}
+        made[name] = {"changes": changes, "seeds": seeds, **aggregate.arm_summary(seeds)}
     for arm in made.values():
         if arm is not made[base]:
-            arm["difference"], arm["equal_loss"] = statistics.compare(arm["seeds"], made[base]["seeds"])
+            arm["difference"], arm["equal_loss"] = aggregate.compare(arm["seeds"], made[base]["seeds"])
     config = {"norm_place": "pre"}
     return {"arms": made, "baseline": base, "asked": asked, "config": config, "measured": {"seq_len": 64}}
 
@@ -447,8 +448,8 @@ def test_verdicts_without_evidence():
     table = planted(arms)
     for arm in table["arms"].values():
         arm["seeds"] = arm["seeds"][:2]
-        arm |= statistics.arm_summary(arm["seeds"])
-    table["arms"]["relu"]["difference"], _ = statistics.compare(
+        arm |= aggregate.arm_summary(arm["seeds"])
+    table["arms"]["relu"]["difference"], _ = aggregate.compare(
         table["arms"]["relu"]["seeds"], table["arms"]["pre"]["seeds"]
     )
     assert set(verdicts(table).values()) == {"underpowered"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.loader import Tokens
-from spikesink import checkpoint
+from spikesink.models import checkpoint
 from train import cpp_compiler
 
 from .conftest import ROOT, SMALL_RUN, same
@@ -265,11 +265,11 @@ def test_init_from_a_hugging_face_folder_and_a_checkpoint(train, tmp_path, cli, 
 
 
 def test_arms_table(cli, toy_data):
-    code, out, err = cli("arms.py", "postnorm", "muon", "registers", "--steps=2", f"--dataset={toy_data}")
+    code, out, err = cli("benchmarks.arms", "postnorm", "muon", "registers", "--steps=2", f"--dataset={toy_data}")
     assert code == 0, err
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == ["arm", "postnorm", "muon", "registers"]
-    code, out, _ = cli("arms.py", "postnorm", "--steps=1", f"--dataset={toy_data}", "--markdown")
+    code, out, _ = cli("benchmarks.arms", "postnorm", "--steps=1", f"--dataset={toy_data}", "--markdown")
     assert "| `postnorm` | `norm_place='post'` |" in out
 
 
@@ -366,7 +366,7 @@ def test_replay_names_the_window_that_spoils_a_batch(train, tmp_path, toy_data):
 
 
 def test_a_loss_that_stands_out_is_noted_with_its_windows():
-    from spikesink.log import LossWatch
+    from trainer.log import LossWatch
 
     generator = torch.Generator().manual_seed(0)
     losses = (3 + 0.1 * torch.randn(400, generator=generator)).tolist()
@@ -420,7 +420,7 @@ def test_tensorboard_holds_the_log(train, tmp_path):
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
-    from spikesink.log import JsonLines
+    from trainer.log import JsonLines
 
     log = JsonLines(tmp_path / "log.jsonl")
     log.write({"step": 1})

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 from data.writer import finish_dataset
-from spikesink.errors import Flags, UserError, run
+from spikesink.errors import Flags, UserError, cli
 
 LENGTH = 64  # characters after BOS; train with block_size=64
 ALPHABET = 63
@@ -82,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -13,8 +13,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 from data.archive import members
-from spikesink.checkpoint import write_atomic
-from spikesink.errors import Flags, UserError, run
+from spikesink.errors import Flags, UserError, cli
+from spikesink.files import write_atomic
 
 URL = "https://github.com/alexwarstadt/blimp/archive/refs/heads/master.zip"
 KEPT = ("UID", "field", "linguistics_term", "sentence_good", "sentence_bad")
@@ -50,4 +50,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

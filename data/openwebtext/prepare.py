@@ -14,10 +14,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.tokenizer import GPT2Tokenizer
 from data.writer import DatasetWriter, progress
-from spikesink.errors import Flags, UserError, run
-from spikesink.hf import hub_answers
+from spikesink.errors import Flags, UserError, cli
+from spikesink.models.hf import hub_answers
+from spikesink.text.tokenizers import GPT2Tokenizer
 
 NAME, CONFIG, REVISION = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
 ROWS = 8_013_769
@@ -86,4 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

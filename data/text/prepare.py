@@ -18,9 +18,9 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.tokenizer import GPT2_SIZE, TOKENIZERS, split_documents
 from data.writer import DatasetWriter, progress
-from spikesink.errors import Flags, UserError, run
+from spikesink.errors import Flags, UserError, cli
+from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, split_documents
 
 PIECE = 2**16  # characters
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
@@ -116,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -12,8 +12,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 from data.archive import members
-from spikesink.checkpoint import write_atomic
-from spikesink.errors import Flags, UserError, run
+from spikesink.errors import Flags, UserError, cli
+from spikesink.files import write_atomic
 
 URL = "https://github.com/UniversalDependencies/UD_English-EWT/archive/refs/heads/master.zip"
 SPLITS = ("train", "dev", "test")
@@ -47,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -13,10 +13,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.tokenizer import GPT2Tokenizer
 from data.writer import DatasetWriter, progress
-from spikesink.errors import Flags, UserError, run
-from spikesink.hf import hub_answers
+from spikesink.errors import Flags, UserError, cli
+from spikesink.models.hf import hub_answers
+from spikesink.text.tokenizers import GPT2Tokenizer
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 HEADING = re.compile(r" = [^=].* = \n")
@@ -73,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

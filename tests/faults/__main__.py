@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from spikesink import checkpoint
+from spikesink import files
 from train import provenance
 
 from .scenarios import FAULTS
@@ -42,7 +42,7 @@ def main():
             f"{platform.machine()}, commit {commit}"
         )
         text = f"{(Path(__file__).parent / 'table.md').read_text()}\n{about}\n\n{table}\n"
-        checkpoint.write_atomic(args.write, lambda file: file.write(text.encode()))
+        files.write_atomic(args.write, lambda file: file.write(text.encode()))
     raise SystemExit(1 if failed else 0)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
-from spikesink.errors import run
+from spikesink.errors import cli
 from tests.faults.harms import BeforeStep, kill
 
 if os.environ["RANK"] == os.environ["KILL_RANK"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     BeforeStep(int(os.environ["KILL_STEP"]), kill)()
-run(train.main)
+cli(train.main)

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from spikesink import checkpoint
+from spikesink.models import checkpoint
+from trainer import checkpoints
 
 from .harms import (
     BeforeStep,
@@ -101,9 +102,9 @@ def kill_between_micro_batches(fresh, n):
 @fault("disk full (tmpfs) from some checkpoint on")
 def disk_full(fresh, n):
     size = fresh("size").reference.joinpath("ckpt.pt").stat().st_size // 1024
-    for checkpoints in (0.5, 1.5, 2.5):
+    for room in (0.5, 1.5, 2.5):
         world = fresh("disk_full")
-        with small_disk(world.out, int(size * checkpoints) + 16) as mounted:
+        with small_disk(world.out, int(size * room) + 16) as mounted:
             if not mounted:
                 return
             _, err = (process := world.start()).wait()
@@ -111,7 +112,7 @@ def disk_full(fresh, n):
             assert process.process.exitcode == 2 and "Traceback" not in err, err
             assert all("No space left on device" in line for line in lines), err
             assert all("training goes on" in line for line in lines[:-1]) and lines[-1].startswith("error: "), err
-            for path in checkpoint.Checkpoints(world.out).all().values():
+            for path in checkpoints.Checkpoints(world.out).all().values():
                 checkpoint.load(path)  # what is there is whole
             remount(world.out, f"size={size * 20}k")
             world.go_on(saves_failed=True)
@@ -204,7 +205,7 @@ def hash_removed(fresh, n):
 def all_damaged(fresh, n):
     world = fresh("all_damaged")
     world.halfway()
-    paths = list(checkpoint.Checkpoints(world.out).all().values())
+    paths = list(checkpoints.Checkpoints(world.out).all().values())
     for path in paths:
         os.truncate(path, 1000)
     before = {path: path.read_bytes() for path in world.out.rglob("*") if path.is_file()}
@@ -283,7 +284,7 @@ def clock(fresh, n):
     world.run("--tensorboard=True", harm=BeforeStep(5, turn_clock_back))
     world.is_the_reference()
     (world.out / "ckpt-00000024.pt").unlink()
-    for number, path in enumerate(checkpoint.Checkpoints(world.out).all().values()):
+    for number, path in enumerate(checkpoints.Checkpoints(world.out).all().values()):
         os.utime(path, (10**9 - number, 10**9 - number))  # the newest has the oldest date
     world.go_on()
     yield world

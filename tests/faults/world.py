@@ -18,8 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from spikesink import checkpoint
+from spikesink.models import checkpoint
 from tests.conftest import SMALL_RUN, same, write_toy
+from trainer import checkpoints
 
 RUN = [*SMALL_RUN, "--max_iters=24", "--lr_decay_iters=24", "--eval_interval=4", "--keep_every=8", "--dropout=0.1"]
 
@@ -120,7 +121,7 @@ class World:
 
         What was saved must not have been lost: AssertionError, unless saves had failed.
         """
-        steps = [int(path.stem[5:]) for path in checkpoint.Checkpoints(self.out).all().values()]
+        steps = [int(path.stem[5:]) for path in checkpoints.Checkpoints(self.out).all().values()]
         log = self.out / "log.jsonl"
         trained = log.read_bytes().count(b"\n") if log.exists() else 0
         saves = max(0, (trained - 1) // self.save_interval - self.asynchronous)  # that were done before the last row
@@ -133,7 +134,7 @@ class World:
     @property
     def again(self):
         """The flag to start once more."""
-        return "--resume" if checkpoint.Checkpoints(self.out).any() else "--overwrite"
+        return "--resume" if checkpoints.Checkpoints(self.out).any() else "--overwrite"
 
     def is_the_reference(self):
         """Asserts that weights, optimiser, loss watch and log are bitwise those of the undisturbed run."""
@@ -149,7 +150,7 @@ class World:
 
     def newest(self):
         """The file of the newest checkpoint."""
-        return list(checkpoint.Checkpoints(self.out).all().values())[-1]
+        return list(checkpoints.Checkpoints(self.out).all().values())[-1]
 
 
 def log_of(folder):

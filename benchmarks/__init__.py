@@ -1,0 +1,1 @@
+"""Time, memory and power, beside named baselines."""

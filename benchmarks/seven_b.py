@@ -1,0 +1,190 @@
+"""detect.py on a model of Llama-2-7B's shape, in less memory than half of its float32 weights.
+
+  python results/seven_b.py          about 15 minutes on 2 cores, 13.5 GB of disk
+  python results/seven_b.py --layers=8 --hidden=1024 --ffn=2752 --vocab=4000 --max_memory=1 --out=small.md   to try it
+
+The weights are random, in bfloat16 shards, but for a spike planted as Sun et al. describe it: in one early gated FFN
+one unit answers to one token alone, quadratically, and writes to one channel. Linux only (/proc).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+LAYER, TOKEN, CHANNEL = 1, 7, 11  # of the planted spike
+N_SEQ, SEQ_LEN = 8, 64
+
+
+def write_model(folder, layers, hidden, ffn, vocab):
+    """Writes a random Llama with the planted spike, a shard per block, so that only one is ever in memory."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=hidden // 128,
+        intermediate_size=ffn,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    blocks = {}
+    for name in shapes:
+        blocks.setdefault(re.match(r"model\.layers\.\d+|", name)[0], []).append(name)
+    draw = torch.Generator().manual_seed(0)
+    place = {}
+    for i, names in enumerate(sorted(blocks.values())):
+        tensors = {name: random_weight(name, shapes[name], layers, draw) for name in names}
+        if "model.embed_tokens.weight" in tensors:
+            direction = tensors["model.embed_tokens.weight"][TOKEN] / hidden**0.5
+        if f"model.layers.{LAYER}.mlp.gate_proj.weight" in tensors:
+            plant(
+                {part: tensors[f"model.layers.{LAYER}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")},
+                direction,
+            )
+        file = f"model-{i + 1:05d}-of-{len(blocks):05d}.safetensors"
+        save_file({name: x.bfloat16() for name, x in tensors.items()}, folder / file, metadata={"format": "pt"})
+        place.update(dict.fromkeys(names, file))
+    index = {"metadata": {}, "weight_map": place}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def random_weight(name, shape, layers, draw):
+    """A weight (out, in), or a norm's gain of ones. Embeddings are of size one and updates small beside them, so that
+    a token is still known by its direction when the planted FFN reads it."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = 1.0 if "embed_tokens" in name else shape[1] ** -0.5
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= (2 * layers) ** 0.5
+    return torch.empty(shape).normal_(0.0, std, generator=draw)
+
+
+def plant(ffn, direction):
+    """Makes unit 0 of the FFN answer to `direction` (C,), and write to CHANNEL."""
+    ffn["gate"][0] = ffn["up"][0] = direction
+    ffn["down"][CHANNEL, 0] = 0.5
+
+
+def write_ids(path, vocab):
+    """Random ids, with the token of the spike first in every second sequence, and at place 20 in every third."""
+    ids = np.random.default_rng(0).integers(TOKEN + 1, vocab, (N_SEQ, SEQ_LEN))
+    ids[::2, 0] = ids[::3, 20] = TOKEN
+    np.save(path, ids)
+
+
+def measured(command):
+    """Runs a command. Returns its seconds, its peak of memory of its own and with mapped files (GiB), its output."""
+    start = time.perf_counter()
+    anonymous = peak = 0
+    with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, cwd=ROOT, stdout=out) as process:
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            sizes = {key: int(value) for key, value in re.findall(r"(RssAnon|VmHWM):\s+(\d+) kB", status)}
+            anonymous = max(anonymous, sizes.get("RssAnon", 0) / 2**20)
+            peak = max(peak, sizes.get("VmHWM", 0) / 2**20)
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            sys.exit(f"{' '.join(map(str, command))} failed with exit code {process.returncode}")
+        out.seek(0)
+        return seconds, anonymous, peak, out.read()
+
+
+def plain(folder, tokens, max_memory):
+    """What a forward pass takes that nothing observes, opened as detect.py opens it."""
+    from spikesink.models import disk_weights, hf
+
+    model = hf.open_model(folder, room=disk_weights.room(max_memory))
+    ids = torch.from_numpy(np.load(tokens))
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(ids)
+    print(time.perf_counter() - start)
+
+
+def report(args, rows, found, size, command):
+    """The results file's text."""
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    dissected = found["anatomy"]
+    step, channel, form = dissected["step_up"], dissected["channels"][0], dissected["quadratic_form"]["channels"][0]
+    table = "\n".join(f"| {name} | {s:.0f} | {own:.2f} | {peak:.2f} |" for name, s, own, peak in rows)
+    return f"""# detect.py at the shape of a 7B model
+
+    {command}
+
+Commit {commit.decode().strip()}, torch {torch.__version__}, transformers {transformers.__version__}, {args.machine}.
+A Llama of {args.layers} layers, width {args.hidden}, FFN {args.ffn}, vocabulary {args.vocab}:
+{found["model"]["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
+Random weights with a planted spike; {N_SEQ} sequences of {SEQ_LEN} tokens.
+
+| run | seconds | peak memory, GiB | with pages of mapped files, GiB |
+|---|---|---|---|
+{table}
+
+Every pass reads the weights from their files and turns them into float32, a module at a time. detect.py makes 4 passes
+over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls, of which
+`init` is left out: {found["nulls"]["init"]["skipped"]}.
+Its seconds include the SHA-256 of the weights.
+
+Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel["channel"]}, by {step["kind"]} \
+{step["layer"]} for {step["tokens"]:.0%} of {dissected["tokens"]} tokens, |h| {abs(channel["value"]):.0f};
+the FFN's quadratic form of that channel is {form["norm"]:.3g} times the median one,
+and {form["dominance"]:.0%} of it is of rank one.
+"""
+
+
+def main():
+    """Writes, runs, reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 32), ("hidden", 4096), ("ffn", 11008), ("vocab", 32000), ("max_memory", 10)):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
+    parser.add_argument("--folder", help="an empty folder for the weights, deleted afterwards (default: in TMPDIR)")
+    parser.add_argument(
+        "--machine",
+        default=f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        help="what the results file calls it",
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "results/seven_b.md")
+    parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)  # of the forward pass's own process
+    args = parser.parse_args()
+    if args.plain:
+        return plain(*args.plain, args.max_memory)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder, tokens, memory = Path(name), Path(name, "ids.npy"), f"--max_memory={args.max_memory}"
+        write_model(folder, args.layers, args.hidden, args.ffn, args.vocab)
+        write_ids(tokens, args.vocab)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        detect = [sys.executable, "detect.py", folder, f"--tokens={tokens}", memory]
+        seconds, own, peak, out = measured([sys.executable, __file__, memory, "--plain", folder, tokens])
+        rows = [("opening, and a forward pass that nothing observes", seconds, own, peak)]
+        rows += [("the forward pass alone", float(out), own, peak)]
+        rows += [("`detect.py`", *measured(detect)[:3])]
+        found = json.loads((folder / "detect.json").read_text())
+    text = report(args, rows, found, size, f"python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}")
+    args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

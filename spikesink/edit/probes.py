@@ -1,0 +1,415 @@
+"""What a model knows of language, under any intervention: minimal pairs, and linear probes on its frozen states.
+
+`conditions` maps names to functions (ids (B, T), numbers of the sequences (B,)) -> context manager under which the
+model runs; the first is the model left alone, which the others are compared with. `reader` says how the model reads
+text: `tokenizer.encode(texts)`, the special tokens `before` and `after` a text, the longest sequence `block_size`.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..hooks import on_streams
+from ..measure import metrics
+from ..models.subject import batches
+from ..text.sequences import PADDING
+
+RESAMPLES = 1000  # of every bootstrap
+FEWEST = 100  # words, to train and to test
+RIDGE = 100.0  # the probes' penalty: a few percent of what a standardised feature sums to over the training words
+
+# ------------------------------------------------------------------------------------------ minimal pairs
+
+
+class Pair(NamedTuple):
+    """Two sentences, of which one is grammatical."""
+
+    good: str
+    bad: str
+    phenomenon: str
+    field: str
+
+
+def minimal_pairs(path, per_paradigm, seed=0):
+    """BLiMP's pairs (Warstadt et al. 2020): of each paradigm in blimp.jsonl, `per_paradigm` drawn at random."""
+    paradigms = {}
+    for pair in map(json.loads, read_lines(path)):
+        field = pair["field"].replace("/", "_")  # the release writes syntax_semantics in two ways
+        kept = Pair(pair["sentence_good"], pair["sentence_bad"], pair["linguistics_term"], field)
+        paradigms.setdefault(pair["UID"], []).append(kept)
+    rng = np.random.default_rng(seed)
+    draw = lambda pairs: rng.choice(len(pairs), min(per_paradigm, len(pairs)), replace=False)
+    return [paradigms[uid][i] for uid in sorted(paradigms) for i in sorted(draw(paradigms[uid]))]
+
+
+def read_lines(path):
+    """The lines of a file. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def blimp(subject, reader, pairs, conditions, batch_size=64):
+    """Accuracy on minimal pairs under every condition; the findings' entry, a dict.
+
+    A pair is right if its good sentence has strictly more log-probability, summed over tokens. Raises UserError for a
+    model that does not predict the next token of a text.
+    """
+    if subject.shift != 1:
+        raise UserError("BLiMP asks for the probability of a sentence, which only a model of the next token gives")
+    encoded = [frame(reader, ids) for ids in reader.tokenizer.encode([s for p in pairs for s in (p.good, p.bad)])]
+    fit = [max(map(len, encoded[2 * i : 2 * i + 2])) <= reader.block_size for i in range(len(pairs))]
+    kept = [pair for pair, fits in zip(pairs, fit, strict=True) if fits]
+    if not kept:
+        raise UserError(f"no pair of BLiMP fits into the model's {reader.block_size} tokens")
+    ids = padded([ids for i, ids in enumerate(encoded) if fit[i // 2]])
+    scores = {name: torch.zeros(len(ids), 2, dtype=torch.float64) for name in conditions}  # sum, mean over tokens
+    for rows, batch in tqdm([*batches(ids, batch_size)], desc="blimp", disable=None, leave=False):
+        for name, condition in conditions.items():
+            with condition(batch, rows):
+                losses = subject.losses(batch).double()
+            scores[name][rows] = -torch.stack((losses.sum(1), losses.mean(1)), dim=1)
+    right = {name: (s.view(-1, 2, 2)[:, 0] > s.view(-1, 2, 2)[:, 1]).double() for name, s in scores.items()}
+    clean = next(iter(right.values()))
+    return {
+        "normalisation": "a sentence's score is the sum of log p over its tokens, as in Warstadt et al. 2020",
+        "pairs": len(kept),
+        "left_out": len(pairs) - len(kept),
+        "conditions": [
+            {
+                "name": name,
+                **_accuracy(of[:, 0], clean[:, 0]),
+                "accuracy_per_token": of[:, 1].mean().item(),
+                "by_field": _by(kept, "field", of[:, 0], clean[:, 0]),
+                "by_phenomenon": _by(kept, "phenomenon", of[:, 0], clean[:, 0]),
+            }
+            for name, of in right.items()
+        ],
+    }
+
+
+def _accuracy(right, clean):
+    """Accuracy, and its paired change, of pairs (N,) that are right (1) or not (0)."""
+    change = right - clean
+    return {
+        "n": len(right),
+        "accuracy": right.mean().item(),
+        "ci95": metrics.rate_ci(right),
+        "change": change.mean().item(),
+        "change_ci95": metrics.bootstrap_ci(lambda i: change[i].mean().item(), len(change)),
+    }
+
+
+def _by(pairs, key, right, clean):
+    groups = {name: [getattr(pair, key) == name for pair in pairs] for name in sorted({getattr(p, key) for p in pairs})}
+    return {name: _accuracy(right[where], clean[where]) for name, where in groups.items()}
+
+
+def frame(reader, ids):
+    """A text's ids between the special tokens, as a list."""
+    return [*reader.before, *map(int, ids), *reader.after]
+
+
+def padded(rows):
+    """Lists of ids -> (N, T), PADDING after the shorter ones."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [PADDING] * (longest - len(row)) for row in rows])
+
+
+# ------------------------------------------------------------------------------------------- linear probes
+
+
+class Sentence(NamedTuple):
+    """A sentence of a treebank; heads count from 0, -1 for the root."""
+
+    words: list[str]  # with the space before them, if there is one
+    tags: list[str]  # universal part of speech
+    heads: list[int]
+    relations: list[str]  # to the head, without subtypes
+
+
+def sentences(path, n, seed=0):
+    """`n` random sentences of a CoNLL-U file. Raises UserError."""
+    import conllu
+
+    blocks = [block for block in "".join(read_lines(path)).split("\n\n") if block.strip()]
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in sorted(rng.choice(len(blocks), min(n, len(blocks)), replace=False)):
+        try:
+            found += [_sentence(tokens) for tokens in conllu.parse(blocks[i])]
+        except (conllu.exceptions.ParseException, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not CoNLL-U: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def _sentence(tokens):
+    words, spaced, until = [], False, {}
+    for token in tokens:
+        glued = (token["misc"] or {}).get("SpaceAfter") == "No"
+        if isinstance(token["id"], tuple):  # 3-4 don't: its words are glued to each other; 8.1: elided, no word
+            if token["id"][1] == "-":
+                until = {i: False for i in range(token["id"][0], token["id"][2])} | {token["id"][2]: not glued}
+            continue
+        words.append((" " if spaced else "") + token["form"])
+        spaced = until.get(token["id"], not glued)
+    own = [token for token in tokens if isinstance(token["id"], int)]
+    return Sentence(
+        words,
+        [token["upos"] for token in own],
+        [token["head"] - 1 for token in own],
+        [token["deprel"].split(":")[0] for token in own],
+    )
+
+
+class Words(NamedTuple):
+    """The words of sentences that fit into the model, all in a row, and where their tokens are."""
+
+    ids: torch.Tensor  # (N, T)
+    of_token: torch.Tensor  # (N, T): the number of the word that a token is of, -1 for none
+    sentence: np.ndarray  # of each word
+    index: np.ndarray  # of each word, in its sentence
+
+
+def words_of(reader, read):
+    """Each word encoded by itself, with the space before it; what does not fit into the model is left out.
+
+    Raises UserError if nothing fits.
+    """
+    pieces = iter(reader.tokenizer.encode([word for sentence in read for word in sentence.words]))
+    rows, numbers, where = [], [], []
+    room = reader.block_size - len(reader.before) - len(reader.after)
+    for n, sentence in enumerate(read):
+        ids, number, full = [], [], False
+        for i in range(len(sentence.words)):
+            piece = [int(token) for token in next(pieces)]
+            full = full or len(ids) + len(piece) > room
+            if not full and piece:
+                number += [len(where)] * len(piece)
+                ids += piece
+                where.append((n, i))
+        if not ids:
+            continue
+        rows.append(frame(reader, ids))
+        numbers.append([-1] * len(reader.before) + number + [-1] * len(reader.after))
+    if not rows:
+        raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
+    longest = max(map(len, rows))
+    of_token = torch.tensor([row + [-1] * (longest - len(row)) for row in numbers])
+    sentence, index = np.array(where).T
+    return Words(padded(rows), of_token, sentence, index)
+
+
+@torch.no_grad()
+def states(subject, words, conditions, batch_size=64):
+    """The state of each word after every tap under every condition: {name: (taps, words, C)}, means over its tokens."""
+    front = subject.n_register + (subject.start is not None)  # what the streams have before the first token
+    count = words.of_token[words.of_token >= 0].bincount(minlength=len(words.index))
+    found = {name: [None] * len(subject.streams) for name in conditions}
+    for rows, batch in tqdm([*batches(words.ids, batch_size)], desc="states", disable=None, leave=False):
+        number = words.of_token[rows, : batch.size(1)]
+
+        def pool(into, index, number=number, batch=batch):
+            def function(x):
+                x = x.detach().float().view(len(batch), -1, x.size(-1))[:, front:].cpu()
+                of = number[:, : x.size(1)]
+                if into[index] is None:
+                    into[index] = torch.zeros(len(words.index), x.size(-1))
+                into[index].index_add_(0, of[of >= 0], x[of >= 0])
+
+            return function
+
+        for name, condition in conditions.items():
+            functions = [pool(found[name], i) for i in range(len(subject.streams))]
+            with condition(batch, rows), on_streams(subject.streams, functions):
+                subject.losses(batch)
+    return {name: torch.stack(of) / count[:, None] for name, of in found.items()}
+
+
+class Task(NamedTuple):
+    """A classification of words or of pairs of words, beside its control."""
+
+    first: np.ndarray  # (K,), number of the word
+    second: np.ndarray | None  # of the other word
+    label: np.ndarray  # (K,), class
+    control: np.ndarray  # (K,), class of the control task
+
+
+def drawn(text, seed=0):
+    """A number in [0, 1) that is a fixed random function of a text."""
+    digest = hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+class Labels:
+    """Labels -> classes, commonest first; and the control task of Hewitt & Liang 2019: of each word type, always the
+    same label, drawn from the labels' distribution."""
+
+    def __init__(self, labels):
+        counts = Counter(labels).most_common()
+        self.names = {name: i for i, (name, _) in enumerate(counts)}
+        self.upto = np.cumsum([count for _, count in counts]) / len(labels)
+
+    def classes(self, labels):
+        """int64 (K,); -1 for a label that was never seen, which no probe can get right."""
+        return np.array([self.names.get(label, -1) for label in labels], dtype=np.int64)
+
+    def control(self, types):
+        """int64 (K,): the class drawn for each word type."""
+        return np.array([np.searchsorted(self.upto, drawn(word), side="right") for word in types], dtype=np.int64)
+
+
+def tasks_of(read, words, train, seed=0):
+    """The tasks on the words of sentences; `train`: bool (words,), those that labels and offsets are learned from.
+
+    pos: a word's universal tag. label: its relation to its head, the control by its own type. edge: is the second word
+    the head of the first? Against another word of the sentence, its offset drawn from those of true heads, so that
+    distance alone does not tell; the control is a coin for each pair of types.
+    """
+    number = {where: k for k, where in enumerate(zip(words.sentence.tolist(), words.index.tolist(), strict=True))}
+    type_of = [read[n].words[i].strip().lower() for n, i in number]
+    tags = [read[n].tags[i] for n, i in number]
+    heads = [number.get((n, read[n].heads[i]), -1) for n, i in number]
+    relations = [read[n].relations[i] for n, i in number]
+    everyone = np.arange(len(number))
+    linked = everyone[np.array(heads) >= 0]
+    head = np.array(heads)[linked]
+
+    of_tags = Labels([tags[k] for k in everyone[train]])
+    of_relations = Labels([relations[k] for k in linked[train[linked]]])
+    rng = np.random.default_rng(seed)
+    offsets = (head - linked)[train[linked]]
+    others = np.array([_other_word(k, h, words.sentence, offsets, rng) for k, h in zip(linked, head, strict=True)])
+    has = others >= 0
+    first, second = np.concatenate((linked[has], linked[has])), np.concatenate((head[has], others[has]))
+    coin = [drawn(f"{type_of[a]} {type_of[b]}") < 0.5 for a, b in zip(first, second, strict=True)]
+    pick = lambda values, which: [values[k] for k in which]
+    return {
+        "pos": Task(everyone, None, of_tags.classes(tags), of_tags.control(type_of)),
+        "edge": Task(first, second, np.repeat([1, 0], has.sum()), np.array(coin, dtype=np.int64)),
+        "label": Task(
+            linked, head, of_relations.classes(pick(relations, linked)), of_relations.control(pick(type_of, linked))
+        ),
+    }
+
+
+def _other_word(word, head, sentence, offsets, rng, tries=20):
+    """A word of the same sentence, neither itself nor its head, at an offset that heads have; -1 without luck."""
+    for other in word + rng.choice(offsets, tries):
+        if 0 <= other < len(sentence) and sentence[other] == sentence[word] and other not in (word, head):
+            return other
+    return -1
+
+
+# what a probe sees of one word's state, or of two
+FEATURES = {
+    "pos": lambda a, b: a,
+    "edge": lambda a, b: np.concatenate((a, b, a * b), axis=1),  # a map of (a, b) alone could not compare them
+    "label": lambda a, b: np.concatenate((a, b), axis=1),
+}
+
+
+def right_of(task, features, train):
+    """Which test examples a probe and its control's probe get right: (K_test, 2).
+
+    One least-squares classifier (ridge on one-hot classes) for both, retrained here; features standardised on `train`.
+    """
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    both = np.stack((task.label, task.control), axis=1)
+    classes = [both[train], both[~train]]
+    sizes = classes[0].max(axis=0) + 1
+    hot = np.concatenate(
+        [np.eye(size, dtype=np.float32)[column] for size, column in zip(sizes, classes[0].T, strict=True)], axis=1
+    )
+    scaler = StandardScaler().fit(features[train])
+    probe = Ridge(RIDGE).fit(scaler.transform(features[train]), hot)
+    scores = np.split(probe.predict(scaler.transform(features[~train])), [sizes[0]], axis=1)
+    guesses = np.stack([score.argmax(axis=1) for score in scores], axis=1)
+    return (guesses == classes[1]).astype(np.float64)
+
+
+def linear(subject, reader, train, test, conditions, batch_size=64):
+    """Linear probes on the states after every tap under every condition; the findings' entry, a dict.
+
+    `train`, `test`: lists of Sentences. A probe is trained anew under each condition: is the information still there,
+    linearly? Selectivity is accuracy minus that of a control task (Hewitt & Liang 2019). Intervals: bootstrap over test
+    sentences, paired with the first condition.
+    """
+    read = [*train, *test]
+    words = words_of(reader, read)
+    in_train = words.sentence < len(train)
+    if min(in_train.sum(), (~in_train).sum()) < FEWEST:
+        raise UserError(f"fewer than {FEWEST} words of the treebank fit into the model: nothing can be probed")
+    tasks = tasks_of(read, words, in_train)
+    tasks = {key: task for key, task in tasks.items() if len(set(in_train[task.first])) == 2}  # has both splits
+    found = states(subject, words, conditions, batch_size)
+    clean_name, clean = next(iter(found.items()))
+    draws = np.random.default_rng(0).multinomial(len(test), np.full(len(test), 1 / len(test)), RESAMPLES)
+    right, entries = {}, {name: {task: [] for task in tasks} for name in conditions}
+    with tqdm(total=len(found) * len(tasks) * len(subject.streams), desc="probes", disable=None, leave=False) as bar:
+        for name, of in found.items():
+            for key, task in tasks.items():
+                chosen = in_train[task.first]
+                sentence = words.sentence[task.first[~chosen]] - len(train)
+                for i, tap in enumerate(subject.streams):
+                    if name != clean_name and torch.equal(of[i], clean[i]):  # the very same states
+                        right[name, key, i] = right[clean_name, key, i]
+                    else:
+                        x = of[i].numpy()
+                        features = FEATURES[key](x[task.first], None if task.second is None else x[task.second])
+                        right[name, key, i] = right_of(task, features, chosen)
+                    both = (right[name, key, i], right[clean_name, key, i])
+                    entry = {"index": i, "layer": tap.layer, "kind": tap.kind, **_selectivity(*both, sentence, draws)}
+                    entries[name][key].append(entry)
+                    bar.update()
+    return {
+        "pooling": "a word's state is the mean over its tokens; words are encoded one by one, with the space before",
+        "features": "standardised; label: both words' states; edge: those and their product",
+        "classifier": f"ridge regression on one-hot classes, penalty {RIDGE:g}",
+        "words": {"train": int(in_train.sum()), "test": int((~in_train).sum())},
+        "left_out": sum(len(sentence.words) for sentence in read) - len(words.index),
+        "majority": {
+            key: float((task.label[~in_train[task.first]] == _commonest(task, in_train)).mean())
+            for key, task in tasks.items()
+        },
+        "conditions": [{"name": name, "tasks": of} for name, of in entries.items()],
+    }
+
+
+def _commonest(task, in_train):
+    return np.bincount(task.label[in_train[task.first]]).argmax()
+
+
+def _selectivity(right, clean, sentence, draws):
+    """Accuracy, control accuracy and selectivity of test examples (K, 2), with intervals over sentences."""
+    sums = lambda values: np.bincount(sentence, values, minlength=draws.shape[1])
+    n = sums(np.ones(len(sentence)))
+
+    def rate(values):
+        of = sums(values)
+        low, high = np.quantile((draws @ of) / np.maximum(draws @ n, 1), (0.025, 0.975))
+        return of.sum() / n.sum(), [low, high]
+
+    selective, before = right[:, 0] - right[:, 1], clean[:, 0] - clean[:, 1]
+    measured = {
+        ("accuracy", "ci95"): right[:, 0],
+        ("control_accuracy", None): right[:, 1],
+        ("selectivity", "selectivity_ci95"): selective,
+        ("change", "change_ci95"): selective - before,
+        ("accuracy_change", "accuracy_change_ci95"): right[:, 0] - clean[:, 0],
+    }
+    entry = {}
+    for (name, interval), values in measured.items():
+        value, ci = rate(values)
+        entry |= {name: float(value)} | ({interval: [float(x) for x in ci]} if interval else {})
+    return entry

@@ -1,0 +1,146 @@
+"""Files written atomically, hashed, and read back: what several rooms need of a disk."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+
+def write_atomic(path, write):
+    """`write(file)` into a temporary file beside `path`, fsync, rename over `path`, fsync of the folder.
+
+    Whatever fails, `path` holds either its old content or the whole new one.
+    """
+    try:
+        with _replacing(path) as temporary, open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch.save's, on top of what the disk had said
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def link_atomic(path, name):
+    """Makes `path` a symbolic link to its neighbour `name`, atomically; a copy where the file system has no links."""
+    with _replacing(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.symlink(name, temporary)
+        except OSError:
+            shutil.copyfile(temporary.with_name(name), temporary)
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A temporary path beside `path`; what the block makes there is renamed over `path`, or gone if the block fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(folder):
+    """Makes the renames in a folder survive a loss of power, where the file system can promise that."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets
+            raise
+    finally:
+        os.close(number)
+
+
+def check_writable(path):
+    """Raises UserError if `path` cannot be written, before any work is done for it."""
+    path = Path(path)
+    folder = next(parent for parent in (path.parent, *path.parent.parents) if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}")
+
+
+def content_hash(value):
+    """SHA-256 (hex) of nested dicts, lists, tensors and plain values: types, keys, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+
+    def feed(value):
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8)
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(flat.numpy().data)
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)}\n".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{type(value).__name__} {len(value)}\n".encode())
+            for item in value:
+                feed(item)
+        else:
+            digest.update(f"{type(value).__name__} {value!r}\n".encode())
+
+    feed(value)
+    return digest.hexdigest()
+
+
+def file_hash(path):
+    """SHA-256 (hex) of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value):
+    """The value with every nan and infinity as None, so that it is valid JSON."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_text(path, text):
+    """Writes a text file atomically. Raises UserError if that cannot be done."""
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path, content):
+    """Writes a file atomically. Raises UserError if that cannot be done."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def save_json(path, value):
+    """Writes a value as JSON, atomically. Raises UserError if that cannot be done."""
+    save_text(path, json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+def rows_of(path):
+    """The rows of a file of JSON lines, as dicts; broken lines are left out, and a file that is not there has none."""
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    return [json.loads(line) for line in lines if step_of(line) < math.inf]
+
+
+def step_of(line):
+    """The step of a line of JSON; infinity for a broken one, which is dropped."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if type(step) is int else math.inf

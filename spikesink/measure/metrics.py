@@ -1,0 +1,171 @@
+"""The field's definitions as pure functions of tensors; each cites its source.
+
+Shapes: N sequences, T tokens, C channels, H heads. `stream` is a residual stream (N, T, C) in float32. `received` is
+the attention mass (N, H, T) each key gets, summed over its queries. Positions count from 0 in code, from 1 in papers.
+"""
+
+import math
+from statistics import NormalDist
+
+import torch
+
+# -------------------------------------------------------------------------------- magnitudes in the stream
+
+
+def median_magnitude(stream):
+    """The median |h| of each sequence's [T x C] matrix: (N,). Sun et al. 2402.17762."""
+    return torch.stack([median_and_largest(row, 1)[0] for row in stream.abs().flatten(1)])
+
+
+def median_and_largest(values, k, sample=2**14):
+    """values (n,) -> its median, the k largest in descending order (k,), and where those are (k,).
+
+    Exact; a long row is first narrowed to what a sample of it brackets, which takes a third of the time.
+    """
+    n = len(values)
+    if n <= 2 * sample:
+        return values.median(), *values.topk(min(k, n))
+    few = values[:: n // sample].sort().values
+    at = lambda quantile: few[min(len(few) - 1, max(0, int(quantile * len(few))))]
+    low, high = at(0.47), at(0.53)
+    middle = values[(values >= low) & (values <= high)]
+    rank = (n - 1) // 2 - int((values < low).sum())  # of the median, in the middle
+    median = middle.kthvalue(rank + 1).values if 0 <= rank < len(middle) else values.median()
+    where = (values >= at(1 - 1.5 * k / n - 0.002)).nonzero()[:, 0]
+    if len(where) < k:
+        return median, *values.topk(k)
+    largest, order = values[where].topk(k)
+    return median, largest, where[order]
+
+
+def max_median_ratio(stream):
+    """max_j |x_j| / median_j |x_j| of every token: (N, T); its mean over tokens is MMR. nan where the median is 0."""
+    magnitude = stream.abs()
+    return magnitude.amax(-1) / zero_is_nan(magnitude.median(-1).values)
+
+
+def zero_is_nan(x):
+    """x with nan for 0: to divide by."""
+    return torch.where(x == 0, torch.nan, x)
+
+
+def channel_kurtosis(power):
+    """mean_j s_j^4 / (mean_j s_j^2)^2 with s_j^2 = `power` (C,), channel j's mean square over tokens; in [1, C].
+
+    He et al. 2405.19279, equation 2: 1 if all channels are alike, C if one holds everything.
+    """
+    return power.square().mean() / power.mean().square()
+
+
+def entry_kurtosis(moments):
+    """E[(x - mu)^4] / sigma^4 over all entries, from their raw moments (E x, ..., E x^4). Bondarenko 2306.12929."""
+    m1, m2, m3, m4 = moments
+    variance = m2 - m1**2
+    return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else float("nan")
+
+
+# -------------------------------------------------------------------------------------------- spike rules
+
+
+# -------------------------------------------------------------------------------------------------- sinks
+
+
+# ------------------------------------------------------------------------------------------ co-occurrence
+
+
+def overlap(spike, sink, tokens=None, weights=None):
+    """P(sink|spike), P(spike|sink), Jaccard, lift and what position explains, of bool arrays (N, T); nan if undefined.
+
+    `tokens`: bool (N, T), which entries are tokens and not padding. `weights`: how often each sequence counts (N,), as
+    in a bootstrap. `lift` is the overlap over its expectation when, at each position, the sink labels are permuted
+    among the sequences: 1 if position alone explains it. `lift_anywhere`: over its expectation when they are permuted
+    among all tokens. `explained_by_position`: the part of the overlap in excess of the latter that the former has too,
+    at most 1. Expectations are exact, not drawn. `expected`: the tokens that would be both, position by position.
+    """
+    present = torch.ones_like(spike) if tokens is None else tokens
+    w = (torch.ones(len(spike)) if weights is None else weights).double()[:, None]
+    p, spike, sink = present.double(), spike.double(), sink.double()
+    pairs = spike * sink
+    both, spikes, sinks, total = (w * pairs).sum(), (w * spike).sum(), (w * sink).sum(), (w * p).sum()
+    # at each position: pairs of two different sequences, so that a sequence drawn twice does not meet itself, and own
+    n = (w * p).sum(0)
+    others = (w * spike).sum(0) * (w * sink).sum(0) - (w * w * pairs).sum(0)
+    possible = n * n - (w * w * p).sum(0)
+    at_position = ((others * (n - 1).clamp_min(0) / possible.clamp_min(1)) + (w * pairs).sum(0) / n.clamp_min(1)).sum()
+    anywhere = spikes * sinks / total
+    ratio = lambda a, b: (a / b).item() if b > 0 else float("nan")
+    return {
+        "p_sink_given_spike": ratio(both, spikes),
+        "p_spike_given_sink": ratio(both, sinks),
+        "jaccard": ratio(both, spikes + sinks - both),
+        "expected": at_position.item(),
+        "lift": ratio(both, at_position),
+        "lift_anywhere": ratio(both, anywhere),
+        "explained_by_position": ratio((at_position - anywhere).clamp_min(0).minimum(both - anywhere), both - anywhere),
+    }
+
+
+def permutation_p(spike, sink, tokens=None, permutations=999, seed=0):
+    """One-sided p of the overlap of bool arrays (N, T) when whole sequences' sink labels are permuted.
+
+    Whole sequences, so that what clusters in a sequence stays together; among sequences of the same length (`tokens`).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.full((len(spike),), spike.size(1)) if tokens is None else tokens.sum(1)
+    columns = (spike.any(0) & sink.any(0)).nonzero()[:, 0]  # elsewhere the overlap is zero either way
+    if not len(columns):
+        return 1.0
+    spike, sink = spike[:, columns], sink[:, columns]
+    by_length = lengths.argsort(stable=True)
+    observed, as_large = (spike & sink).sum(), 0
+    for _ in range(permutations):
+        drawn = (lengths + torch.rand(len(lengths), generator=generator, dtype=torch.float64)).argsort()
+        as_large += bool((spike[by_length] & sink[drawn]).sum() >= observed)
+    return (1 + as_large) / (1 + permutations)
+
+
+def wilson(hits, n, tests=1):
+    """95% interval of a rate by Wilson (1927), of `hits` among n; Bonferroni's if it is the best of several `tests`."""
+    z = NormalDist().inv_cdf(1 - 0.025 / tests)
+    rate = hits / n
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
+
+
+def rate_ci(rates):
+    """95% interval of the mean of rates (N,) of sequences: bootstrap, or Wilson's where all of them are 0 or all 1."""
+    if len(rates) and bool((rates == rates[0]).all()) and rates[0] in (0, 1):
+        return wilson(int(rates.sum()), len(rates))
+    return bootstrap_ci(lambda i: rates[i].mean().item(), len(rates))
+
+
+def bootstrap_ci(statistic, n, resamples=1000, seed=0):
+    """95% percentile interval of `statistic(indices)` over resampled sequences; None where undefined, as for n = 1.
+
+    `statistic` maps a LongTensor (n,) of sequence numbers to a float, or to a dict of floats.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if n < 2:
+        only = statistic(torch.zeros(1, dtype=torch.int64))
+        return dict.fromkeys(only) if isinstance(only, dict) else None
+    draws = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(resamples)]
+    if isinstance(draws[0], dict):
+        return {key: _interval([draw[key] for draw in draws]) for key in draws[0]}
+    return _interval(draws)
+
+
+def paired_effect(clean, changed):
+    """The findings' entry of a change, from the losses (N,) of the same sequences before and after it: paired."""
+    delta = changed - clean
+    return {
+        "loss": changed.mean().item(),
+        "ppl": changed.mean().exp().item(),
+        "delta_loss": delta.mean().item(),
+        "ci95": bootstrap_ci(lambda i: delta[i].mean().item(), len(delta)),
+    }
+
+
+def _interval(values):
+    values = torch.tensor(values, dtype=torch.float64)
+    values = values[~values.isnan()]
+    return values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist() if len(values) else None

@@ -1,0 +1,281 @@
+"""Spikes and sinks while a model trains, from the training batch itself: what detect.py measures, with no second pass.
+
+    monitor = Monitor(model, every=100)
+    for step, batch in enumerate(loader):
+        with monitor(step):
+            loss = model(**batch).loss
+        ...
+        if monitor.row:
+            print(monitor.words())
+
+A row, made at monitored steps and else None, is what log.jsonl has under "monitor":
+
+    layers                 [{name, top1, median, ratio, kurtosis}] of the stream after each sub-layer; top1 and median
+                           of |h| over a sequence's T x C entries, averaged over sequences, ratio = top1 / median, and
+                           He et al.'s kurtosis
+    attention              [{name, sink_rate, best_position}]: the share of heads x sequences in which an eligible key
+                           (at least T/4 queries) has alpha > 0.3, and the eligible key with the largest mean alpha
+    spike_tokens           the share of tokens that the primary spike rule marks in any layer
+    sink_tokens            the share that are sinks in any head; None where no attention was seen
+    p_sink_given_spike, p_spike_given_sink    None where undefined
+    sequences              how many were measured
+
+Definitions and sources are those of metrics.py, in float32; what is not finite is None.
+"""
+
+import contextlib
+import inspect
+import statistics
+
+import torch
+
+from ..files import plain
+from ..hooks import hooked, on_streams
+from ..models.subject import attention_received
+from ..models.views import Part, compiled, no_stream, view_of
+from . import metrics
+from .observe import StreamStats
+from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, queries_per_key, sink_alpha
+from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
+
+
+class Monitor:
+    """Looks at spikes and sinks in a model's own training passes, every so many steps, and changes nothing in them.
+
+    `model`: a GPT of model.py, compiled by its own `compile` or not; a transformers model in eager mode, of an
+    encoder-decoder its decoder; or any module whose blocks, the longest ModuleList in it, return the stream (B, T, C).
+    Wrapped by DDP, FSDP2 or PEFT, it is found inside. `streams`, {name: module}, says of any other where its stream is.
+    Attention is seen in the first two, in transformers models with sdpa or eager attention.
+
+    `every`: steps between looks; 0: never. `sequences`: how many of the batch are measured, the first ones; padding,
+    where the model is given a 2-D `attention_mask`, is left out. `row`: what the last block saw, None if it did not
+    look. Raises UserError for a model whose stream is not found, or that is compiled as a whole.
+    """
+
+    def __init__(self, model, every=100, sequences=4, streams=None):
+        self.every, self.sequences = every, sequences
+        self.view = view_of(model, streams) if every else None
+        self.row = self.last = None
+
+    @contextlib.contextmanager
+    def __call__(self, step):
+        """Looks at the first forward pass within the block, if `step` is a multiple of `every`. Raises UserError if
+        none of its streams was seen."""
+        self.row = None
+        if not self.every or step % self.every:
+            yield
+            return
+        look = Look(self.view, self.sequences)
+        with look.watching():
+            yield
+        self.row = self.last = look.row()
+
+    def words(self):
+        """The last row in a few words; empty if there was none."""
+        return words(self.last) if self.last else ""
+
+
+class Look:
+    """What one forward pass shows of the first sequences of its batch. Each tap is measured when it is first called."""
+
+    def __init__(self, view, sequences):
+        self.view, self.sequences = view, sequences
+        self.mask = self.parts = None
+        self.layers, self.attention = {}, {}  # name -> what a row says of it
+        self.spikes, self.sinks = [], []  # of each part, bool (sequences, T): in any layer, in any head
+
+    def watching(self):
+        """A context in which the model is looked at."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.view.around())
+        taps = self.view.streams
+        stack.enter_context(on_streams(taps, [self._on_stream(tap.name) for tap in taps]))
+        seams = [(attention.module, self._on_attention(attention)) for attention in self.view.attends]
+        stack.enter_context(hooked(seams, [(self.view.model, self._on_call)]))
+        return stack
+
+    def _on_call(self, module, args, kwargs):
+        if self.mask is None and self.parts is None:
+            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            mask = given.get(self.view.mask, given.get("kwargs", {}).get(self.view.mask))
+            self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+    def _take_parts(self, stream):
+        """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding, or nothing else."""
+        self.shape = stream.shape[:2]
+        known = self.mask is not None and self.mask.shape == self.shape
+        mask = (self.mask if known else torch.ones(self.shape))[: self.sequences].cpu() != 0
+        if bool(mask.all()) or not bool(mask.any()):
+            self.parts = [Part(slice(len(mask)), slice(None))]
+            return
+        tokens = [row.nonzero()[:, 0].tolist() for row in mask]
+        self.parts = [Part(slice(i, i + 1), slice(at[0], at[-1] + 1)) for i, at in enumerate(tokens) if at]
+
+    def _on_stream(self, name):
+        def function(stream):
+            if name in self.layers:
+                return
+            if self.parts is None:
+                if not isinstance(stream, torch.Tensor) or stream.dim() != 3:
+                    raise no_stream(self.view.model)
+                self._take_parts(stream)
+            with measuring(stream):
+                self._measure_stream(name, stream.detach().view(*self.shape, -1))
+
+        return function
+
+    def _measure_stream(self, name, stream):
+        stats, rule = StreamStats(), SPIKE_RULES[PRIMARY_SPIKE_RULE]
+        for i, (rows, span) in enumerate(self.parts):
+            layer = stats.add(stream[rows, span].float())
+            B, T, C = layer.x.shape
+            if len(self.spikes) == i:
+                self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
+            self.spikes[i].view(-1)[layer.marked(rule) // C] = True
+        found = stats.result()
+        ratio = found["top1"] / found["median"] if found["median"] else None
+        self.layers[name] = {**{key: found[key] for key in ("top1", "median", "kurtosis")}, "ratio": ratio}
+
+    def _on_attention(self, attention):
+        def hook(module, args, kwargs, output):
+            if attention.name in self.attention or self.parts is None:
+                return
+            cast = torch.is_autocast_enabled(args[0].device.type)
+            with measuring(args[0]):
+                self._measure_attention(attention, args, cast)
+
+        return hook
+
+    def _measure_attention(self, attention, args, cast):
+        device, hits, mass = args[0].device.type, [], torch.zeros(self.shape[1])
+        for i, part in enumerate(self.parts):
+            # in the model's own precision; casts of weights made here, without a gradient, are not kept for its passes
+            with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
+                seam, q, k = attention.of(args, part)
+            later = seam.shares(q[:, :, :1].float(), k.float())[..., 1:]
+            causal = not bool((later > 0).any())
+            T = k.size(-2)
+            queries = queries_per_key(T, None if causal else q.size(-2))
+            alpha = sink_alpha(attention_received(seam, q, k, causal).cpu(), queries)  # (B, H, T)
+            eligible = eligible_keys(queries)
+            is_sink = (alpha > PRIMARY_SINK_EPSILON) & eligible
+            hits.append(is_sink.any(-1).flatten())
+            mass[:T] += (alpha * eligible).sum((0, 1))
+            if len(self.sinks) == i:
+                self.sinks.append(torch.zeros(len(alpha), T, dtype=torch.bool))
+            self.sinks[i] |= is_sink.any(1)
+        self.attention[attention.name] = {
+            "sink_rate": torch.cat(hits).double().mean().item(),
+            "best_position": int(mass.argmax()),
+        }
+
+    def row(self):
+        """What was seen, as the row of a log has it."""
+        if not self.layers:
+            raise no_stream(self.view.model)
+        together = lambda parts: torch.cat([part.flatten() for part in parts])[None]
+        spike = together(self.spikes)
+        sink = together(self.sinks) if self.sinks else torch.zeros_like(spike)
+        overlap = metrics.overlap(spike, sink)
+        if not self.sinks:
+            overlap = dict.fromkeys(overlap)
+        order = ("name", "top1", "median", "ratio", "kurtosis")
+        return plain(
+            {
+                "layers": [{key: {"name": n, **of}[key] for key in order} for n, of in self.layers.items()],
+                "attention": [{"name": n, **of} for n, of in self.attention.items()],
+                "spike_tokens": spike.double().mean().item(),
+                "sink_tokens": sink.double().mean().item() if self.sinks else None,
+                "p_sink_given_spike": overlap["p_sink_given_spike"],
+                "p_spike_given_sink": overlap["p_spike_given_sink"],
+                "sequences": sum(len(part) for part in self.spikes),
+            }
+        )
+
+
+@contextlib.contextmanager
+def measuring(x):
+    """Within, nothing is recorded for a gradient, float32 is float32, and no algorithm is refused."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)  # the values of a median are the same by any
+    try:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+
+
+# ------------------------------------------------------------------------------------------------ rows, elsewhere
+
+
+def headline(row):
+    """A row in four numbers, {name: number or None}: over layers the largest ratio and kurtosis, over heads the share
+    that has sinks, and the share of tokens that are spikes."""
+    known = lambda key: [layer[key] for layer in row["layers"] if layer[key] is not None]
+    rates = [attention["sink_rate"] for attention in row["attention"]]
+    return {
+        "spike/largest_ratio": max(known("ratio"), default=None),
+        "spike/largest_kurtosis": max(known("kurtosis"), default=None),
+        "sink/heads": statistics.fmean(rates) if rates else None,
+        "spike/tokens": row["spike_tokens"],
+    }
+
+
+def flat(row):
+    """All numbers of a row, {name: number}: 'spike/ratio/attn 0', 'sink/rate/attn 0', ..., and its headline."""
+    numbers = {
+        **headline(row),
+        "sink/tokens": row["sink_tokens"],
+        "both/p_sink_given_spike": row["p_sink_given_spike"],
+        "both/p_spike_given_sink": row["p_spike_given_sink"],
+    }
+    for layer in row["layers"]:
+        numbers |= {f"spike/{key}/{layer['name']}": value for key, value in layer.items() if key != "name"}
+    for attention in row["attention"]:
+        numbers[f"sink/rate/{attention['name']}"] = attention["sink_rate"]
+        numbers[f"sink/position/{attention['name']}"] = attention["best_position"]
+    return {key: value for key, value in numbers.items() if value is not None}
+
+
+def words(row):
+    """A row in a few words: 'spike 179x ffn 0, sinks 6% of heads'."""
+    largest = max(row["layers"], key=lambda layer: layer["ratio"] or 0)
+    rate = headline(row)["sink/heads"]
+    ratio = "?" if largest["ratio"] is None else f"{largest['ratio']:.0f}x"
+    sinks = "attention not seen" if rate is None else f"sinks {rate:.0%} of heads"
+    return f"spike {ratio} {largest['name']}, {sinks}"
+
+
+# ------------------------------------------------------------------------------------------------ in other loops
+
+
+def MonitorCallback(trainer, every=100, **how):
+    """A TrainerCallback: `trainer.add_callback(MonitorCallback(trainer))`; numbers as `flat` names them go through
+    `trainer.log`, to wherever the Trainer reports. `how` goes to Monitor. Needs transformers.
+
+    Steps count from 1, as the Trainer's do. `monitor`: the Monitor. Raises UserError as Monitor does, and where the
+    Trainer compiles.
+    """
+    from transformers import TrainerCallback
+
+    if trainer.args.torch_compile:  # when it trains, not yet
+        raise compiled(trainer.model)
+
+    class Callback(TrainerCallback):
+        def __init__(self):
+            chief = trainer.is_world_process_zero()
+            self.monitor = Monitor(trainer.model, every if chief else 0, **how)
+            self.block = contextlib.ExitStack()
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.block.close()  # of a step that did not end
+            self.block.enter_context(self.monitor(state.global_step + 1))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.block.close()
+            if self.monitor.row:
+                due = control.should_log
+                trainer.log(flat(self.monitor.row))
+                control.should_log = due  # which logging takes back, and with it the Trainer's own row
+
+    return Callback()

@@ -1,0 +1,62 @@
+"""What a sink is: Gu et al.'s alpha and its thresholds, the share rule, and which keys have enough queries.
+
+Shapes: N sequences, T tokens, H heads. `received` is the attention mass (N, H, T) each key gets, summed over its
+queries. Positions count from 0 in code, from 1 in papers.
+"""
+
+import torch
+
+from ..models.subject import map_rows
+
+EPSILONS = (0.2, 0.3, 0.5, 0.8)  # thresholds of Gu et al.'s sink metric; 0.3 is theirs
+SHARE = 0.2  # of all attention mass, for the share rule
+EPSILON_CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+PRIMARY_SINK_EPSILON = 0.3
+
+
+def queries_per_key(T, n_queries=None):
+    """How many queries may see key k: T - k under causal attention, else all `n_queries`. (T,)"""
+    return torch.arange(T, 0, -1) if n_queries is None else torch.full((T,), n_queries)
+
+
+def sink_alpha(received, queries):
+    """alpha_k = sum_i A[i, k] / (number of queries that may see k, `queries` (T,)): (N, H, T). Gu et al. 2410.10781.
+
+    Under causal attention these are the queries i >= k, also those that a sliding window keeps from seeing the key.
+    """
+    return received / queries
+
+
+def eligible_keys(queries):
+    """Keys with at least a quarter of the queries: bool (T,). Others pass any threshold by ordinary local attention."""
+    return queries >= queries.max() / 4
+
+
+def second_half_alpha(received_late, queries):
+    """alpha_k over the queries of the second half only: (N, H, T); `received_late` is their attention mass."""
+    n = int(queries.max())
+    return received_late / queries.clamp_max(n - n // 2)
+
+
+def uniform_share(queries, causal):
+    """Each key's share of the mass if every query spread its attention evenly over what it may see: (T,), sums to 1."""
+    T = len(queries)
+    if not causal:
+        return torch.full((T,), 1 / T, dtype=torch.float64)
+    per_query = 1.0 / torch.arange(1, T + 1, dtype=torch.float64)
+    return per_query.flip(0).cumsum(0).flip(0) / T
+
+
+@torch.no_grad()
+def sinks_in(seam, q, k, causal, bias=None, rows=None):
+    """Which keys of a seam's map are sinks: alpha > 0.3 and enough queries. bool (B, H, T), on the CPU.
+
+    `rows`: (rows of the map, first query) -> the rows that are used instead.
+    """
+    received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
+    for first, weights in map_rows(seam, q, k, causal, bias):
+        received[..., : weights.size(-1)] += (rows(weights, first) if rows else weights).sum(-2)
+    queries = queries_per_key(k.size(-2), None if causal else q.size(-2))
+    alpha = sink_alpha(received.cpu(), queries)
+    return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries)

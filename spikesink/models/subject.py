@@ -1,0 +1,248 @@
+"""What the instruments need of a model: residual-stream taps, attention seams, token text."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..text.sequences import PADDING
+from .disk_weights import loaded
+
+CHUNK_BYTES = 2**20  # of one chunk of rows of an attention map: what stays in a core's cache
+SEAM = "_spikesink_seam"  # the attribute of a transformers attention module that holds its seam, once called
+
+
+def rows_at_once(q, k):
+    """How many queries of q (B, H, T, D) to take at a time, so that their rows over the keys k about fit CHUNK_BYTES.
+
+    At least 16: fewer rows would read every key again for too little work.
+    """
+    return max(16, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
+
+
+def for_heads(x, n_head):
+    """Keys or values (B, heads of keys, ...) as each of `n_head` query heads sees them: (B, n_head, ...)."""
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
+def map_rows(seam, q, k, causal, bias=None, rows_of=None):
+    """Yields (first query, its and the next ones' rows of the map (B, H, R, keys)), some at a time, over all queries.
+
+    Under causal attention the rows end at the last key that any of them sees. float32. `rows_of`: what makes them, by
+    default seam.shares.
+    """
+    q, k = q.float(), for_heads(k.float(), q.size(1))
+    rows_of = rows_of or seam.shares
+    rows = rows_at_once(q, k)
+    for first in range(0, q.size(-2), rows):
+        part = q[:, :, first : first + rows]
+        seen = first + part.size(-2) if causal else k.size(-2)
+        yield first, rows_of(part, k[:, :, :seen], first, None if bias is None else bias[..., :seen])
+
+
+def attention_received(seam, q, k, causal):
+    """The attention mass (B, H, keys) that each key gets, summed over the queries of q (B, H, T, D). float32."""
+    received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
+    for _, weights in map_rows(seam, q, k, causal):
+        received[..., : weights.size(-1)] += weights.sum(-2)
+    return received
+
+
+def after_start(ids, start):
+    """A decoder's input that teaches it to give ids (B, T): they, one later, after the token `start`."""
+    return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)
+
+
+def batches(ids, batch_size):
+    """Yields (sequence numbers, their ids (B, T)), at most `batch_size` sequences of one length at a time.
+
+    Padding is cut off, so that no model ever sees it and it enters no statistic.
+    """
+    lengths = (ids != PADDING).sum(1)
+    for length in lengths.unique().tolist():
+        for rows in (lengths == length).nonzero()[:, 0].split(batch_size):
+            some = ids[rows]
+            yield rows, some[some != PADDING].view(len(rows), length)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module to hook: the stream (B, T, C) after a sub-layer or the embedding (layer -1), or an attention seam."""
+
+    layer: int
+    kind: str  # embedding, attn, cross, ffn, block
+    module: nn.Module
+    at: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
+    writable: bool = True  # what a hook writes here is what every later module reads
+
+    @property
+    def name(self):
+        """'embedding', 'attn 0', 'ffn 0', ..."""
+        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
+
+
+@dataclass(frozen=True)
+class GatedFFN:
+    """Weights of c_proj(act(c_gate x) * c_fc x), whose input is norm(stream): gate and up (M, C), down (C, M)."""
+
+    layer: int
+    gate: Callable[[], torch.Tensor]
+    up: Callable[[], torch.Tensor]
+    down: Callable[[], torch.Tensor]
+    gain: Callable[[], torch.Tensor]  # of the norm before it (C,)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under observation, or one part of it.
+
+    `streams`: the taps, in the order of the forward pass. `inner`: taps off the stream, a list per place (PLACES),
+    each in the same order; a sub-layer whose parts could not be told apart has none. `attends`: the attention seams,
+    whose module is called as (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of
+    the map (B, H, R, T), and `weights`, alike -> (what its values are multiplied with, what a slot adds). `n_register`:
+    learned tokens that stand before every sequence, in the streams and the maps; instruments number them -1, -2, ...
+    where token ids stand. `decode`: one token id -> text.
+
+    `logits`: token ids (B, T) -> (B, T, V). `shift`: how far ahead they predict, 1 for a causal model, 0 where they
+    are of the token itself (a masked model; the decoder of an encoder-decoder, whose input is shifted already).
+    `causal`: a query sees no later key. An encoder-decoder is three subjects: `part` is encoder, decoder or cross (the
+    decoder's attention to the encoder's tokens, with the encoder's streams). `start`: the decoder's first token.
+    `stages`: the modules that hand the stream on, one after the other: sub-layers or blocks; of an encoder-decoder,
+    the encoder's, then the decoder's, whatever the part. They hold all weights but the embeddings, the last norm and
+    the unembedding, and what one returns depends on the ids and on those before it alone.
+    """
+
+    model: nn.Module
+    streams: list[Tap]
+    attends: list[Tap]
+    n_head: int
+    n_register: int
+    decode: Callable[[int], str]
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    inner: dict[str, list[Tap]] = field(default_factory=lambda: {place: [] for place in PLACES})
+    gated: list[GatedFFN] = field(default_factory=list)
+    causal: bool = True
+    shift: int = 1
+    part: str = ""
+    start: int | None = None
+    rebuild: Callable[[], "Subject"] | None = None  # the same model with new random weights
+    stages: list[nn.Module] = field(default_factory=list)
+
+    @classmethod
+    def of_gpt(cls, model, decode):
+        """A GPT of model.py (recognised by its taps, not imported)."""
+        net = model.transformer
+        streams, seams, gated, stages = [Tap(-1, "embedding", net.stream)], [], [], []
+        inner = {place: [] for place in PLACES}
+        for layer, block in enumerate(net.h):
+            for kind, sub_layer in (("attn", block.attn), ("ffn", block.mlp)):
+                f = sub_layer.f
+                stages.append(sub_layer)
+                inner["normed"].append(Tap(layer, kind, f, "input"))
+                inner["output"].append(Tap(layer, kind, f))
+                inner["update"].append(Tap(layer, kind, sub_layer.update))
+                streams.append(Tap(layer, kind, sub_layer.stream))
+                if hasattr(f, "attend"):
+                    seams.append(Tap(layer, kind, f.attend))
+                gated += gated_ffn(layer, f, sub_layer.norm_before)
+        model.eval()
+        config = model.config
+        return cls(
+            model,
+            streams,
+            seams,
+            config.n_head,
+            config.n_register,
+            decode,
+            lambda ids: model(ids)[0],
+            inner,
+            gated,
+            rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters()).device), decode),
+            stages=stages,
+        )
+
+    @functools.cached_property
+    def _stage_of(self):
+        inside = lambda stage: (m for module in stage.modules() for m in (module, getattr(module, SEAM, module)))
+        return {module: i for i, stage in enumerate(self.stages) for module in inside(stage)}
+
+    @property
+    def writable(self):
+        """The taps of the stream where an edit reaches every later module."""
+        return [tap for tap in self.streams if tap.writable]
+
+    def stage_of(self, tap):
+        """The first stage that what is written at a tap can change; 0 for one before all of them."""
+        return self._stage_of.get(tap.module, 0)
+
+    @property
+    def heads(self):
+        """Names of the L x H heads: '0.3' is head 3 of attn 0; other seams keep their kind, 'ffn 0.3'."""
+        return [f"{tap.name.removeprefix('attn ')}.{head}" for tap in self.attends for head in range(self.n_head)]
+
+    @property
+    def device(self):
+        """Where the model's input goes."""
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+    def seen(self, ids):
+        """Token ids (B, T) as the streams and maps have them: the registers' numbers -1, -2, ... or the decoder's
+        start token in front."""
+        if self.start is not None:
+            return after_start(ids, self.start)
+        registers = -torch.arange(1, self.n_register + 1).expand(len(ids), -1)
+        return torch.cat((registers, ids), dim=1)
+
+    def text(self, token):
+        """Text to show for an id of `seen`."""
+        return f"<register {-1 - token}>" if token < 0 else self.decode(token)
+
+    @torch.no_grad()
+    def losses(self, ids):
+        """One forward pass: the loss in nats of each token that is predicted, (B, T - shift), float32 on the CPU."""
+        ids = ids.to(self.device)
+        logits = self.logits(ids)
+        losses = logits.new_empty(len(ids), ids.size(1) - self.shift, dtype=torch.float32)
+        for n, of_sequence in enumerate(losses):
+            for first in range(0, len(of_sequence), 128):  # few rows at a time: logits are by far the largest tensor
+                last = min(first + 128, len(of_sequence))
+                targets = ids[n, self.shift + first : self.shift + last].to(logits.device)
+                x = logits[n, first:last].float()
+                losses[n, first:last] = nn.functional.cross_entropy(x, targets, reduction="none")
+        return losses.cpu()
+
+
+PLACES = {
+    "normed": "the input of attention or FFN, after the norm before it",
+    "output": "the output of attention or FFN, before any norm",
+    "update": "what is added to the stream, after any norm of the update",
+}
+GATED_NAMES = (("c_gate", "c_fc", "c_proj"), ("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+
+
+def gated_ffn(layer, module, norm):
+    """[GatedFFN] of a module that names its three matrices as GPT, Llama or T5 do, else []; `norm` stands before it."""
+    for names in GATED_NAMES:
+        parts = [getattr(module, name, None) for name in names]
+        if all(isinstance(part, nn.Linear) for part in parts):
+            weights = [functools.partial(weight, part) for part in parts]
+            size = parts[0].in_features
+            return [GatedFFN(layer, *weights, functools.partial(norm_gain, norm, size))]
+    return []
+
+
+def weight(linear):
+    """The weight (out, in) of a Linear, float32, from wherever it is."""
+    with loaded(linear):
+        return linear.weight.detach().float()
+
+
+@torch.no_grad()
+def norm_gain(norm, size):
+    """The gain (C,) of any LayerNorm or RMSNorm, as it acts on x = (1, -1, 1, ...), of mean 0 and rms 1."""
+    x = 1.0 - 2.0 * (torch.arange(size) % 2)
+    with loaded(norm):
+        x = x.to(next(norm.parameters(), x))
+    return (norm(x[None, None]) - norm(-x[None, None]))[0, 0].float() / (2 * x.float())

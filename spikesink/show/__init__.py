@@ -1,0 +1,1 @@
+"""Findings as text, figures and pages. Reads findings, never a model."""

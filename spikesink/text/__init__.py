@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizers, token files, the sequences that a model is observed on."""

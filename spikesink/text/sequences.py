@@ -1,0 +1,173 @@
+"""The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.loader import Tokens
+
+from ..errors import UserError
+from .tokenizers import NoTokenizer, tokenizer_of
+
+DEFAULT_LENGTH = 64  # Gu et al.'s
+SHORTEST = 8
+PADDING = -100  # stands in ids where there is no token
+
+
+class Sequences(NamedTuple):
+    """Token ids (N, T), int64, PADDING where a shorter one has none; where they come from; whether BOS (or what the
+    tokenizer puts there) starts each."""
+
+    ids: torch.Tensor
+    name: str
+    bos: bool
+
+
+@dataclass
+class Reader:
+    """How a model reads text."""
+
+    tokenizer: object  # encode(texts), decode(id), bos_id
+    meta: dict  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
+    dataset: str  # its default text
+    before: tuple  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
+    after: tuple  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
+    block_size: float  # the longest sequence it takes
+    vocab_size: int
+
+    def sequences(self, args, wanted):
+        """The sequences that `args` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
+
+        Fewer only where n_seq was not given. Raises UserError.
+        """
+        bos = bool(self.before) and args.tokens is None
+        if args.tokens is not None:
+            name, ids = args.tokens, ids_of_array(args.tokens, args.seq_len)
+        else:
+            seq_len = args.seq_len or int(min(DEFAULT_LENGTH, self.block_size))
+            check_length(seq_len, self.block_size)
+            if args.text is not None:
+                name, ids = args.text, self.of_text(read_text(args.text), args.text, seq_len)
+            else:
+                name = self.dataset if args.data is None else args.data
+                ids = self.of_dataset(name, seq_len, wanted)
+        check_length(ids.size(1), self.block_size)
+        real = ids[ids != PADDING]
+        if real.min() < 0 or real.max() >= self.vocab_size:
+            worst = int(real.min() if real.min() < 0 else real.max())
+            raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
+        if args.n_seq and len(ids) < wanted:
+            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        return Sequences(ids if args.tokens is not None and not args.n_seq else ids[:wanted], name, bos)
+
+    def of_dataset(self, name, seq_len, wanted):
+        """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
+
+        Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
+        """
+        data = Tokens(name, "val", seq_len, bool(self.before) and self.speaks(name))
+        count = min(wanted, data.n_windows)
+        windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
+        if self.speaks(name):
+            return data.read(windows)[0]
+        text_of = getattr(tokenizer_of(data.meta), "text", None)
+        if text_of is None or isinstance(self.tokenizer, NoTokenizer):
+            raise UserError(
+                f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}, "
+                "and no tokenizer is at hand to translate; give ids with --tokens FILE.npy"
+            )
+        # from the same places, long enough if a token of the model is up to 8 of the dataset's
+        starts = np.minimum(windows * seq_len, len(data.tokens) - 8 * seq_len).clip(0)
+        texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
+        return torch.cat([self.of_text(text, name, seq_len)[:1] for text in texts])
+
+    def of_text(self, text, name, seq_len):
+        """int64 ids (N, seq_len) of a text, cut into sequences. Raises UserError if it is too short."""
+        (ids,) = self.tokenizer.encode([text])
+        taken = seq_len - len(self.before) - len(self.after)
+        n = len(ids) // taken
+        if n == 0:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}: give a longer text, or a smaller "
+                "--seq_len"
+            )
+        return self.framed(torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken))
+
+    def prompt(self, text):
+        """int64 ids (1, T) of a prompt, with the special tokens around it. Raises UserError if there is none."""
+        if isinstance(self.tokenizer, NoTokenizer):
+            raise UserError("the model has no tokenizer at hand, so a prompt cannot be read; give ids with --tokens")
+        (ids,) = self.tokenizer.encode([text])
+        if not len(ids):
+            raise UserError("the prompt is empty")
+        framed = self.framed(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None])
+        if framed.size(1) < 2:
+            raise UserError("the prompt is one token; two are needed")
+        if framed.size(1) > self.block_size:
+            raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
+        return framed
+
+    def framed(self, ids):
+        """ids (N, T) between the special tokens."""
+        around = [
+            torch.tensor(special, dtype=torch.int64).expand(len(ids), -1) for special in (self.before, self.after)
+        ]
+        return torch.cat((around[0], ids, around[1]), dim=1)
+
+    def speaks(self, name):
+        """True if a dataset's ids are the model's own."""
+        theirs = Tokens(name, "val", 8).meta
+        return all(theirs.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
+
+
+def check_length(seq_len, block_size):
+    """Raises UserError for a sequence that the model cannot take, or that is too short to say anything."""
+    if seq_len > block_size:
+        raise UserError(
+            f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}; take a --seq_len up "
+            "to that"
+        )
+    if seq_len < SHORTEST:
+        raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
+
+
+def ids_of_array(path, seq_len):
+    """int64 ids (N, T) of --tokens, padding moved to the end of each row.
+
+    Raises UserError if the file is not a 2-D integer array, or a row is too short.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise UserError(f"cannot read --tokens {path}: it is no .npy file of integers; text goes with --text") from None
+    except OSError as error:
+        raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
+        raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
+    ids = torch.from_numpy(array.astype(np.int64))
+    real = ids != PADDING
+    if (real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)).max() > 1:
+        raise UserError(
+            f"--tokens {path} has padding ({PADDING}) between tokens; it may only stand before or after them"
+        )
+    longest = min(seq_len or ids.size(1), int(real.sum(1).max()))
+    ids = ids.gather(1, (~real).int().argsort(dim=1, stable=True))[:, :longest]
+    shortest = int((ids != PADDING).sum(1).min())
+    if shortest < SHORTEST <= ids.size(1):
+        raise UserError(
+            f"--tokens {path} has a sequence of {shortest} tokens that are not padding ({PADDING}); at least {SHORTEST}"
+        )
+    return ids
+
+
+def read_text(path):
+    """A text file. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

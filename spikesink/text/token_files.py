@@ -1,0 +1,124 @@
+"""Tokens cut into windows: files in nanoGPT's format, memory-mapped, or an array in memory.
+
+A dataset is a folder with train.bin and val.bin (little-endian unsigned tokens, nanoGPT's format) and meta.json:
+{"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "train_tokens": ..., "val_tokens": ...}.
+A folder without meta.json is read as nanoGPT's: uint16, GPT-2's vocabulary.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+
+NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256}
+Meta = dict[str, Any]  # what meta.json says
+
+
+def meta_of(path: str | Path) -> Meta:
+    """meta.json of a dataset folder, checked; nanoGPT's where there is none. Raises UserError."""
+    file = Path(path) / "meta.json"
+    if not file.exists():
+        return dict(NANOGPT_META)
+    try:
+        meta = json.loads(file.read_text())
+        counts = [meta["vocab_size"], *(meta[key] for key in ("train_tokens", "val_tokens") if key in meta)]
+        known = (
+            meta["dtype"] in ("uint8", "uint16", "uint32") and min(counts) > 0 and {type(n) for n in counts} == {int}
+        )
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{file} is not a dataset description; run the dataset's prepare.py again")
+    return meta
+
+
+class Windows:
+    """Tokens cut into `n_windows` windows of `block_size` tokens; with `bos`, each starts with the data's bos_id.
+
+    `tokens` (n,), unsigned integers; `meta` as meta.json has it; `name` is what messages call it. Raises UserError if
+    there is no bos_id where one is asked for, a token is outside the vocabulary, or there is less than one window.
+    """
+
+    def __init__(self, tokens: np.ndarray, meta: Meta, name: str | Path, block_size: int, bos: bool = False) -> None:
+        self.tokens, self.meta, self.name, self.block_size = tokens, meta, name, block_size
+        self.bos_id = meta.get("bos_id") if bos else None
+        if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < meta["vocab_size"]):
+            raise UserError(f"bos=True, but the meta.json of dataset {str(name)!r} has no bos_id inside its vocabulary")
+        largest = tokens[: 2**20].max()
+        if largest >= meta["vocab_size"]:
+            raise UserError(f"{name} holds token {largest}, outside the vocabulary of {meta['vocab_size']}")
+        self.span = block_size + (0 if bos else 1)  # tokens read per window
+        self.n_windows = (len(tokens) - self.span) // block_size + 1
+        if len(tokens) < self.span:
+            raise UserError(f"{name} holds {len(tokens)} tokens, fewer than one window of {self.span}")
+
+    def read(self, windows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, y (int64, len(windows) x block_size) of the given windows; y is x one token later. Raises UserError."""
+        starts = np.asarray(windows)[:, None] * self.block_size
+        ids = self.tokens[starts + np.arange(self.span)].astype(np.int64)
+        if ids.max() >= self.meta["vocab_size"]:
+            raise UserError(f"token {ids.max()} is outside the vocabulary of {self.meta['vocab_size']}")
+        if self.bos_id is not None:
+            ids = np.concatenate([np.full((len(ids), 1), self.bos_id), ids], axis=1)
+        both = torch.from_numpy(ids)
+        return both[:, :-1].contiguous(), both[:, 1:].clone()  # apart, so that targets can be edited
+
+
+class TokenFile(Windows):
+    """One split of a dataset folder, memory-mapped.
+
+    `sample`: SHA-256 (hex) of about 4096 tokens from all over the file, by which a run knows its data again.
+    Raises UserError if the file is missing, truncated, of another dtype, empty, out of vocabulary, or not what it was
+    when it was opened.
+    """
+
+    def __init__(self, folder: str | Path, split: str, block_size: int, bos: bool = False) -> None:
+        self.file, meta = Path(folder) / f"{split}.bin", meta_of(folder)
+        tokens = _map(self.file, meta, split)
+        super().__init__(tokens, meta, self.file, block_size, bos)
+        self.sample, self._seen = self._hash(), self._stat()
+
+    def read(self, windows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Windows.read`. Raises UserError if the file has changed."""
+        self._check()
+        return super().read(windows)
+
+    def _hash(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.tokens[:: max(1, len(self.tokens) // 4096)])).hexdigest()
+
+    def _stat(self) -> tuple[int, int | None]:
+        with contextlib.suppress(FileNotFoundError):  # moved away: what is mapped stays
+            return self.tokens.base.size(), os.stat(self.file).st_mtime_ns
+        return self.tokens.base.size(), None
+
+    def _check(self) -> None:
+        seen = self._stat()
+        if seen == self._seen:
+            return
+        if seen[0] != self._seen[0] or self._hash() != self.sample:  # what is gone, reading it is a bus error
+            raise UserError(f"{self.file} changed while it was read; put it back as it was, and go on with --resume")
+        self._seen = seen
+
+
+def _map(file: Path, meta: Meta, split: str) -> np.memmap:
+    if not file.is_file():
+        raise UserError(f"{file} is missing; run the dataset's prepare.py")
+    size, dtype = file.stat().st_size, np.dtype(meta["dtype"]).newbyteorder("<")
+    if size == 0:
+        raise UserError(f"{file} is empty; run the dataset's prepare.py again")
+    expected = meta.get(f"{split}_tokens")
+    if size % dtype.itemsize or (expected is not None and size != expected * dtype.itemsize):
+        wanted = f"{expected} tokens" if expected is not None else "whole tokens"
+        raise UserError(
+            f"{file} has {size} bytes, not {wanted} of {dtype.name}: truncated or of another dtype; "
+            "run the dataset's prepare.py again"
+        )
+    return np.memmap(file, dtype=dtype, mode="r")

@@ -1,0 +1,140 @@
+"""Text <-> token ids: GPT-2's BPE, or bytes."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+END = "<|endoftext|>"
+GPT2_SIZE = 50257
+
+
+class ByteTokenizer:
+    """UTF-8 bytes; id 256 begins a sequence and separates documents."""
+
+    name, vocab_size, bos_id, bpe = "byte", 257, 256, None
+
+    def encode(self, texts):
+        """A list of strings -> a list of arrays of ids."""
+        return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
+
+    def decode(self, token):
+        """One id -> text to show."""
+        if token >= self.bos_id:
+            return "<bos>" if token == self.bos_id else f"<{token}>"
+        return bytes([token]).decode("ascii", "backslashreplace")
+
+    def text(self, ids):
+        """An array of ids -> text; documents stand a blank line apart."""
+        parts = np.split(ids, np.flatnonzero(ids == self.bos_id))
+        return "\n\n".join(part[part < 256].astype(np.uint8).tobytes().decode("utf-8", "replace") for part in parts)
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE through tiktoken; its last id (<|endoftext|>) begins a sequence and separates documents.
+
+    `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once. A `vocab_size` below
+    GPT-2's keeps the first merges only, which are a BPE by themselves: for models too small for 50,257 embeddings.
+    Raises UserError.
+    """
+
+    name = "gpt2"
+
+    def __init__(self, bpe=None, vocab_size=GPT2_SIZE):
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+
+        self.bpe = str(Path(bpe).resolve()) if bpe else None
+        self.vocab_size, self.bos_id = vocab_size, vocab_size - 1
+        if not 256 < vocab_size <= GPT2_SIZE:
+            raise UserError(f"GPT-2's BPE has 257 to {GPT2_SIZE:,} ids, not {vocab_size}")
+        if bpe and not Path(bpe).is_file():
+            raise UserError(f"there is no file of BPE ranks {bpe}")
+        try:
+            ranks = load_tiktoken_bpe(self.bpe) if bpe else tiktoken.get_encoding("gpt2")._mergeable_ranks
+            self.encoding = tiktoken.Encoding(
+                self.name,
+                pat_str=GPT2_SPLIT,
+                mergeable_ranks={token: rank for token, rank in ranks.items() if rank < self.bos_id},
+                special_tokens={END: self.bos_id},
+                explicit_n_vocab=vocab_size,
+            )
+        except Exception as error:
+            if bpe:
+                raise UserError(f"{bpe} does not hold GPT-2's BPE ranks: {type(error).__name__}") from None
+            raise UserError(
+                f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); "
+                "point at a local copy with --bpe=gpt2.tiktoken"
+            ) from None
+
+    def encode(self, texts):
+        """A list of strings -> a list of arrays of ids; special tokens in the text are plain text."""
+        return [np.array(ids, dtype=np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=4)]
+
+    def decode(self, token):
+        """One id -> text to show; the ids that pad the vocabulary have none."""
+        return self.encoding.decode([token]) if token < self.vocab_size else f"<{token}>"
+
+    def text(self, ids):
+        """An array of ids -> text; documents stand a blank line apart."""
+        return self.encoding.decode(ids.tolist()).replace(END, "\n\n")
+
+
+class NoTokenizer:
+    """Ids whose text is not at hand: shown as numbers."""
+
+    def encode(self, texts):
+        """Raises UserError."""
+        raise UserError("this model's tokenizer is not at hand; give it ids with --tokens FILE.npy, or --bpe")
+
+    def decode(self, token):
+        """One id -> text to show."""
+        return f"<{token}>"
+
+
+class CharTokenizer(NoTokenizer):
+    """An alphabet listed in meta.json, as the synthetic data has."""
+
+    def __init__(self, chars, bos_id):
+        self.chars, self.bos_id = chars, bos_id
+
+    def decode(self, token):
+        """One id -> text to show."""
+        return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
+
+
+TOKENIZERS = {"byte": lambda bpe, vocab_size: ByteTokenizer(), "gpt2": GPT2Tokenizer}  # of (ranks, ids)
+
+
+def tokenizer_of(meta, bpe=None):
+    """The tokenizer of a dataset's meta.json; NoTokenizer where it has none or it cannot be had here."""
+    if meta.get("tokenizer") == "chars" and {"chars", "bos_id"} <= meta.keys():
+        return CharTokenizer(meta["chars"], meta["bos_id"])
+    if meta.get("tokenizer") not in TOKENIZERS:
+        return NoTokenizer()
+    ids = min(meta.get("vocab_size", GPT2_SIZE), GPT2_SIZE)  # beyond it: padding
+    try:
+        return TOKENIZERS[meta["tokenizer"]](bpe or meta.get("bpe"), ids)
+    except UserError as error:
+        if bpe:
+            raise
+        print(f"tokens are shown as numbers: {error}", file=sys.stderr)
+        return NoTokenizer()
+
+
+def split_documents(lines):
+    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each."""
+    document = []
+    for line in lines:
+        if line.rstrip("\n") == END:
+            if document:
+                yield "".join(document)
+            document = []
+        else:
+            document.append(line)
+    if re.search(r"\S", "".join(document)):
+        yield "".join(document)

@@ -1,0 +1,119 @@
+"""The figures of a study: arms with their seeds and intervals, the time course, spikes against sinks."""
+
+import matplotlib.pyplot as plt
+
+from spikesink.measure.spikes import SPIKE_RATIO
+from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
+from studies.aggregate import done, interval
+from studies.measures import measure_of
+
+PANELS = {"loss": INK, "top1/median": SPIKE, "Sink_1": SINK, "P(sink | spike)": INK}
+SHADES = plt.get_cmap("tab10")
+
+
+def _ended(table):
+    return {name: arm for name, arm in table["arms"].items() if arm["done"]}
+
+
+def _arms(table):
+    arms = _ended(table)
+    figure, panels = canvas(1, len(PANELS), lines=1.6 * len(arms) + 2, sharey=True)
+    for axes, (name, color) in zip(panels, PANELS.items(), strict=True):
+        for i, arm in enumerate(arms.values()):
+            values = [row["measures"][name] for row in done(arm["seeds"]).values()]
+            values = [x for x in values if x is not None]
+            axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)
+            if arm["mean"][name]["ci95"]:
+                axes.plot(arm["mean"][name]["ci95"], [i + 0.28] * 2, color=color, lw=1.5)
+            if values:
+                axes.plot(arm["mean"][name]["mean"], i + 0.28, "D", color=color, markersize=3.5)
+        axes.set(xlabel=name)
+        if not any(arm["mean"][name]["n"] for arm in arms.values()):
+            axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
+        if measure_of(name).kind == "log":
+            axes.set_xscale("log")
+            log_ticks(
+                axes.xaxis, [row["measures"][name] for arm in arms.values() for row in done(arm["seeds"]).values()]
+            )
+            axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
+        if measure_of(name).kind == "share":
+            axes.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
+    panels[0].set_yticks(range(len(arms)), [label(name, 20) for name in arms])
+    panels[0].set_ylim(len(arms) - 0.4, -0.6)
+    return figure
+
+
+def _course(table):
+    arms = _ended(table)
+    names = ("loss", "top1/median", "Sink_1", "P(sink | spike)")
+    figure, panels = canvas(len(names), 1, height=2.4, sharex=True)
+    for axes, name in zip(panels, names, strict=True):
+        for i, (arm, of) in enumerate(arms.items()):
+            rows = list(done(of["seeds"]).values())
+            steps = sorted({point["tokens"] for row in rows for point in row["course"]})
+            at = {
+                step: [p["measures"][name] for row in rows for p in row["course"] if p["tokens"] == step]
+                for step in steps
+            }
+            means = [interval(at[step], measure_of(name).kind)["mean"] for step in steps]
+            known = [(step / 1e6, mean) for step, mean in zip(steps, means, strict=True) if mean is not None]
+            if known:
+                axes.plot(*zip(*known, strict=True), "-o", color=SHADES(i % 10), markersize=2, label=label(arm, 24))
+        axes.set_ylabel(name)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "undefined at every step", transform=axes.transAxes, ha="center", va="center")
+        if measure_of(name).kind == "log":
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis, [SPIKE_RATIO, *(y for line in axes.lines for y in line.get_ydata())])
+            axes.axhline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
+        if measure_of(name).kind == "share":
+            axes.set_ylim(-0.05, 1.05)
+    panels[-1].set_xlabel("tokens, M")
+    figure.align_ylabels(panels)
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
+    return figure
+
+
+def _plane(table):
+    figure, axes = canvas(height=1.3)
+    for i, (name, arm) in enumerate(_ended(table).items()):
+        rows = done(arm["seeds"]).values()
+        points = [(row["measures"]["top1/median"], row["measures"]["best head"]) for row in rows]
+        axes.plot(*zip(*points, strict=True), "o", color=SHADES(i % 10), markersize=5, alpha=0.7, label=label(name, 24))
+    axes.set(xscale="log", xlabel="top-1 / median of the layer where it is largest", ylim=(-0.04, 1.04))
+    log_ticks(axes.xaxis, [SPIKE_RATIO, *(x for line in axes.lines for x in line.get_xdata())])
+    axes.set_ylabel("sequences with a sink\nin the best head")
+    axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
+    figure.legend(ncols=3, loc="outside lower center")
+    return figure
+
+
+def _on(table):
+    of = table["measured"]
+    return f" Measured on {of['n_seq']} sequences of {of['seq_len']} tokens of {table['config']['dataset']}."
+
+
+STUDY = {
+    "arms": Figure(
+        _arms,
+        lambda table: (
+            "Every arm at the end of training: a circle per seed, the mean (geometric for top1/median) and its 95% "
+            f"interval below. Dashed: the spike rule, {SPIKE_RATIO:g} x the median." + _on(table)
+        ),
+        wide=True,
+        needs=_ended,
+    ),
+    "course": Figure(
+        _course,
+        lambda table: "Over training, means over seeds; top1/median geometric." + _on(table),
+        needs=_ended,
+    ),
+    "plane": Figure(
+        _plane,
+        lambda table: (
+            "Do spikes and sinks come together? A point per run; dashed: the spike rule; best head: the share of "
+            "sequences in which one and the same head has a sink." + _on(table)
+        ),
+        needs=_ended,
+    ),
+}

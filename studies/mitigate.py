@@ -1,0 +1,279 @@
+"""Can it be trained away, and what for? Fine-tunes a checkpoint against its spikes; loss, spike, sink, int8 after it.
+
+  python -m studies.mitigate out/quickstart/ckpt.pt
+  python -m studies.mitigate ckpt.pt --arms clip gate --steps 2000 --seeds 5
+
+Every arm takes the same steps on the same batches as plain fine-tuning (`none`), once per seed, with the run's own data
+and settings. Takes detect.py's flags too. Runs go to mitigate/ beside the checkpoint; the same command goes on where it
+was stopped and does not train again what is trained. Writes mitigate.json and mitigate.html.
+"""
+
+import argparse
+import collections
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.loader import Tokens
+from detect import count, detect, flags, folder_of, load, open_checkpoint, output_paths
+from model import GPTConfig
+from spikesink import files
+from spikesink.edit import quantise
+from spikesink.errors import InterruptedRunError, UserError, cli
+from spikesink.hooks import on_streams
+from spikesink.measure import metrics
+from spikesink.measure.findings import ratio_of
+from spikesink.models import checkpoint
+from studies import report
+from train import Run, TrainConfig, saved_run
+from trainer import checkpoints
+from trainer.machine import DTYPES, Machine
+
+SCHEMA = "spikesink-mitigation-1"
+
+# name -> what is added, and as which keys, given the clipping limit and the flags
+ARMS = {
+    "none": ("nothing: fine-tuning alone", lambda limit, args: {}),
+    "clip": (
+        "a clamp on the stream after every sub-layer, for good",
+        lambda limit, args: {"stream_clip": limit},
+    ),
+    "penalty": (
+        "the stream's kurtosis (He et al. 2405.19279) to the training loss",
+        lambda limit, args: {"penalty": "kurtosis", "penalty_weight": args.penalty_weight},
+    ),
+    "gate": (
+        "a gate per head on the attention output (Qiu et al. 2505.06708)",
+        lambda limit, args: {"gate": "head"},
+    ),
+}
+NOTE = (
+    "none: plain fine-tuning for as many steps on the same batches; what an arm does is its difference from that. "
+    "Every run starts with a new optimiser. Losses: nats per token. "
+    "Numbers of several seeds, which order the batches: mean [lowest, highest]. 95% intervals: paired bootstrap over "
+    "sequences, of losses averaged over seeds. top1/median: of the layer where it is largest. with a spike: of "
+    "sequences. clip: at K x the median |h| of the layer where that is largest; 10 medians are 6.7 sigma of a normal. "
+)
+QUIET = ("out_dir", "device", "resume", "overwrite")  # what does not make it another run
+
+
+def positive(text):
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def base_of(path, content, args):
+    """The TrainConfig of plain fine-tuning: the checkpoint's own, at a constant learning rate. Raises UserError."""
+    stored = content.get("config", {})
+    if "dataset" not in stored:
+        raise UserError(f"{path} does not say what it was trained on, so it cannot be trained further on the same")
+    kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    numbers = lambda kind: (int, float) if kind is float else (kind,)
+    kept = {key: stored[key] for key, kind in kinds.items() if type(stored.get(key)) in numbers(kind)}
+    rate = args.learning_rate or kept.get("min_lr", TrainConfig.min_lr)
+    if not rate:
+        raise UserError(f"{path} was trained with min_lr=0: say which --learning_rate")
+    settings = {
+        "init_from": str(Path(path).resolve()),
+        "dtype": kept["dtype"] if kept.get("dtype") in DTYPES else "auto",  # nanoGPT's float16
+        "learning_rate": rate,
+        "min_lr": rate,
+        "lr_schedule": "constant",
+        "lr_decay_iters": 0,
+        "warmup_iters": args.steps // 10,  # the optimiser's state is new
+        "max_iters": args.steps,
+        "eval_interval": args.steps,
+        "save_interval": max(1, args.steps // 5),
+        "device": args.device,
+        "compile": False,
+        "resume": False,
+        "overwrite": False,
+    }
+    try:
+        return TrainConfig(**{**kept, **settings})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def largest_median(subject, cfg):
+    """The largest median |h| of any tap of the stream, on 16 validation windows: what clipping must leave alone."""
+    data = Tokens(cfg.dataset, "val", subject.model.config.block_size, cfg.bos)
+    ids, medians = data.read(np.linspace(0, data.n_windows - 1, 16).astype(int))[0], []
+    record = lambda x: medians.append(metrics.median_magnitude(x.float()).mean().item())
+    with on_streams(subject.streams, [record] * len(subject.streams)):
+        subject.losses(ids)
+    return max(medians)
+
+
+def changes_of(name, path, limit, args, content):
+    """The keys that an arm sets. Raises UserError where the checkpoint has what the arm would add."""
+    changes = ARMS[name][1](limit, args)
+    had = {**content["model_args"], **content.get("config", {})}
+    defaults = dataclasses.asdict(GPTConfig()) | dataclasses.asdict(TrainConfig())
+    key = next(iter(changes), None)
+    if key and had.get(key, defaults[key]) != defaults[key]:
+        raise UserError(f"{path} has {key}={had[key]} already: leave {name} out of --arms")
+    return changes
+
+
+def fine_tune(name, cfg, changes, digest, overwrite):
+    """The checkpoint of one arm with one seed in cfg.out_dir: trained, gone on with, or found done. Raises UserError.
+
+    `digest`: of the checkpoint that it starts from; it is kept beside the run.
+    """
+    path, origin = Path(cfg.out_dir) / "ckpt.pt", Path(cfg.out_dir) / "init_from.sha256"
+    of_training = {key: value for key, value in changes.items() if key not in GPTConfig.__dataclass_fields__}
+    given = {key: value for key, value in changes.items() if key not in of_training}
+    cfg = dataclasses.replace(cfg, **of_training)
+    there = checkpoints.Checkpoints(cfg.out_dir)
+    saved = saved_run(there) if there.any() and not overwrite else None
+    if saved:
+        had = {**saved["model_args"], **saved.get("config", {}), "init_from": read(origin)}
+        wanted = {**dataclasses.asdict(cfg), **given, "init_from": digest}
+        other = next((key for key in wanted if key not in QUIET and had.get(key) != wanted[key]), None)
+        if other:
+            raise UserError(
+                f"{path} was trained with {other}={had.get(other)}, not {wanted[other]}: "
+                "--overwrite trains again, --out_dir=DIR goes elsewhere"
+            )
+        if saved["step"] == cfg.max_iters:
+            tqdm.write(f"{name}: trained already, {path}")
+            return path
+    cfg = dataclasses.replace(cfg, overwrite=saved is None)
+    model_config = GPTConfig(**saved["model_args"]) if saved else GPTConfig()
+    tuned = Run(model_config, cfg, given, Machine.find(cfg.device), saved)
+    tuned.open_folder()
+    files.save_text(origin, digest)
+    try:
+        tuned.train(tuned.model, name)
+    except InterruptedRunError as stop:
+        raise InterruptedRunError(str(stop).replace("go on with --resume", "the same command goes on")) from None
+    return path
+
+
+def read(path):
+    """A text file; None where there is none."""
+    return path.read_text() if path.is_file() else None
+
+
+def measure(path, args):
+    """(What detect and int8 give of a checkpoint, its loss on each sequence (N,), detect's findings)."""
+    args.checkpoint = str(path)
+    opened = open_checkpoint(args, calibration=True)
+    found, subject = detect(opened, args), opened.subjects[0]
+    losses = quantise.sequence_losses(subject, opened.ids, args.batch_size)
+    measured = {
+        "loss": losses.mean().item(),
+        "ppl": losses.mean().exp().item(),
+        "top1_over_median": max(map(ratio_of, found["layers"])),
+        "kurtosis": max(layer["kurtosis"] for layer in found["layers"]),
+        "spike_sequences": found["measures"]["rules"]["ratio"]["sequences"],
+        "sink_sequences": found["measures"]["rules"]["gu"]["best_head"],
+        "sink_1": found["sinks"]["gu"]["0.3"]["first"],
+        "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
+        "int8": quantise.quantised_losses(subject, opened.ids, opened.other_ids, args.batch_size),
+    }
+    return measured, losses, found
+
+
+def over_seeds(runs):
+    """Mean, lowest and highest over the runs of every number, nested as in a run; how often each verdict."""
+    if isinstance(runs[0], dict):
+        return {key: over_seeds([of[key] for of in runs]) for key in runs[0] if key not in ("ci95", "seed", "path")}
+    if isinstance(runs[0], str):
+        return dict(collections.Counter(runs))
+    return {"mean": sum(runs) / len(runs), "lowest": min(runs), "highest": max(runs)}
+
+
+def mitigate(args):
+    """The findings: the checkpoint, and every arm after fine-tuning."""
+    path = Path(args.checkpoint)
+    content = checkpoint.load(path)
+    cfg, folder = base_of(path, content, args), Path(args.out_dir or folder_of(path) / "mitigate")
+    limit = float(f"{args.clip * largest_median(load(args).subjects[0], cfg):.4g}")
+    arms = {name: changes_of(name, path, limit, args, content) for name in ("none", *dict.fromkeys(args.arms))}
+    before, clean, found = measure(path, args)
+    digest = found["checkpoint"]["sha256"]
+    rows = {name: [] for name in arms}
+    losses = {name: [] for name in arms}
+    each = [(name, seed) for seed in range(1, args.seeds + 1) for name in arms]
+    for name, seed in tqdm(each, desc="runs", disable=None, leave=False):
+        where = folder / f"{name}-seed{seed}"
+        of_run = dataclasses.replace(cfg, seed=seed, out_dir=str(where))
+        tuned = fine_tune(f"{name}, seed {seed}", of_run, arms[name], digest, args.overwrite)
+        measured, of_sequences, _ = measure(tuned, args)
+        rows[name].append({"seed": seed, "path": str(tuned), **measured})
+        losses[name].append(of_sequences)
+    mean = {name: torch.stack(of).mean(0) for name, of in losses.items()}
+    return {
+        "schema": SCHEMA,
+        **{key: found[key] for key in ("checkpoint", "model", "data")},
+        "training": {
+            "steps": cfg.max_iters,
+            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found["model"]["block_size"],
+            "seeds": args.seeds,
+            **{key: getattr(cfg, key) for key in ("learning_rate", "warmup_iters", "dataset", "optimizer", "dtype")},
+            "clip": args.clip,
+        },
+        "note": NOTE + quantise.NOTE,
+        "before": over_seeds([before]),
+        "arms": [
+            {
+                "name": name,
+                "adds": ARMS[name][0],
+                "changes": arms[name],
+                **over_seeds(rows[name]),
+                "against_before": metrics.paired_effect(clean, mean[name]),
+                "against_none": metrics.paired_effect(mean["none"], mean[name]) if name != "none" else None,
+                "runs": rows[name],
+            }
+            for name in arms
+        ],
+    }
+
+
+def main():
+    parser = flags(__doc__)
+    tried = [name for name in ARMS if name != "none"]
+    parser.add_argument(
+        "--arms", nargs="+", choices=tried, default=tried, metavar="ARM", help=f"of {', '.join(tried)} (default: all)"
+    )
+    parser.add_argument("--steps", type=count, default=600, metavar="N", help="optimiser steps (default: 600)")
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each arm (default: 3)")
+    parser.add_argument("--learning_rate", type=positive, metavar="X", help="default: the run's min_lr")
+    parser.add_argument(
+        "--clip", type=positive, default=10.0, metavar="K", help="clamp at K x the largest median |h| (default: 10)"
+    )
+    parser.add_argument("--penalty_weight", type=positive, default=0.01, metavar="X", help="default: 0.01")
+    parser.add_argument("--out_dir", metavar="DIR", help="of the runs (default: mitigate/ beside the checkpoint)")
+    parser.add_argument("--overwrite", action="store_true", help="train again what is trained already")
+    args = parser.parse_args()
+    if not args.checkpoint:
+        raise UserError("which checkpoint? Give a ckpt.pt of train.py or nanoGPT, or its folder")
+    path = Path(args.checkpoint)
+    if path.suffix != ".pt" and not path.is_file():
+        args.checkpoint = str(path / "ckpt.pt")
+        if not Path(args.checkpoint).is_file():
+            raise UserError(
+                f"{path} is no checkpoint of train.py or nanoGPT; of a Hugging Face GPT-2 or Llama, train.py "
+                f"--init_from={path} makes one"
+            )
+    json_path, html_path = output_paths(args.checkpoint, args, "mitigate.json", "mitigate.html")
+    found = mitigate(args)
+    files.save_json(json_path, found)
+    report.mitigation_page(html_path, found)
+    print(f"\n{report.mitigation_terminal(found)}\n\nfindings: {json_path}\npage:     {html_path}")
+
+
+if __name__ == "__main__":
+    cli(main)

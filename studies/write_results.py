@@ -1,0 +1,94 @@
+"""RESULTS.md from results/RESULTS.in.md: every number in its prose is taken from a study's table.json.
+
+  python results/write.py
+
+{STUDY; ARM; MEASURE}           a mean over seeds with its 95% interval
+{STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens, = for - at equal loss
+{STUDY; ARM SEED; MEASURE}      of one run; also its status, step and lr
+{STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * for all arms
+{STUDY; ARM; KIND present}      in how many of its runs detect.py's verdict on spike, sink, co_occurrence is present
+{STUDY; HYPOTHESIS}             its verdict; {STUDY; HYPOTHESIS; reason}: with the numbers for it
+{STUDY; KEY}                    of the table or of the config that all arms have
+{trials}                        all of results/trials.json
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from spikesink.errors import UserError, cli
+from spikesink.show.text import number
+from studies.measures import measure_of
+from studies.tables import cell, markdown_table, pairs_of
+
+TEMPLATE = ROOT / "results" / "RESULTS.in.md"
+
+
+def of_arm(table, arm, measure):
+    """A mean, a difference, or a run's own number, in words. Raises KeyError."""
+    arms = table["arms"]
+    if arm in arms and measure.endswith(" present"):
+        of = arms[arm]
+        return f"{of['verdicts'][measure.removesuffix(' present')].get('present', 0)} of {of['done']}"
+    if arm in arms:
+        return cell(arms[arm]["mean"][measure], measure, arms[arm]["done"])
+    name, sign, rest = arm.rpartition(" - ") if " - " in arm else arm.rpartition(" = ")
+    if sign and rest == table["baseline"]:
+        differences = arms[name]["difference"] if sign == " - " else arms[name]["equal_loss"]["measures"]
+        return cell(differences[measure], measure, pairs_of(table)[name], True)
+    name, _, seed = arm.rpartition(" ")
+    row = next(row for row in arms[name]["seeds"] if str(row["seed"]) == seed)
+    if measure in row and measure != "loss":
+        return str(row[measure])
+    return number(row["measures"][measure], measure_of(measure).form)
+
+
+def filled(field, tables):
+    """What stands for one field. Raises UserError."""
+    if field == "trials":
+        return trials()
+    try:
+        study, *path = (" ".join(part.split()) for part in field.split(";"))
+        table = tables[study]
+        if path[0] in table["hypotheses"]:
+            of = table["hypotheses"][path[0]]
+            return of["verdict"] if len(path) == 1 else f"{of['verdict']}: {of['reason']}".replace("|", "\\|")
+        if len(path) == 1:
+            value = (table["config"] | table)[path[0]]
+            return f"{value:,}" if isinstance(value, int) else str(value)
+        arms, measures = path
+        many = list(table["arms"]) if arms == "*" else arms.split(", ")
+        if arms != "*" and len(many) == 1 and ", " not in measures:
+            return of_arm(table, arms, measures)
+        names = measures.split(", ")
+        return "\n".join(
+            markdown_table(["arm", *names], [[arm, *(of_arm(table, arm, name) for name in names)] for arm in many])
+        )
+    except (KeyError, StopIteration, ValueError) as error:
+        raise UserError(f"{TEMPLATE.name}: {{{field}}} names nothing in results/*/table.json ({error})") from None
+
+
+def trials():
+    """The single runs by which the scales were found."""
+    rows = json.loads((ROOT / "results" / "trials.json").read_text())
+    text = lambda value: "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "\n".join(markdown_table(list(rows[0]), [list(map(text, row.values())) for row in rows]))
+
+
+def render():
+    """The text of RESULTS.md."""
+    tables = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "results").glob("*/table.json")}
+    return re.sub(r"\{([^{}]+)\}", lambda match: filled(match[1], tables), TEMPLATE.read_text())
+
+
+def main():
+    (ROOT / "RESULTS.md").write_text(render())
+    print("RESULTS.md")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,1 @@
+"""What a training run needs beside model.py and train.py: config, machine, checkpoints, logs."""

@@ -1,0 +1,123 @@
+"""The checkpoints of a run: which are kept, which is the newest sound one."""
+
+import copy
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+from spikesink.errors import UserError
+from spikesink.files import link_atomic
+from spikesink.models.checkpoint import load, save
+
+
+class Checkpoints:
+    """The checkpoints of a run: ckpt-00000400.pt and so on, a link ckpt.pt to the newest and best.pt to the best.
+
+    Kept are the newest `keep_last`, the best, and those of every `keep_every` steps (0: none); others go once a newer
+    one is safely on the disk. `asynchronous`: a copy in memory is written while training goes on, one at a time and so
+    in order; what a write raised, the next `save` or `wait` raises.
+    """
+
+    NAME = re.compile(r"ckpt-(\d{8,})\.pt")
+
+    def __init__(self, folder, keep_last=2, keep_every=0, asynchronous=False):
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+        self.asynchronous = asynchronous
+        self.damaged = set()  # neither counted nor deleted
+        self._thread = self._error = None
+
+    @property
+    def path(self):
+        """What users open: the newest."""
+        return self.folder / "ckpt.pt"
+
+    def all(self):
+        """{step: path}, oldest first."""
+        found = {}
+        if self.folder.is_dir():
+            found = {int(m[1]): p for p in self.folder.iterdir() if (m := self.NAME.fullmatch(p.name)) and p.is_file()}
+        return dict(sorted(found.items()))
+
+    def any(self):
+        """True if there is a checkpoint, sound or not."""
+        return os.path.lexists(self.path) or bool(self.all())
+
+    def newest(self, before=None):
+        """(content, path) of the newest sound checkpoint, of a step less than `before` if that is given.
+
+        One line on stderr names the damaged ones that were passed over. Raises UserError if there is none.
+        """
+        paths = [path for step, path in reversed(self.all().items()) if before is None or step < before]
+        if self.path.is_file() and not self.path.is_symlink():  # another program's, or an older version's
+            paths.insert(0, self.path)
+        if not paths:
+            when = f" before step {before}" if before else ""
+            raise UserError(f"there is no checkpoint in {self.folder}{when}: name the folder of a run, --out_dir=DIR")
+        reasons = []
+        for path in paths:
+            try:
+                content = load(path)
+            except UserError as error:
+                reasons.append(str(error))
+                self.damaged.add(path)
+                continue
+            if before is not None and content.get("step", 0) >= before:
+                continue
+            if reasons:
+                print(f"warning: {'; '.join(reasons)}; going on from {path}", file=sys.stderr)
+            return content, path
+        raise UserError(f"no checkpoint in {self.folder} can be read: {'; '.join(reasons)}")
+
+    def save(self, content, best=False):
+        """Writes `content`, of step content["step"], and then lets go of old ones. Raises OSError."""
+        self.wait()
+        if not self.asynchronous:
+            self._write(content, best)
+            return
+        content = copy.deepcopy(content)  # training goes on changing the weights
+        self._thread = threading.Thread(target=self._try, args=(content, best), daemon=True)
+        self._thread.start()
+
+    def wait(self):
+        """Until all is written. Raises OSError if something could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _try(self, content, best):
+        try:
+            self._write(content, best)
+        except OSError as error:
+            self._error = error
+
+    def _write(self, content, best):
+        path = self.folder / f"ckpt-{content['step']:08d}.pt"
+        save(path, content)
+        self.damaged.discard(path)
+        for link in ("ckpt.pt", "best.pt") if best else ("ckpt.pt",):
+            link_atomic(self.folder / link, path.name)
+        self._let_go(path)
+
+    def _let_go(self, written):
+        sound = {step: path for step, path in self.all().items() if path not in self.damaged}
+        best = self.folder / "best.pt"
+        kept = {written, *list(sound.values())[-self.keep_last :]}
+        kept |= {self.folder / os.readlink(best)} if best.is_symlink() else set()
+        for step, path in sound.items():
+            if path not in kept and not (self.keep_every and step % self.keep_every == 0):
+                path.unlink()
+
+    def clear(self):
+        """Deletes every checkpoint."""
+        for path in (*self.all().values(), self.path, self.folder / "best.pt"):
+            path.unlink(missing_ok=True)
+
+    def sweep(self):
+        """Deletes what writers that were killed left half-written."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)

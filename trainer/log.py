@@ -1,0 +1,215 @@
+"""Rows of numbers -> log.jsonl, TensorBoard, wandb or trackio. None stops a training run: what cannot be written waits
+for the next time, or is given up with a warning."""
+
+import contextlib
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from spikesink import files
+from spikesink.errors import UserError
+from spikesink.files import step_of
+from spikesink.measure.monitor import flat, headline
+
+
+def warn(text):
+    """One line on stderr."""
+    tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
+
+
+class JsonLines:
+    """A file of one JSON object per line. Rows that cannot be written (a full disk) wait for the next one."""
+
+    def __init__(self, path, step=0):
+        """Opens `path`, without the rows of steps after `step`, which a resumed run writes again. Raises OSError."""
+        self.path, self.waiting, self.failing = Path(path), b"", False
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = b"".join(line for line in lines if line.endswith(b"\n") and step_of(line) <= step)
+        files.write_atomic(self.path, lambda file: file.write(kept))
+        self.size = len(kept)
+        self.file = open(self.path, "r+b", buffering=0)
+
+    def write(self, row):
+        """Appends a dict."""
+        self.waiting += json.dumps(row).encode() + b"\n"
+        try:
+            self.file.seek(self.size)  # over what a failed attempt has left
+            rest = self.waiting
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            if not self.failing:
+                warn(f"cannot write {self.path}: {error.strerror}; its lines wait until it can be written")
+            self.failing = True
+            return
+        self.size += len(self.waiting)
+        self.waiting, self.failing = b"", False
+
+    def close(self):
+        """Closes the file; lines that still wait are lost."""
+        if self.waiting:
+            warn(f"{self.waiting.count(10)} lines of {self.path} could not be written")
+        self.file.close()
+
+
+def numbers(row):
+    """{name: number} of a row, with those of its look at spikes and sinks as `flat` names them; without its step."""
+    own = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
+    return own | (flat(row["monitor"]) if "monitor" in row else {})
+
+
+# what is drawn over layers and steps -> (where a row has it, its key there, whether its logarithm is shown)
+HEATMAPS = {
+    "spike/ratio": ("layers", "ratio", True),
+    "spike/kurtosis": ("layers", "kurtosis", True),
+    "sink/rate": ("attention", "sink_rate", False),
+}
+
+
+class TensorBoard:
+    """Rows in TensorBoard, by step: numbers as scalars; at the end heatmaps of layers and steps, and the run's line in
+    the HParams view. Given up with one warning if it cannot be written."""
+
+    def __init__(self, folder, step=0, arm=(), rows=()):
+        """`arm`: the settings that tell this run from others; `rows`: those up to `step`, of a run that goes on.
+
+        Raises UserError if the package is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+        self.folder, self.arm, self.writer = folder, dict(arm), None
+        self.val_loss, self.looks = None, []  # (step, what the monitor saw)
+        for row in rows:
+            self._keep(row)
+        self._try(lambda: setattr(self, "writer", SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)))
+
+    def _keep(self, row):
+        self.val_loss = self.val_loss if row.get("val_loss") is None else row["val_loss"]
+        if "monitor" in row:
+            self.looks.append((row["step"], row["monitor"]))
+
+    def write(self, row):
+        """Appends the numbers of a dict that has a `step`."""
+        self._keep(row)
+        for key, value in numbers(row).items():
+            if self.writer:
+                self._try(self.writer.add_scalar, key, value, row["step"])
+
+    def close(self):
+        """Adds what the whole run is needed for, and closes the files."""
+        if self.writer:
+            self._try(self._finish, self.writer)
+
+    def _finish(self, writer):
+        ends = {"val_loss": self.val_loss}
+        with contextlib.closing(writer):
+            if self.looks:
+                step, row = self.looks[-1]
+                ends |= headline(row)
+                for name, (where, *drawn) in HEATMAPS.items():
+                    if row[where]:
+                        writer.add_figure(f"heatmap/{name}", heatmap(self.looks, where, *drawn), step)
+            ends = {f"hparam/{key}": value for key, value in ends.items() if value is not None}
+            writer.add_hparams(self.arm, ends, run_name=".")
+
+    def _try(self, call, *args):
+        try:
+            call(*args)
+        except Exception as error:  # whatever TensorBoard's own thread ran into
+            self.writer = None
+            warn(f"no TensorBoard in {self.folder}: {error}; training goes on")
+
+
+def heatmap(looks, where, key, log):
+    """A figure of one number over layers (down) and steps, from [(step, the monitor's row)]."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    steps, names = [step for step, _ in looks], [layer["name"] for layer in looks[-1][1][where]]
+    of = [{layer["name"]: layer[key] for layer in row[where]} for _, row in looks]
+    values = [[math.nan if found.get(name) is None else found[name] for found in of] for name in names]
+    figure = Figure(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=LogNorm() if log else None)
+    axes.set_yticks(range(len(names)), names)
+    shown = range(0, len(steps), -(-len(steps) // 8))
+    axes.set_xticks(shown, [steps[i] for i in shown])
+    axes.set_xlabel("step")
+    figure.colorbar(image, label=key.replace("_", " "))
+    return figure
+
+
+# name -> the module of that name, which has init, log and finish alike
+TRACKERS = {"none": None, "wandb": "wandb", "trackio": "trackio"}
+
+
+class Tracker:
+    """The numbers of rows in wandb or trackio, by step. Given up with one warning if it fails.
+
+    wandb, which takes no step twice, keeps what it has of the steps that a resumed run does again.
+    """
+
+    def __init__(self, name, run, arm):
+        """`run`: what the run is called there; `arm`: its settings. Raises UserError if the package is not there."""
+        self.name, self.module = name, None
+        try:
+            module = importlib.import_module(TRACKERS[name])
+        except ImportError:
+            raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
+        if self._try(module.init, project="spikesink", name=run, config=dict(arm), resume="allow"):
+            self.module = module
+
+    def write(self, row):
+        """Appends the numbers of a dict that has a `step`."""
+        if self.module:
+            self._try(self.module.log, numbers(row), step=row["step"])
+
+    def close(self):
+        """Ends the run there."""
+        if self.module:
+            self._try(self.module.finish)
+
+    def _try(self, call, *args, **kwargs):
+        """True if the call did not fail."""
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # no network, no login, a full disk
+            self.module = None
+            warn(f"no {self.name}: {error}; training goes on")
+            return False
+        return True
+
+
+class LossWatch:
+    """Which losses stand out: above the running mean by more than SIGMAS running standard deviations.
+
+    Exponential averages over about 1 / (1 - DECAY) steps; what stands out enters them cut down to the threshold, so
+    that a spike does not hide the next one. `state`: what a checkpoint must hold for a resumed run to see the same.
+    """
+
+    DECAY, SIGMAS, FIRST = 0.98, 6.0, 50  # FIRST: steps before it says anything
+
+    def __init__(self, state=(0, 0.0, 0.0)):
+        self.n, self.mean, self.variance = state
+
+    @property
+    def state(self):
+        """[steps seen, mean, variance]."""
+        return [self.n, self.mean, self.variance]
+
+    def stands_out(self, loss):
+        """(whether a finite loss stands out, the mean before it, the standard deviation before it); takes it in."""
+        mean, sd = self.mean, math.sqrt(self.variance)
+        found = self.n >= self.FIRST and loss > mean + self.SIGMAS * sd
+        taken = min(loss, mean + self.SIGMAS * sd) if self.n >= self.FIRST else loss
+        weight = max(1 - self.DECAY, 1 / (self.n + 1))  # a plain mean at first
+        self.n += 1
+        self.mean += weight * (taken - mean)
+        self.variance = (1 - weight) * (self.variance + weight * (taken - mean) ** 2)
+        return found, mean, sd
