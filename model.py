@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+CONTRACT = "spikesink-model-1"  # by which `spikesink detect` knows this file as the model of a checkpoint
+
 
 class Apply(nn.Module):
     """A function without weights, as a module."""

@@ -20,7 +20,6 @@ With --extend, what the results' table holds is not run again either: more seeds
 or arms for a table that came with the clone.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -37,15 +36,15 @@ import filelock
 import torch
 from tqdm import tqdm
 
-import ablate
-import detect
 import train
-from spikesink import files
+from detect import LAB
+from spikesink import api, files
 from spikesink.errors import Flags, InterruptedRunError, StoppedError, UserError, cli, nearest
 from spikesink.files import rows_of
 from spikesink.measure import findings
 from spikesink.measure.observe import observe
 from spikesink.models import checkpoint
+from spikesink.options import Options, whole
 from spikesink.show.text import grid, number
 from studies import aggregate, hypotheses, measures, report, tables
 from studies.jobs import ROOT, Study, code_version, data_of, plan, read_study, settings, size
@@ -184,17 +183,15 @@ def measured(job, study, machine, row):
     """What a finished run shows: the entries of its row. What is measured already is read from its folder."""
     torch.set_float32_matmul_precision("highest")
     path = job.folder / "ckpt.pt"
-    options = [f"--n_seq={study.n_seq}", f"--seq_len={study.seq_len}", f"--device={machine.device}"]
-    args = detect.flags("").parse_args([str(path), *options])
-    args.only, args.probes = study.ablations, study.probes
-    opened = functools.cache(lambda: detect.open_checkpoint(args, calibration=True))
-    found = once(job.folder / "detect.json", lambda: detect.detect(opened(), args))
+    options = Options(n_seq=study.n_seq, seq_len=study.seq_len, device=str(machine.device))
+    look = functools.cache(lambda: api.open(path, options, lab=LAB, calibration=True))
+    found = once(job.folder / "detect.json", lambda: api.detect(look()))
     numbers = {"loss": row["loss"], **measures.of_findings(found)}
     last = {key: row[key] for key in ("step", "tokens", "loss")} | {"measures": numbers}
-    points = once(job.folder / "course.json", lambda: {"points": course(job, args)})["points"]
+    points = once(job.folder / "course.json", lambda: {"points": course(job, options)})["points"]
     effects = {"measures": numbers, "ablations": {}}
     if study.ablations:
-        ablation = once(job.folder / "ablate.json", lambda: ablate.ablate(opened(), args))
+        ablation = once(job.folder / "ablate.json", lambda: api.ablate(look(), study.ablations, study.probes))
         effects = {"measures": numbers | measures.of_ablation(ablation), "ablations": measures.ablations(ablation)}
     return {
         "weights": files.content_hash(checkpoint.load(path)["model"])[:16],
@@ -205,7 +202,7 @@ def measured(job, study, machine, row):
     }
 
 
-def course(job, args):
+def course(job, options):
     """What the checkpoints at the study's points show, but for the last, on the same sequences: rows by step.
 
     A run that was stopped has one of another step too, which is not looked at.
@@ -214,10 +211,10 @@ def course(job, args):
     points = []
     for step, path in checkpoints.Checkpoints(job.folder).all().items():
         if step < job.cfg.max_iters and step % job.cfg.keep_every == 0:
-            opened = detect.open_checkpoint(argparse.Namespace(**{**vars(args), "checkpoint": str(path)}))
-            subject = opened.subjects[0]
-            observation = observe(subject, opened.ids, args.batch_size, desc=f"step {step}")
-            found = files.plain(findings.detection(subject, observation, **opened.about))
+            look = api.open(path, options, lab=LAB)
+            subject = look.subjects[0]
+            observation = observe(subject, look.ids, options.batch_size, desc=f"step {step}")
+            found = files.plain(findings.detection(subject, observation, **look.about))
             numbers = {"loss": losses.get(step), **measures.of_findings(found)}
             tokens = step * job.tokens // job.cfg.max_iters
             points.append({"step": step, "tokens": tokens, "loss": losses.get(step), "measures": numbers})
@@ -359,7 +356,11 @@ def parse():
     flags.add_argument("study", metavar="STUDY", help="a file of configs/studies/")
     flags.add_argument("--dry", action="store_true", help="print the plan and its cost, and stop")
     flags.add_argument(
-        "--warmup", type=detect.whole, default=3, metavar="N", help="measured updates of --dry (default: 3; 0: none)"
+        "--warmup",
+        type=functools.partial(whole, least=0),
+        default=3,
+        metavar="N",
+        help="measured updates of --dry (default: 3; 0: none)",
     )
     flags.add_argument("--keep_code", action="store_true", help="do not run again what other code has finished")
     flags.add_argument("--extend", action="store_true", help="do not run again what the results' table holds")

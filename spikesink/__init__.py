@@ -1,3 +1,29 @@
-"""Instruments for massive activations ("spikes") and attention sinks: observe, measure, intervene, report."""
+"""Instruments for massive activations ("spikes") and attention sinks: open a model, detect, ablate, edit.
 
-__version__ = "0.1.0"
+import spikesink
+
+with spikesink.open("gpt2", n_seq=20) as look:
+    findings = spikesink.detect(look)
+    with spikesink.spike_zero(look):
+        print(look.loss())
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+__all__ = [  # of api.py, which is imported when one of them is first asked for
+    *("Look", "Options", "ablate", "detect", "edited", "open"),
+    *("spike_zero", "spike_mean", "spike_clip", "spike_stepup", "spike_project", "spike_constant"),
+    *("sink_mask", "sink_damp", "sink_relocate", "sink_null", "bos_remove", "remove_sink_heads", "remove_step_up"),
+]
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)

@@ -1,11 +1,14 @@
 """What a user did wrong is one line on stderr and exit code 2; everything else is a traceback."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -22,13 +25,22 @@ class StoppedError(UserError):
     everywhere = True
 
 
-def nearest(name, known):
+def nearest(name: object, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the known name closest to `name`, or ''."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def no_device(name, error):
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Within, a package that is not there is a UserError that names the extra which installs it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing here: pip install 'spikesink[{name}]'") from None
+
+
+def no_device(name: object, error: BaseException) -> UserError:
     """The UserError for a device that torch would not use."""
     said = str(error).splitlines()[0]
     reason = "torch knows no such kind" if said.startswith("Expected one of") else said
@@ -45,15 +57,15 @@ class InterruptedRunError(UserError):
 class Flags(argparse.ArgumentParser):
     """argparse, with UserError for a bad flag and the nearest known one named; the description says how to call it."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=22)
         super().__init__(usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=form, **kwargs)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Argparse calls this for every mistake it finds."""
         raise UserError(f"{message}; --help shows how" if "required" in message or "expected" in message else message)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         """As argparse's. Raises UserError."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -66,7 +78,7 @@ class Flags(argparse.ArgumentParser):
         return parsed
 
 
-def cli(main):
+def cli(main: Callable[[], None]) -> None:
     """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -85,13 +97,13 @@ def cli(main):
         sys.exit(code)
 
 
-def out_of_memory(error):
+def out_of_memory(error: BaseException) -> bool:
     """True for what Python, torch on a CPU and torch on a GPU raise where memory is short."""
     said = str(error)
     return isinstance(error, MemoryError) or "not enough memory" in said or "out of memory" in said
 
 
-def exit_code(main):
+def exit_code(main: Callable[[], None]) -> int:
     """Runs `main()` and says on stderr how it ended, if not well."""
     try:
         main()

@@ -19,15 +19,18 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Tokens
-from detect import count, detect, flags, folder_of, load, open_checkpoint, output_paths
+from detect import LAB
 from model import GPTConfig
-from spikesink import files
+from spikesink import api, files
+from spikesink.commands import Outputs, parser_of
 from spikesink.edit import quantise
 from spikesink.errors import InterruptedRunError, UserError, cli
 from spikesink.hooks import on_streams
 from spikesink.measure import metrics
 from spikesink.measure.findings import ratio_of
 from spikesink.models import checkpoint
+from spikesink.models.hf import device_named
+from spikesink.options import Options, from_flags, whole
 from studies import report
 from train import Run, TrainConfig, saved_run
 from trainer import checkpoints
@@ -94,7 +97,7 @@ def base_of(path, content, args):
         "max_iters": args.steps,
         "eval_interval": args.steps,
         "save_interval": max(1, args.steps // 5),
-        "device": args.device,
+        "device": device_named(args.options.device),
         "compile": False,
         "resume": False,
         "overwrite": False,
@@ -168,10 +171,9 @@ def read(path):
 
 def measure(path, args):
     """(What detect and int8 give of a checkpoint, its loss on each sequence (N,), detect's findings)."""
-    args.checkpoint = str(path)
-    opened = open_checkpoint(args, calibration=True)
-    found, subject = detect(opened, args), opened.subjects[0]
-    losses = quantise.sequence_losses(subject, opened.ids, args.batch_size)
+    look = api.open(path, args.options, lab=LAB, calibration=True)
+    found, subject, batch_size = api.detect(look), look.subjects[0], args.options.batch_size
+    losses = look.losses()
     measured = {
         "loss": losses.mean().item(),
         "ppl": losses.mean().exp().item(),
@@ -181,7 +183,7 @@ def measure(path, args):
         "sink_sequences": found["measures"]["rules"]["gu"]["best_head"],
         "sink_1": found["sinks"]["gu"]["0.3"]["first"],
         "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
-        "int8": quantise.quantised_losses(subject, opened.ids, opened.other_ids, args.batch_size),
+        "int8": quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size),
     }
     return measured, losses, found
 
@@ -199,8 +201,8 @@ def mitigate(args):
     """The findings: the checkpoint, and every arm after fine-tuning."""
     path = Path(args.checkpoint)
     content = checkpoint.load(path)
-    cfg, folder = base_of(path, content, args), Path(args.out_dir or folder_of(path) / "mitigate")
-    limit = float(f"{args.clip * largest_median(load(args).subjects[0], cfg):.4g}")
+    cfg, folder = base_of(path, content, args), Path(args.out_dir or api.folder_of(path) / "mitigate")
+    limit = float(f"{args.clip * largest_median(api.load(path, args.options, lab=LAB).subjects[0], cfg):.4g}")
     arms = {name: changes_of(name, path, limit, args, content) for name in ("none", *dict.fromkeys(args.arms))}
     before, clean, found = measure(path, args)
     digest = found["checkpoint"]["sha256"]
@@ -243,13 +245,13 @@ def mitigate(args):
 
 
 def main():
-    parser = flags(__doc__)
+    parser = parser_of(__doc__)
     tried = [name for name in ARMS if name != "none"]
     parser.add_argument(
         "--arms", nargs="+", choices=tried, default=tried, metavar="ARM", help=f"of {', '.join(tried)} (default: all)"
     )
-    parser.add_argument("--steps", type=count, default=600, metavar="N", help="optimiser steps (default: 600)")
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each arm (default: 3)")
+    parser.add_argument("--steps", type=whole, default=600, metavar="N", help="optimiser steps (default: 600)")
+    parser.add_argument("--seeds", type=whole, default=3, metavar="N", help="runs of each arm (default: 3)")
     parser.add_argument("--learning_rate", type=positive, metavar="X", help="default: the run's min_lr")
     parser.add_argument(
         "--clip", type=positive, default=10.0, metavar="K", help="clamp at K x the largest median |h| (default: 10)"
@@ -258,6 +260,7 @@ def main():
     parser.add_argument("--out_dir", metavar="DIR", help="of the runs (default: mitigate/ beside the checkpoint)")
     parser.add_argument("--overwrite", action="store_true", help="train again what is trained already")
     args = parser.parse_args()
+    args.options = from_flags(Options, args)
     if not args.checkpoint:
         raise UserError("which checkpoint? Give a ckpt.pt of train.py or nanoGPT, or its folder")
     path = Path(args.checkpoint)
@@ -268,7 +271,7 @@ def main():
                 f"{path} is no checkpoint of train.py or nanoGPT; of a Hugging Face GPT-2 or Llama, train.py "
                 f"--init_from={path} makes one"
             )
-    json_path, html_path = output_paths(args.checkpoint, args, "mitigate.json", "mitigate.html")
+    json_path, html_path = from_flags(Outputs, args).paths(args.checkpoint, "mitigate.json", "mitigate.html")
     found = mitigate(args)
     files.save_json(json_path, found)
     report.mitigation_page(html_path, found)

@@ -15,9 +15,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
-from model import GPT, GPTConfig
-from spikesink import errors
-from spikesink.models.subject import Subject
+from model import GPT, GPTConfig  # noqa: E402
+from spikesink import errors  # noqa: E402
+from spikesink.models.subject import Subject  # noqa: E402
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64}
 

@@ -173,7 +173,7 @@ def test_async_saves_keep_their_order_and_the_state_they_were_given(tmp_path, mo
         write(path, whole)
         order.append(whole["step"])
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(checkpoints, "save", slow)
     kept, weights = checkpoints.Checkpoints(tmp_path, asynchronous=True), content(1)
     kept.save(weights)
     weights["model"]["w"].zero_()  # training goes on

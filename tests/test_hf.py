@@ -324,7 +324,7 @@ def test_truncated_and_faraway_weights_are_one_line(tmp_path, cli):
 def test_chunks_of_rows_are_the_whole(monkeypatch, family):
     subject = hf.subject_of(build(family), str)
     whole = subject.losses(IDS)
-    monkeypatch.setattr("spikesink.subject.CHUNK_BYTES", 4 * 3 * 4 * 24 * 5)  # five queries at a time
+    monkeypatch.setattr("spikesink.models.subject.CHUNK_BYTES", 4 * 3 * 4 * 24 * 5)  # five queries at a time
     torch.testing.assert_close(subject.losses(IDS), whole, atol=1e-5, rtol=1e-5)
 
 

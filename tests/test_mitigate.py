@@ -13,6 +13,7 @@ from model import GATES, GPT, GPTConfig
 from spikesink.edit import quantise
 from spikesink.measure import metrics
 from spikesink.models import checkpoint, convert
+from spikesink.options import Options
 from studies import report
 
 from .conftest import TINY, tiny
@@ -98,9 +99,10 @@ def test_end_to_end(mitigate, source, tmp_path):
         assert against["ci95"][0] <= against["delta_loss"] <= against["ci95"][1]
         assert set(arm["int8"]) == set(quantise.GRANULARITIES)
     # the loss of the table is the checkpoint's own
-    from detect import flags, open_checkpoint
+    import spikesink
+    from detect import LAB
 
-    opened = open_checkpoint(flags("").parse_args([runs["gate", 1]["path"], "--seq_len=16", "--n_seq=12"]), True)
+    opened = spikesink.open(runs["gate", 1]["path"], lab=LAB, calibration=True, seq_len=16, n_seq=12)
     model = GPT.from_checkpoint(saved["gate", 1]).eval()
     loss = model(opened.ids[:, :-1], opened.ids[:, 1:])[1].item()
     assert runs["gate", 1]["loss"] == pytest.approx(loss, rel=1e-5)
@@ -192,7 +194,7 @@ def test_nanogpts_settings_are_taken_where_they_mean_something_here():
 
     theirs = {"dataset": "shakespeare", "dtype": "float16", "device": "cuda", "compile": True, "grad_clip": 1}
     theirs |= {"min_lr": 6e-5, "weight_decay": 1e-1, "backend": "nccl", "warmup_iters": 2000, "max_iters": 600000}
-    args = argparse.Namespace(steps=50, learning_rate=None, device="cpu")
+    args = argparse.Namespace(steps=50, learning_rate=None, options=Options(device="cpu"))
     cfg = mitigate.base_of("nano.pt", {"config": theirs}, args)
     assert (cfg.dataset, cfg.dtype, cfg.device, cfg.compile) == ("shakespeare", "auto", "cpu", False)
     assert (cfg.grad_clip, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (1, 0.1, 6e-5, 6e-5)

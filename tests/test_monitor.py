@@ -164,7 +164,7 @@ def test_statistics_are_float32_under_autocast(ids, monkeypatch, attention):
     attends = [block.attn.f.attend for block in model.transformer.h]
     seen = attention_received
     monkeypatch.setattr(
-        "spikesink.monitor.attention_received", lambda *how: received.append(seen(*how)) or received[-1]
+        "spikesink.measure.monitor.attention_received", lambda *how: received.append(seen(*how)) or received[-1]
     )
     pairs = [(attend, lambda module, args, kwargs, out: given.append((module, *args[:2]))) for attend in attends]
     monitor = Monitor(model, sequences=6)

@@ -39,7 +39,7 @@ def explicit_maps(model, ids):
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2**25])
 def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, chunk_bytes):
-    monkeypatch.setattr("spikesink.subject.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("spikesink.models.subject.CHUNK_BYTES", chunk_bytes)
     model, ids = planted(sink_logit=4.5), marked_ids
     sinks = found_in(model, ids)["sinks"]
     maps, norms = explicit_maps(model, ids)  # (L, N, H, T, T)

@@ -73,12 +73,13 @@ def test_detection_loss_is_the_models_own(detected, trained):
     assert detected("--n_seq=20")[0]["data"]["loss"] == pytest.approx(model(x[:, :-1], x[:, 1:])[1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("extra", [[], ["--n_seq=7"]])
+@pytest.mark.parametrize("extra", [{}, {"n_seq": 7}])
 def test_ablate_measures_on_the_sequences_of_detect(trained, extra):
-    import detect
+    import spikesink
+    from detect import LAB
 
-    args = detect.flags("").parse_args([str(trained), "--seq_len=16", *(extra or ["--n_seq=60"])])
-    one, two = detect.open_checkpoint(args), detect.open_checkpoint(args, calibration=True)
+    how = {"lab": LAB, "seq_len": 16, "n_seq": 60} | extra
+    one, two = spikesink.open(trained, **how), spikesink.open(trained, calibration=True, **how)
     assert torch.equal(one.ids, two.ids)
     assert len(two.other_ids) == len(one.ids) - 1
     assert not any((two.other_ids == row).all(1).any() for row in one.ids)
@@ -157,7 +158,7 @@ def test_ablate_probes_a_model_that_reads_text(cli, tmp_path, monkeypatch):
             for s in treebank(n)
         )
         (tmp_path / f"data/ud_ewt/{split}.conllu").write_text(text)
-    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    monkeypatch.setattr(ablate, "LAB", dataclasses.replace(ablate.LAB, data=tmp_path / "data"))
     out = ["--seq_len=32", "--n_seq=12", f"--text={tmp_path / 'text.txt'}", f"--json={tmp_path / 'a.json'}"]
     code, text, err = cli("ablate.py", tmp_path / "ckpt.pt", *out, "--only", "spike_zero", "bos_remove")
     assert code == 0, err
@@ -205,7 +206,7 @@ MISTAKES = {
     "padding between tokens": (["{ckpt}", "--tokens={holed}"], "between tokens"),
     "nothing but padding": (["{ckpt}", "--tokens={padding}"], "sequence of 0 tokens"),
     "no such device": (["{ckpt}", "--device=tpu"], "tpu"),
-    "two sources": (["{ckpt}", "--text=a", "--data=b"], "not allowed with"),
+    "two sources": (["{ckpt}", "--text=a", "--data=b"], "--data and --text are two texts"),
     "unwritable": (["{ckpt}", "--seq_len=16", "--json=/proc/nowhere/f.json"], "cannot write /proc/nowhere/f.json"),
 }
 

@@ -462,8 +462,7 @@ def test_verdicts_without_evidence():
 
 def test_results_say_what_the_tables_hold():
     """RESULTS.md is made of its template and the committed tables; its prose has no measured number of its own."""
-    sys.path.insert(0, str(ROOT / "results"))
-    import write
+    from studies import write_results as write
 
     assert (ROOT / "RESULTS.md").read_text() == write.render()
     prose = re.sub(r"\{[^{}]+\}|```.*?```", "", write.TEMPLATE.read_text(), flags=re.DOTALL)
@@ -474,8 +473,7 @@ def test_results_say_what_the_tables_hold():
 
 
 def test_a_field_that_names_nothing_is_refused():
-    sys.path.insert(0, str(ROOT / "results"))
-    import write
+    from studies import write_results as write
 
     with pytest.raises(UserError, match="no_such_arm"):
         write.filled("ci; no_such_arm; loss", {"ci": json.loads((ROOT / "results/ci/table.json").read_text())})

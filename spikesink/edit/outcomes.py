@@ -329,6 +329,23 @@ def conditions_of(table, reference):
     return conditions
 
 
+def edited_losses(subject, ids, edits, reference, batch_size=8):
+    """The mean loss of each sequence of ids (N, T) under all of the `edits`, (clean, reference=) -> Edit: (N,), float64.
+
+    What is edited is fixed by the clean model, batch by batch.
+    """
+    losses = torch.empty(len(ids), dtype=torch.float64)
+    for rows, batch in batches(ids, batch_size):
+        clean = interventions.Clean.of(subject, batch, rows)
+        made = [edit(clean, reference=reference) for edit in edits]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(clean.prefix(min(edit.stage for edit in made)))
+            for edit in made:
+                stack.enter_context(edit)
+            losses[rows] = subject.losses(batch).double().mean(1)
+    return losses
+
+
 def on_texts(subject, conditions, shared):
     """The conditions as probes take them: name -> function(ids (B, T), numbers (B,)) -> context manager.
 

@@ -41,6 +41,11 @@ def checked(content, path):
     return content
 
 
+def is_ours(content):
+    """True for the content of a checkpoint of train.py."""
+    return content.get("maker") != "nanoGPT"
+
+
 def load(path):
     """The dict written by `save`, or nanoGPT's own dict, on the CPU.
 
@@ -65,5 +70,5 @@ def load(path):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")
         return checked(whole["content"], path)
     if isinstance(whole, dict) and {"model", "model_args"} <= whole.keys():
-        return convert.from_nanogpt(checked(whole, path))
+        return {**convert.from_nanogpt(checked(whole, path)), "maker": "nanoGPT"}
     raise UserError(f"{path} is neither a checkpoint of train.py nor of nanoGPT")

@@ -9,10 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
-
 from ..errors import Flags, UserError, cli
-from . import checkpoint, convert
+from . import checkpoint, convert, hf
 
 
 def byte_tokenizer():
@@ -76,11 +74,8 @@ def export(content, folder, bpe=None):
     except ValueError as error:
         raise UserError(f"cannot export: {error}") from None
     config.bos_token_id = config.eos_token_id = meta.get("bos_id")
-    with torch.device("meta"):
-        model = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type](config)
-    model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.tie_weights()
+    kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
+    model = hf.with_weights(kind, config, state)
     folder = Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

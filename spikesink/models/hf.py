@@ -14,15 +14,17 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import UserError, no_device
+from ..errors import UserError, extra, no_device
 from ..files import file_hash
-from . import disk_weights
+from . import convert, disk_weights
 from .blocks import Stack, stacks_of
 from .subject import SEAM, Subject, after_start, for_heads, rows_at_once
 
@@ -205,10 +207,15 @@ def read_json(file):
     return value
 
 
+def device_named(name):
+    """`name`, or for auto the GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def to_device(model, device):
-    """The model on a device. Raises UserError where there is no such device."""
+    """The model on a device, as `device_named` names it. Raises UserError where there is no such device."""
     try:
-        return model.to(device)
+        return model.to(device_named(device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise no_device(device, error) from None
 
@@ -250,11 +257,10 @@ def open_model(name_or_path, device="cpu", room=math.inf, **kwargs):
     Safetensors only, no remote code, whatever they say. Raises UserError where it cannot be had whole.
     """
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # no third party converts other formats for us
-    try:
+    with extra("hf"):
         from transformers import AutoConfig
         from transformers.utils import cached_file, logging
-    except ImportError:
-        raise UserError("Hugging Face models need transformers: pip install -e .[hf]") from None
+    device = device_named(device)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -279,8 +285,36 @@ def open_model(name_or_path, device="cpu", room=math.inf, **kwargs):
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{name_or_path} lacks {len(missing)} weights, the first {missing[0]}: it would be random")
-    model.config.use_cache, model.config.return_dict = False, True
-    return (model if placed else to_device(model, device)).eval()
+    return model if placed else to_device(model, device)
+
+
+def found_in(model: nn.Module) -> nn.Module | None:
+    """The transformers model in `model`, perhaps wrapped; None where there is none."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+
+
+def of_nanogpt(content: Mapping[str, Any]) -> nn.Module:
+    """The GPT-2 of transformers that computes what a checkpoint of nanoGPT does. Raises ValueError."""
+    with extra("hf"):
+        from transformers import GPT2LMHeadModel
+    config, state = convert.to_gpt2(
+        {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **content["model_args"]}, content["model"]
+    )
+    return with_weights(GPT2LMHeadModel, config, state)
+
+
+def with_weights(kind: type, config: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A transformers model of this class and config that has these very tensors as its weights."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return model
 
 
 def subjects_of(model, decode):
@@ -290,6 +324,8 @@ def subjects_of(model, decode):
     attention module and streams (B, T, C): what cannot be observed is refused, not guessed.
     """
     kind = model.config.model_type
+    model.eval()
+    model.config.use_cache, model.config.return_dict = False, True
     try:
         return _tried_subjects(model, decode)
     except UserError:

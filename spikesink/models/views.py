@@ -6,8 +6,7 @@ the model's own attention function computes its attention throughout.
 
 import contextlib
 import copy
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -60,10 +59,15 @@ def view_of(model, streams=None):
     return next(view for view in (kind(model) for kind in KINDS) if view)
 
 
+def gpt_in(model):
+    """The GPT of a model.py in `model` (recognised by its taps, not imported), or None."""
+    tapped = lambda m: isinstance(getattr(m, "transformer", None), nn.ModuleDict) and "stream" in m.transformer
+    return next((m for m in model.modules() if tapped(m)), None)
+
+
 def of_gpt(model):
     """The View of a GPT of model.py (recognised by its taps, not imported), or None."""
-    tapped = lambda m: isinstance(getattr(m, "transformer", None), nn.ModuleDict) and "stream" in m.transformer
-    gpt = next((m for m in model.modules() if tapped(m)), None)
+    gpt = gpt_in(model)
     if gpt is None:
         return None
     streams, attends = [Tap(-1, "embedding", gpt.transformer.stream)], []
@@ -139,11 +143,7 @@ def reading(seam_of):
 
 def of_transformers(model):
     """The View of the transformers model in `model`, of an encoder-decoder its decoder; None where it cannot be had."""
-    if "transformers" not in sys.modules:
-        return None
-    from transformers import PreTrainedModel
-
-    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    found = hf.found_in(model)
     if found is None:
         return None
     try:
@@ -155,7 +155,8 @@ def of_transformers(model):
 @torch.no_grad()
 def _tried(model):
     both = model.config.is_encoder_decoder
-    with _restored(model):
+    with as_it_was(model):
+        model.eval()
         seams = {}
 
         def make(module):
@@ -178,21 +179,32 @@ def _tried(model):
     )
 
 
+OWN = (SEAM, "_attn")  # what instruments put beside a module's own attributes
+SETTINGS = ("_attn_implementation", "use_cache", "return_dict")  # and what they set in a transformers config
+
+
 @contextlib.contextmanager
-def _restored(model):
-    """Within, the model does not train; after it, modes, random state and attributes are what they were."""
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """After the block the model's modes, attention implementation and attributes, and torch's random state, are what
+    they were before it, whatever was done to them within."""
     modules = list(model.modules())
-    modes, held = [m.training for m in modules], [vars(m).get(SEAM) for m in modules]
+    modes = [m.training for m in modules]
+    own = [{name: vars(m)[name] for name in OWN if name in vars(m)} for m in modules]
+    configs = {id(m.config): m.config for m in modules if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    settings = [(c, {key: getattr(c, key) for key in SETTINGS if hasattr(c, key)}) for c in configs.values()]
     try:
         with torch.random.fork_rng():
-            model.eval()
             yield
     finally:
-        for module, mode, seam in zip(modules, modes, held, strict=True):
+        for module, mode, before in zip(modules, modes, own, strict=True):
             module.training = mode
-            vars(module).pop(SEAM, None)
-            if seam is not None:
-                object.__setattr__(module, SEAM, seam)
+            for name in OWN:
+                vars(module).pop(name, None)
+            for name, value in before.items():
+                object.__setattr__(module, name, value)
+        for config, before in settings:
+            for key, value in before.items():
+                setattr(config, key, value)
 
 
 # ------------------------------------------------------------------------------------------------ any other

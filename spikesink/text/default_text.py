@@ -4,6 +4,7 @@ It needs no network and no file, and takes seconds. The same Python version give
 """
 
 import ast
+import functools
 import io
 import itertools
 import pydoc_data.topics
@@ -69,10 +70,15 @@ def _everything() -> Iterator[str]:
                 yield text
 
 
-def validation(block_size: int, bos: bool = False) -> Windows:
-    """The validation split as data/stdlib/prepare.py writes it: bytes, id 256 (BOS) after each document."""
+@functools.cache
+def _validation_tokens() -> np.ndarray:
     tokenizer = ByteTokenizer()
     texts = list(itertools.islice(documents(), 0, None, VAL_EVERY))
-    tokens = np.concatenate([np.append(ids, tokenizer.bos_id).astype("<u2") for ids in tokenizer.encode(texts)])
-    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id}
-    return Windows(tokens, meta, NAME, block_size, bos)
+    return np.concatenate([np.append(ids, tokenizer.bos_id).astype("<u2") for ids in tokenizer.encode(texts)])
+
+
+def validation(block_size: int, bos: bool = False) -> Windows:
+    """The validation split as data/stdlib/prepare.py writes it: bytes, id 256 (BOS) after each document."""
+    kind = ByteTokenizer
+    meta = {"tokenizer": kind.name, "vocab_size": kind.vocab_size, "bos_id": kind.bos_id}
+    return Windows(_validation_tokens(), meta, NAME, block_size, bos)

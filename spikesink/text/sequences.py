@@ -1,5 +1,6 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -7,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.loader import Tokens
-
 from ..errors import UserError
-from .tokenizers import NoTokenizer, tokenizer_of
+from ..options import Options
+from . import default_text
+from .token_files import Meta, TokenFile, Windows
+from .tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
 
 DEFAULT_LENGTH = 64  # Gu et al.'s
 SHORTEST = 8
@@ -26,52 +28,71 @@ class Sequences(NamedTuple):
     bos: bool
 
 
+Split = Callable[[str, int, bool], Windows]  # (name of a dataset, block_size, bos) -> its validation split
+
+
+def validation_split(name: str, block_size: int, bos: bool = False) -> Windows:
+    """The validation split of the default text, or of a dataset's folder. Raises UserError."""
+    if name == default_text.NAME:
+        return default_text.validation(block_size, bos)
+    if Path(name).is_dir():
+        return TokenFile(name, "val", block_size, bos)
+    raise UserError(f"there is no dataset {name!r} here: give the folder that holds its val.bin, or --text FILE")
+
+
 @dataclass
 class Reader:
-    """How a model reads text."""
+    """How a model reads text. `vocab_size`: ids that it takes; `block_size`: the longest sequence, or infinity."""
 
-    tokenizer: object  # encode(texts), decode(id), bos_id
-    meta: dict  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
+    tokenizer: TextTokenizer
+    meta: Meta  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
     dataset: str  # its default text
-    before: tuple  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
-    after: tuple  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
-    block_size: float  # the longest sequence it takes
+    before: tuple[int, ...]  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
+    after: tuple[int, ...]  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
+    block_size: float
     vocab_size: int
+    split: Split = validation_split
 
-    def sequences(self, args, wanted):
-        """The sequences that `args` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
+    def sequences(self, options: Options, wanted: int) -> Sequences:
+        """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
 
         Fewer only where n_seq was not given. Raises UserError.
         """
-        bos = bool(self.before) and args.tokens is None
-        if args.tokens is not None:
-            name, ids = args.tokens, ids_of_array(args.tokens, args.seq_len)
+        tokens, seq_len = options.tokens, options.seq_len
+        bos = bool(self.before) and tokens is None
+        if tokens is not None:
+            name = "tokens" if isinstance(tokens, torch.Tensor) else str(tokens)
+            ids = ids_of_array(tokens, seq_len)
         else:
-            seq_len = args.seq_len or int(min(DEFAULT_LENGTH, self.block_size))
+            seq_len = seq_len or int(min(DEFAULT_LENGTH, self.block_size))
             check_length(seq_len, self.block_size)
-            if args.text is not None:
-                name, ids = args.text, self.of_text(read_text(args.text), args.text, seq_len)
+            if options.text is not None:
+                name = str(options.text)
+                ids = self.of_text(read_text(options.text), name, seq_len)
             else:
-                name = self.dataset if args.data is None else args.data
+                name = self.dataset if options.data is None else options.data
                 ids = self.of_dataset(name, seq_len, wanted)
         check_length(ids.size(1), self.block_size)
         real = ids[ids != PADDING]
         if real.min() < 0 or real.max() >= self.vocab_size:
             worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
-        if args.n_seq and len(ids) < wanted:
+        if options.n_seq and len(ids) < wanted:
             raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
-        return Sequences(ids if args.tokens is not None and not args.n_seq else ids[:wanted], name, bos)
+        return Sequences(ids if tokens is not None and not options.n_seq else ids[:wanted], name, bos)
 
-    def of_dataset(self, name, seq_len, wanted):
+    def of_dataset(self, name: str, seq_len: int, wanted: int) -> torch.Tensor:
         """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
 
         Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
         """
-        data = Tokens(name, "val", seq_len, bool(self.before) and self.speaks(name))
+        data = self.split(name, seq_len, False)
+        same_ids = all(data.meta.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
+        if same_ids and self.before:
+            data = self.split(name, seq_len, True)
         count = min(wanted, data.n_windows)
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
-        if self.speaks(name):
+        if same_ids:
             return data.read(windows)[0]
         text_of = getattr(tokenizer_of(data.meta), "text", None)
         if text_of is None or isinstance(self.tokenizer, NoTokenizer):
@@ -84,7 +105,7 @@ class Reader:
         texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
         return torch.cat([self.of_text(text, name, seq_len)[:1] for text in texts])
 
-    def of_text(self, text, name, seq_len):
+    def of_text(self, text: str, name: str, seq_len: int) -> torch.Tensor:
         """int64 ids (N, seq_len) of a text, cut into sequences. Raises UserError if it is too short."""
         (ids,) = self.tokenizer.encode([text])
         taken = seq_len - len(self.before) - len(self.after)
@@ -96,7 +117,7 @@ class Reader:
             )
         return self.framed(torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken))
 
-    def prompt(self, text):
+    def prompt(self, text: str) -> torch.Tensor:
         """int64 ids (1, T) of a prompt, with the special tokens around it. Raises UserError if there is none."""
         if isinstance(self.tokenizer, NoTokenizer):
             raise UserError("the model has no tokenizer at hand, so a prompt cannot be read; give ids with --tokens")
@@ -110,20 +131,15 @@ class Reader:
             raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
         return framed
 
-    def framed(self, ids):
+    def framed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (N, T) between the special tokens."""
         around = [
             torch.tensor(special, dtype=torch.int64).expand(len(ids), -1) for special in (self.before, self.after)
         ]
         return torch.cat((around[0], ids, around[1]), dim=1)
 
-    def speaks(self, name):
-        """True if a dataset's ids are the model's own."""
-        theirs = Tokens(name, "val", 8).meta
-        return all(theirs.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
 
-
-def check_length(seq_len, block_size):
+def check_length(seq_len: int, block_size: float) -> None:
     """Raises UserError for a sequence that the model cannot take, or that is too short to say anything."""
     if seq_len > block_size:
         raise UserError(
@@ -134,17 +150,13 @@ def check_length(seq_len, block_size):
         raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
 
 
-def ids_of_array(path, seq_len):
-    """int64 ids (N, T) of --tokens, padding moved to the end of each row.
+def ids_of_array(tokens: str | Path | torch.Tensor, seq_len: int | None) -> torch.Tensor:
+    """int64 ids (N, T) of a tensor or a .npy file, padding moved to the end of each row.
 
-    Raises UserError if the file is not a 2-D integer array, or a row is too short.
+    Raises UserError if it is not a 2-D array of integers, or a row is too short.
     """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError):
-        raise UserError(f"cannot read --tokens {path}: it is no .npy file of integers; text goes with --text") from None
-    except OSError as error:
-        raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
+    path = "tensor" if isinstance(tokens, torch.Tensor) else tokens
+    array = tokens.numpy(force=True) if isinstance(tokens, torch.Tensor) else _load(tokens)
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
     ids = torch.from_numpy(array.astype(np.int64))
@@ -163,7 +175,16 @@ def ids_of_array(path, seq_len):
     return ids
 
 
-def read_text(path):
+def _load(path: str | Path) -> object:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise UserError(f"cannot read --tokens {path}: it is no .npy file of integers; text goes with --text") from None
+    except OSError as error:
+        raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
+
+
+def read_text(path: str | Path) -> str:
     """A text file. Raises UserError."""
     try:
         return Path(path).read_text(encoding="utf-8")

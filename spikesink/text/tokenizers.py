@@ -2,15 +2,28 @@
 
 import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, extra
+from .token_files import Meta
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END = "<|endoftext|>"
 GPT2_SIZE = 50257
+
+
+class TextTokenizer(Protocol):
+    """What the instruments need of a tokenizer. Some also have `bos_id`, and `text(ids)`, an array of ids -> text."""
+
+    def encode(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
+        """Texts -> their ids, without special tokens. Raises UserError where it cannot."""
+
+    def decode(self, token: int) -> str:
+        """One id -> text to show."""
 
 
 class ByteTokenizer:
@@ -18,17 +31,17 @@ class ByteTokenizer:
 
     name, vocab_size, bos_id, bpe = "byte", 257, 256, None
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
         """A list of strings -> a list of arrays of ids."""
         return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
 
-    def decode(self, token):
+    def decode(self, token: int) -> str:
         """One id -> text to show."""
         if token >= self.bos_id:
             return "<bos>" if token == self.bos_id else f"<{token}>"
         return bytes([token]).decode("ascii", "backslashreplace")
 
-    def text(self, ids):
+    def text(self, ids: np.ndarray) -> str:
         """An array of ids -> text; documents stand a blank line apart."""
         parts = np.split(ids, np.flatnonzero(ids == self.bos_id))
         return "\n\n".join(part[part < 256].astype(np.uint8).tobytes().decode("utf-8", "replace") for part in parts)
@@ -44,9 +57,10 @@ class GPT2Tokenizer:
 
     name = "gpt2"
 
-    def __init__(self, bpe=None, vocab_size=GPT2_SIZE):
-        import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
+    def __init__(self, bpe: str | Path | None = None, vocab_size: int = GPT2_SIZE) -> None:
+        with extra("lab"):
+            import tiktoken
+            from tiktoken.load import load_tiktoken_bpe
 
         self.bpe = str(Path(bpe).resolve()) if bpe else None
         self.vocab_size, self.bos_id = vocab_size, vocab_size - 1
@@ -71,15 +85,15 @@ class GPT2Tokenizer:
                 "point at a local copy with --bpe=gpt2.tiktoken"
             ) from None
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
         """A list of strings -> a list of arrays of ids; special tokens in the text are plain text."""
         return [np.array(ids, dtype=np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=4)]
 
-    def decode(self, token):
+    def decode(self, token: int) -> str:
         """One id -> text to show; the ids that pad the vocabulary have none."""
         return self.encoding.decode([token]) if token < self.vocab_size else f"<{token}>"
 
-    def text(self, ids):
+    def text(self, ids: np.ndarray) -> str:
         """An array of ids -> text; documents stand a blank line apart."""
         return self.encoding.decode(ids.tolist()).replace(END, "\n\n")
 
@@ -87,11 +101,11 @@ class GPT2Tokenizer:
 class NoTokenizer:
     """Ids whose text is not at hand: shown as numbers."""
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Raises UserError."""
         raise UserError("this model's tokenizer is not at hand; give it ids with --tokens FILE.npy, or --bpe")
 
-    def decode(self, token):
+    def decode(self, token: int) -> str:
         """One id -> text to show."""
         return f"<{token}>"
 
@@ -99,10 +113,10 @@ class NoTokenizer:
 class CharTokenizer(NoTokenizer):
     """An alphabet listed in meta.json, as the synthetic data has."""
 
-    def __init__(self, chars, bos_id):
+    def __init__(self, chars: str, bos_id: int) -> None:
         self.chars, self.bos_id = chars, bos_id
 
-    def decode(self, token):
+    def decode(self, token: int) -> str:
         """One id -> text to show."""
         return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
 
@@ -110,7 +124,7 @@ class CharTokenizer(NoTokenizer):
 TOKENIZERS = {"byte": lambda bpe, vocab_size: ByteTokenizer(), "gpt2": GPT2Tokenizer}  # of (ranks, ids)
 
 
-def tokenizer_of(meta, bpe=None):
+def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
     """The tokenizer of a dataset's meta.json; NoTokenizer where it has none or it cannot be had here."""
     if meta.get("tokenizer") == "chars" and {"chars", "bos_id"} <= meta.keys():
         return CharTokenizer(meta["chars"], meta["bos_id"])
@@ -126,7 +140,7 @@ def tokenizer_of(meta, bpe=None):
         return NoTokenizer()
 
 
-def split_documents(lines):
+def split_documents(lines: Iterable[str]) -> Iterator[str]:
     """Documents of an iterable of lines in which a line `<|endoftext|>` ends each."""
     document = []
     for line in lines:

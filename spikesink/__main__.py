@@ -1,0 +1,69 @@
+"""Instruments for massive activations ("spikes") and attention sinks, in any trained checkpoint.
+
+  spikesink detect gpt2                          what does it do?
+  spikesink ablate gpt2 --only sink_mask         what changes when it cannot?
+  spikesink export out/x/ckpt.pt DIR             a checkpoint as a Hugging Face folder
+  spikesink COMMAND --help                       the flags of a command
+  spikesink --version
+
+A checkpoint of train.py needs the model.py that made it: that of the clone in
+whose folder this is called, or --model path/to/model.py. nanoGPT's ckpt.pt and
+Hugging Face models need none.
+"""
+
+import sys
+from collections.abc import Callable
+
+from . import __version__, commands
+from .errors import UserError, cli, nearest
+
+DETECT = """What does this checkpoint do?    spikesink detect CHECKPOINT [--flag ...]
+
+  spikesink detect gpt2                                  of the Hugging Face hub
+  spikesink detect path/to/folder --prompt "The cat."    one text, by token
+  spikesink detect --compare A B                         side by side
+
+Massive activations and attention sinks, in one streaming pass. Reads
+checkpoints of train.py, nanoGPT and transformers. Writes detect.json and
+detect.html beside the checkpoint, or here for a model of the hub.
+"""
+ABLATE = """What changes when it cannot?    spikesink ablate CHECKPOINT [--flag ...]
+
+  spikesink ablate gpt2                                  all interventions
+  spikesink ablate gpt2 --only spike_zero --no-probes    one, with its controls
+
+Spikes and sinks removed, each removal beside matched controls. Writes
+ablate.json, detect.json and report.html, a page with both.
+"""
+EXPORT = """A checkpoint as a Hugging Face folder.    spikesink export CHECKPOINT DIR [--bpe FILE]
+
+Writes config.json, model.safetensors and, where there is one, the tokenizer.
+For the arms that GPT-2 or Llama compute; others are refused with the reason.
+"""
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "detect": lambda argv: commands.detect(argv, DETECT),
+    "ablate": lambda argv: commands.ablate(argv, ABLATE),
+    "export": lambda argv: commands.export(argv, EXPORT),
+}
+
+
+def main() -> None:
+    """Calls the command that is named. Raises UserError."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__.strip())
+    elif name == "--version":
+        print(f"spikesink {__version__}")
+    elif name in COMMANDS:
+        COMMANDS[name](argv)
+    else:
+        raise UserError(f"there is no command {name!r}{nearest(name, COMMANDS) or ': ' + ', '.join(COMMANDS)}")
+
+
+def console() -> None:
+    """The console script."""
+    cli(main)
+
+
+if __name__ == "__main__":
+    console()

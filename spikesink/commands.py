@@ -1,0 +1,203 @@
+"""The commands: what a terminal says to the library, and what it is told.
+
+A clone's detect.py and ablate.py are these with the clone's own model and datasets.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import api
+from .api import folder_of
+from .edit import interventions
+from .errors import Flags, UserError
+from .files import check_writable, save_json
+from .measure import findings, prompt
+from .models import checkpoint
+from .models.lab import Lab
+from .options import Options, add_flags, from_flags, option
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the findings go."""
+
+    json: str | None = option("the numbers (default: beside the checkpoint)", metavar="FILE", group="output")
+    html: str | None = option("the page (default: beside the checkpoint)", metavar="FILE", group="output")
+    figures: str | None = option("every figure too, as SVG and PNG, for a paper", metavar="DIR", group="output")
+
+    def paths(self, beside: str | Path, json_name: str, html_name: str) -> tuple[Path, Path]:
+        """Where the JSON and the page go: as given, or beside a checkpoint, or here for a model of the hub.
+
+        Raises UserError unless they can be written, each one a file of its own.
+        """
+        files = Path(self.json or folder_of(beside) / json_name), Path(self.html or folder_of(beside) / html_name)
+        for file in files:
+            check_writable(file)
+        if files[0].resolve() == files[1].resolve():
+            raise UserError(f"--json and --html both name {files[0]}")
+        return files
+
+
+def parser_of(description: str, usage: str = "") -> Flags:
+    """The flags that say which model is looked at, on what, and where the findings go."""
+    parser = Flags(description=description)
+    parser.add_argument(
+        "checkpoint", nargs="?", help="ckpt.pt or the folder that holds it, or a Hugging Face folder or hub name"
+    )
+    add_flags(parser, Options)
+    add_flags(parser, Outputs)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------- detect
+
+
+def detect(argv: Sequence[str], description: str, lab: Lab | None = None) -> None:
+    """The command `detect`. Raises UserError."""
+    parser = parser_of(description)
+    asking = parser.add_argument_group("other questions, one at a time")
+    asking.add_argument("--prompt", metavar="TEXT", help="one text, token by token")
+    asking.add_argument("--compare", nargs="+", metavar="CKPT", help="several checkpoints side by side")
+    asking.add_argument("--vocab", action="store_true", help="every token of the vocabulary too: which of them spike?")
+    args = parser.parse_args(argv)
+    if not args.checkpoint and not args.compare:
+        raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")
+    asked = [name for name in ("prompt", "compare", "vocab") if getattr(args, name) not in (None, False)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two questions: ask one at a time")
+    options, outputs = from_flags(Options, args), from_flags(Outputs, args)
+    if args.prompt is not None:
+        paths = _prompt(args.checkpoint, args.prompt, options, outputs, lab)
+    elif args.compare:
+        paths = _compare(([args.checkpoint] if args.checkpoint else []) + args.compare, options, outputs, lab)
+    else:
+        paths = _detect(args.checkpoint, args.vocab, options, outputs, lab)
+    print(f"\nfindings: {paths[0]}\npage:     {paths[1]}")
+
+
+def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path]:
+    """One checkpoint on many sequences; with `vocab`, every token of its vocabulary too."""
+    from .show import figures, report
+
+    with api.open(target, options, lab=lab) as look:
+        json_path, html_path = outputs.paths(look.loaded.checkpoint["path"], "detect.json", "detect.html")
+        found = api.detect(look)
+        if vocab:
+            encoder = next((subject for subject in look.subjects if subject.part == "encoder"), look.subjects[0])
+            of_part = dict(report.parts_of(found))[encoder.part]
+            found["vocabulary"] = prompt.vocabulary(encoder, of_part, look.ids, look.vocab_size)
+    save_json(json_path, found)
+    report.page(html_path, found)
+    print(report.terminal(found))
+    if vocab:
+        print(f"\n{report.vocabulary_terminal(found['vocabulary'])}")
+    if outputs.figures:
+        print(f"\n{report.figure_files(outputs.figures, (figures.DETECTION, found))}")
+    return json_path, html_path
+
+
+def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path]:
+    """--prompt: one text, token by token."""
+    from .show import figures, report
+
+    given = [flag for flag in ("data", "text", "tokens") if getattr(options, flag) is not None]
+    if given:
+        raise UserError(f"--prompt is the text; --{given[0]} is another")
+    loaded = api.load(target, options, lab=lab)
+    ids = loaded.reader.prompt(text)
+    json_path, html_path = outputs.paths(loaded.checkpoint["path"], "prompt.json", "prompt.html")
+    looked = [prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects]
+    found = {**looked[0], **({"parts": {one["part"]: one for one in looked[1:]}} if looked[1:] else {})}
+    save_json(json_path, found)
+    report.prompt_page(html_path, found)
+    print(report.prompt_terminal(found))
+    if outputs.figures:
+        print(f"\n{report.figure_files(outputs.figures, (figures.PROMPT, found))}")
+    return json_path, html_path
+
+
+def _compare(targets: list[str], options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path]:
+    """--compare: several checkpoints side by side, each on the text that its flags give."""
+    from .show import figures, report
+    from .show.text import grid
+
+    json_path, html_path = outputs.paths("", "compare.json", "compare.html")
+    found = []
+    for target in tqdm(targets, desc="checkpoints", disable=None, leave=False):
+        with api.open(target, options, lab=lab) as look:
+            found.append({**api.detect(look), "examples": {}})  # of one checkpoint, for its own page
+    names = short_names(targets)
+    save_json(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
+    report.comparison_page(html_path, names, found)
+    print(grid(*report.comparison_rows(names, found)))
+    header, rows = report.architecture_rows(names, found)
+    if rows:
+        print("\nwhat differs in their architecture\n" + grid(header, rows))
+    if outputs.figures:
+        pairs = list(zip(names, found, strict=True))
+        print(f"\n{report.figure_files(outputs.figures, (figures.COMPARISON, pairs))}")
+    return json_path, html_path
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Names of checkpoints: their paths without ckpt.pt, and without the folders that all of them share."""
+    split = [Path(path).parts for path in paths]
+    split = [parts[:-1] if parts[-1] == "ckpt.pt" and len(parts) > 1 else parts for parts in split]
+    while len({parts[0] for parts in split}) == 1 and all(len(parts) > 1 for parts in split):
+        split = [parts[1:] for parts in split]
+    return ["/".join(parts) for parts in split]
+
+
+# ------------------------------------------------------------------------------------------------------- ablate
+
+
+def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> None:
+    """The command `ablate`. Raises UserError."""
+    from .show import ablation_figures, figures, report
+
+    parser = parser_of(description)
+    names = [*interventions.INTERVENTIONS, *interventions.REMOVALS]
+    part = parser.add_argument_group("some of it")
+    part.add_argument("--only", nargs="+", choices=names, default=[], metavar="NAME", help=f"of {', '.join(names)}")
+    part.add_argument(
+        "--probes", action=argparse.BooleanOptionalAction, default=True, help="BLiMP and linear probes (default: yes)"
+    )
+    args = parser.parse_args(argv)
+    if not args.checkpoint:
+        raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
+    options, outputs = from_flags(Options, args), from_flags(Outputs, args)
+    with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
+        path = look.loaded.checkpoint["path"]
+        json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
+        found = api.detect(look)
+        ablation = api.ablate(look, args.only, args.probes)
+    save_json(folder_of(path) / "detect.json", found)
+    save_json(json_path, ablation)
+    report.page(html_path, found, ablation)
+    print(f"measured on {report.conditions(found)}\n\n{report.ablation_terminal(ablation)}")
+    if outputs.figures:
+        tables = (figures.DETECTION, found), (ablation_figures.ABLATION, ablation)
+        print(f"\n{report.figure_files(outputs.figures, *tables)}")
+    print(f"\nfindings: {json_path}\npage:     {html_path}")
+
+
+# ------------------------------------------------------------------------------------------------------- export
+
+
+def export(argv: Sequence[str], description: str) -> None:
+    """The command `export`. Raises UserError."""
+    from .models.export import export
+
+    flags = Flags(description=description)
+    flags.add_argument("checkpoint", help="ckpt.pt of train.py or nanoGPT")
+    flags.add_argument("folder", help="where the Hugging Face folder goes; must not exist")
+    flags.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
+    args = flags.parse_args(argv)
+    if Path(args.folder).exists():
+        raise UserError(f"{args.folder} exists already; name a new folder")
+    done = export(checkpoint.load(args.checkpoint), args.folder, args.bpe)
+    print(f"{args.folder}: {done}; open it with transformers' from_pretrained, or detect it")

@@ -1,0 +1,95 @@
+"""What a caller may choose, as frozen dataclasses. Command-line flags are made from their fields, never the reverse."""
+
+import argparse
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import torch
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def option(text: str, default: Any = None, *, metavar: str | None = None, group: str = "", least: int = 1) -> Any:
+    """A field of a dataclass of options: `text` is its help; whole numbers must be at least `least`."""
+    about = {"help": text, "metavar": metavar, "group": group, "least": least}
+    return dataclasses.field(default=default, metadata=about)
+
+
+TEXT = "on which text (default: the validation split of what it was trained on, or Python's documentation)"
+RUN = "how it runs"
+
+
+@dataclass(frozen=True)
+class Options:
+    """On which text a model is looked at, and how. Raises UserError for what cannot be."""
+
+    data: str | None = option("the validation split of this dataset, a name or a folder", metavar="NAME", group=TEXT)
+    text: str | Path | None = option("a text file, encoded as the training data was", metavar="FILE", group=TEXT)
+    tokens: str | Path | torch.Tensor | None = option(
+        "integer ids [n_seq, seq_len], used as they are; -100 is padding", metavar="FILE.npy", group=TEXT
+    )
+    seq_len: int | None = option("tokens in a sequence, with BOS (default: 64, Gu et al.'s)", metavar="N", group=TEXT)
+    n_seq: int | None = option("number of sequences (default: 100)", metavar="N", group=TEXT)
+    bpe: str | Path | None = option("local file of GPT-2's BPE ranks", metavar="FILE", group=TEXT)
+    device: str = option("auto (default), cpu, cuda, cuda:1 ...", "auto", metavar="NAME", group=RUN)
+    batch_size: int = option("sequences at a time (default: 8)", 8, metavar="N", group=RUN)
+    nulls: int | None = option(
+        "sequences of each null, 0 for none (default: up to 16)", metavar="N", group=RUN, least=0
+    )
+    max_memory: int | None = option(
+        "on the CPU, a Hugging Face model that needs more is read from disk as it runs (default: what is free)",
+        metavar="GiB",
+        group=RUN,
+    )
+    model: str | Path | None = option(
+        "the model.py that made a checkpoint of train.py, whose code is run (default: the one of the current clone)",
+        metavar="FILE",
+        group=RUN,
+    )
+
+    def __post_init__(self) -> None:
+        texts = [name for name in ("data", "text", "tokens") if getattr(self, name) is not None]
+        if len(texts) > 1:
+            raise UserError(f"--{texts[0]} and --{texts[1]} are two texts: give one of them")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if type(value) is int and value < least:
+                raise UserError(f"--{field.name}={value} must be at least {least}")
+
+
+def whole(text: str, least: int = 1) -> int:
+    """A whole number of at least `least`, from a command line."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
+    """A flag for every field of a dataclass of options: `--key value` or `--key=value`, `--flag` and `--no-flag`."""
+    groups: dict[str, Any] = {"": parser}
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        about, types = field.metadata, get_args(hints[field.name]) or (hints[field.name],)
+        heading = about["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        flag: dict[str, Any] = {"default": argparse.SUPPRESS, "help": about["help"]}
+        if bool in types:
+            flag["action"] = argparse.BooleanOptionalAction
+        else:
+            flag |= {
+                "metavar": about["metavar"],
+                "type": functools.partial(whole, least=about["least"]) if int in types else str,
+            }
+        groups[heading].add_argument(f"--{field.name}", **flag)
+
+
+def from_flags(kind: type[T], parsed: argparse.Namespace) -> T:
+    """The dataclass `kind` from what `add_flags` parsed. Raises UserError as it does."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(parsed).items() if name in names})

@@ -1,0 +1,150 @@
+"""Dataclasses <-> JSON: what is written at the edge, and what is read back is checked against.
+
+    @dataclass(frozen=True)
+    class Findings:
+        schema: str
+        layers: list[Layer]
+        curve: list[Point] = keyed("at")          # {"0.3": {...}, "0.5": {...}} in the file
+        history: list[Row] | None = sometimes()   # not in the file where it is None
+
+nan and infinity are null in a file; a null that is read where a float stands is nan.
+"""
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+from .files import save_text
+
+T = TypeVar("T")
+
+
+def keyed(key: str) -> Any:
+    """A field that is a list of dataclasses here, and in a file an object with one entry per value of their `key`."""
+    return dataclasses.field(metadata={"keyed": key})
+
+
+def sometimes() -> Any:
+    """A field that is left out of the file where it is None."""
+    return dataclasses.field(default=None, metadata={"sometimes": True})
+
+
+def to_json(value: Any) -> Any:
+    """A value as dicts, lists and plain values, nan and infinity as None: valid JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {
+            field.name: _by_key(item, field.metadata["keyed"]) if "keyed" in field.metadata else to_json(item)
+            for field, item in fields
+            if not (item is None and "sometimes" in field.metadata)
+        }
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _by_key(items: list[Any], key: str) -> dict[str, Any]:
+    rows = [to_json(item) for item in items]
+    return {str(row.pop(key)): row for row in rows}
+
+
+class Misfit(Exception):
+    """What was read is not what was expected; the message says where and why."""
+
+
+def from_json(kind: type[T], value: Any, where: str = "") -> T:
+    """The `kind` (a dataclass, list[...], dict[str, ...], X | None or a plain type) that `value` is. Raises Misfit."""
+    return _read(kind, value, where)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _read_union(inner, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise Misfit(f"{where} is no list")
+        item = inner[0] if inner else Any
+        return origin(_read(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise Misfit(f"{where} is no object")
+        return {key: _read(inner[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    if kind is float:
+        if value is None:
+            return math.nan
+        if type(value) in (int, float):
+            return float(value)
+    elif type(value) is kind or (kind in (dict, list) and isinstance(value, kind)):
+        return value
+    raise Misfit(f"{where} is {value!r}, not of type {getattr(kind, '__name__', kind)}")
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    problems = []
+    for kind in kinds:
+        try:
+            return _read(kind, value, where)
+        except Misfit as problem:
+            problems.append(str(problem))
+    raise Misfit(problems[0])
+
+
+def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise Misfit(f"{where or kind.__name__} is no object")
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, get_type_hints(kind)
+    unknown = next((name for name in value if name not in fields), None)
+    if unknown is not None:
+        raise Misfit(f"{where} has an entry {unknown!r} that is not known")
+    read = {}
+    for name, field in fields.items():
+        place = f"{where}.{name}".lstrip(".")
+        if name not in value:
+            if "sometimes" not in field.metadata:
+                raise Misfit(f"{place} is missing")
+            continue
+        entry = value[name]
+        if "keyed" in field.metadata:
+            key, item = field.metadata["keyed"], get_args(hints[name])[0]
+            kind_of_key = get_type_hints(item)[key]
+            if not isinstance(entry, dict):
+                raise Misfit(f"{place} is no object")
+            entry = [{key: kind_of_key(at), **row} for at, row in entry.items()]
+        read[name] = _read(hints[name], entry, place)
+    return kind(**read)
+
+
+def save(path: str | Path, value: Any) -> None:
+    """Writes a dataclass, or anything of dicts, lists and plain values, as JSON, atomically. Raises UserError."""
+    save_text(path, json.dumps(to_json(value), indent=1, allow_nan=False))
+
+
+def load(kind: type[T], path: str | Path, made_by: str) -> T:
+    """The dataclass `kind`, which has a field `schema`, in a file that the command `made_by` wrote. Raises UserError
+    where it is not there, of another schema, or not what that schema says."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    wanted = next(f.default for f in dataclasses.fields(kind) if f.name == "schema")  # type: ignore[arg-type]
+    stated = value.get("schema") if isinstance(value, dict) else None
+    if stated != wanted:
+        raise UserError(f"{path} is of schema {stated!r}, and this version reads {wanted!r}: run {made_by} again")
+    try:
+        return from_json(kind, value)
+    except Misfit as problem:
+        raise UserError(f"{path} is not what {made_by} writes: {problem}") from None
