@@ -32,7 +32,8 @@ A file per arm, holding only the lines that differ from the baseline (`prenorm`:
 in `scale/` and are taken first, so an arm keeps what it says: `python train.py postnorm scale/nano --dataset=stdlib`.
 
 Parameters and training FLOPs per token are at GPT-2 small's size, T = 1024; the loss and the rest after {steps} steps
-at nano scale, one seed: a sign of life, not a finding. Made by `python -m benchmarks.arms --markdown > configs/README.md`.
+at nano scale, one seed: a sign of life, not a finding. Made by
+`python -m benchmarks.arms --markdown > configs/README.md`.
 """
 
 

@@ -11,11 +11,10 @@ with spikesink.open("gpt2", n_seq=20) as look:
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = [  # of api.py, which is imported when one of them is first asked for
-    *("Look", "Options", "ablate", "detect", "edited", "open"),
-    *("spike_zero", "spike_mean", "spike_clip", "spike_stepup", "spike_project", "spike_constant"),
-    *("sink_mask", "sink_damp", "sink_relocate", "sink_null", "bos_remove", "remove_sink_heads", "remove_step_up"),
-]
+# of api.py, which is imported when one of these is first asked for
+__all__ = ["Look", "Options", "ablate", "detect", "edited", "open"]
+__all__ += ["spike_clip", "spike_constant", "spike_mean", "spike_project", "spike_stepup", "spike_zero"]
+__all__ += ["bos_remove", "remove_sink_heads", "remove_step_up", "sink_damp", "sink_mask", "sink_null", "sink_relocate"]
 
 if TYPE_CHECKING:
     from .api import *  # noqa: F403

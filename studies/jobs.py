@@ -25,7 +25,7 @@ from studies import hypotheses
 from trainer import config
 
 ROOT = Path(__file__).resolve().parents[1]
-# folders whose code the numbers of a run depend on; what only shows them (spikesink/show, studies/tables ...) is not here
+# folders whose code the numbers of a run depend on; what only shows them (spikesink/show) is not here
 HASHED = ("data", "trainer", "spikesink/text", "spikesink/models", "spikesink/measure", "spikesink/edit")
 SET_HERE = ("eval_interval", "save_interval", "keep_every", "seed", "device")
 SET_HERE += ("out_dir", "resume", "overwrite", "replay")

@@ -330,7 +330,7 @@ def conditions_of(table, reference):
 
 
 def edited_losses(subject, ids, edits, reference, batch_size=8):
-    """The mean loss of each sequence of ids (N, T) under all of the `edits`, (clean, reference=) -> Edit: (N,), float64.
+    """The mean loss of each sequence of ids (N, T) under all `edits`: (N,), float64. Each: (clean, reference=) -> Edit.
 
     What is edited is fixed by the clean model, batch by batch.
     """

@@ -58,7 +58,7 @@ class GPT2Tokenizer:
     name = "gpt2"
 
     def __init__(self, bpe: str | Path | None = None, vocab_size: int = GPT2_SIZE) -> None:
-        with extra("lab"):
+        with extra("bpe"):
             import tiktoken
             from tiktoken.load import load_tiktoken_bpe
 
