@@ -17,7 +17,27 @@ __all__ += ["spike_clip", "spike_constant", "spike_mean", "spike_project", "spik
 __all__ += ["bos_remove", "remove_sink_heads", "remove_step_up", "sink_damp", "sink_mask", "sink_null", "sink_relocate"]
 
 if TYPE_CHECKING:
-    from .api import *  # noqa: F403
+    from .api import (
+        Look,
+        Options,
+        ablate,
+        bos_remove,
+        detect,
+        edited,
+        open,
+        remove_sink_heads,
+        remove_step_up,
+        sink_damp,
+        sink_mask,
+        sink_null,
+        sink_relocate,
+        spike_clip,
+        spike_constant,
+        spike_mean,
+        spike_project,
+        spike_stepup,
+        spike_zero,
+    )
 
 
 def __getattr__(name: str) -> Any:
