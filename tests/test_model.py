@@ -246,13 +246,13 @@ def test_too_long_a_sequence_is_refused():
 def test_compiles_without_breaks(arm):
     torch.compiler.reset()
     model, compiled = tiny(**arm), tiny(**arm)
-    compiled.compile(fullgraph=True, backend="eager")
+    compiled.compile_sublayers(fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(IDS, IDS)[1], model(IDS, IDS)[1])
 
 
 @pytest.mark.parametrize("arm", [{}, {"tie": False}, {"logit_cap": 5.0}], ids=str)
 def test_chunked_loss_and_its_gradients_are_those_of_whole_logits(arm, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * TINY["vocab_size"] * 7)  # at most 7 rows at a time
+    monkeypatch.setitem(model_module.MAX_LOGITS_BYTES, "cpu", 4 * TINY["vocab_size"] * 7)  # at most 7 rows at a time
     targets = IDS.clone()
     targets[:, :3] = -1
     chunked, whole = tiny(**arm), tiny(**arm)
@@ -269,7 +269,7 @@ def test_chunked_loss_and_its_gradients_are_those_of_whole_logits(arm, monkeypat
 def test_compiled_training_on_a_cpu_is_eager_training(arm):
     torch.compiler.reset()
     eager, compiled = tiny(**arm).train(), tiny(**arm).train()
-    compiled.compile()
+    compiled.compile_sublayers()
     for model in (eager, compiled):
         model(IDS, IDS)[1].backward()
     for (name, p), reference in zip(compiled.named_parameters(), eager.parameters(), strict=True):
@@ -280,7 +280,7 @@ def test_layers_of_a_kind_share_one_compilation():
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
     model = tiny(n_layer=6, residual_scale="inv_sqrt_2L", qk_norm="head").train()
-    model.compile(backend=counter)
+    model.compile_sublayers(backend=counter)
     for _ in range(2):
         model(IDS, IDS)[1].backward()
     assert counter.frame_count == 3  # attention, FFN, loss

@@ -192,7 +192,7 @@ def test_a_cast_made_for_a_look_is_not_the_one_that_trains(ids):
 def test_compiled_sub_layers_are_seen_and_not_compiled_again(ids):
     model = tiny().train()
     expected = row_of(subject_of(model), ids)
-    model.train().compile()
+    model.train().compile_sublayers()
     model(ids, ids)[1].backward()
     monitor = Monitor(model, sequences=6)
     with torch._dynamo.config.patch(error_on_recompile=True):
