@@ -151,7 +151,7 @@ def test_every_link_and_file_exists(page):
         assert link.startswith("http") or (here / link).exists(), link
     mine = set(parts())
     for name in re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|sh|toml))`", text):
-        if re.match(r"(model|spikesink|tests|data|configs|docs|results|launch)\b|\w+\.(py|md|sh|toml)$", name):
+        if re.match(r"(model|spikesink|tests|data|configs|docs|results|trainer|studies|benchmarks)\b|\w+\.(py|md|sh|toml)$", name):
             made = name in mine or Path(name).stem in ("x", "NAME", "prepare")  # stand for any
             assert made or any((base / name).exists() for base in (ROOT, ROOT / "configs", here)), name
 
