@@ -248,7 +248,7 @@ TRAINING = {
     "configs": "is a folder; name a config in it, as in: prenorm",
     "configs/scale": "scale/gpt2, scale/micro, scale/nano, scale/tiny, scale/toy",
     "README.md": "a config|is no config: that is a .py file of lines",
-    "model.py": "model.py: unknown key 'NORMS'",
+    "model.py": "model.py: unknown key 'CONTRACT'",
     "{run}": "--resume --out_dir={run} goes on with it",
     "{run}/config.json": "is no config: that is a .py file",
     "{run}/ckpt.pt": "--init_from={run}/ckpt.pt",
