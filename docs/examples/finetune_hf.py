@@ -1,9 +1,9 @@
 """Spikes and sinks while a Hugging Face model is fine-tuned: by transformers' Trainer, and in a plain PyTorch loop.
 
-  python examples/finetune_hf.py                    a tiny GPT-2 with new weights, on bytes; under a minute of a CPU
-  python examples/finetune_hf.py --model gpt2       a model of the hub or a folder, with its own tokenizer
+  python docs/examples/finetune_hf.py                  a tiny GPT-2 with new weights, on bytes; under a minute of a CPU
+  python docs/examples/finetune_hf.py --model gpt2     a model of the hub or a folder, with its own tokenizer
 
-The text is data/stdlib, made on first use, or any file: --text FILE. Needs pip install -e .[hf]
+The text is data/stdlib, made on first use, or any file: --text FILE. Needs pip install -e .[hf,lab]
 """
 
 import argparse
