@@ -167,7 +167,7 @@ def test_gains_and_outputs_off_the_stream():
     (olmo,) = hf.subjects_of(build("olmo2"), str)  # no norm before its FFN
     torch.testing.assert_close(olmo.gated[0].gain(), torch.ones(32))
     output = olmo.inner["output"][1]  # before the norm of the update
-    assert (output.module, output.at) == (olmo.model.model.layers[0].post_feedforward_layernorm, "input")
+    assert (output.module, output.place) == (olmo.model.model.layers[0].post_feedforward_layernorm, "input")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if STEPS.get(f) != 1])
@@ -359,11 +359,11 @@ def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch,
     build(family).to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60, (8, 24)))
     found = []
-    for room in (math.inf, 1000):
-        monkeypatch.setattr(disk_weights, "room", lambda limit, room=room: room)
+    for free in (math.inf, 1000):
+        monkeypatch.setattr(disk_weights, "free_bytes", lambda limit, free=free: free)
         code, _, err = cli("detect.py", tmp_path / "hf", f"--tokens={tmp_path / 'ids.npy'}")
         assert code == 0, err
-        assert ("from disk" in err) == (room == 1000)
+        assert ("from disk" in err) == (free == 1000)
         found.append(json.loads((tmp_path / "hf" / "detect.json").read_text()))
     whole, part = found
     assert "does not fit" in part["nulls"].pop("init")["skipped"]
@@ -374,7 +374,7 @@ def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch,
 
 def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(disk_weights, "room", lambda limit: 1000)
+    monkeypatch.setattr(disk_weights, "free_bytes", lambda limit: 1000)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = cli("detect.py", tmp_path)
     assert code == 2
@@ -382,9 +382,9 @@ def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path
     assert err.count("\n") == 1
 
 
-def test_room_is_what_the_process_may_still_take():
-    assert disk_weights.room(10**9) == pytest.approx(disk_weights.room(), rel=0.1)
-    assert disk_weights.room(1) < 2**30
+def test_free_memory_is_what_the_process_may_still_take():
+    assert disk_weights.free_bytes(10**9) == pytest.approx(disk_weights.free_bytes(), rel=0.1)
+    assert disk_weights.free_bytes(1) < 2**30
 
 
 def test_text_is_translated_by_the_models_own_tokenizer(cli, tmp_path):
