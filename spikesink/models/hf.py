@@ -460,7 +460,7 @@ def take_over(model: Any, run: Callable[[], torch.Tensor]) -> None:
         if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
             object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
     model.set_attn_implementation(NAME)
-    tolerance = max(1e-3, 8 * torch.finfo(before.dtype).eps)  # in bfloat16, any other order of sums is that far away
+    tolerance = max(1e-3, 16 * torch.finfo(before.dtype).eps)  # 24 layers of bfloat16: sdpa is 6 eps from eager
     if (run() - before).abs().max() > tolerance * before.abs().max().clamp_min(1e-6):
         raise UserError(f"{model.config.model_type} cannot be observed: its logits change under our attention")
 
