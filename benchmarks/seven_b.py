@@ -113,7 +113,7 @@ def plain(folder, tokens, max_memory):
     """What a forward pass takes that nothing observes, opened as detect.py opens it."""
     from spikesink.models import disk_weights, hf
 
-    model = hf.open_model(folder, room=disk_weights.room(max_memory))
+    model = hf.open_model(folder, free=disk_weights.free_bytes(max_memory))
     ids = torch.from_numpy(np.load(tokens))
     start = time.perf_counter()
     with torch.no_grad():
