@@ -330,7 +330,7 @@ def test_a_model_in_memory_is_given_back_as_it_was(family, attention):
     """What is held, and bitwise a training step, are those of a copy that nobody looked at."""
     model = in_training(family, attention)
     untouched, before = copy.deepcopy(model), held(model)
-    with spikesink.open(model, tokens=IDS, nulls=2, calibration=True) as look:
+    with spikesink.open(model, tokens=IDS, nulls=1, calibration=True) as look:
         assert not any(m.training for m in model.modules())
         spikesink.detect(look)
         with spikesink.spike_zero(look):
