@@ -11,13 +11,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import spikesink
+from spikesink import schema
 from spikesink.edit import interventions
 from spikesink.errors import UserError
 from spikesink.measure import findings
 from spikesink.measure.observe import observe
-from spikesink.models import disk_weights, hf
+from spikesink.models import disk_weights, hf, views
 
-from .conftest import same
+from .conftest import same, tiny
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -356,6 +357,21 @@ def test_a_model_in_memory_is_as_it_was_after_a_refusal_and_an_error(harm, monke
     assert same(held(model), before)
     monkeypatch.undo()
     assert same(training_step(model), training_step(untouched))
+
+
+@pytest.mark.parametrize("make", [lambda: in_training("gpt2", "sdpa").eval(), tiny], ids=["transformers", "GPT"])
+def test_a_compiled_model_in_memory_is_looked_at_uncompiled(make):
+    """Compiled code calls no hook; afterwards the model is compiled as before."""
+    model = make()
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        plain = schema.to_json(spikesink.detect(look))
+    model.compile(backend="eager")
+    model(IDS)
+    before = [{name: vars(m).get(name) for name in views.COMPILED} for m in model.modules()]
+    assert any(any(of.values()) for of in before)
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        assert same(schema.to_json(spikesink.detect(look))["layers"], plain["layers"])
+    assert [{name: vars(m).get(name) for name in views.COMPILED} for m in model.modules()] == before
 
 
 def test_the_attention_of_inner_configs_comes_back():
