@@ -48,7 +48,6 @@ def ablate_subject(
     conditions = outcomes.conditions_of(table | removals, reference)
     measured = outcomes.measure(subject, ids, conditions, batch_size, f"ablate {subject.part}".strip())
     entries = outcomes.table_entries(table, measured)
-    probed = reader is not None and subject.part != "cross"
     return Ablation(
         **about,
         part=subject.part,
@@ -61,7 +60,9 @@ def ablate_subject(
         two_by_two=outcomes.two_by_two(entries),
         attention=outcomes.attention_change(measured),
         int8=int8(subject, ids, other_ids, batch_size),
-        probes=probe(subject, reader, probe_data, entries, conditions) if reader and probed else Probes(),
+        probes=(
+            probed(subject, reader, probe_data, entries, conditions) if reader and subject.part != "cross" else Probes()
+        ),
     )
 
 
@@ -97,20 +98,6 @@ def int8(subject: Subject, ids: Tensor, other_ids: Tensor, batch_size: int) -> d
 # ------------------------------------------------------------------------------------------------------- probes
 
 
-def probe(subject: Subject, reader: Reader, folder: Path, entries: list[Entry], conditions: Conditions) -> Probes:
-    """What grammar and the states say under every condition that changed something."""
-    conditions = {"none": interventions.nothing} | dict(conditions)
-    conditions = {name: conditions[name] for name in changed_conditions(entries)}
-
-    def attempt(probe: Callable[[Subject, Reader, Path, Conditions], Any]) -> Any:
-        try:
-            return probe(subject, reader, folder, conditions)
-        except UserError as error:
-            return Unavailable(reason=str(error))
-
-    return Probes(blimp=attempt(blimp), linear=attempt(linear))
-
-
 def changed_conditions(entries: list[Entry]) -> list[str]:
     """The conditions that changed something, each intervention with its first control; the clean model before all."""
     changed = (entry for entry in entries if entry.edited)
@@ -127,6 +114,22 @@ def linear(subject: Subject, reader: Reader, folder: Path, conditions: Condition
     """Linear probes on UD English EWT under every condition. Raises UserError."""
     train, test = (probes.sentences(prepared(folder, "ud_ewt", f"{s}.conllu"), n) for s, n in SENTENCES.items())
     return probes.linear(subject, reader, train, test, outcomes.on_texts(subject, conditions, shared=False))
+
+
+PROBES: dict[str, Callable[[Subject, Reader, Path, Conditions], Blimp | Linear]] = {"blimp": blimp, "linear": linear}
+
+
+def probed(subject: Subject, reader: Reader, folder: Path, entries: list[Entry], conditions: Conditions) -> Probes:
+    """What grammar and the states say under every condition that changed something."""
+    conditions = {"none": interventions.nothing} | dict(conditions)
+    conditions = {name: conditions[name] for name in changed_conditions(entries)}
+    found: dict[str, Any] = {}
+    for name, run_probe in PROBES.items():
+        try:
+            found[name] = run_probe(subject, reader, folder, conditions)
+        except UserError as error:
+            found[name] = Unavailable(reason=str(error))
+    return Probes(**found)
 
 
 def prepared(folder: Path, dataset: str, file: str) -> Path:

@@ -228,12 +228,12 @@ def states(subject: Subject, words: Words, conditions: TextConditions, batch_siz
     """The state of each word after every tap under every condition: {name: (taps, words, C)}, means over its tokens."""
     front = subject.n_register + (subject.start is not None)  # what the streams have before the first token
     count = words.of_token[words.of_token >= 0].bincount(minlength=len(words.index))
-    sums: dict[str, list[Tensor]] = {name: [torch.zeros(())] * len(subject.streams) for name in conditions}
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in conditions}
 
-    def pool(into: list[Tensor], index: int, number: Tensor, x: Tensor) -> None:
+    def pool(into: dict[int, Tensor], index: int, number: Tensor, x: Tensor) -> None:
         x = x.detach().float().view(len(number), -1, x.size(-1))[:, front:].cpu()
         of = number[:, : x.size(1)]
-        if not into[index].ndim:
+        if index not in into:
             into[index] = torch.zeros(len(words.index), x.size(-1))
         into[index].index_add_(0, of[of >= 0], x[of >= 0])
 
@@ -243,7 +243,7 @@ def states(subject: Subject, words: Words, conditions: TextConditions, batch_siz
             functions = [functools.partial(pool, sums[name], i, number) for i in range(len(subject.streams))]
             with condition(batch, rows), on_streams(subject.streams, functions):
                 subject.losses(batch)
-    return {name: torch.stack(of) / count[:, None] for name, of in sums.items()}
+    return {name: torch.stack([of[i] for i in sorted(of)]) / count[:, None] for name, of in sums.items()}
 
 
 class Task(NamedTuple):
