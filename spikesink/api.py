@@ -118,7 +118,7 @@ def _transformers(name: str, options: Options) -> Loaded:
     return _of_transformers(model, hf.Tokenizer.of(name) or NoTokenizer(), about)
 
 
-def _of_transformers(model: nn.Module, tokenizer: TextTokenizer, about: dict[str, Any]) -> Loaded:
+def _of_transformers(model: Any, tokenizer: TextTokenizer, about: dict[str, Any]) -> Loaded:
     config = model.config
     before, after = getattr(tokenizer, "before", ()), getattr(tokenizer, "after", ())
     shown = [
@@ -139,13 +139,15 @@ def _of_transformers(model: nn.Module, tokenizer: TextTokenizer, about: dict[str
     )
 
 
-def _in_memory(model: nn.Module, tokenizer: object) -> Loaded:
+def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     """A model that the caller holds: a GPT of a model.py, or one of transformers, on the device where it is."""
-    wrapped = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
+    wrapped: TextTokenizer = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
     about = {"path": f"a {type(model).__name__} in memory", "sha256": None, "step": None, "tokens": None}
-    gpt = gpt_in(model)
+    gpt, transformer = gpt_in(model), hf.found_in(model)
+    if gpt is None and transformer is None:
+        raise UserError(f"{type(model).__name__} is neither a model of transformers nor a GPT of a model.py")
     if gpt is None:
-        return _of_transformers(hf.found_in(model), wrapped, about)
+        return _of_transformers(transformer, wrapped, about)
     config = gpt.config
     reader = Reader(wrapped, {}, default_text.NAME, (), (), config.block_size, config.vocab_size)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
