@@ -259,6 +259,11 @@ class Tap:
     layer: int
     kind: str
 
+    @property
+    def place(self) -> str:
+        """'embedding', 'attn 0', 'ffn 0', ..."""
+        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selectivity(Tap):

@@ -416,8 +416,8 @@ def step_up(clean: CleanPass, reference: Reference, control: str | None = None) 
 class EditFunction(Protocol):
     """What makes an intervention."""
 
-    def __call__(self, clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-        """The Edit of one batch, or that of one of its controls."""
+    def __call__(self, clean: CleanPass, reference: Any, control: str | None = None) -> Edit:
+        """The Edit of one batch, or that of a control; `reference`: a Reference, or None where none is needed."""
 
 
 class Intervention(NamedTuple):
