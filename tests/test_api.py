@@ -74,15 +74,15 @@ def test_losses_within_an_edit_are_the_interventions(look, name):
 
 def test_edits_nest_in_any_order_and_leave_nothing(look):
     reference, clean = look.references[0], look.losses()
-    spike, sink = (lambda c, one=EVERY[name]: one.edit(c, reference) for name in ("spike_project", "sink_mask"))
+    spike, sink = (lambda c, one=EVERY[name]: one.edit(c, reference) for name in ("spike_zero", "sink_mask"))
     both = under(look, spike, sink)
-    with spikesink.spike_project(look):
+    with spikesink.spike_zero(look):
         only = look.losses()
         with spikesink.sink_mask(look):
             torch.testing.assert_close(look.losses(), both, atol=1e-5, rtol=1e-5)
             assert look.loss() == pytest.approx(both.mean().item(), rel=1e-5)
         assert torch.equal(look.losses(), only)
-    with spikesink.edited(look, "sink_mask"), spikesink.edited(look, "spike_project"):
+    with spikesink.edited(look, "sink_mask"), spikesink.edited(look, "spike_zero"):
         torch.testing.assert_close(look.losses(), both, atol=1e-5, rtol=1e-5)
     with pytest.raises(KeyError), spikesink.sink_mask(look):
         raise KeyError

@@ -124,7 +124,7 @@ def _by(groups: list[str], right: Tensor, clean: Tensor) -> dict[str, Accuracy]:
 
 def frame(reader: Reader, ids: Iterable[int] | np.ndarray) -> list[int]:
     """A text's ids between the special tokens, as a list."""
-    return [*reader.before, *map(int, ids), *reader.after]
+    return [*reader.prefix_ids, *map(int, ids), *reader.suffix_ids]
 
 
 def padded(rows: list[list[int]]) -> Tensor:
@@ -199,7 +199,7 @@ def words_of(reader: Reader, read: list[Sentence]) -> Words:
     rows: list[list[int]] = []
     numbers: list[list[int]] = []  # of each row's tokens: the number of their word, -1 for none
     where: list[tuple[int, int]] = []
-    room = reader.block_size - len(reader.before) - len(reader.after)
+    room = reader.block_size - len(reader.prefix_ids) - len(reader.suffix_ids)
     for n, sentence in enumerate(read):
         ids: list[int] = []
         number: list[int] = []
@@ -214,7 +214,7 @@ def words_of(reader: Reader, read: list[Sentence]) -> Words:
         if not ids:
             continue
         rows.append(frame(reader, ids))
-        numbers.append([-1] * len(reader.before) + number + [-1] * len(reader.after))
+        numbers.append([-1] * len(reader.prefix_ids) + number + [-1] * len(reader.suffix_ids))
     if not rows:
         raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
     longest = max(map(len, rows))
