@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 import train
 from detect import LAB
-from spikesink import api, files
+from spikesink import api, files, schema
+from spikesink.edit.findings import Ablation
 from spikesink.errors import Flags, InterruptedRunError, StoppedError, UserError, cli, nearest
 from spikesink.files import rows_of
 from spikesink.measure import findings
@@ -191,7 +192,8 @@ def measured(job, study, machine, row):
     points = once(job.folder / "course.json", lambda: {"points": course(job, options)})["points"]
     effects = {"measures": numbers, "ablations": {}}
     if study.ablations:
-        ablation = once(job.folder / "ablate.json", lambda: api.ablate(look(), study.ablations, study.probes))
+        once(job.folder / "ablate.json", lambda: schema.to_json(api.ablate(look(), study.ablations, study.probes)))
+        ablation = Ablation.load(job.folder / "ablate.json")
         effects = {"measures": numbers | measures.of_ablation(ablation), "ablations": measures.ablations(ablation)}
     return {
         "weights": files.content_hash(checkpoint.load(path)["model"])[:16],

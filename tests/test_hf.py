@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import spikesink
 from spikesink import schema
 from spikesink.edit import interventions
+from spikesink.edit.clean_pass import CleanPass
 from spikesink.errors import UserError
 from spikesink.measure import findings
 from spikesink.measure.observe import observe
@@ -205,7 +206,7 @@ def test_updates_add_up_to_the_stream(family):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     subject = hf.subject_of(build(family), str)
-    clean = interventions.Clean.of(subject, IDS)
+    clean = CleanPass.of(subject, IDS)
     received = []
 
     def look(module, args, kwargs, output):
@@ -223,7 +224,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_edit_is_the_same_on_the_shared_prefix(family):
     for subject in hf.subjects_of(build(family), str):
-        clean = interventions.Clean.of(subject, IDS)
+        clean = CleanPass.of(subject, IDS)
         for stage in range(len(subject.stages) + 1):
             with clean.prefix(stage):
                 assert torch.equal(subject.losses(IDS), clean.losses)
