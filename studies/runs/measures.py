@@ -10,7 +10,7 @@ from typing import NamedTuple
 from spikesink.measure.findings import ratio_of
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SHARE
 from spikesink.measure.spikes import PERCENTILE_RULE, PRIMARY_SPIKE_RULE, SPIKE_RULES
-from spikesink.show.text import visible
+from spikesink.text.tokenizers import visible
 
 
 class Measure(NamedTuple):
