@@ -4,13 +4,17 @@
 `log` ones, which span orders of magnitude, by geometric means and factors.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from spikesink.measure.findings import ratio_of
+from spikesink.measure.findings import name_of, ratio_of
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SHARE
 from spikesink.measure.spikes import PERCENTILE_RULE, PRIMARY_SPIKE_RULE, SPIKE_RULES
 from spikesink.text.tokenizers import visible
+from studies.runs.rows import Measures
+
+Json = dict[str, Any]  # findings of detect.py or ablate.py, as their files give them back
 
 
 class Measure(NamedTuple):
@@ -19,21 +23,21 @@ class Measure(NamedTuple):
     text: str
     kind: str
     form: str
-    of: Callable = None
+    of: Callable[[Json], float | None] | None = None
 
 
-def _largest(key):
+def _largest(key: str) -> Callable[[Json], float | None]:
     return lambda found: max((layer[key] for layer in found["layers"] if layer[key] is not None), default=None)
 
 
-def _largest_ratio(found):
+def _largest_ratio(found: Json) -> float | None:
     """None where a magnitude is not finite, as in a model about to diverge."""
     known = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
     return max(map(ratio_of, known), default=None)
 
 
-def _rule(where, rule, *keys):
-    def of(found):
+def _rule(where: str, rule: str, *keys: str) -> Callable[[Json], float | None]:
+    def of(found: Json) -> float | None:
         value = found[where]["rules"][rule]
         for key in keys:
             value = value and value[key]
@@ -42,24 +46,24 @@ def _rule(where, rule, *keys):
     return of
 
 
-def _first_of_spikes(found):
+def _first_of_spikes(found: Json) -> float | None:
     rates = found["spikes"]["by_position"]
     return rates[0] / sum(rates) if sum(rates) else None
 
 
-def _first_of_sinks(found):
+def _first_of_sinks(found: Json) -> float | None:
     rates = found["sinks"]["token_rate"]
     return rates[0] / sum(rates) if sum(rates) else None
 
 
-def _punctuation_of_spikes(found):
+def _punctuation_of_spikes(found: Json) -> float | None:
     """Of the listed spike tokens behind the first position, the share that holds no letter and no digit."""
     rule = found["spikes"]["primary"]
     texts = [t["text"] for t in found["spikes"]["tokens"] if rule in t["rules"] and t["position"] > 0]
     return sum(not any(c.isalnum() for c in visible(text)) for text in texts) / len(texts) if texts else None
 
 
-def _overlap(key):
+def _overlap(key: str) -> Callable[[Json], float | None]:
     return lambda found: found["co_occurrence"][key]
 
 
@@ -138,7 +142,7 @@ MEASURES = {
 }
 
 
-def of_findings(found):
+def of_findings(found: Json) -> Measures:
     """{name: number, or None where it is undefined} of detect.py's findings (as JSON gives them back)."""
     return {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
 
@@ -160,24 +164,24 @@ EFFECTS = {
 }
 
 
-def of_ablation(ablation):
+def of_ablation(ablation: Json) -> Measures:
     """{'spike_zero: loss': number, ...} of ablate.py's findings; None where there was nothing to edit."""
     grammar = ablation["probes"].get("blimp", {}).get("conditions", ())
     accuracy = {c["name"]: c["accuracy"] for c in grammar}
-    values = {}
+    values: Measures = {}
     for entry in ablation["interventions"]:
         known = accuracy.get(entry["name"])
         entry_and_grammar = {**entry, "blimp": None if known is None else known - accuracy["none"]}
         for name, effect in EFFECTS.items():
-            values[f"{entry['name']}: {name}"] = effect.of(entry_and_grammar) if entry["edited"] else None
+            values[f"{entry['name']}: {name}"] = effect.of(entry_and_grammar) if effect.of and entry["edited"] else None
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values
 
 
-def ablations(ablation):
+def ablations(ablation: Json) -> Json:
     """What a study's table keeps of ablate.py's findings: effects and what is left, with intervals over sequences."""
-    short = lambda e: {
+    short: Callable[[Json], Json] = lambda e: {
         **{key: e[key] for key in ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left")},
         **({"name": e["name"]} if "control" not in e else {"control": [short(c) for c in e["control"]]}),
     }
@@ -185,7 +189,7 @@ def ablations(ablation):
     return {"interventions": found, "needs": {name: cell["needs"] for name, cell in ablation["two_by_two"].items()}}
 
 
-def measure_of(name):
+def measure_of(name: str) -> Measure:
     """The Measure of a row's entry."""
     if name == "BLiMP":
         return Measure("accuracy on BLiMP's minimal pairs", "share", ".1%")
@@ -193,3 +197,10 @@ def measure_of(name):
     if not colon:
         return MEASURES[name]
     return EFFECTS[effect]._replace(text=f"{intervention}: {EFFECTS[effect].text}")
+
+
+def where(found: Json) -> Json:
+    """Of detect.py's findings, where the spikes are: top1/median by layer, and the texts of the tokens it lists."""
+    texts = Counter(visible(t["text"]) for t in found["spikes"]["tokens"] if found["spikes"]["primary"] in t["rules"])
+    finite = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
+    return {"layers": {name_of(layer): ratio_of(layer) for layer in finite}, "tokens": dict(texts)}

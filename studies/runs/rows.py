@@ -1,4 +1,4 @@
-"""A run as a study's table holds it: planned, ended, or done and measured. JSON is written and read by spikesink.schema."""
+"""A run as a study's table holds it: planned, ended, or done and measured."""
 
 from dataclasses import dataclass
 from typing import Any
