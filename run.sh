@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All set-up on a fresh machine:  bash run.sh quickstart  |  bash run.sh test
+# All set-up on a fresh machine:  bash run.sh quickstart  |  bash run.sh test  |  bash run.sh wheel
 # Makes a virtual environment (VENV, default .venv) and installs the pinned requirements into it.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -34,10 +34,25 @@ test)
   setup
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
+  "$venv/bin/mypy"
   "$venv/bin/python" -m pytest -q
   ;;
+wheel) # the package as a stranger installs it: in an environment of its own, used from an empty folder
+  setup
+  clone=$PWD
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  "$venv/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$scratch" .
+  "$venv/bin/python" train.py prenorm scale/nano --dataset=stdlib --max_iters=4 --out_dir="$scratch/lab"
+  "${PYTHON:-python3}" -m venv "$scratch/venv"
+  "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements.txt \
+    "$(echo "$scratch"/spikesink-*.whl)[hf,pages]"
+  mkdir "$scratch/empty"
+  cd "$scratch/empty"
+  PATH="$scratch/venv/bin:$PATH" python "$clone/tests/wheel.py" "$clone" "$scratch/lab/ckpt.pt"
+  ;;
 *)
-  echo "usage: bash run.sh quickstart | test" >&2
+  echo "usage: bash run.sh quickstart | test | wheel" >&2
   exit 2
   ;;
 esac

@@ -29,8 +29,8 @@ from .measure.examples import Examples
 from .measure.observe import observe
 from .models import checkpoint, disk_weights, hf
 from .models.lab import Lab, open_lab
-from .models.subject import Subject
-from .models.views import as_it_was, gpt_in
+from .models.subject import Subject, gpt_in
+from .models.views import as_it_was
 from .options import Options
 from .text import default_text
 from .text.sequences import PADDING, Reader
@@ -88,7 +88,7 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     trained, meta, args = content.get("config", {}), content.get("data", NANOGPT_META), content["model_args"]
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
-    before = (getattr(tokenizer, "bos_id", meta.get("bos_id")),) if trained.get("bos", False) else ()
+    prefix_ids = (getattr(tokenizer, "bos_id", meta.get("bos_id")),) if trained.get("bos", False) else ()
     about = {
         "path": str(path),
         "sha256": file_hash(path),
@@ -104,23 +104,27 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     else:
         split, data = Reader.split, Path("data")
         subjects = hf.subjects_of(model, tokenizer.decode)
-        architecture = {**args, "parameters": disk_weights.count(model)}
+        architecture = {**args, "parameters": disk_weights.parameter_count(model)}
         block_size, vocab_size = args["block_size"], args["vocab_size"]
     return Loaded(
-        subjects, Reader(tokenizer, meta, dataset, before, (), block_size, vocab_size, split), about, architecture, data
+        subjects,
+        Reader(tokenizer, meta, dataset, prefix_ids, (), block_size, vocab_size, split),
+        about,
+        architecture,
+        data,
     )
 
 
 def _transformers(name: str, options: Options) -> Loaded:
     """A model of the Hugging Face hub or of a folder; its default text is Python's own documentation."""
-    model = hf.open_model(name, options.device, disk_weights.room(options.max_memory))
+    model = hf.open_model(name, options.device, disk_weights.free_bytes(options.max_memory))
     about = {"path": name, "sha256": hf.weights_hash(name), "step": None, "tokens": None}
     return _of_transformers(model, hf.Tokenizer.of(name) or NoTokenizer(), about)
 
 
-def _of_transformers(model: nn.Module, tokenizer: TextTokenizer, about: dict[str, Any]) -> Loaded:
+def _of_transformers(model: Any, tokenizer: TextTokenizer, about: dict[str, Any]) -> Loaded:
     config = model.config
-    before, after = getattr(tokenizer, "before", ()), getattr(tokenizer, "after", ())
+    prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
     shown = [
         "model_type",
         "num_hidden_layers",
@@ -132,20 +136,22 @@ def _of_transformers(model: nn.Module, tokenizer: TextTokenizer, about: dict[str
     architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, {}, default_text.NAME, before, after, hf.longest(config), config.vocab_size),
+        Reader(tokenizer, {}, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
         about,
-        {**architecture, "parameters": disk_weights.count(model)},
+        {**architecture, "parameters": disk_weights.parameter_count(model)},
         Path("data"),
     )
 
 
-def _in_memory(model: nn.Module, tokenizer: object) -> Loaded:
+def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     """A model that the caller holds: a GPT of a model.py, or one of transformers, on the device where it is."""
-    wrapped = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
+    wrapped: TextTokenizer = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
     about = {"path": f"a {type(model).__name__} in memory", "sha256": None, "step": None, "tokens": None}
-    gpt = gpt_in(model)
+    gpt, transformer = gpt_in(model), hf.found_in(model)
+    if gpt is None and transformer is None:
+        raise UserError(f"{type(model).__name__} is neither a model of transformers nor a GPT of a model.py")
     if gpt is None:
-        return _of_transformers(hf.found_in(model), wrapped, about)
+        return _of_transformers(transformer, wrapped, about)
     config = gpt.config
     reader = Reader(wrapped, {}, default_text.NAME, (), (), config.block_size, config.vocab_size)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
@@ -265,7 +271,7 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
         "seq_len": ids.size(1),
         "tokens": int((ids != PADDING).sum()),
         "bos": read.bos,
-        "dtype": "float32",
+        "dtype": loaded.subjects[0].dtype,
     }
     return Look(loaded, options, ids, data, _other_ids=other_ids)
 
@@ -286,7 +292,7 @@ def _detect_part(subject: Subject, look: Look) -> dict:
     """Findings of one Subject: the observation, its nulls, its anatomy."""
     options = look.options
     observation = observe(subject, look.ids, options.batch_size, examples=Examples())
-    no_init = disk_weights.no_copy(subject.model, disk_weights.room(options.max_memory))
+    no_init = disk_weights.why_no_second_copy(subject.model, disk_weights.free_bytes(options.max_memory))
     null = nulls(subject, look.ids, look.vocab_size, options.nulls, options.batch_size, no_init=no_init)
     parts = anatomy(subject, look.ids, observation, options.batch_size)
     return findings.detection(subject, observation, **look.about, null=null, anatomy=parts)

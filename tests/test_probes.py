@@ -20,7 +20,7 @@ from spikesink.text.tokenizers import ByteTokenizer
 from .conftest import ROOT, subject_of, tiny
 
 BYTES = {"vocab_size": 257, "block_size": 64}
-READER = SimpleNamespace(tokenizer=ByteTokenizer(), before=(256,), after=(), block_size=64)
+READER = SimpleNamespace(tokenizer=ByteTokenizer(), prefix_ids=(256,), suffix_ids=(), block_size=64)
 NONE = {"none": lambda ids, rows: contextlib.nullcontext()}
 
 

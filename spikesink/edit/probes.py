@@ -115,7 +115,7 @@ def _by(pairs, key, right, clean):
 
 def frame(reader, ids):
     """A text's ids between the special tokens, as a list."""
-    return [*reader.before, *map(int, ids), *reader.after]
+    return [*reader.prefix_ids, *map(int, ids), *reader.suffix_ids]
 
 
 def padded(rows):
@@ -186,7 +186,7 @@ def words_of(reader, read):
     """
     pieces = iter(reader.tokenizer.encode([word for sentence in read for word in sentence.words]))
     rows, numbers, where = [], [], []
-    room = reader.block_size - len(reader.before) - len(reader.after)
+    room = reader.block_size - len(reader.prefix_ids) - len(reader.suffix_ids)
     for n, sentence in enumerate(read):
         ids, number, full = [], [], False
         for i in range(len(sentence.words)):
@@ -199,7 +199,7 @@ def words_of(reader, read):
         if not ids:
             continue
         rows.append(frame(reader, ids))
-        numbers.append([-1] * len(reader.before) + number + [-1] * len(reader.after))
+        numbers.append([-1] * len(reader.prefix_ids) + number + [-1] * len(reader.suffix_ids))
     if not rows:
         raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
     longest = max(map(len, rows))
