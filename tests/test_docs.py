@@ -123,8 +123,15 @@ def test_the_api_example_runs(clone):
     assert "sink: present" in printed and "without as many random keys" in printed
     for name in ("detect.json", "detect.html", "heads.svg", "captions.txt"):
         assert (clone / "out" / "api" / name).is_file()
-    opened = "from docs.api import opened; s, ids = opened('out/quickstart-prenorm', 5); print(s.losses(ids).shape)"
-    assert "[5, 63]" in bash(f'python -c "{opened}"', clone)
+
+
+def test_the_readmes_python_runs_as_it_stands(clone):
+    examples = [block for block in blocks("python", "README.md") if "spikesink.open" in block]
+    assert len(examples) == 2
+    for example, numbers in zip(examples, (1, 2), strict=True):
+        script = example if "import spikesink" in example else f"import spikesink\n\n{example}"
+        (clone / "example.py").write_text(script.replace('"gpt2"', '"out/quickstart-prenorm"'))  # no network here
+        assert len([float(line) for line in bash("python example.py", clone).split()]) == numbers
 
 
 # ------------------------------------------------------------------------------------------- names and links
@@ -151,7 +158,8 @@ def test_every_link_and_file_exists(page):
         assert link.startswith("http") or (here / link).exists(), link
     mine = set(parts())
     for name in re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|sh|toml))`", text):
-        if re.match(r"(model|spikesink|tests|data|configs|docs|results|launch)\b|\w+\.(py|md|sh|toml)$", name):
+        rooms = "model|spikesink|tests|data|configs|docs|results|trainer|studies|benchmarks"
+        if re.match(rf"({rooms})\b|\w+\.(py|md|sh|toml)$", name):
             made = name in mine or Path(name).stem in ("x", "NAME", "prepare")  # stand for any
             assert made or any((base / name).exists() for base in (ROOT, ROOT / "configs", here)), name
 
@@ -238,7 +246,7 @@ TRAINING = {
     "configs": "is a folder; name a config in it, as in: prenorm",
     "configs/scale": "scale/gpt2, scale/micro, scale/nano, scale/tiny, scale/toy",
     "README.md": "a config|is no config: that is a .py file of lines",
-    "model.py": "model.py: unknown key 'NORMS'",
+    "model.py": "model.py: unknown key 'CONTRACT'",
     "{run}": "--resume --out_dir={run} goes on with it",
     "{run}/config.json": "is no config: that is a .py file",
     "{run}/ckpt.pt": "--init_from={run}/ckpt.pt",

@@ -1,5 +1,6 @@
 """Transformers models through the seam, against eager attention with its explicit maps."""
 
+import copy
 import json
 import math
 
@@ -9,13 +10,19 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+import spikesink
+from spikesink import schema
 from spikesink.edit import interventions
+from spikesink.edit.clean_pass import CleanPass
 from spikesink.errors import UserError
 from spikesink.measure import findings
 from spikesink.measure.observe import observe
-from spikesink.models import disk_weights, hf
+from spikesink.models import disk_weights, hf, views
+
+from .conftest import same, tiny
 
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 IDS = torch.randint(60, (3, 24), generator=torch.Generator().manual_seed(0))
 SHAPE = {
     "num_hidden_layers": 2,
@@ -167,7 +174,7 @@ def test_gains_and_outputs_off_the_stream():
     (olmo,) = hf.subjects_of(build("olmo2"), str)  # no norm before its FFN
     torch.testing.assert_close(olmo.gated[0].gain(), torch.ones(32))
     output = olmo.inner["output"][1]  # before the norm of the update
-    assert (output.module, output.at) == (olmo.model.model.layers[0].post_feedforward_layernorm, "input")
+    assert (output.module, output.place) == (olmo.model.model.layers[0].post_feedforward_layernorm, "input")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if STEPS.get(f) != 1])
@@ -199,7 +206,7 @@ def test_updates_add_up_to_the_stream(family):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     subject = hf.subject_of(build(family), str)
-    clean = interventions.Clean.of(subject, IDS)
+    clean = CleanPass.of(subject, IDS)
     received = []
 
     def look(module, args, kwargs, output):
@@ -217,7 +224,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_edit_is_the_same_on_the_shared_prefix(family):
     for subject in hf.subjects_of(build(family), str):
-        clean = interventions.Clean.of(subject, IDS)
+        clean = CleanPass.of(subject, IDS)
         for stage in range(len(subject.stages) + 1):
             with clean.prefix(stage):
                 assert torch.equal(subject.losses(IDS), clean.losses)
@@ -276,6 +283,129 @@ def test_an_attention_that_computes_something_else_is_noticed(monkeypatch):
     monkeypatch.setattr(hf.HFSeam, "additive", lambda self, *args: shares(self, *args) * 0)  # a mask that is lost
     with pytest.raises(UserError, match="gpt_oss cannot be observed: its logits change"):
         hf.subject_of(build("gpt_oss"), str)
+
+
+# ------------------------------------------------------------------------------- models that the caller trains on
+
+
+def in_training(family, attention):
+    """A model in train mode, with dropout, but for its second block."""
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    if hasattr(config, "attention_dropout"):
+        config.attention_dropout = 0.1  # 0 by default
+    try:
+        model = hf.model_class(config).from_config(config, attn_implementation=attention)
+    except ValueError:
+        pytest.skip(f"{family} has no {attention}")
+    shaken(model).train()
+    next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2)[1].eval()
+    model.config.use_cache = True
+    return model
+
+
+def held(model):
+    """All of a model that an instrument could change, but for its weights, and torch's random state."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return (
+        [m.training for m in model.modules()],
+        [sorted(vars(m)) for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        [copy.deepcopy(vars(config)) for config in configs.values()],
+        [p.requires_grad for p in model.parameters()],
+        torch.get_rng_state(),
+    )
+
+
+def training_step(model):
+    """Logits, loss and gradients of a step in the model's own mode, and the weights after it."""
+    torch.manual_seed(3)
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    return [out.logits.detach(), out.loss.detach(), [p.grad for p in model.parameters()], model.state_dict()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama", "bert", "t5", "bart"])
+def test_a_model_in_memory_is_given_back_as_it_was(family, attention):
+    """What is held, and bitwise a training step, are those of a copy that nobody looked at."""
+    model = in_training(family, attention)
+    untouched, before = copy.deepcopy(model), held(model)
+    with spikesink.open(model, tokens=IDS, nulls=1, calibration=True) as look:
+        assert not any(m.training for m in model.modules())
+        spikesink.detect(look)
+        with spikesink.spike_zero(look):
+            look.loss()
+        assert not same(held(model), before)
+    assert same(held(model), before)
+    assert same(training_step(model), training_step(untouched))
+
+
+@pytest.mark.parametrize("harm", ["its logits change", "some blocks have no attention", "in the block"])
+def test_a_model_in_memory_is_as_it_was_after_a_refusal_and_an_error(harm, monkeypatch):
+    model = in_training("gpt2", "sdpa")
+    untouched, before = copy.deepcopy(model), held(model)
+    additive, stacks = hf.HFSeam.additive, hf.stacks_of
+    if harm == "its logits change":
+        monkeypatch.setattr(hf.HFSeam, "additive", lambda self, *args: additive(self, *args) * 0)
+        monkeypatch.setattr(hf, "lazy_mask", lambda *args, **kwargs: torch.ones(1, 1, 16, 16, dtype=torch.bool))
+    elif harm == "some blocks have no attention":
+        unhook = lambda model: delattr(model.transformer.h[1].attn, hf.SEAM) or stacks(model)
+        monkeypatch.setattr(hf, "stacks_of", unhook)
+    with pytest.raises(UserError, match=harm), spikesink.open(model, tokens=IDS):
+        raise UserError("in the block")
+    assert same(held(model), before)
+    monkeypatch.undo()
+    assert same(training_step(model), training_step(untouched))
+
+
+@pytest.mark.parametrize("make", [lambda: in_training("gpt2", "sdpa").eval(), tiny], ids=["transformers", "GPT"])
+def test_a_compiled_model_in_memory_is_looked_at_uncompiled(make):
+    """Compiled code calls no hook; afterwards the model is compiled as before."""
+    model = make()
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        plain = schema.to_json(spikesink.detect(look))
+    model.compile(backend="eager")
+    model(IDS)
+    before = [{name: vars(m).get(name) for name in views.COMPILED} for m in model.modules()]
+    assert any(any(of.values()) for of in before)
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        assert same(schema.to_json(spikesink.detect(look))["layers"], plain["layers"])
+    assert [{name: vars(m).get(name) for name in views.COMPILED} for m in model.modules()] == before
+
+
+def test_the_attention_of_inner_configs_comes_back():
+    """Setting an outer config's attention sets that of those within it, which may have another."""
+    inner = {**GROUPED, "pad_token_id": 0}
+    config = transformers.T5GemmaConfig(
+        encoder=transformers.T5GemmaModuleConfig(**inner),
+        decoder=transformers.T5GemmaModuleConfig(**inner),
+        vocab_size=64,
+    )
+    model = transformers.T5GemmaForConditionalGeneration(config)
+    model.config._attn_implementation_internal = "sdpa"
+    attentions = lambda: [c._attn_implementation for c in (model.config, model.config.encoder, model.config.decoder)]
+    with spikesink.open(model, tokens=IDS) as look:
+        assert attentions() == ["spikesink"] * 3 and [s.part for s in look.subjects] == ["decoder", "encoder", "cross"]
+    assert attentions() == ["sdpa", "eager", "eager"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama", "t5"])
+def test_a_bfloat16_model_is_observed_in_its_own_precision_and_that_is_said(family):
+    model = build(family).to(torch.bfloat16)
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        found = spikesink.detect(look)
+    assert found["data"]["dtype"] == "bfloat16"
+    with spikesink.open(model.float(), tokens=IDS, nulls=0) as look:
+        assert look.data["dtype"] == "float32" and look.loss() == pytest.approx(found["data"]["loss"], rel=0.02)
+
+
+def test_a_deep_bfloat16_model_is_not_refused():
+    """Its logits differ by some eps under any other order of sums."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 24, "hidden_size": 128, "head_dim": 32})
+    hf.subjects_of(shaken(transformers.LlamaForCausalLM(config)).to(torch.bfloat16), str)
 
 
 def test_weights_that_are_missing_are_not_made_up(tmp_path, cli):
@@ -359,11 +489,11 @@ def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch,
     build(family).to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60, (8, 24)))
     found = []
-    for room in (math.inf, 1000):
-        monkeypatch.setattr(disk_weights, "room", lambda limit, room=room: room)
+    for free in (math.inf, 1000):
+        monkeypatch.setattr(disk_weights, "free_bytes", lambda limit, free=free: free)
         code, _, err = cli("detect.py", tmp_path / "hf", f"--tokens={tmp_path / 'ids.npy'}")
         assert code == 0, err
-        assert ("from disk" in err) == (room == 1000)
+        assert ("from disk" in err) == (free == 1000)
         found.append(json.loads((tmp_path / "hf" / "detect.json").read_text()))
     whole, part = found
     assert "does not fit" in part["nulls"].pop("init")["skipped"]
@@ -374,7 +504,7 @@ def test_weights_left_on_disk_give_the_same_findings(cli, tmp_path, monkeypatch,
 
 def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(disk_weights, "room", lambda limit: 1000)
+    monkeypatch.setattr(disk_weights, "free_bytes", lambda limit: 1000)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = cli("detect.py", tmp_path)
     assert code == 2
@@ -382,9 +512,9 @@ def test_a_model_larger_than_memory_without_accelerate_is_one_line(cli, tmp_path
     assert err.count("\n") == 1
 
 
-def test_room_is_what_the_process_may_still_take():
-    assert disk_weights.room(10**9) == pytest.approx(disk_weights.room(), rel=0.1)
-    assert disk_weights.room(1) < 2**30
+def test_free_memory_is_what_the_process_may_still_take():
+    assert disk_weights.free_bytes(10**9) == pytest.approx(disk_weights.free_bytes(), rel=0.1)
+    assert disk_weights.free_bytes(1) < 2**30
 
 
 def test_text_is_translated_by_the_models_own_tokenizer(cli, tmp_path):

@@ -6,25 +6,34 @@ returned is the stream after it (pre-norm), or what a norm makes of that sum is 
 
 import contextlib
 import itertools
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 
 from ..errors import UserError
-from ..hooks import hooked
-from .subject import PLACES, SEAM, Tap, gated_ffn
+from ..hooks import Hook, Tap, hooked
+from .subject import PLACES, SEAM, GatedFFN, gated_ffn
 
 
-def stacks_of(model):
-    """The stacks of blocks: the outermost ModuleLists whose every entry holds an attention module that calls the
-    seam. Raises UserError unless there is one, or an encoder's and a decoder's, that hold them all."""
-    holds = lambda module: any(hasattr(m, SEAM) for m in module.modules())
-    stacks, inside = [], set()
+def outermost_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The ModuleLists that hold something and are in no other."""
+    lists: list[nn.ModuleList] = []
+    inside: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and module not in inside and len(module) and any(map(holds, module)):
-            stacks.append(module)
+        if isinstance(module, nn.ModuleList) and len(module) and module not in inside:
+            lists.append(module)
             inside.update(module.modules())
+    return lists
+
+
+def stacks_of(model: Any) -> list[nn.ModuleList]:
+    """The stacks of blocks of a transformers model: the outermost ModuleLists whose every entry holds an attention
+    module that calls the seam. Raises UserError unless there is one, or an encoder's and a decoder's, that hold them
+    all."""
+    holds = lambda module: any(hasattr(m, SEAM) for m in module.modules())
+    stacks = [blocks for blocks in outermost_lists(model) if any(map(holds, blocks))]
     wanted = 2 if model.config.is_encoder_decoder else 1
     kind = model.config.model_type
     if len(stacks) != wanted:
@@ -41,80 +50,97 @@ class Event(NamedTuple):
     """A tensor like the stream that a module was called with or returned."""
 
     module: nn.Module
-    at: str  # input, output
+    place: str  # input, output
     value: torch.Tensor
 
 
-class Stack:
-    """A stack of blocks, watched during a trial run to learn where in each block the stream is."""
+class SeamCall(NamedTuple):
+    """A call of a seam."""
 
-    def __init__(self, blocks):
+    module: nn.Module
+    kind: str  # attn, cross
+
+
+Seen = Event | SeamCall
+
+
+class Stack:
+    """A stack of blocks, watched during a trial run to learn where in each block the stream is.
+
+    `output`: the stream after the last block, (1, T, C), once it was watched.
+    """
+
+    output: torch.Tensor
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
         self.seams = [[getattr(m, SEAM) for m in b.modules() if hasattr(m, SEAM)] for b in blocks]
+        self.seen: list[list[Seen]] = []  # of each block, in the order of the forward pass
 
     @contextlib.contextmanager
-    def watched(self):
-        """Records the Events of each block; a call of a seam is an event too, with its module as value."""
-        self.events = [[] for _ in self.blocks]
-        self.output = None
+    def watched(self) -> Iterator[None]:
+        """Records what is seen of each block."""
+        self.seen = [[] for _ in self.blocks]
         forward, before = [], []
-        for block, seams, events in zip(self.blocks, self.seams, self.events, strict=True):
+        for block, seams, seen in zip(self.blocks, self.seams, self.seen, strict=True):
             for module in block.modules():
-                before.append((module, self._entered(events, module is block)))
-                forward.append((module, self._left(events)))
-            forward += [(seam, self._called(events)) for seam in seams]
+                before.append((module, self._entered(seen, module is block)))
+                forward.append((module, self._left(seen)))
+            forward += [(seam, self._called(seen)) for seam in seams]
         with hooked(forward, before):
             yield
-        self.output = self.events[-1][-1].value
+        self.output = events_in(self.seen[-1])[-1].value
 
     @staticmethod
-    def _entered(events, outermost):
-        def hook(module, args, kwargs):
-            value = args[0] if args else kwargs.get("hidden_states")
-            if outermost or like_stream(value, events):
-                events.append(Event(module, "input", value.view(events[0].value.shape if events else value.shape)))
+    def _entered(seen: list[Seen], outermost: bool) -> Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            value: Any = args[0] if args else kwargs.get("hidden_states")
+            if not seen and outermost:
+                seen.append(Event(module, "input", value))
+            elif outermost or like_stream(value, seen):
+                seen.append(Event(module, "input", value.view(stream_into(seen).shape)))
 
         return hook
 
     @staticmethod
-    def _left(events):
-        def hook(module, args, kwargs, output):
+    def _left(seen: list[Seen]) -> Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            if like_stream(value, events):
-                events.append(Event(module, "output", value.view(events[0].value.shape)))
+            if like_stream(value, seen):
+                seen.append(Event(module, "output", value.view(stream_into(seen).shape)))
 
         return hook
 
     @staticmethod
-    def _called(events):
-        def hook(seam, args, kwargs, output):
+    def _called(seen: list[Seen]) -> Hook:
+        def hook(seam: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             q, k, _ = args
             seam.heads = q.size(1)
-            events.append(Event(seam, "cross" if k.size(-2) != q.size(-2) else "attn", output))
+            seen.append(SeamCall(seam, "cross" if k.size(-2) != q.size(-2) else "attn"))
 
         return hook
 
-    def taps(self):
+    def taps(self) -> "Taps":
         """The Taps of the Subject. Raises UserError if a block cannot be understood."""
         found = Taps([Tap(-1, "embedding", self.blocks[0], "input")], {place: [] for place in PLACES}, [], [])
-        for layer, (block, seams, events) in enumerate(zip(self.blocks, self.seams, self.events, strict=True)):
-            calls = [event for event in events if event.module in seams]
-            check_block(block, seams, events, calls)
-            found.attends.extend(Tap(layer, event.at, event.module) for event in calls)
-            steps = sub_layers(events)
+        for layer, (block, seams, seen) in enumerate(zip(self.blocks, self.seams, self.seen, strict=True)):
+            calls = [call for call in seen if isinstance(call, SeamCall)]
+            check_block(block, seams, seen, calls)
+            found.attends.extend(Tap(layer, call.kind, call.module) for call in calls)
+            steps = sub_layers(seen)
             kinds = [step.kind for step in steps]
             for i, step in enumerate(steps):
                 again = kinds[:i].count(step.kind)
                 kind = f"{step.kind}{again + 1}" if again else step.kind
-                if steps[0].stream:
+                if step.stream:
                     found.streams.append(tap_of(layer, kind, step.stream))
                 for place, taps in found.inner.items():
-                    if getattr(step, place):
-                        taps.append(tap_of(layer, kind, getattr(step, place)))
-            if not steps or not steps[0].stream:
+                    if event := getattr(step, place):
+                        taps.append(tap_of(layer, kind, event))
+            if not any(step.stream for step in steps):
                 found.streams.append(Tap(layer, "block", block))
-            for event in events:
-                of = next((s for s in steps if event.at == "output" and torch.equal(event.value, s.output.value)), None)
+            for event in filter(is_output, seen):
+                of = next((step for step in steps if torch.equal(event.value, step.output.value)), None)
                 if of and of.norm:
                     found.gated.extend(gated_ffn(layer, event.module, of.norm))
         return found
@@ -123,21 +149,21 @@ class Stack:
 class Taps(NamedTuple):
     """What of a Subject a stack of blocks determines."""
 
-    streams: list
-    inner: dict
-    gated: list
-    attends: list
+    streams: list[Tap]
+    inner: dict[str, list[Tap]]
+    gated: list[GatedFFN]
+    attends: list[Tap]
 
 
-def tap_of(layer, kind, event):
+def tap_of(layer: int, kind: str, event: Event) -> Tap:
     """The Tap where an Event was seen; what a module was only called with cannot be written there for others."""
-    return Tap(layer, kind, event.module, event.at, writable=event.at == "output")
+    return Tap(layer, kind, event.module, event.place, writable=event.place == "output")
 
 
-def check_block(block, seams, events, calls):
+def check_block(block: nn.Module, seams: Sequence[nn.Module], seen: list[Seen], calls: list[SeamCall]) -> None:
     """Raises UserError for a block whose stream or attention is not what a Subject needs."""
     problems = {
-        "its residual stream is not one vector per token": events[0].value.dim() != 3 or events[-1].module is not block,
+        "its residual stream is not one vector per token": stream_into(seen).dim() != 3 or seen[-1].module is not block,
         "its attention calls the interface more than once, or its layers share weights": len(calls) > len(seams),
         "its attention bypasses the interface": len(calls) < len(seams),
     }
@@ -146,96 +172,112 @@ def check_block(block, seams, events, calls):
             raise UserError(f"{type(block).__name__} cannot be observed: {problem}")
 
 
-def like_stream(value, events):
+def events_in(seen: Iterable[Seen]) -> list[Event]:
+    """What was seen but for the calls of seams."""
+    return [event for event in seen if isinstance(event, Event)]
+
+
+def stream_into(seen: list[Seen]) -> torch.Tensor:
+    """The stream that the block was called with: what was seen first."""
+    first = seen[0]
+    assert isinstance(first, Event)
+    return first.value
+
+
+def like_stream(value: object, seen: list[Seen]) -> TypeGuard[torch.Tensor]:
     """True for a tensor (1, T, C) or (T, C) as the block was called with."""
-    block = events[0].value
+    block = stream_into(seen)
     return isinstance(value, torch.Tensor) and value.shape[-2:] == block.shape[-2:] and value.numel() == block.numel()
+
+
+def is_output(seen: Seen) -> TypeGuard[Event]:
+    """True for a tensor that a module returned."""
+    return isinstance(seen, Event) and seen.place == "output"
 
 
 class Step(NamedTuple):
     """A sub-layer of a block, as a trial run showed it: the stream after it, and the Events of PLACES."""
 
     kind: str
-    stream: Event | None  # None where the next sub-layer's update is added at the same time
+    stream: Event | None  # None where a block adds all its updates at once
     normed: Event | None
     output: Event
     update: Event
     norm: nn.Module | None  # what made `normed`: an identity where it is the stream itself, None if not found
 
 
-def is_norm(module):
+def is_norm(module: nn.Module) -> bool:
     """True for a module whose parameters are vectors only."""
     own = list(module.parameters())
     return bool(own) and all(p.dim() == 1 for p in own)
 
 
-def sub_layers(events):
-    """The sub-layers of a block, from the tensors seen in it, or [] where those do not add up, bit by bit, to its
+def has_matrix(module: nn.Module) -> bool:
+    """True for a module that multiplies by a matrix of its own."""
+    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
+
+
+def sub_layers(seen: list[Seen]) -> list[Step]:
+    """The sub-layers of a block, from what was seen of it, or [] where that does not add up, bit by bit, to its
     output (scaled residuals). Each adds an update to the stream, and a norm may follow; or all add theirs at once."""
-    steps = _sequential(events, 1, events[0].value) or []
-    return steps if len(steps) > 1 else _parallel(events)
+    steps = _sequential(seen, 1, stream_into(seen)) or []
+    return steps if len(steps) > 1 else _parallel(seen)
 
 
-def _sequential(events, start, stream):
-    """The Steps from events[start] on, where the stream is `stream`; None if they do not lead to the last event."""
-    last = events[-1]
-    for i in range(start, len(events)):
-        seen = events[i]
-        for update in events[start:i]:
-            if seen.at not in ("input", "output") or update.at != "output":
+def _sequential(seen: list[Seen], start: int, stream: torch.Tensor) -> list[Step] | None:
+    """The Steps from seen[start] on, where the stream is `stream`; None if they do not lead to the block's output."""
+    last = events_in(seen)[-1]
+    for i in range(start, len(seen)):
+        total = seen[i]
+        if not isinstance(total, Event) or total.value is stream:
+            continue
+        for update in filter(is_output, seen[start:i]):
+            if not torch.equal(total.value, stream + update.value):
                 continue
-            if seen.value is stream or not torch.equal(seen.value, stream + update.value):
-                continue
-            for after in (seen, _norm_of(events, i)):  # pre-norm: the sum is the stream; post-norm: its norm is
+            for after in (total, _norm_of(seen, i)):  # pre-norm: the sum is the stream; post-norm: its norm is
                 if after is None:
                     continue
                 if torch.equal(after.value, last.value):
-                    return [_step(events, events[start - 1 :], stream, update, last)]
-                at = next(n for n in range(i, len(events)) if events[n] is after)
-                rest = _sequential(events, at + 1, after.value)
+                    return [_step(seen, seen[start - 1 :], stream, update, last)]
+                at = next(n for n in range(i, len(seen)) if seen[n] is after)
+                rest = _sequential(seen, at + 1, after.value)
                 if rest:
-                    return [_step(events, events[start - 1 : at], stream, update, after), *rest]
+                    return [_step(seen, seen[start - 1 : at], stream, update, after), *rest]
     return None
 
 
-def _parallel(events):
+def _parallel(seen: list[Seen]) -> list[Step]:
     """The Steps of a block that adds two updates at once (GPT-NeoX, Phi); [] if it does not."""
-    stream, last = events[0].value, events[-1]
-    outputs = [i for i in range(1, len(events)) if events[i].at == "output"]
-    for i, j in itertools.combinations(outputs, 2):
-        one, two = events[i], events[j]
+    stream, last = stream_into(seen), events_in(seen)[-1]
+    outputs = [(i, event) for i, event in enumerate(seen) if is_output(event)]
+    for (i, one), (_, two) in itertools.combinations(outputs, 2):
         orders = itertools.permutations((one.value, two.value, stream))
         if any(torch.equal(last.value, a + b + c) for a, b, c in orders):
             return [
-                _step(events, events[: i + 1], stream, one, None),
-                _step(events, events[i + 1 :], stream, two, last),
+                _step(seen, seen[: i + 1], stream, one, None),
+                _step(seen, seen[i + 1 :], stream, two, None),
             ]
     return []
 
 
-def _norm_of(events, i):
-    """The output of the norm whose input is events[i], or None."""
-    if events[i].at != "input" or not is_norm(events[i].module):
+def _norm_of(seen: list[Seen], i: int) -> Event | None:
+    """The output of the norm whose input is seen[i], or None."""
+    given = seen[i]
+    if is_output(given) or not is_norm(given.module):
         return None
-    return next((e for e in events[i + 1 :] if e.module is events[i].module and e.at == "output"), None)
+    return next((event for event in filter(is_output, seen[i + 1 :]) if event.module is given.module), None)
 
 
-def _step(block, events, stream, update, after):
-    """The Step that adds `update` to `stream`, from the Events between; `block` are those of the whole block."""
-    kinds = [event.at for event in events if event.at in ("attn", "cross")]
+def _step(block: list[Seen], seen: list[Seen], stream: torch.Tensor, update: Event, after: Event | None) -> Step:
+    """The Step that adds `update` to `stream`, from what was seen between; `block` is what was seen of the whole."""
+    kinds = [call.kind for call in seen if isinstance(call, SeamCall)]
+    inputs = [event for event in events_in(seen) if event.place == "input"]
     output = update
     if is_norm(update.module):
-        output = next((e for e in events if e.module is update.module and e.at == "input"), update)
-    normed = next((e for e in events if e.at == "input" and has_matrix(e.module)), None)
+        output = next((event for event in inputs if event.module is update.module), update)
+    normed = next((event for event in inputs if has_matrix(event.module)), None)
     norm = None
     if normed:
-        made = [
-            e.module for e in block if e.at == "output" and is_norm(e.module) and torch.equal(e.value, normed.value)
-        ]
-        norm = made[0] if made else nn.Identity() if torch.equal(normed.value, stream) else None
+        made = [e for e in filter(is_output, block) if is_norm(e.module) and torch.equal(e.value, normed.value)]
+        norm = made[0].module if made else nn.Identity() if torch.equal(normed.value, stream) else None
     return Step(kinds[0] if kinds else "ffn", after, normed, output, update, norm)
-
-
-def has_matrix(module):
-    """True for a module that multiplies by a matrix of its own."""
-    return any(p.dim() >= 2 for p in module.parameters(recurse=False))

@@ -14,7 +14,8 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,30 @@ from torch.nn import functional as F
 from ..errors import UserError, extra, no_device
 from ..files import file_hash
 from . import convert, disk_weights
-from .blocks import Stack, stacks_of
-from .subject import SEAM, Subject, after_start, for_heads, rows_at_once
+from .blocks import Stack, Taps, stacks_of
+from .subject import SEAM, Subject, after_start, device_of, for_heads, rows_at_once
 
 NAME = "spikesink"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
+@dataclass
 class LazyMask:
-    """A transformers mask that is still a function of (batch, head, query, key)."""
+    """A transformers mask that is still a function of (batch, head, query, key).
 
-    def __init__(self, function, batch_size, q_offset, kv_offset, kv_length, padding, device):
-        self.function, self.batch_size, self.padding, self.device = function, batch_size, padding, device
-        self.q_offset, self.kv_offset, self.kv_length = q_offset, kv_offset, kv_length
+    The offsets are those of the first query and key; `padding`: bool (B, keys), False where a key is padding.
+    """
 
-    def rows(self, first, R, T):
+    function: Callable[..., Any]
+    batch_size: int
+    q_offset: int
+    kv_offset: int
+    kv_length: int
+    padding: torch.Tensor | None
+    device: torch.device | str
+
+    def rows(self, first: int, R: int, T: int) -> torch.Tensor:
         """Which of the first T keys the queries first ... first + R - 1 see: bool, broadcastable to (B, H, R, T)."""
         batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
         query = torch.arange(first, first + R, device=self.device)[:, None] + self.q_offset
@@ -52,16 +61,16 @@ class LazyMask:
 
 
 def lazy_mask(
-    batch_size,
-    q_length,
-    kv_length,
-    q_offset=0,
-    kv_offset=0,
-    mask_function=None,
-    attention_mask=None,
-    device="cpu",
-    **kwargs,
-):
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> LazyMask | None:
     """The AttentionMaskInterface entry, of transformers' signature. None where the mask is causal and nothing else."""
     from transformers.masking_utils import causal_mask_function, prepare_padding_mask
 
@@ -70,7 +79,7 @@ def lazy_mask(
         padding = None
     if padding is None and mask_function is causal_mask_function and q_length == kv_length:
         return None
-    return LazyMask(mask_function, batch_size, q_offset, kv_offset, kv_length, padding, device)
+    return LazyMask(mask_function or causal_mask_function, batch_size, q_offset, kv_offset, kv_length, padding, device)
 
 
 class HFSeam(nn.Module):
@@ -81,14 +90,30 @@ class HFSeam(nn.Module):
     """
 
     spares_own = True
+    heads: int  # of the queries it was last called with, in a trial run
+    mask: LazyMask | torch.Tensor | None
+    scaling: float | None
+    softcap: float | None
+    position_bias: torch.Tensor | None
+    sinks: torch.Tensor | None
+    causal: bool
 
-    def set(self, module, mask, scaling, softcap=None, position_bias=None, sinks=None, is_causal=None):
+    def set(
+        self,
+        module: nn.Module,
+        mask: LazyMask | torch.Tensor | None,
+        scaling: float | None,
+        softcap: float | None = None,
+        position_bias: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> None:
         """Takes over what transformers passed to its attention function."""
         self.mask, self.softcap, self.position_bias, self.sinks = mask, softcap, position_bias, sinks
         self.scaling = scaling
-        self.causal = mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        self.causal = mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
-    def additive(self, first, R, T, dtype, device):
+    def additive(self, first: int, R: int, T: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What the mask and the position bias add to the logits of a chunk of rows."""
         if isinstance(self.mask, LazyMask):
             seen = self.mask.rows(first, R, T)
@@ -107,11 +132,15 @@ class HFSeam(nn.Module):
             start = self.position_bias[:, :, first : first + R, :T].to(dtype)
         return torch.where(seen, start, torch.finfo(dtype).min)
 
-    def weights(self, q, k, first=0, bias=None):
+    def weights(
+        self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, float]:
         """(weights (B, H, R, T), what a slot adds to the output: nothing), as Subject has it."""
         return self.shares(q, k, first, bias), 0.0
 
-    def shares(self, q, k, first=0, bias=None):
+    def shares(
+        self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Rows of the attention map (B, H, R, T), float32: see Subject. A sink logit's part belongs to no key."""
         R, T = q.size(-2), k.size(-2)
         q = q.float() * (q.size(-1) ** -0.5 if self.scaling is None else self.scaling)
@@ -127,7 +156,9 @@ class HFSeam(nn.Module):
         sinks = self.sinks.float().view(1, -1, 1, 1).expand(len(q), -1, R, 1)
         return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
-    def forward(self, q, k, v, bias=None):
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """q (B, H, T, D), k and v (B, heads of keys, T', D) -> (B, H, T, D), some queries at a time unless plain."""
         chunk = rows_at_once(q, k)
         fused = bias is None and self.sinks is None and self.softcap is None
@@ -146,35 +177,48 @@ class HFSeam(nn.Module):
         return torch.cat(rows, dim=-2)
 
 
-def seam_of(module):
+def seam_of(module: nn.Module) -> HFSeam:
     """The seam of an attention module, made when it is first called. Not a submodule: the model stays as it was."""
     if not hasattr(module, SEAM):
         object.__setattr__(module, SEAM, HFSeam())
     return getattr(module, SEAM)
 
 
-def attention_function(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: LazyMask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """The AttentionInterface entry: hands the call to the module's seam."""
     sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
     seam = seam_of(module)
-    others = {key: kwargs.get(key) for key in ("softcap", "position_bias", "is_causal")}
+    others = {name: kwargs.get(name) for name in ("softcap", "position_bias", "is_causal")}
     seam.set(module, attention_mask, scaling, **others, sinks=sinks)
     return seam(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def gpt_neo_attention(self, query, key, value, attention_mask=None):
+def gpt_neo_attention(
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: LazyMask | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
     """GPTNeoSelfAttention._attn through the seam: no scaling, float32 logits, local layers see `window_size` keys."""
     window = self.config.window_size if self.attention_type == "local" else key.size(-2)
     causal = lambda batch, head, q, k: (k <= q) & (k > q - window)
-    padding = None
-    if isinstance(attention_mask, LazyMask):
-        padding = attention_mask.padding
+    padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
     mask = LazyMask(causal, len(query), 0, 0, key.size(-2), padding, query.device)
     seam_of(self).set(self, mask, 1.0)
-    return seam_of(self)(query.float(), key.float(), value), None
+    return seam_of(self)(query.float(), key.float(), value.float()).to(value.dtype), None
 
 
-def check_folder(path):
+def check_folder(path: str | Path) -> None:
     """Refuses a folder whose files name code, an attention implementation, or weights elsewhere. Raises UserError."""
     path = Path(path)
     check_config(path / "config.json")
@@ -185,7 +229,7 @@ def check_folder(path):
             raise UserError(f"{index} points to weights outside its folder")
 
 
-def check_config(file):
+def check_config(file: str | Path) -> None:
     """Refuses a config.json that names code or an attention implementation. Raises UserError."""
     config = read_json(file)
     found = [key for key in REFUSED_KEYS if key in config]
@@ -196,7 +240,7 @@ def check_config(file):
         raise UserError(f"{file} sets {found[0]}, which could run foreign code: remove the key if you trust the model")
 
 
-def read_json(file):
+def read_json(file: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError."""
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -207,12 +251,12 @@ def read_json(file):
     return value
 
 
-def device_named(name):
+def device_named(name: str) -> str:
     """`name`, or for auto the GPU where there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def to_device(model, device):
+def to_device(model: nn.Module, device: str) -> Any:
     """The model on a device, as `device_named` names it. Raises UserError where there is no such device."""
     try:
         return model.to(device_named(device))
@@ -221,7 +265,7 @@ def to_device(model, device):
 
 
 @functools.cache
-def hub_answers(seconds=3.0):
+def hub_answers(seconds: float = 3.0) -> bool:
     """True if the hub's host takes a connection; True unasked where a proxy stands between."""
     from huggingface_hub.constants import ENDPOINT
 
@@ -235,7 +279,7 @@ def hub_answers(seconds=3.0):
     return True
 
 
-def model_class(config):
+def model_class(config: Any) -> Any:
     """The transformers class that gives a model of this config its language-model head."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -247,10 +291,10 @@ def model_class(config):
     return AutoModelForMaskedLM if masked and not causal else AutoModelForCausalLM
 
 
-def open_model(name_or_path, device="cpu", room=math.inf, **kwargs):
+def open_model(name_or_path: str | Path, device: str = "cpu", free: float = math.inf, **kwargs: Any) -> Any:
     """A language model of the hub or of a folder, in float32; `kwargs` go to transformers' `from_pretrained`.
 
-    On the CPU, weights that do not fit into `room` bytes are left on disk, and read whenever they are used.
+    On the CPU, weights that do not fit into `free` bytes of memory are left on disk, and read whenever they are used.
 
     Causal, masked (BERT) or encoder-decoder (T5, BART), as its config says.
 
@@ -271,10 +315,10 @@ def open_model(name_or_path, device="cpu", room=math.inf, **kwargs):
         check_folder(name_or_path)
     try:
         if not local:
-            check_config(cached_file(name_or_path, "config.json", local_files_only=offline))
+            check_config(str(cached_file(name_or_path, "config.json", local_files_only=offline)))
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
         kind = model_class(config)
-        placed = disk_weights.placement(kind, config, room) if str(device) == "cpu" else {}
+        placed = disk_weights.placement(kind, config, free) if str(device) == "cpu" else {}
         model, info = kind.from_pretrained(name_or_path, **{**kwargs, **safe, **placed}, output_loading_info=True)
     except UserError:
         raise
@@ -288,16 +332,16 @@ def open_model(name_or_path, device="cpu", room=math.inf, **kwargs):
     return model if placed else to_device(model, device)
 
 
-def found_in(model: nn.Module) -> nn.Module | None:
+def found_in(model: nn.Module) -> Any:
     """The transformers model in `model`, perhaps wrapped; None where there is none."""
-    if "transformers" not in sys.modules:
+    if sys.modules.get("transformers") is None:
         return None
     from transformers import PreTrainedModel
 
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
-def of_nanogpt(content: Mapping[str, Any]) -> nn.Module:
+def of_nanogpt(content: Mapping[str, Any]) -> Any:
     """The GPT-2 of transformers that computes what a checkpoint of nanoGPT does. Raises ValueError."""
     with extra("hf"):
         from transformers import GPT2LMHeadModel
@@ -307,7 +351,7 @@ def of_nanogpt(content: Mapping[str, Any]) -> nn.Module:
     return with_weights(GPT2LMHeadModel, config, state)
 
 
-def with_weights(kind: type, config: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
+def with_weights(kind: type, config: Any, state: Mapping[str, torch.Tensor]) -> Any:
     """A transformers model of this class and config that has these very tensors as its weights."""
     with torch.device("meta"):
         model = kind(config)
@@ -317,7 +361,7 @@ def with_weights(kind: type, config: Any, state: Mapping[str, torch.Tensor]) -> 
     return model
 
 
-def subjects_of(model, decode):
+def subjects_of(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     """The Subjects of a loaded transformers model: one, or an encoder-decoder's decoder, encoder and cross.
 
     Raises UserError unless trial runs give the logits that the model gave before, with one call of the seam per
@@ -335,7 +379,12 @@ def subjects_of(model, decode):
         raise UserError(f"{kind} cannot be observed: {type(error).__name__}: {reason}") from None
 
 
-def _caller(model):
+def subject_of(model: Any, decode: Callable[[int], str]) -> Subject:
+    """The Subject of a model that is not an encoder-decoder, or the decoder's."""
+    return subjects_of(model, decode)[0]
+
+
+def _caller(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """ids (B, T) -> logits; an encoder-decoder reads the ids, and its decoder is taught to repeat them."""
     if not model.config.is_encoder_decoder:
         return lambda ids: model(ids)[0]
@@ -343,30 +392,30 @@ def _caller(model):
     return lambda ids: model(input_ids=ids, decoder_input_ids=after_start(ids, start))[0]
 
 
-def start_token(config):
+def start_token(config: Any) -> int:
     """What a decoder's input starts with."""
     tokens = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
     return next((token for token in tokens if token is not None), 0)
 
 
+def trial_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Ids (1, T) to try a model on; a decoder's are fewer, so that cross-attention is told by its shape."""
+    ids = torch.arange(3, 19, device=device_of(model))[None] % model.config.vocab_size
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :11]} if model.config.is_encoder_decoder else {})
+
+
 @torch.no_grad()
-def _tried_subjects(model, decode):
-    kind, both = model.config.model_type, model.config.is_encoder_decoder
-    device = Subject(model, [], [], 0, 0, decode, None).device
-    ids = torch.arange(3, 19, device=device)[None] % model.config.vocab_size
-    target = ids[:, :11] if both else ids  # shorter, so that cross-attention is told by its shape
-    run = (lambda x, y: model(input_ids=x, decoder_input_ids=y)[0]) if both else (lambda x, y: model(x)[0])
-    take_over(model, lambda: run(ids, target))
-    parts, stacks = {}, stacks_of(model)
-    for name, blocks in zip(("encoder", "decoder") if both else ("",), stacks, strict=True):
-        changed = lambda x: torch.cat((x[:, :-1], (x[:, -1:] + 1) % model.config.vocab_size), dim=1)
-        other = (ids, changed(target)) if name == "decoder" else (changed(ids), target)
-        taps, causal = watch(Stack(blocks), run, (ids, target), other)
-        parts[name] = {
-            **taps._asdict(),
-            "causal": causal,
-            "start": start_token(model.config) if name == "decoder" else None,
-        }
+def _tried_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
+    kind, both, inputs = model.config.model_type, model.config.is_encoder_decoder, trial_inputs(model)
+    run = lambda **changed: model(**{**inputs, **changed})[0]
+    take_over(model, run)
+    parts: dict[str, dict[str, Any]] = {}
+    stacks = stacks_of(model)
+    for name, (key, ids), blocks in zip(("encoder", "decoder") if both else ("",), inputs.items(), stacks, strict=True):
+        other_end = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % model.config.vocab_size), dim=1)
+        taps, causal = watch(Stack(blocks), run, {key: other_end})
+        start = start_token(model.config) if name == "decoder" else None
+        parts[name] = {**taps._asdict(), "causal": causal, "start": start}
     if both:  # the keys of cross-attention are the encoder's tokens
         seams = parts["decoder"]["attends"]
         parts = {
@@ -375,8 +424,8 @@ def _tried_subjects(model, decode):
             "cross": {**parts["encoder"], "attends": [tap for tap in seams if tap.kind == "cross"], "causal": False},
         }
 
-    def rebuild(part):
-        new = type(model)(copy.deepcopy(model.config)).eval().to(device)
+    def rebuild(part: str) -> Subject:
+        new = type(model)(copy.deepcopy(model.config)).eval().to(device_of(model), model.dtype)
         return next(s for s in subjects_of(new, decode) if s.part == part)
 
     subjects, stages = [], [block for stack in stacks for block in stack]
@@ -387,14 +436,20 @@ def _tried_subjects(model, decode):
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
         shift = int(part["causal"] and not both)
-        how = {"n_register": 0, "decode": decode, "logits": _caller(model), "shift": shift, "stages": stages}
+        how: dict[str, Any] = {
+            "n_register": 0,
+            "decode": decode,
+            "logits": _caller(model),
+            "shift": shift,
+            "stages": stages,
+        }
         subjects.append(
             Subject(model, **part, n_head=heads.pop(), **how, part=name, rebuild=functools.partial(rebuild, name))
         )
     return subjects
 
 
-def take_over(model, run):
+def take_over(model: Any, run: Callable[[], torch.Tensor]) -> None:
     """Puts our attention into a model. Raises UserError if its logits, `run()`, change."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -405,34 +460,33 @@ def take_over(model, run):
         if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
             object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
     model.set_attn_implementation(NAME)
-    if (run() - before).abs().max() > 1e-3 * before.abs().max().clamp_min(1e-6):
+    tolerance = max(1e-3, 16 * torch.finfo(before.dtype).eps)  # 24 layers of bfloat16: sdpa is 6 eps from eager
+    if (run() - before).abs().max() > tolerance * before.abs().max().clamp_min(1e-6):
         raise UserError(f"{model.config.model_type} cannot be observed: its logits change under our attention")
 
 
-def watch(stack, run, inputs, other):
-    """(Taps of a stack, whether it is causal), from `run` on `inputs` and on `other`, whose last token differs."""
+def watch(stack: Stack, run: Callable[..., torch.Tensor], other_end: dict[str, torch.Tensor]) -> tuple[Taps, bool]:
+    """(Taps of a stack, whether it is causal), from `run` as it is and on inputs whose last token differs."""
     with stack.watched():
-        run(*inputs)
+        run()
     clean = stack.output
     with stack.watched():
-        run(*other)
+        run(**other_end)
     return stack.taps(), bool((stack.output - clean)[:, :-1].abs().max() <= 1e-5 * clean.abs().max())
 
 
-def subject_of(model, decode):
-    """The Subject of a model that is not an encoder-decoder, or the decoder's."""
-    return subjects_of(model, decode)[0]
-
-
 class Tokenizer:
-    """A transformers tokenizer as the instruments use one; without one, ids are shown as numbers."""
+    """A transformers tokenizer as the instruments use one.
 
-    def __init__(self, tokenizer):
+    `prefix_ids`, `suffix_ids`: the special tokens that it puts before and after a text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.before, self.after = self._frame()
+        self.prefix_ids, self.suffix_ids = self._frame()
 
     @classmethod
-    def of(cls, name_or_path):
+    def of(cls, name_or_path: str | Path) -> "Tokenizer | None":
         """The tokenizer beside a model, or None. Runs no remote code."""
         from transformers import AutoTokenizer
 
@@ -446,24 +500,23 @@ class Tokenizer:
             return None
         return cls(tokenizer) if tokenizer("a")["input_ids"] else None  # an empty one knows no text either
 
-    def _frame(self):
-        """The special tokens that the tokenizer puts before and after a text."""
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         with_them, (plain,) = self.tokenizer("a")["input_ids"], self.encode(["a"])
         for start in range(len(with_them) - len(plain) + 1):
             if plain and with_them[start : start + len(plain)] == plain:
                 return tuple(with_them[:start]), tuple(with_them[start + len(plain) :])
         return (), ()
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> Sequence[Sequence[int]]:
         """A list of strings -> a list of lists of ids, without special tokens."""
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def decode(self, token):
+    def decode(self, token: int) -> str:
         """One id -> text to show."""
         return self.tokenizer.decode([token])
 
 
-def weights_hash(name_or_path):
+def weights_hash(name_or_path: str | Path) -> str | None:
     """SHA-256 over the names and hashes of a folder's safetensors files; None for a name of the hub."""
     digest = hashlib.sha256()
     files = sorted(Path(name_or_path).glob("*.safetensors"))
@@ -472,7 +525,7 @@ def weights_hash(name_or_path):
     return digest.hexdigest() if files else None
 
 
-def longest(config):
+def longest(config: Any) -> float:
     """The longest sequence the model takes, or infinity."""
     keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     known = [getattr(config, key, None) for key in keys]

@@ -1,20 +1,41 @@
 """What the instruments need of a model: residual-stream taps, attention seams, token text."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..hooks import Tap
 from ..text.sequences import PADDING
-from .disk_weights import loaded
+from .disk_weights import weights_at_hand
 
 CHUNK_BYTES = 2**20  # of one chunk of rows of an attention map: what stays in a core's cache
 SEAM = "_spikesink_seam"  # the attribute of a transformers attention module that holds its seam, once called
+PLACES = {
+    "normed": "the input of attention or FFN, after the norm before it",
+    "output": "the output of attention or FFN, before any norm",
+    "update": "what is added to the stream, after any norm of the update",
+}
 
 
-def rows_at_once(q, k):
+class Seam(Protocol):
+    """An attention seam, as Subject describes it, but for the call that makes it a module."""
+
+    def shares(
+        self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows of the attention map."""
+
+    def weights(
+        self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """What its values are multiplied with, what a slot adds."""
+
+
+def rows_at_once(q: torch.Tensor, k: torch.Tensor) -> int:
     """How many queries of q (B, H, T, D) to take at a time, so that their rows over the keys k about fit CHUNK_BYTES.
 
     At least 16: fewer rows would read every key again for too little work.
@@ -22,12 +43,19 @@ def rows_at_once(q, k):
     return max(16, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
 
 
-def for_heads(x, n_head):
+def for_heads(x: torch.Tensor, n_head: int) -> torch.Tensor:
     """Keys or values (B, heads of keys, ...) as each of `n_head` query heads sees them: (B, n_head, ...)."""
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
-def map_rows(seam, q, k, causal, bias=None, rows_of=None):
+def map_rows(
+    seam: Seam,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    bias: torch.Tensor | None = None,
+    rows_of: Callable[..., Any] | None = None,
+) -> Iterator[tuple[int, Any]]:
     """Yields (first query, its and the next ones' rows of the map (B, H, R, keys)), some at a time, over all queries.
 
     Under causal attention the rows end at the last key that any of them sees. float32. `rows_of`: what makes them, by
@@ -42,7 +70,7 @@ def map_rows(seam, q, k, causal, bias=None, rows_of=None):
         yield first, rows_of(part, k[:, :, :seen], first, None if bias is None else bias[..., :seen])
 
 
-def attention_received(seam, q, k, causal):
+def attention_received(seam: Seam, q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     """The attention mass (B, H, keys) that each key gets, summed over the queries of q (B, H, T, D). float32."""
     received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
     for _, weights in map_rows(seam, q, k, causal):
@@ -50,12 +78,12 @@ def attention_received(seam, q, k, causal):
     return received
 
 
-def after_start(ids, start):
+def after_start(ids: torch.Tensor, start: int) -> torch.Tensor:
     """A decoder's input that teaches it to give ids (B, T): they, one later, after the token `start`."""
     return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)
 
 
-def batches(ids, batch_size):
+def batches(ids: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (sequence numbers, their ids (B, T)), at most `batch_size` sequences of one length at a time.
 
     Padding is cut off, so that no model ever sees it and it enters no statistic.
@@ -67,20 +95,9 @@ def batches(ids, batch_size):
             yield rows, some[some != PADDING].view(len(rows), length)
 
 
-@dataclass(frozen=True)
-class Tap:
-    """A module to hook: the stream (B, T, C) after a sub-layer or the embedding (layer -1), or an attention seam."""
-
-    layer: int
-    kind: str  # embedding, attn, cross, ffn, block
-    module: nn.Module
-    at: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
-    writable: bool = True  # what a hook writes here is what every later module reads
-
-    @property
-    def name(self):
-        """'embedding', 'attn 0', 'ffn 0', ..."""
-        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's input goes."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -131,22 +148,20 @@ class Subject:
     stages: list[nn.Module] = field(default_factory=list)
 
     @classmethod
-    def of_gpt(cls, model, decode):
+    def of_gpt(cls, model: Any, decode: Callable[[int], str]) -> "Subject":
         """A GPT of model.py (recognised by its taps, not imported)."""
-        net = model.transformer
-        streams, seams, gated, stages = [Tap(-1, "embedding", net.stream)], [], [], []
-        inner = {place: [] for place in PLACES}
-        for layer, block in enumerate(net.h):
-            for kind, sub_layer in (("attn", block.attn), ("ffn", block.mlp)):
-                f = sub_layer.f
-                stages.append(sub_layer)
-                inner["normed"].append(Tap(layer, kind, f, "input"))
-                inner["output"].append(Tap(layer, kind, f))
-                inner["update"].append(Tap(layer, kind, sub_layer.update))
-                streams.append(Tap(layer, kind, sub_layer.stream))
-                if hasattr(f, "attend"):
-                    seams.append(Tap(layer, kind, f.attend))
-                gated += gated_ffn(layer, f, sub_layer.norm_before)
+        streams, seams, gated, stages = [Tap(-1, "embedding", model.transformer.stream)], [], [], []
+        inner: dict[str, list[Tap]] = {place: [] for place in PLACES}
+        for layer, kind, sub_layer in sub_layers_of(model):
+            f = sub_layer.f
+            stages.append(sub_layer)
+            inner["normed"].append(Tap(layer, kind, f, "input"))
+            inner["output"].append(Tap(layer, kind, f))
+            inner["update"].append(Tap(layer, kind, sub_layer.update))
+            streams.append(Tap(layer, kind, sub_layer.stream))
+            if hasattr(f, "attend"):
+                seams.append(Tap(layer, kind, f.attend))
+            gated += gated_ffn(layer, f, sub_layer.norm_before)
         model.eval()
         config = model.config
         return cls(
@@ -159,35 +174,41 @@ class Subject:
             lambda ids: model(ids)[0],
             inner,
             gated,
-            rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters()).device), decode),
+            rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters())), decode),
             stages=stages,
         )
 
     @functools.cached_property
-    def _stage_of(self):
+    def _stage_of(self) -> dict[nn.Module, int]:
         inside = lambda stage: (m for module in stage.modules() for m in (module, getattr(module, SEAM, module)))
         return {module: i for i, stage in enumerate(self.stages) for module in inside(stage)}
 
     @property
-    def writable(self):
+    def writable(self) -> list[Tap]:
         """The taps of the stream where an edit reaches every later module."""
         return [tap for tap in self.streams if tap.writable]
 
-    def stage_of(self, tap):
+    def stage_of(self, tap: Tap) -> int:
         """The first stage that what is written at a tap can change; 0 for one before all of them."""
         return self._stage_of.get(tap.module, 0)
 
     @property
-    def heads(self):
+    def heads(self) -> list[str]:
         """Names of the L x H heads: '0.3' is head 3 of attn 0; other seams keep their kind, 'ffn 0.3'."""
         return [f"{tap.name.removeprefix('attn ')}.{head}" for tap in self.attends for head in range(self.n_head)]
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the model's input goes."""
-        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        return device_of(self.model)
 
-    def seen(self, ids):
+    @property
+    def dtype(self) -> str:
+        """What the model computes in, as its weights have it: 'float32', or several, 'bfloat16, float32'."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+    def seen(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) as the streams and maps have them: the registers' numbers -1, -2, ... or the decoder's
         start token in front."""
         if self.start is not None:
@@ -195,12 +216,12 @@ class Subject:
         registers = -torch.arange(1, self.n_register + 1).expand(len(ids), -1)
         return torch.cat((registers, ids), dim=1)
 
-    def text(self, token):
+    def text(self, token: int) -> str:
         """Text to show for an id of `seen`."""
         return f"<register {-1 - token}>" if token < 0 else self.decode(token)
 
     @torch.no_grad()
-    def losses(self, ids):
+    def losses(self, ids: torch.Tensor) -> torch.Tensor:
         """One forward pass: the loss in nats of each token that is predicted, (B, T - shift), float32 on the CPU."""
         ids = ids.to(self.device)
         logits = self.logits(ids)
@@ -214,35 +235,42 @@ class Subject:
         return losses.cpu()
 
 
-PLACES = {
-    "normed": "the input of attention or FFN, after the norm before it",
-    "output": "the output of attention or FFN, before any norm",
-    "update": "what is added to the stream, after any norm of the update",
-}
+def gpt_in(model: nn.Module) -> Any:
+    """The GPT of a model.py in `model`, perhaps wrapped (recognised by its taps, not imported); None without one."""
+    tapped = lambda m: isinstance(getattr(m, "transformer", None), nn.ModuleDict) and "stream" in m.transformer
+    return next((m for m in model.modules() if tapped(m)), None)
+
+
+def sub_layers_of(gpt: Any) -> Iterator[tuple[int, str, Any]]:
+    """Yields (layer, kind, sub-layer) of a GPT of model.py, in the order of the forward pass."""
+    for layer, block in enumerate(gpt.transformer.h):
+        yield layer, "attn", block.attn
+        yield layer, "ffn", block.mlp
+
+
 GATED_NAMES = (("c_gate", "c_fc", "c_proj"), ("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 
 
-def gated_ffn(layer, module, norm):
+def gated_ffn(layer: int, module: nn.Module, norm: nn.Module) -> list[GatedFFN]:
     """[GatedFFN] of a module that names its three matrices as GPT, Llama or T5 do, else []; `norm` stands before it."""
     for names in GATED_NAMES:
-        parts = [getattr(module, name, None) for name in names]
-        if all(isinstance(part, nn.Linear) for part in parts):
-            weights = [functools.partial(weight, part) for part in parts]
-            size = parts[0].in_features
-            return [GatedFFN(layer, *weights, functools.partial(norm_gain, norm, size))]
+        parts = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
+        if len(parts) == len(names):
+            gate, up, down = (functools.partial(weight, part) for part in parts)
+            return [GatedFFN(layer, gate, up, down, functools.partial(norm_gain, norm, parts[0].in_features))]
     return []
 
 
-def weight(linear):
+def weight(linear: nn.Linear) -> torch.Tensor:
     """The weight (out, in) of a Linear, float32, from wherever it is."""
-    with loaded(linear):
+    with weights_at_hand(linear):
         return linear.weight.detach().float()
 
 
 @torch.no_grad()
-def norm_gain(norm, size):
+def norm_gain(norm: nn.Module, size: int) -> torch.Tensor:
     """The gain (C,) of any LayerNorm or RMSNorm, as it acts on x = (1, -1, 1, ...), of mean 0 and rms 1."""
     x = 1.0 - 2.0 * (torch.arange(size) % 2)
-    with loaded(norm):
+    with weights_at_hand(norm):
         x = x.to(next(norm.parameters(), x))
     return (norm(x[None, None]) - norm(-x[None, None]))[0, 0].float() / (2 * x.float())

@@ -6,17 +6,18 @@ the model's own attention function computes its attention throughout.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import UserError
+from ..hooks import Tap
 from . import hf
-from .blocks import Stack, stacks_of
-from .subject import SEAM, Subject, Tap
+from .blocks import Stack, outermost_lists, stacks_of
+from .subject import SEAM, Seam, gpt_in, sub_layers_of
 
 
 class Part(NamedTuple):
@@ -32,7 +33,7 @@ class Attention:
 
     name: str
     module: nn.Module
-    of: Callable
+    of: Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,43 +48,35 @@ class View:
     streams: list[Tap]
     attends: list[Attention] = field(default_factory=list)
     mask: str = "attention_mask"
-    around: Callable = contextlib.nullcontext
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
-def view_of(model, streams=None):
+def view_of(model: nn.Module, streams: Mapping[str, nn.Module] | None = None) -> View:
     """The View of any model; `streams`, {name: module that returns the stream}, says where it is. Raises UserError."""
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
         raise compiled(model)
     if streams:
         return View(model, [Tap(-1, name, module) for name, module in streams.items()])
-    return next(view for view in (kind(model) for kind in KINDS) if view)
+    return of_gpt(model) or of_transformers(model) or of_blocks(model)
 
 
-def gpt_in(model):
-    """The GPT of a model.py in `model` (recognised by its taps, not imported), or None."""
-    tapped = lambda m: isinstance(getattr(m, "transformer", None), nn.ModuleDict) and "stream" in m.transformer
-    return next((m for m in model.modules() if tapped(m)), None)
-
-
-def of_gpt(model):
-    """The View of a GPT of model.py (recognised by its taps, not imported), or None."""
+def of_gpt(model: nn.Module) -> View | None:
+    """The View of the GPT of a model.py in `model`, or None."""
     gpt = gpt_in(model)
     if gpt is None:
         return None
-    streams, attends = [Tap(-1, "embedding", gpt.transformer.stream)], []
-    for layer, block in enumerate(gpt.transformer.h):
-        for kind, sub_layer in (("attn", block.attn), ("ffn", block.mlp)):
-            tap = Tap(layer, kind, sub_layer)  # not a module inside it, which compiled code does not call
-            streams.append(tap)
-            if hasattr(sub_layer.f, "attend"):
-                attends.append(Attention(tap.name, sub_layer, _of_sub_layer(sub_layer)))
-    return View(gpt, streams, attends)
+    # sub-layers, not the taps inside them, which compiled code does not call
+    taps = [Tap(*sub_layer) for sub_layer in sub_layers_of(gpt)]
+    attends = [
+        Attention(tap.name, tap.module, _of_sub_layer(tap.module)) for tap in taps if hasattr(tap.module.f, "attend")
+    ]
+    return View(gpt, [Tap(-1, "embedding", gpt.transformer.stream), *taps], attends)
 
 
-def _of_sub_layer(sub_layer):
+def _of_sub_layer(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]:
     """Queries and keys anew, from the stream that the sub-layer was called with: what it made of it is not at hand."""
 
-    def of(args, part):
+    def of(args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
         q, k, _ = sub_layer.f.qkv(sub_layer.norm_before(args[0][part.rows, part.span]))
         return sub_layer.f.attend, q, k
 
@@ -96,11 +89,14 @@ def _of_sub_layer(sub_layer):
 class OwnSeam(hf.HFSeam):
     """The seam of an attention module whose own function, `own`, goes on computing its output."""
 
-    def forward(self, q, k, v):
+    own: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
         """What the model's own function returns."""
+        assert bias is None  # nothing is edited where one only reads
         return self.own(q, k, v)
 
-    def of(self, args, part):
+    def of(self, args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
         """As Attention has it; the mask, too, is cut to the part."""
         rows, span = part
         cut = lambda x: x[rows if len(x) > 1 else slice(None), :, span if x.size(-2) > 1 else slice(None), span]
@@ -110,16 +106,24 @@ class OwnSeam(hf.HFSeam):
 
 
 @contextlib.contextmanager
-def reading(seam_of):
+def reading(seam_of: Callable[[nn.Module], "OwnSeam | None"]) -> Iterator[None]:
     """Within, every attention module for which seam_of(module) is not None calls its function through that OwnSeam."""
     from transformers import AttentionInterface
 
-    get_interface = AttentionInterface.get_interface
+    interface_class: Any = AttentionInterface
+    get_interface = interface_class.get_interface
 
-    def through_seams(interface, name, default):
+    def through_seams(interface: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         own = get_interface(interface, name, default)
 
-        def function(module, query, key, value, attention_mask=None, **kwargs):
+        def function(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
             seam = seam_of(module)
             call = lambda q, k, v: own(module, q, k, v, attention_mask, **kwargs)
             if seam is None or name not in ("sdpa", "eager"):  # others have masks that are no tensors
@@ -134,14 +138,14 @@ def reading(seam_of):
 
         return function
 
-    AttentionInterface.get_interface = through_seams
+    interface_class.get_interface = through_seams
     try:
         yield
     finally:
-        AttentionInterface.get_interface = get_interface
+        interface_class.get_interface = get_interface
 
 
-def of_transformers(model):
+def of_transformers(model: nn.Module) -> View | None:
     """The View of the transformers model in `model`, of an encoder-decoder its decoder; None where it cannot be had."""
     found = hf.found_in(model)
     if found is None:
@@ -153,76 +157,86 @@ def of_transformers(model):
 
 
 @torch.no_grad()
-def _tried(model):
-    both = model.config.is_encoder_decoder
-    with as_it_was(model):
-        model.eval()
-        seams = {}
+def _tried(model: Any) -> View:
+    seams: dict[nn.Module, OwnSeam] = {}
 
-        def make(module):
-            if module not in seams:
-                seams[module] = OwnSeam()
-                object.__setattr__(module, SEAM, seams[module])  # where blocks.py looks for it
-            return seams[module]
+    def make(module: nn.Module) -> OwnSeam:
+        if module not in seams:
+            seams[module] = OwnSeam()
+            object.__setattr__(module, SEAM, seams[module])  # where blocks.py looks for it
+        return seams[module]
 
-        ids = torch.arange(3, 19, device=Subject(model, [], [], 0, 0, str, None).device)[None] % model.config.vocab_size
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :11]} if both else {})
-        with reading(make):
+    inputs = hf.trial_inputs(model)
+    with as_it_was(model), reading(make):
+        model.eval()(**inputs)
+        stack = Stack(stacks_of(model)[-1])
+        with stack.watched():
             model(**inputs)
-            stack = Stack(stacks_of(model)[-1])
-            with stack.watched():
-                model(**inputs)
-            taps = stack.taps()
+        taps = stack.taps()
     attends = [Attention(tap.name, tap.module, tap.module.of) for tap in taps.attends if tap.kind == "attn"]
-    return View(
-        model, taps.streams, attends, "decoder_attention_mask" if both else "attention_mask", lambda: reading(seams.get)
-    )
+    mask = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+    return View(model, taps.streams, attends, mask, lambda: reading(seams.get))
 
 
-OWN = (SEAM, "_attn")  # what instruments put beside a module's own attributes
-SETTINGS = ("_attn_implementation", "use_cache", "return_dict")  # and what they set in a transformers config
+COMPILED = ("_compiled_call_impl", "forward")  # attributes of a module that torch.compile puts before its class's
+OWN = (SEAM, "_attn", *COMPILED)  # attributes that are taken from a module, or given to it
 
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the block the model's modes, attention implementation and attributes, and torch's random state, are what
-    they were before it, whatever was done to them within."""
+    """After the block the modes of a model's modules, their seams, their transformers configs (with the attention
+    implementation) and torch's random state are what they were before it, whatever was done to them within.
+
+    Within, what was compiled in place (a model, or the sub-layers of a GPT of model.py) runs as it is written: compiled
+    code calls no hook.
+    """
     modules = list(model.modules())
     modes = [m.training for m in modules]
     own = [{name: vars(m)[name] for name in OWN if name in vars(m)} for m in modules]
-    configs = {id(m.config): m.config for m in modules if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    settings = [(c, {key: getattr(c, key) for key in SETTINGS if hasattr(c, key)}) for c in configs.values()]
+    configs = [config for m in modules for config in _configs(getattr(m, "config", None))]
+    settings = [dict(vars(config)) for config in configs]
+    gpt = gpt_in(model)
+    compiled_parts = [
+        (m, COMPILED[0]) for m in modules
+    ]  # others than a GPT may have a forward of their own (accelerate's)
+    compiled_parts += [(sub_layer, COMPILED[1]) for _, _, sub_layer in sub_layers_of(gpt)] if gpt else []
     try:
+        for module, name in compiled_parts:
+            vars(module).pop(name, None)
         with torch.random.fork_rng():
             yield
     finally:
-        for module, mode, before in zip(modules, modes, own, strict=True):
+        for module, mode, attributes in zip(modules, modes, own, strict=True):
             module.training = mode
             for name in OWN:
                 vars(module).pop(name, None)
-            for name, value in before.items():
-                object.__setattr__(module, name, value)
-        for config, before in settings:
-            for key, value in before.items():
-                setattr(config, key, value)
+            vars(module).update(attributes)
+        for config, setting in zip(configs, settings, strict=True):
+            vars(config).clear()
+            vars(config).update(setting)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A transformers config and those within it, as they are: setting the outer one's attention sets theirs."""
+    if hasattr(config, "sub_configs"):
+        yield config
+        for name in config.sub_configs:
+            yield from _configs(getattr(config, name, None))
 
 
 # ------------------------------------------------------------------------------------------------ any other
 
 
-def of_blocks(model):
+def of_blocks(model: nn.Module) -> View:
     """The View of a model whose blocks are the longest ModuleList that is in no other. Raises UserError without one."""
-    lists, inside = [], set()
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and module not in inside:
-            lists.append(module)
-            inside.update(module.modules())
+    lists = outermost_lists(model)
     if not lists:
         raise no_stream(model)
-    return View(model, [Tap(i, "block", block) for i, block in enumerate(max(lists, key=len))])
+    longest = max(lists, key=len)
+    return View(model, [Tap(i, "block", block) for i, block in enumerate(longest)])
 
 
-def compiled(model):
+def compiled(model: nn.Module) -> UserError:
     """The UserError of a model whose modules are called by compiled code, which calls no hook."""
     return UserError(
         f"{type(model).__name__} is compiled as a whole, where nothing can be watched: compile the forward of its "
@@ -230,13 +244,9 @@ def compiled(model):
     )
 
 
-def no_stream(model):
+def no_stream(model: nn.Module) -> UserError:
     """The UserError of a model whose stream is not where it was looked for."""
     return UserError(
         f"where the residual stream of {type(model).__name__} is cannot be told: name modules that return it, "
         "(B, T, C), as Monitor(model, streams={'block 0': module, ...})"
     )
-
-
-# tried in this order; the last one raises
-KINDS = (of_gpt, of_transformers, of_blocks)

@@ -2,13 +2,7 @@
 
 import math
 
-
-def visible(text):
-    """Token text with white space that can be seen, and without control characters; never empty."""
-    if not text:
-        return "<empty>"
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+from ..text.tokenizers import visible as visible  # where a token is shown, its text is
 
 
 def number(value, form=".3g"):

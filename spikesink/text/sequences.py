@@ -47,8 +47,8 @@ class Reader:
     tokenizer: TextTokenizer
     meta: Meta  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
     dataset: str  # its default text
-    before: tuple[int, ...]  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
-    after: tuple[int, ...]  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
+    prefix_ids: tuple[int, ...]  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
+    suffix_ids: tuple[int, ...]  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
     block_size: float
     vocab_size: int
     split: Split = validation_split
@@ -59,7 +59,7 @@ class Reader:
         Fewer only where n_seq was not given. Raises UserError.
         """
         tokens, seq_len = options.tokens, options.seq_len
-        bos = bool(self.before) and tokens is None
+        bos = bool(self.prefix_ids) and tokens is None
         if tokens is not None:
             name = "tokens" if isinstance(tokens, torch.Tensor) else str(tokens)
             ids = ids_of_array(tokens, seq_len)
@@ -88,7 +88,7 @@ class Reader:
         """
         data = self.split(name, seq_len, False)
         same_ids = all(data.meta.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
-        if same_ids and self.before:
+        if same_ids and self.prefix_ids:
             data = self.split(name, seq_len, True)
         count = min(wanted, data.n_windows)
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
@@ -108,7 +108,7 @@ class Reader:
     def of_text(self, text: str, name: str, seq_len: int) -> torch.Tensor:
         """int64 ids (N, seq_len) of a text, cut into sequences. Raises UserError if it is too short."""
         (ids,) = self.tokenizer.encode([text])
-        taken = seq_len - len(self.before) - len(self.after)
+        taken = seq_len - len(self.prefix_ids) - len(self.suffix_ids)
         n = len(ids) // taken
         if n == 0:
             raise UserError(
@@ -134,7 +134,8 @@ class Reader:
     def framed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (N, T) between the special tokens."""
         around = [
-            torch.tensor(special, dtype=torch.int64).expand(len(ids), -1) for special in (self.before, self.after)
+            torch.tensor(special, dtype=torch.int64).expand(len(ids), -1)
+            for special in (self.prefix_ids, self.suffix_ids)
         ]
         return torch.cat((around[0], ids, around[1]), dim=1)
 
