@@ -13,20 +13,20 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 
 from data.archive import members
 from spikesink.errors import Flags, UserError, cli
-from spikesink.files import write_atomic
+from spikesink.files import save_bytes
 
 URL = "https://github.com/UniversalDependencies/UD_English-EWT/archive/refs/heads/master.zip"
 SPLITS = ("train", "dev", "test")
 
 
-def check(name, content):
+def check(name: str, content: bytes) -> None:
     """Raises UserError unless every line of a file is a comment, empty, or a word in ten columns."""
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         if line and not line.startswith("#") and line.count("\t") != 9:
             raise UserError(f"line {number} of {name} is not CoNLL-U")
 
 
-def prepare(folder, archive=None):
+def prepare(folder: str | Path, archive: str | None = None) -> None:
     """Writes {train,dev,test}.conllu to `folder`, as they are in the release. Raises UserError."""
     files = members(archive, "en_ewt-ud-*.conllu", URL)
     missing = [split for split in SPLITS if f"en_ewt-ud-{split}.conllu" not in files]
@@ -35,11 +35,10 @@ def prepare(folder, archive=None):
     for name, content in files.items():
         check(name, content)
     for split in SPLITS:
-        content = files[f"en_ewt-ud-{split}.conllu"]
-        write_atomic(Path(folder) / f"{split}.conllu", lambda file, content=content: file.write(content))
+        save_bytes(Path(folder) / f"{split}.conllu", files[f"en_ewt-ud-{split}.conllu"])
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--archive", help="local .zip, .tar.gz, .tar.xz or folder")
     prepare(FOLDER, flags.parse_args().archive)

@@ -92,7 +92,13 @@ def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{path} is no checkpoint: its weight {name!r} is not a plain tensor")
     dataset, data = known.get("config", {}).get("dataset", ""), known.get("data", {})
-    meta = {"tokenizer": (str, type(None)), "bpe": (str, type(None)), "chars": str, "vocab_size": int, "bos_id": int}
+    meta: dict[str, type | tuple[type, ...]] = {
+        "tokenizer": (str, type(None)),
+        "bpe": (str, type(None)),
+        "chars": str,
+        "vocab_size": int,
+        "bos_id": int,
+    }
     wrong = [key for key, kind in meta.items() if key in data and not isinstance(data[key], kind)]
     if wrong or not isinstance(dataset, str) or (data and "vocab_size" not in data):
         raise UserError(f"{path} is no checkpoint: its description of the data does not make sense")

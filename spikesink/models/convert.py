@@ -190,9 +190,11 @@ def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     """(transformers config, state dict) of a GPT-2 that computes the same logits."""
     from transformers import GPT2Config
 
-    shape = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    same = ("n_layer", "n_head", "n_embd", "vocab_size")
+    dropout = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    settings: dict[str, Any] = {key: args[key] for key in same} | dict.fromkeys(dropout, args["dropout"])
     config = GPT2Config(
-        **shape,
+        **settings,
         n_positions=args["block_size"],
         n_inner=args["ffn_hidden"] or None,
         activation_function=ACTIVATIONS[args["activation"]],
@@ -200,7 +202,6 @@ def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
         eos_token_id=None,
         layer_norm_epsilon=args["norm_eps"],
         tie_word_embeddings=args["tie"],
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args["dropout"]),
     )
     model = {rename(k, GPT2_NAMES): v.T.contiguous() if CONV1D.search(k) else v for k, v in state.items()}
     for name in [name for name in model if name.endswith(".weight") and not args["bias"]]:

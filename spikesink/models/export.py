@@ -35,16 +35,20 @@ def bytes_to_characters() -> list[str]:
 def gpt2_tokenizer(bpe: str | Path, size: int, folder: Path) -> Any:
     """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
     from tiktoken.load import load_tiktoken_bpe
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2Tokenizer
 
     ranks = {token: rank for token, rank in load_tiktoken_bpe(str(bpe)).items() if rank < size - 1}
     show = bytes_to_characters()
     text = lambda token: "".join(show[b] for b in token)
     vocabulary = {**{text(token): rank for token, rank in ranks.items()}, "<|endoftext|>": len(ranks)}
-    merges = [" ".join(map(text, halves(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [
+        " ".join(map(text, halves(token, ranks)))
+        for token in sorted(ranks, key=lambda token: ranks[token])
+        if len(token) > 1
+    ]
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    return GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
 
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
