@@ -61,7 +61,7 @@ def test_nanogpt_checkpoint_loads():
              for k, v in source.state_dict().items()}  # fmt: skip
     names["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # nanoGPT's causal-mask buffer
     args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "bias": True, "vocab_size": 64, "dropout": 0.0}
-    ours = GPT.from_checkpoint(convert.from_nanogpt({"model_args": args, "model": names})).eval()
+    ours = GPT.from_checkpoint(convert.Weights(args, convert.from_nanogpt(names))).eval()
     # nanoGPT computes exact GELU where GPT-2 has the tanh approximation
     torch.testing.assert_close(ours(IDS)[0], source(IDS).logits, atol=5e-3, rtol=0)
 
@@ -262,6 +262,29 @@ def test_chunked_loss_and_its_gradients_are_those_of_whole_logits(arm, monkeypat
     (3 * loss).backward()
     (3 * explicit).backward()
     for (name, p), reference in zip(chunked.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_loss_can_take_the_place_of_cross_entropy(compiled):
+    """Overridden in a subclass: label smoothing, whose gradients are those of the loss of whole logits."""
+
+    class Smoothed(GPT):
+        @staticmethod
+        def loss_of_rows(logits, targets):
+            return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum", label_smoothing=0.1)
+
+    torch.compiler.reset()
+    model, whole = Smoothed(tiny().config), tiny()
+    model.load_state_dict(whole.state_dict())
+    if compiled:
+        model.compile_sublayers(backend="eager")
+    loss = model(IDS, IDS)[1]
+    explicit = F.cross_entropy(whole(IDS)[0].flatten(0, 1), IDS.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, explicit)
+    loss.backward()
+    explicit.backward()
+    for (name, p), reference in zip(model.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 

@@ -235,7 +235,7 @@ def assert_same_run(one, two):
     """The same bits but for the time and what the monitor saw."""
     ours, theirs = checkpoint.load(one), checkpoint.load(two)
     for key in ("model", "optimizer", "val_loss", "loss_watch"):
-        assert same(ours[key], theirs[key]), key
+        assert same(getattr(ours, key), getattr(theirs, key)), key
     own = lambda folder: [
         {k: v for k, v in row.items() if k not in ("tokens_per_s", "monitor")} for row in rows(folder)
     ]
