@@ -143,9 +143,8 @@ def test_flags_are_written_in_both_ways(argv):
 
 
 def test_a_word_after_a_key_is_its_value_and_after_a_switch_a_config():
-    assert (
-        flat("--dataset", "postnorm")["dataset"] == "postnorm" and flat("--dataset", "postnorm")["norm_place"] == "pre"
-    )
+    values = flat("--dataset", "postnorm")
+    assert (values["dataset"], values["norm_place"]) == ("postnorm", "pre")
     assert flat("--bos", "postnorm")["norm_place"] == "post"
     assert flat("--bos", "--no-bos")["bos"] is False and flat("--no-bos", "--bos")["bos"] is True
     assert flat("--out_dir", "a=b")["out_dir"] == "a=b" and flat("--dataset", "-x")["dataset"] == "-x"
