@@ -1,6 +1,7 @@
 """Each axis against a formula written out here, and random combinations of them all."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 import random
@@ -258,14 +259,21 @@ def test_any_config_trains_and_reloads_or_is_refused_by_name(choice):
     before.backward()
     slope = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
     assert slope > 0
-    with torch.no_grad():  # a small enough step along the gradient lowers the loss, whatever the architecture
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 1e-3 / slope.sqrt() * parameter.grad
-    assert model(ids, ids)[1] < before
+    # a small enough step along the gradient lowers the loss, whatever the architecture
+    assert any(loss_after(model, ids, step / slope.sqrt()) < before for step in (1e-3, 1e-4, 1e-5))
     again = GPT.from_checkpoint(Checkpoint(dataclasses.asdict(config), model.state_dict()))
     assert torch.equal(again.eval()(ids)[0], model.eval()(ids)[0])
     assert torch.isfinite(observe(subject_of(model), ids, progress=False).loss).all()
+
+
+def loss_after(model, ids, step):
+    """The loss after a step of this size along the gradient, which is not taken."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, before in zip(moved.parameters(), model.parameters(), strict=True):
+            if before.grad is not None:
+                parameter -= step * before.grad
+        return moved(ids, ids)[1]
 
 
 def test_drawn_configs_are_valid_often_enough():

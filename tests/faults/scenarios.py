@@ -175,9 +175,9 @@ def flipped(fresh, n):
             world.halfway()
             path = world.newest()
             content, data = checkpoint.load(path), bytearray(path.read_bytes())
-            state = content["optimizer"]["state"]
+            state = content.optimizer["state"]
             tensor = {
-                "weights": chance.choice(list(content["model"].values())),
+                "weights": chance.choice(list(content.model.values())),
                 "optimiser": chance.choice(list(state.values()))["exp_avg"],
             }
             if place in tensor:
