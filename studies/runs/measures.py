@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from spikesink import schema
-from spikesink.edit.findings import Ablation, Blimp
+from spikesink.edit.findings import Ablation, Blimp, Entry
 from spikesink.measure.findings import name_of, ratio_of
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SHARE
 from spikesink.measure.spikes import PERCENTILE_RULE, PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -149,20 +149,22 @@ def of_findings(found: Json) -> Measures:
     return {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
 
 
-# what is kept of an intervention: name -> Measure; `of` takes its Entry and the change of BLiMP accuracy, if known
-EFFECTS = {
-    "loss": Measure("change of the loss, nats per token", "plain", "+.4f", lambda e, blimp: e.delta_loss),
-    "control loss": Measure(
-        "largest change of the loss under its controls",
-        "plain",
-        "+.4f",
+# what is kept of an intervention: name -> (Measure, how it is read from its Entry and the change of BLiMP accuracy)
+EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]] = {
+    "loss": (Measure("change of the loss, nats per token", "plain", "+.4f"), lambda e, blimp: e.delta_loss),
+    "control loss": (
+        Measure("largest change of the loss under its controls", "plain", "+.4f"),
         lambda e, blimp: max((c.delta_loss for c in e.controls_that_edited), default=None),
     ),
-    "spikes left": Measure(
-        "of the very same spikes, the share left", "share", ".0%", lambda e, blimp: e.spikes_left.same
+    "spikes left": (
+        Measure("of the very same spikes, the share left", "share", ".0%"),
+        lambda e, blimp: e.spikes_left.same,
     ),
-    "sinks left": Measure("of the very same sinks, the share left", "share", ".0%", lambda e, blimp: e.sinks_left.same),
-    "BLiMP": Measure("change of BLiMP accuracy", "plain", "+.2%", lambda e, blimp: blimp),
+    "sinks left": (
+        Measure("of the very same sinks, the share left", "share", ".0%"),
+        lambda e, blimp: e.sinks_left.same,
+    ),
+    "BLiMP": (Measure("change of BLiMP accuracy", "plain", "+.2%"), lambda e, blimp: blimp),
 }
 
 
@@ -173,8 +175,8 @@ def of_ablation(ablation: Ablation) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for entry in ablation.interventions:
         change = accuracy[entry.name] - accuracy["none"] if entry.name in accuracy else None
-        for name, effect in EFFECTS.items():
-            values[f"{entry.name}: {name}"] = effect.of(entry, change) if entry.edited else None
+        for name, (_, of) in EFFECTS.items():
+            values[f"{entry.name}: {name}"] = of(entry, change) if entry.edited else None
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values
@@ -200,7 +202,8 @@ def measure_of(name: str) -> Measure:
     intervention, colon, effect = name.partition(": ")
     if not colon:
         return MEASURES[name]
-    return EFFECTS[effect]._replace(text=f"{intervention}: {EFFECTS[effect].text}")
+    measure, _ = EFFECTS[effect]
+    return measure._replace(text=f"{intervention}: {measure.text}")
 
 
 def where(found: Json) -> Json:
