@@ -136,6 +136,8 @@ def report(
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
     dissected = found["anatomy"]
     step, channel, form = dissected["step_up"], dissected["channels"][0], dissected["quadratic_form"]["channels"][0]
+    why = found["nulls"]["init"].get("skipped")
+    left_out = f", of which\n`init` is left out: {why}" if why else ""
     table = "\n".join(f"| {name} | {s:.0f} | {own:.2f} | {peak:.2f} |" for name, s, own, peak in rows)
     return f"""# detect.py at the shape of a 7B model
 
@@ -151,8 +153,7 @@ Random weights with a planted spike; {N_SEQ} sequences of {SEQ_LEN} tokens.
 {table}
 
 Every pass reads the weights from their files and turns them into float32, a module at a time. detect.py makes 4 passes
-over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls, of which
-`init` is left out: {found["nulls"]["init"]["skipped"]}.
+over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls{left_out}.
 Its seconds include the SHA-256 of the weights.
 
 Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel["channel"]}, by {step["kind"]} \

@@ -176,7 +176,7 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         found = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes)
     save_json(folder_of(path) / "detect.json", found)
-    save_json(json_path, ablation)
+    ablation.save(json_path)
     report.page(html_path, found, ablation)
     print(f"measured on {report.conditions(found)}\n\n{report.ablation_terminal(ablation)}")
     if outputs.figures:

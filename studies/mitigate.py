@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.loader import Tokens
 from detect import LAB
 from model import GPT, GPTConfig
-from spikesink import api, files
+from spikesink import api, files, schema
 from spikesink.commands import Outputs, parser_of
 from spikesink.edit import quantise
 from spikesink.errors import InterruptedRunError, UserError, cli
@@ -205,7 +205,7 @@ def measure_model(path: Path, options: Options) -> tuple[dict[str, Any], torch.T
         "sink_sequences": found["measures"]["rules"]["gu"]["best_head"],
         "sink_1": found["sinks"]["gu"]["0.3"]["first"],
         "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
-        "int8": quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size),
+        "int8": schema.to_json(quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size)),
     }
     return measured, losses, found
 

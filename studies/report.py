@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from spikesink.show import ablation_figures, drawing, report
+from spikesink.show import drawing, report
 from spikesink.show.text import grid, interval, number
-from studies import figures, tables
+from studies import figures, mitigation_figures, tables
 from studies.table import Table
 from studies.tables import Rows
 
@@ -113,7 +113,7 @@ def mitigation_page(path: str | Path, mitigation: Json) -> None:
         rows=mitigation_rows(mitigation),
         phenomena=phenomena_rows(mitigation),
         int8=int8_rows(mitigation),
-        drawn=drawing.for_page(ablation_figures.MITIGATION, models_of(mitigation)),
+        drawn=drawing.for_page(mitigation_figures.MITIGATION, models_of(mitigation)),
     )
 
 

@@ -1,9 +1,11 @@
 """Findings -> words and tables for a terminal, and self-contained HTML pages."""
 
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from ..edit.findings import Ablation
 from ..files import save_bytes, save_text
 from ..measure import history
 from ..measure.findings import name_of, ratio_of
@@ -241,6 +243,8 @@ def history_rows(rows):
 
 def parts_of(findings):
     """[(name, findings)] of an encoder-decoder's parts, or of the one there is, named ''."""
+    if isinstance(findings, Ablation):
+        return findings.all_parts
     return [(findings.get("part", ""), findings), *findings.get("parts", {}).items()]
 
 
@@ -455,7 +459,7 @@ def page(path, findings, ablation=None):
     )
 
 
-def ablation_parts(ablation):
+def ablation_parts(ablation: Ablation) -> list[dict[str, Any]]:
     """What the page shows of each part of an ablation."""
     return [
         {
@@ -467,19 +471,19 @@ def ablation_parts(ablation):
             "probes": ablation_text.probe_tables(found),
             "figures": drawing.for_page(ablation_figures.ABLATION, found),
         }
-        for name, found in parts_of(ablation)
+        for name, found in ablation.all_parts
     ]
 
 
-def ablation_terminal(ablation):
+def ablation_terminal(ablation: Ablation) -> str:
     """The answers, then the table of interventions, for a terminal."""
     lines = []
-    for name, found in parts_of(ablation):
+    for name, found in ablation.all_parts:
         lines += [f"== {name} =="] if name else []
         lines += [*ablation_text.answers(found), grid(*ablation_text.rows(found))]
         for sentence, table in ablation_text.probe_tables(found):
             lines.append(f"{sentence}\n{grid(*table)}" if table else sentence)
-    return "\n\n".join([*lines, ablation["note"]])
+    return "\n\n".join([*lines, ablation.note])
 
 
 def prompt_page(path, found):
@@ -523,7 +527,7 @@ def figure_files(folder, *tables):
     """Writes NAME.svg and NAME.png of every figure of (table, findings) pairs, and captions.txt; returns a line."""
     folder, captions = Path(folder), []
     for table, findings in tables:
-        for part, found in parts_of(findings) if isinstance(findings, dict) else [("", findings)]:
+        for part, found in parts_of(findings) if isinstance(findings, dict | Ablation) else [("", findings)]:
             for name, svg, png, caption in drawing.for_paper(table, found):
                 stem = f"{part}-{name}" if part else name
                 save_text(folder / f"{stem}.svg", svg)

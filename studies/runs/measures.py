@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from spikesink import schema
+from spikesink.edit.findings import Ablation, Blimp, Entry
 from spikesink.measure.findings import name_of, ratio_of
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SHARE
 from spikesink.measure.spikes import PERCENTILE_RULE, PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -147,46 +149,50 @@ def of_findings(found: Json) -> Measures:
     return {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
 
 
-# what is kept of an intervention: name -> Measure; `of` takes its entry in the ablation's findings
-EFFECTS = {
-    "loss": Measure("change of the loss, nats per token", "plain", "+.4f", lambda e: e["delta_loss"]),
-    "control loss": Measure(
-        "largest change of the loss under its controls",
-        "plain",
-        "+.4f",
-        lambda e: max((c["delta_loss"] for c in e["control"] if c["edited"]), default=None),
+# what is kept of an intervention: name -> (Measure, how it is read from its Entry and the change of BLiMP accuracy)
+EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]] = {
+    "loss": (Measure("change of the loss, nats per token", "plain", "+.4f"), lambda e, blimp: e.delta_loss),
+    "control loss": (
+        Measure("largest change of the loss under its controls", "plain", "+.4f"),
+        lambda e, blimp: max((c.delta_loss for c in e.controls_that_edited), default=None),
     ),
-    "spikes left": Measure(
-        "of the very same spikes, the share left", "share", ".0%", lambda e: e["spikes_left"]["same"]
+    "spikes left": (
+        Measure("of the very same spikes, the share left", "share", ".0%"),
+        lambda e, blimp: e.spikes_left.same,
     ),
-    "sinks left": Measure("of the very same sinks, the share left", "share", ".0%", lambda e: e["sinks_left"]["same"]),
-    "BLiMP": Measure("change of BLiMP accuracy", "plain", "+.2%", lambda e: e["blimp"]),
+    "sinks left": (
+        Measure("of the very same sinks, the share left", "share", ".0%"),
+        lambda e, blimp: e.sinks_left.same,
+    ),
+    "BLiMP": (Measure("change of BLiMP accuracy", "plain", "+.2%"), lambda e, blimp: blimp),
 }
 
 
-def of_ablation(ablation: Json) -> Measures:
+def of_ablation(ablation: Ablation) -> dict[str, float | None]:
     """{'spike_zero: loss': number, ...} of ablate.py's findings; None where there was nothing to edit."""
-    grammar = ablation["probes"].get("blimp", {}).get("conditions", ())
-    accuracy = {c["name"]: c["accuracy"] for c in grammar}
-    values: Measures = {}
-    for entry in ablation["interventions"]:
-        known = accuracy.get(entry["name"])
-        entry_and_grammar = {**entry, "blimp": None if known is None else known - accuracy["none"]}
-        for name, effect in EFFECTS.items():
-            values[f"{entry['name']}: {name}"] = effect.of(entry_and_grammar) if effect.of and entry["edited"] else None
+    blimp = ablation.probes.blimp
+    accuracy = {c.name: c.accuracy for c in blimp.conditions} if isinstance(blimp, Blimp) else {}
+    values: dict[str, float | None] = {}
+    for entry in ablation.interventions:
+        change = accuracy[entry.name] - accuracy["none"] if entry.name in accuracy else None
+        for name, (_, of) in EFFECTS.items():
+            values[f"{entry.name}: {name}"] = of(entry, change) if entry.edited else None
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values
 
 
-def ablations(ablation: Json) -> Json:
+KEPT = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left")
+
+
+def ablations(ablation: Ablation) -> dict[str, Any]:
     """What a study's table keeps of ablate.py's findings: effects and what is left, with intervals over sequences."""
-    short: Callable[[Json], Json] = lambda e: {
-        **{key: e[key] for key in ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left")},
-        **({"name": e["name"]} if "control" not in e else {"control": [short(c) for c in e["control"]]}),
+    kept = lambda effect: {key: schema.to_json(getattr(effect, key)) for key in KEPT}
+    found = {
+        entry.name: {**kept(entry), "control": [{**kept(control), "name": control.name} for control in entry.control]}
+        for entry in ablation.interventions
     }
-    found = {entry["name"]: short(entry) for entry in ablation["interventions"]}
-    return {"interventions": found, "needs": {name: cell["needs"] for name, cell in ablation["two_by_two"].items()}}
+    return {"interventions": found, "needs": {name: cell.needs for name, cell in ablation.two_by_two.items()}}
 
 
 def measure_of(name: str) -> Measure:
@@ -196,7 +202,8 @@ def measure_of(name: str) -> Measure:
     intervention, colon, effect = name.partition(": ")
     if not colon:
         return MEASURES[name]
-    return EFFECTS[effect]._replace(text=f"{intervention}: {EFFECTS[effect].text}")
+    measure, _ = EFFECTS[effect]
+    return measure._replace(text=f"{intervention}: {measure.text}")
 
 
 def where(found: Json) -> Json:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import train
 from detect import LAB
 from spikesink import api, files, schema
+from spikesink.edit.findings import Ablation
 from spikesink.errors import InterruptedRunError, StoppedError, UserError
 from spikesink.files import rows_of
 from spikesink.measure import findings
@@ -170,7 +171,9 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
     last = Point(of_run["step"], of_run["tokens"], loss, numbers)
     ablations: dict[str, Any] = {}
     if study.ablations:
-        ablation = cached_json(job.folder / "ablate.json", lambda: api.ablate(look(), study.ablations, study.probes))
+        if not (file := job.folder / "ablate.json").is_file():
+            api.ablate(look(), study.ablations, study.probes).save(file)
+        ablation = Ablation.load(file)
         numbers, ablations = numbers | measures.of_ablation(ablation), measures.ablations(ablation)
     return Done(
         **of_run,
