@@ -6,7 +6,6 @@ TOKENS x CHANNELS. Arrays are bfloat16 in base64, two bytes a number, about thre
 
 import base64
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ import torch
 from ..models.subject import Subject
 from . import metrics
 from .findings import ExamplesEntry, MatrixEntry, Packed, SequenceEntry
+from .rules import Observed
 from .spikes import PRIMARY_SPIKE_RULE, TapBatch
-
-if TYPE_CHECKING:
-    from .observe import Observation
 
 SEQUENCES, TOKENS, HEADS = 3, 128, 512
 LAYERS, CHANNELS, EXTREME = 16, 128, 8  # of the matrices: how many, their bins, and channels that stand alone in one
@@ -30,7 +27,8 @@ class Examples:
     sequences: int = SEQUENCES
     tokens: int = TOKENS
     shown: int = TOKENS
-    relative: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (tap, sequence) -> largest |h| of each token / the median (T,)
+    # (tap, sequence) -> largest |h| of each token / the median (T,)
+    relative: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     alpha: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (seam, sequence) -> alpha (H, T)
     matrices: "list[Matrix]" = field(default_factory=list)  # of the first sequence, tap by tap
 
@@ -50,7 +48,7 @@ class Examples:
     def _mine(self, rows: torch.Tensor) -> list[tuple[int, int]]:
         return [(b, n) for b, n in enumerate(rows.tolist()) if n < self.sequences]
 
-    def result(self, subject: Subject, obs: "Observation") -> ExamplesEntry | None:
+    def result(self, subject: Subject, obs: Observed) -> ExamplesEntry | None:
         """The findings' entry; None where nothing was kept."""
         if not self.relative:
             return None
@@ -84,7 +82,7 @@ class Examples:
         spread = torch.linspace(0, len(ratios) - 1, min(LAYERS - 1, len(ratios))).round().int().tolist()
         return sorted({*spread, max(range(len(ratios)), key=ratios.__getitem__)})
 
-    def _sequence(self, subject: Subject, obs: "Observation", n: int, alpha: torch.Tensor) -> SequenceEntry:
+    def _sequence(self, subject: Subject, obs: Observed, n: int, alpha: torch.Tensor) -> SequenceEntry:
         shown = min(int(obs.tokens[n].sum()), alpha.size(1), self.shown)
         ids = obs.ids[n, :shown].tolist()
         return SequenceEntry(

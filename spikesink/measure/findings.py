@@ -34,14 +34,14 @@ class CheckpointEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEntry:
-    """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: whether each starts with it."""
+    """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with it."""
 
     name: str
     n_seq: int
     seq_len: int
     tokens: int
     bos: bool
-    dtype: str
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class RateVerdict(Verdict):
-    """Of a phenomenon that a share `rate` of the sequences has; `holds`: the thresholds at which it would be present."""
+    """Of what a share `rate` of the sequences has; `holds`: the thresholds at which it would be present."""
 
     rate: float
     ci95: Interval

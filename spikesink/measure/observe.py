@@ -279,8 +279,10 @@ def _observe_batch(
     def on_attention(index: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
             nonlocal n_queries
-            n_queries, bias = args[0].size(-2), kwargs.get("bias")
-            received, alpha, eligible = obs.attention[index].add(module, *args, bias, subject.causal, shuffle.rows)
+            q, k, v = args
+            n_queries, bias = q.size(-2), kwargs.get("bias")
+            seen = obs.attention[index].add(module, q, k, v, bias, subject.causal, shuffle.rows)
+            received, alpha, eligible = seen
             obs.examples.add_attention(index, rows, alpha)
             share.add_(received.sum(1))
             torch.maximum(max_alpha, alpha.amax(1), out=max_alpha)

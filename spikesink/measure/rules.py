@@ -15,15 +15,23 @@ SEQUENCES = "sequences"
 
 
 class Observed(Protocol):
-    """What rules need of an observe.Observation."""
+    """What rules and examples need of an observe.Observation, which says what each is."""
 
-    ratio: torch.Tensor  # (N, T)
-    share: torch.Tensor  # (N, T)
-    max_alpha: torch.Tensor  # (N, T)
-    eligible: torch.Tensor  # bool (N, T)
-    first_alpha: torch.Tensor  # (N, L, H)
-    best_alpha: torch.Tensor  # (N, L, H)
-    percentiles: dict[float, torch.Tensor]  # bool (N, T) each
+    ids: torch.Tensor
+    ratio: torch.Tensor
+    spikes: dict[str, torch.Tensor]
+    percentiles: dict[float, torch.Tensor]
+    share: torch.Tensor
+    max_alpha: torch.Tensor
+    sink_heads: torch.Tensor
+    eligible: torch.Tensor
+    first_alpha: torch.Tensor
+    best_alpha: torch.Tensor
+    loss: torch.Tensor
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Which entries are tokens."""
 
 
 Hits = Callable[[Observed, float], torch.Tensor]
@@ -38,7 +46,7 @@ class Curve:
     thresholds: tuple[float, ...]
     used: float  # the rule's own
     tokens: Hits  # which tokens have a hit: bool (N, T)
-    best_head: Hits | None = None  # which heads have one: bool (N, L, H); for rules that marks tokens head by head
+    best_head: Hits | None = None  # which heads have one: bool (N, L, H); for rules that mark tokens head by head
     sink_1: Hits | None = None  # in which heads the first key is one: bool (N, L, H)
     scale: str = "linear"  # of a figure's axis: linear, log, or even: each threshold as far from the next
 

@@ -1,4 +1,4 @@
-"""What a sink is: Gu et al.'s alpha, which keys have enough queries, and the rules that mark tokens, each with its source.
+"""What a sink is: Gu et al.'s alpha, which keys have enough queries, and the rules that mark tokens.
 
 Shapes: N sequences, T tokens, H heads. `received` is the attention mass (N, H, T) each key gets, summed over its
 queries. Positions count from 0 in code, from 1 in papers.
