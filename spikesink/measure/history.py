@@ -9,12 +9,15 @@ from .findings import Findings, HistoryRow
 from .sinks import PRIMARY_SINK_EPSILON
 
 ROWS = 200  # at most so many are kept, evenly spread
-COLUMNS = {  # what each number of a HistoryRow is, by its name on a page
-    "loss": "nats per token",
-    "|h| / median": "of the layer where it is largest",
-    "kurtosis": "of the layer where it is largest",
-    "sink rate": f"share of heads with alpha > {PRIMARY_SINK_EPSILON} on one key, in the layer where it is largest",
-    "P(sink | spike)": "share of the spike tokens that are sinks",
+COLUMNS = {  # of a HistoryRow: the name of each number on a page, and what it is
+    "loss": ("loss", "nats per token"),
+    "ratio": ("|h| / median", "of the layer where it is largest"),
+    "kurtosis": ("kurtosis", "of the layer where it is largest"),
+    "sink_rate": (
+        "sink rate",
+        f"share of heads with alpha > {PRIMARY_SINK_EPSILON} on one key, in the layer where it is largest",
+    ),
+    "p_sink_given_spike": ("P(sink | spike)", "share of the spike tokens that are sinks"),
 }
 
 
