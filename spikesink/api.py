@@ -22,11 +22,13 @@ from torch import nn
 from .edit import interventions, outcomes, probes, quantise
 from .errors import UserError
 from .files import file_hash
-from .measure import findings, history
+from .measure import history
 from .measure.anatomy import anatomy
 from .measure.calibrate import nulls
 from .measure.examples import Examples
+from .measure.findings import CheckpointEntry, Findings, TextEntry
 from .measure.observe import observe
+from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
 from .models.lab import Lab, open_lab
 from .models.subject import Subject, gpt_in
@@ -279,23 +281,23 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
 # ------------------------------------------------------------------------------------------------------- detect
 
 
-def detect(look: Look) -> dict:
+def detect(look: Look) -> Findings:
     """Findings of an open model; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
     first, *others = (_detect_part(subject, look) for subject in look.subjects)
-    path, step = look.loaded.checkpoint["path"], look.loaded.checkpoint["step"]
-    if step is not None:  # a run of ours: its log lies beside it
-        first["history"] = history.of_log(folder_of(path) / "log.jsonl", step)
-    return {**first, "parts": {found["part"]: found for found in others}} if others else first
+    path, step = first.checkpoint.path, first.checkpoint.step
+    rows = None if step is None else history.of_log(folder_of(path) / "log.jsonl", step)  # of a run of train.py
+    return dataclasses.replace(first, history=rows, parts={found.part: found for found in others} or None)
 
 
-def _detect_part(subject: Subject, look: Look) -> dict:
+def _detect_part(subject: Subject, look: Look) -> Findings:
     """Findings of one Subject: the observation, its nulls, its anatomy."""
     options = look.options
     observation = observe(subject, look.ids, options.batch_size, examples=Examples())
     no_init = disk_weights.why_no_second_copy(subject.model, disk_weights.free_bytes(options.max_memory))
     null = nulls(subject, look.ids, look.vocab_size, options.nulls, options.batch_size, no_init=no_init)
     parts = anatomy(subject, look.ids, observation, options.batch_size)
-    return findings.detection(subject, observation, **look.about, null=null, anatomy=parts)
+    checkpoint, text = CheckpointEntry(**look.loaded.checkpoint), TextEntry(**look.data)
+    return summarise(subject, observation, checkpoint, look.loaded.model, text, null, parts)
 
 
 def folder_of(path: str | Path) -> Path:

@@ -6,7 +6,7 @@ import matplotlib.patches
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
 
-from ..measure.findings import name_of
+from ..measure.findings import Place, TextEntry
 from ..measure.spikes import SPIKE_RATIO
 from .drawing import GREY, INK, SINK, SPIKE, Figure, canvas, name_ticks, thinned
 from .text import on_text
@@ -93,7 +93,7 @@ def _loss_by_position(ablation):
 
 def _state_change(ablation):
     figure, panels = canvas(1, 2, sharey=True)
-    labels = [name_of(tap) for tap in ablation["taps"]]
+    labels = [Place(**tap).name for tap in ablation["taps"]]
     wanted = {"spike_zero": SPIKE, "spike_constant": INK, "sink_mask": SINK}
     for axes, (key, title) in zip(panels, (("spike_tokens", "spike tokens"), ("others", "other tokens")), strict=True):
         for entry in ablation["interventions"] + ablation["removals"]:
@@ -123,7 +123,7 @@ def _selectivity(ablation):
                 if row["name"] == "none":
                     low, high = zip(*(tap["selectivity_ci95"] for tap in taps), strict=True)
                     axes.fill_between(range(len(taps)), low, high, color=GREY, alpha=0.25, lw=0)
-        labels = [name_of(tap) for tap in tasks[task]]
+        labels = [Place(layer=tap["layer"], kind=tap["kind"]).name for tap in tasks[task]]
         name_ticks(axes.xaxis, labels, 8)
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set_title(task)
@@ -201,7 +201,7 @@ REMOVED = {  # title, question
     "remove_spikes": ("spikes removed", "Do sinks need spikes?"),
     "remove_sinks": ("sinks removed", "Do spikes need sinks?"),
 }
-on_this = lambda found: f" Measured on {on_text(found)}."
+on_this = lambda found: f" Measured on {on_text(TextEntry(**found['data']))}."
 edits = lambda found: bool(_entries(found))
 
 

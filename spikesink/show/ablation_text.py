@@ -1,6 +1,6 @@
 """Ablation findings -> answers in words, and tables."""
 
-from ..measure.findings import name_of
+from ..measure.findings import Place
 from .text import interval, number
 
 NOTHING = "nothing to edit"
@@ -186,9 +186,10 @@ def _linear_table(of):
                 ]
         table.append([_label(row["name"]), *cells])
     last = next(iter(of["conditions"][0]["tasks"].values()))[-1]
+    last_tap = Place(layer=last["layer"], kind=last["kind"]).name
     majority = ", ".join(f"{task} {value:.1%}" for task, value in of["majority"].items())
     return (
-        f"What can be read off the states after {name_of(last)}: linear probes on UD English EWT, "
+        f"What can be read off the states after {last_tap}: linear probes on UD English EWT, "
         f"{of['words']['test']} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that "
         f"of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
         (header, table),

@@ -1,23 +1,22 @@
 """How figures are drawn: one table entry each, the page's style and the paper's, SVG that follows a page's colours."""
 
+import contextlib
 import io
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import extra
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from .text import visible
-
-with extra("pages"):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import LogLocator, NullFormatter
 
 SPIKE, SINK, GREY, INK = "#c2410c", "#1d4ed8", "#78716c", "#1c1917"
 PAGE_COLOURS = {INK: "currentColor", GREY: "var(--soft)", SPIKE: "var(--spike)", SINK: "var(--sink)"}
@@ -53,6 +52,11 @@ def _sizes(font: float, width: float, height: float, wide: float) -> dict[bool, 
 
 # a page's figures are as wide as a phone, at its scale; a paper's have a journal's columns
 STYLES = {"page": _sizes(9, 5.2, 2.9, 10.4), "paper": _sizes(8, 3.35, 2.1, 6.9)}
+
+
+def _style(kind: str, wide: bool) -> contextlib.AbstractContextManager[None]:
+    entries: Any = STYLES[kind][wide]
+    return plt.rc_context(entries)
 
 
 class Figure(NamedTuple):
@@ -101,7 +105,7 @@ def for_page(table: Mapping[str, Figure], found: Any) -> dict[str, Drawn]:
     drawn = {}
     for name, of in table.items():
         if of.needs(found):
-            with plt.rc_context(STYLES["page"][of.wide]):
+            with _style("page", of.wide):
                 figure = of.draw(found)
                 drawn[name] = Drawn(name, page_svg(figure), of.caption(found), of.wide)
                 plt.close(figure)
@@ -112,7 +116,7 @@ def for_paper(table: Mapping[str, Figure], found: Any) -> Iterator[tuple[str, st
     """Yields (name, SVG text, PNG bytes, caption) of the same figures in a paper's style."""
     for name, of in table.items():
         if of.needs(found):
-            with plt.rc_context(STYLES["paper"][of.wide]):
+            with _style("paper", of.wide):
                 figure, png = of.draw(found), io.BytesIO()
                 figure.savefig(png, format="png")
                 yield name, _svg(figure), png.getvalue(), of.caption(found)
@@ -161,6 +165,7 @@ def shade_bar(figure: Canvas, image: Any, axes: Axes, text: str | None = None) -
     """A colour bar for a shaded image."""
     bar = figure.colorbar(image, ax=axes, label=text)
     bar.outline.set_visible(False)
+    assert bar.solids
     bar.solids.set(rasterized=True)
     return bar
 

@@ -23,6 +23,7 @@ from ..measure.findings import (
     Measures,
     PromptFindings,
     PromptHead,
+    TokenRow,
 )
 from ..measure.sinks import PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO, SPIKE_RULES
@@ -68,7 +69,7 @@ def _matrix(found: Found) -> Canvas:
     width, height = plt.rcParams["figure.figsize"]
     figure = plt.figure(figsize=(width, 1.25 * height))
     figure.set_layout_engine("none")
-    axes = figure.add_axes((0.0, 0.04, 0.93, 1.0), projection="3d", computed_zorder=False)
+    axes: Any = figure.add_axes((0.0, 0.04, 0.93, 1.0), projection="3d", computed_zorder=False)
     lines = [[(x, t, z) for x, z in zip(starts, row, strict=True)] for t, row in enumerate(values.tolist())]
     spikes = values.max(1) >= SPIKE_RATIO * of.median
     colors = [SPIKE if spike else GREY for spike in spikes]
@@ -221,7 +222,7 @@ def _text_caption(found: Found) -> str:
 
 def _tokens(found: Findings) -> Canvas:
     figure, panels = canvas(1, 2, height=1.1)
-    of_kinds = (
+    of_kinds: tuple[tuple[Sequence[TokenRow], str, str, str], ...] = (
         (found.spikes.tokens, "magnitude", SPIKE, "largest |h|"),
         (found.sinks.tokens, "alpha", SINK, "alpha, best head"),
     )

@@ -6,16 +6,14 @@ import gzip
 from dataclasses import replace
 from typing import Any
 
-from ..errors import extra
+from plotly.offline import get_plotlyjs
+
 from ..measure.findings import ExamplesEntry
 from ..measure.sinks import PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO
 from ..schema import to_json
 from .figures import best_layer, largest_matrix
 from .text import visible
-
-with extra("pages"):
-    from plotly.offline import get_plotlyjs
 
 CAPTIONS = {  # of the figures that answer; the still ones have their own
     "text": (

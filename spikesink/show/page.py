@@ -11,11 +11,13 @@ from ..measure import history
 from ..measure.findings import Findings, PromptFindings
 from ..measure.sinks import PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO
-from . import ablation_figures, ablation_text, drawing, figures, interactive, report
+from . import ablation_text, report
 from .text import number, visible
 
 with extra("pages"):
     import jinja2
+
+    from . import ablation_figures, drawing, figures, interactive
 
 PAGES = Path(__file__).with_name("pages")
 
@@ -89,7 +91,7 @@ def ablation_parts(ablation: dict[str, Any]) -> list[dict[str, Any]]:
 
 def prompt_page(path: str | Path, found: PromptFindings) -> None:
     """Writes the page of a prompt. Raises UserError."""
-    parts = [
+    parts: list[dict[str, Any]] = [
         {
             "name": name,
             "found": part,

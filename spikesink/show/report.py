@@ -1,6 +1,6 @@
 """Findings -> words and tables for a terminal; pages and figures, which need more packages, are made by page.py."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from ..measure.findings import (
     Measures,
     Overlap,
     PromptFindings,
+    SinkFindings,
     Skipped,
     Vocabulary,
 )
-from ..measure.rules import BEST_HEAD
+from ..measure.rules import BEST_HEAD, Rule
 from ..measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES
 from ..measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RATIO, SPIKE_RULES
 from . import ablation_text
@@ -152,7 +153,9 @@ LAYER = (
     Column("kurtosis", attrgetter("kurtosis")),
     Column("max", attrgetter("max"), ".4g"),
 )
-HEAD = {  # title -> of the sinks, numbers by layer and head (L, H)
+HEAD: dict[
+    str, Callable[[SinkFindings], list[list[float]]]
+] = {  # title -> of the sinks, numbers by layer and head (L, H)
     f"Sink_1 ({PRIMARY_SINK_EPSILON})": lambda sinks: sinks.at(PRIMARY_SINK_EPSILON).by_head,
     "alpha_1": attrgetter("alpha_first"),
     "any sink": attrgetter("any_sink_by_head"),
@@ -371,8 +374,6 @@ def vocabulary_terminal(found: Vocabulary) -> str:
 
 def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
     """Checkpoints side by side: a column each, so that many measures fit."""
-    fraction = lambda name: lambda f: {**f.spikes.rules, **f.sinks.rules}[name].fraction
-    compared = lambda of: [Column(rule.compared, fraction(name), ".2%") for name, rule in of.items() if rule.compared]
     sink_1 = lambda rates: f"{rates.first:.1%} {interval(rates.first_ci95, '.1%')}"
     measures = [
         Column("part", lambda f: f.part or "–"),
@@ -388,9 +389,9 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("largest |h|", lambda f: max(layer.max for layer in f.layers), ".4g"),
         Column("largest top1/median", attrgetter("largest_ratio"), ".1f"),
         Column("largest kurtosis", attrgetter("largest_kurtosis")),
-        *compared(SPIKE_RULES),
+        *_compared_rules(SPIKE_RULES),
         Column(f"Sink_1 ({PRIMARY_SINK_EPSILON})", lambda f: sink_1(f.sinks.at(PRIMARY_SINK_EPSILON))),
-        *compared(SINK_RULES),
+        *_compared_rules(SINK_RULES),
         Column("best head, of sequences", lambda f: f.measures.rules[PRIMARY_SINK_RULE].best_head, ".0%"),
         Column("share of the first key", lambda f: f.sinks.share[0], ".1%"),
         Column("P(sink | spike)", attrgetter("co_occurrence.p_sink_given_spike"), ".0%"),
@@ -398,6 +399,12 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("step-up", lambda f: f.anatomy.step_up.name if f.anatomy and f.spikes.primary_rule.tokens else "–"),
     ]
     return turned(names, measures, all_findings)
+
+
+def _compared_rules(table: Mapping[str, Rule]) -> list[Column]:
+    """The share of tokens that each rule marks."""
+    fraction = lambda name: lambda f: {**f.spikes.rules, **f.sinks.rules}[name].fraction
+    return [Column(rule.compared, fraction(name), ".2%") for name, rule in table.items() if rule.compared]
 
 
 def architecture_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
