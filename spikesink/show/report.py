@@ -410,7 +410,8 @@ def _compared_rules(table: Mapping[str, Rule]) -> list[Column]:
 def architecture_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
     """The architecture's entries that differ between checkpoints."""
     keys = dict.fromkeys(key for f in all_findings for key in f.model if key != "parameters")
-    columns = [Column(key, lambda f, key=key: str(f.model.get(key, "–"))) for key in keys]
+    entry = lambda key: lambda f: str(f.model.get(key, "–"))
+    columns = [Column(key, entry(key)) for key in keys]
     header, rows = turned(names, columns, all_findings)
     return Table(header, [row for row in rows if len(set(row[1:])) > 1])
 
