@@ -9,6 +9,7 @@ the output is configs/README.md.
 import ast
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,10 +17,10 @@ from tqdm import tqdm
 from data.loader import Tokens
 from model import GPT, GPTConfig
 from spikesink.errors import Flags, cli
-from spikesink.measure import findings
 from spikesink.measure.observe import observe
+from spikesink.measure.summarise import summarise
 from spikesink.models.subject import Subject
-from spikesink.show import report
+from spikesink.show.text import grid
 from train import Run, TrainConfig
 from trainer import config
 from trainer.machine import Machine
@@ -37,20 +38,20 @@ at nano scale, one seed: a sign of life, not a finding. Made by
 """
 
 
-def arm_names():
+def arm_names() -> list[str]:
     """Names of the arms: the baseline, then the others by name."""
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
     return ["prenorm", *(name for name in names if name not in ("prenorm", *NOT_ARMS))]
 
 
-def changes(name):
+def changes(name: str) -> tuple[str, str]:
     """(first line of an arm's docstring, its assignments as text)."""
     tree = ast.parse((ROOT / "configs" / f"{name}.py").read_text())
     lines = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
-    return ast.get_docstring(tree).splitlines()[0].rstrip("."), ", ".join(lines).replace(" = ", "=")
+    return (ast.get_docstring(tree) or " ").splitlines()[0].rstrip("."), ", ".join(lines).replace(" = ", "=")
 
 
-def try_arm(name, steps, dataset):
+def try_arm(name: str, steps: int, dataset: str) -> dict[str, Any]:
     """One row: size at 125M, and loss, spike and sink of the nano model after `steps` steps."""
     (full, _), _, _ = config.load((GPTConfig, TrainConfig), [name], ROOT)
     with torch.device("meta"):
@@ -64,19 +65,19 @@ def try_arm(name, steps, dataset):
             loss, _, _ = trial.update(trial.model)
         data = Tokens(dataset, "val", 64, cfg.bos)
         subject = Subject.of_gpt(trial.model, str)
-        found = findings.detection(subject, observe(subject, data.read(range(16))[0], progress=False), {}, {}, {})
+        found = summarise(subject, observe(subject, data.read(range(16))[0], progress=False))
     return {
         "arm": name,
         "params": large.num_params(),
         "flops": large.flops_per_token(full.block_size),
         "loss": loss,
-        "val_loss": found["data"]["loss"],
-        "spike": max(map(findings.ratio_of, found["layers"])),
-        "sink": found["sinks"]["gu"]["0.3"]["first"],
+        "val_loss": found.data.loss,
+        "spike": found.largest_ratio,
+        "sink": found.sinks.first,
     }
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("arms", nargs="*", metavar="ARM", help="default: all")
     flags.add_argument("--steps", type=int, default=20)
@@ -84,18 +85,18 @@ def main():
     flags.add_argument("--markdown", action="store_true", help="print configs/README.md")
     args = flags.parse_args()
     rows = [try_arm(name, args.steps, args.dataset) for name in tqdm(args.arms or arm_names(), disable=None)]
+    forms = {"loss": ".3f", "val_loss": ".3f", "spike": ".1f", "sink": ".3f"}
     header = ["arm", "params (M)", "MFLOPs/token", "loss", "val loss", "top1/median", "Sink_1 (0.3)"]
     cells = [
         [
             row["arm"],
-            *(f"{row[key] * scale:.1f}" for key, scale in (("params", 1e-6), ("flops", 1e-6))),
-            *(f"{row[key]:.3f}" for key in ("loss", "val_loss")),
-            *(f"{row[key]:.{digits}f}" for key, digits in (("spike", 1), ("sink", 3))),
+            *(f"{row[key] / 1e6:.1f}" for key in ("params", "flops")),
+            *(format(row[key], form) for key, form in forms.items()),
         ]
         for row in rows
     ]
     if not args.markdown:
-        print(report.grid(header, cells))
+        print(grid(header, cells))
         return
     print(MARKDOWN.format(steps=args.steps))
     print("| arm | changes | what and whence | " + " | ".join(header[1:]) + " |")

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, width, n_head):
+    def __init__(self, width: int, n_head: int) -> None:
         super().__init__()
         self.n_head = n_head
         self.ln_1, self.ln_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.c_attn, self.attn_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.c_fc, self.mlp_proj = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (p.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for p in self.c_attn(self.ln_1(x)).chunk(3, -1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.attn_proj(y)
@@ -32,7 +32,7 @@ class Block(nn.Module):
 class PlainGPT(nn.Module):
     """GPT-2 with tied embeddings; forward: token ids and targets (B, T) -> mean cross-entropy, nats."""
 
-    def __init__(self, n_layer, n_head, width, block_size, vocab_size):
+    def __init__(self, n_layer: int, n_head: int, width: int, block_size: int, vocab_size: int) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab_size, width), nn.Embedding(block_size, width)
         self.h = nn.ModuleList(Block(width, n_head) for _ in range(n_layer))
@@ -42,7 +42,7 @@ class PlainGPT(nn.Module):
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("proj.weight") else 0.02)
 
-    def forward(self, idx, targets):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
         for block in self.h:
             x = block(x)
@@ -53,7 +53,13 @@ class PlainGPT(nn.Module):
 class Recipe:
     """A model and its AdamW; `step` is one update."""
 
-    def __init__(self, shape, device, learning_rate=6e-4, weight_decay=0.1):
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        device: torch.device,
+        learning_rate: float = 6e-4,
+        weight_decay: float = 0.1,
+    ) -> None:
         """`shape`: the arguments of PlainGPT, as a tuple."""
         cuda = device.type == "cuda"
         self.model = PlainGPT(*shape).to(device)
@@ -67,7 +73,7 @@ class Recipe:
         # as in nanoGPT: fused on a GPU only
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=cuda or None)
 
-    def step(self, batches):
+    def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         """One update from micro-batches [(ids, targets)]. Returns the mean loss, nats."""
         total = 0.0
         for x, y in batches:

@@ -1,16 +1,17 @@
 """How large must a spike, how strong a sink be to be found? Power and false alarms on planted ground truth.
 
-  python results/power.py        writes results/power.json, power.md and power.png; some minutes on 2 CPU cores
+  python -m benchmarks.power            writes results/power.json, power.md and power.png; some minutes on 2 CPU cores
+  python -m benchmarks.power --quick --out DIR       a few sizes, one seed, to try it
 
 Models of model.py with random weights, whose queries and keys are scaled so that logits vary as trained ones do
 (standard deviation 1). Each sequence has one planted token: at any position for a spike; for a sink among the keys
 that have at least T/4 queries. Power: planted tokens that the rule marks. False alarms: other tokens that it marks.
 """
 
-import json
 import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,23 +20,37 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from model import GPT, GPTConfig
+from spikesink.errors import Flags, cli
+from spikesink.files import save_json, save_text
 from spikesink.measure import calibrate, planted
+from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import observe
 from spikesink.measure.spikes import SPIKE_RULES
 from spikesink.models.subject import Subject
 
-SIZES = (5, 10, 15, 20, 25, 28, 30, 32, 35, 40, 60, 100, 300, 1000, 1200)
-ALPHAS = (0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.32, 0.35, 0.4, 0.5, 0.7, 0.9)
-SHAPES = [(64, 64), (256, 64), (768, 64), (256, 256)]  # width C, length T
-N, H, SEEDS = 100, 4, 3
-PREVALENCES, SAMPLES, DRAWS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.9), (8, 16, 60, 100), 20
+ROOT = Path(__file__).resolve().parents[1]
+N, H = 100, 4  # sequences, heads
+Row = dict[str, Any]
 
 
-def subject_of(C, T, seed):
+@dataclass(frozen=True)
+class Plan:
+    """What is tried."""
+
+    sizes: tuple[int, ...] = (5, 10, 15, 20, 25, 28, 30, 32, 35, 40, 60, 100, 300, 1000, 1200)  # of spikes, medians
+    alphas: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.32, 0.35, 0.4, 0.5, 0.7, 0.9)  # of sinks
+    shapes: tuple[tuple[int, int], ...] = ((64, 64), (256, 64), (768, 64), (256, 256))  # width C, length T
+    prevalences: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of sequences that have a spike
+    samples: tuple[int, ...] = (8, 16, 60, 100)
+    seeds: int = 3
+    draws: int = 20
+
+
+QUICK = Plan((5, 100), (0.3, 0.9), ((64, 64),), (0.9,), (8, 16), seeds=1, draws=2)
+
+
+def subject_of(C: int, T: int, seed: int) -> Subject:
     """A random pre-norm model of two layers, its logits of standard deviation about 1."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=C, block_size=T, vocab_size=256))
@@ -46,24 +61,24 @@ def subject_of(C, T, seed):
     return Subject.of_gpt(model, str)
 
 
-def one_each(T, choices, draw, prevalence=1.0):
+def one_each(T: int, choices: int, draw: torch.Generator, prevalence: float = 1.0) -> torch.Tensor:
     """One token of `choices` positions per sequence, in a `prevalence` of the sequences: bool (N, T)."""
     tokens = torch.zeros(N, T, dtype=torch.bool)
     tokens[torch.arange(N), torch.randint(choices, (N,), generator=draw)] = True
     return tokens & (torch.rand(N, 1, generator=draw) < prevalence)
 
 
-def rates(hits, tokens):
+def rates(hits: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
     """(power, false alarms) of a rule's hits (N, T) where `tokens` were planted."""
     return (hits & tokens).sum().item() / int(tokens.sum()), (hits & ~tokens).sum().item() / int((~tokens).sum())
 
 
-def spike_curve(C, T):
+def spike_curve(plan: Plan, C: int, T: int) -> list[Row]:
     """A row per size and rule, averaged over seeds."""
     rows = []
-    for size in SIZES:
-        found = {rule: [] for rule in (*SPIKE_RULES, "percentile")}
-        for seed in range(SEEDS):
+    for size in plan.sizes:
+        found: dict[str, list[tuple[float, float]]] = {rule: [] for rule in SPIKE_RULES}
+        for seed in range(plan.seeds):
             draw = torch.Generator().manual_seed(seed)
             subject, tokens = subject_of(C, T, seed), one_each(T, T, draw)
             ids = torch.randint(256, (N, T), generator=draw)
@@ -75,12 +90,12 @@ def spike_curve(C, T):
     return rows
 
 
-def sink_curve(C, T):
+def sink_curve(plan: Plan, C: int, T: int) -> list[Row]:
     """A row per alpha, averaged over seeds; other heads' and other keys' hits are false alarms."""
     rows = []
-    for alpha in ALPHAS:
+    for alpha in plan.alphas:
         pairs, measured = [], []
-        for seed in range(SEEDS):
+        for seed in range(plan.seeds):
             draw = torch.Generator().manual_seed(seed)
             subject, tokens = subject_of(C, T, seed), one_each(T, T // 2, draw)
             ids = torch.randint(256, (N, T), generator=draw)
@@ -89,11 +104,11 @@ def sink_curve(C, T):
                 obs = observe(subject, ids, batch_size=N, progress=False)
             pairs.append(rates(obs.sink_heads > 0, tokens))
             measured.append(obs.max_alpha[tokens].mean().item())
-        rows.append({"C": C, "T": T, "alpha": alpha, "measured": sum(measured) / SEEDS, **mean(pairs)})
+        rows.append({"C": C, "T": T, "alpha": alpha, "measured": sum(measured) / plan.seeds, **mean(pairs)})
     return rows
 
 
-def mean(pairs):
+def mean(pairs: list[tuple[float, float]]) -> Row:
     """Seeds' (power, false alarms) as their means, with the extremes."""
     power, alarms = zip(*pairs, strict=True)
     return {
@@ -103,35 +118,32 @@ def mean(pairs):
     }
 
 
-def verdict_table():
-    """How often the spike verdict is `present`, by how many sequences have a spike of 100x, and by sample size."""
+def verdict_of(n: int, prevalence: float, seed: int) -> str:
+    """The verdict on spikes of 100x from n sequences, as if the model were large: only the sample is small."""
+    draw = torch.Generator().manual_seed(seed)
+    subject, tokens = subject_of(64, 64, seed), one_each(64, 64, draw, prevalence)[:n]
+    ids = torch.randint(256, (n, 64), generator=draw)
+    with planted.spikes(subject, tokens, channel=3, size=100):
+        obs = observe(subject, ids, batch_size=n, progress=False)
+    null: Nulls = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
+    return calibrate.spike_verdict(obs, null, calibrate.weakness(n, 125e6, None, None)).verdict
+
+
+def verdict_table(plan: Plan) -> list[Row]:
+    """How often the spike verdict is what, by how many sequences have a spike of 100x, and by sample size."""
     rows = []
-    for prevalence in PREVALENCES:
-        for n in SAMPLES:
-            verdicts = []
-            for seed in range(DRAWS):
-                draw = torch.Generator().manual_seed(seed)
-                subject, tokens = subject_of(64, 64, seed), one_each(64, 64, draw, prevalence)[:n]
-                ids = torch.randint(256, (n, 64), generator=draw)
-                with planted.spikes(subject, tokens, channel=3, size=100):
-                    obs = observe(subject, ids, batch_size=n, progress=False)
-                null = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
-                given = (
-                    subject.heads,
-                    {"parameters": 125e6},
-                    None,
-                    None,
-                )  # as if the model were large: only the sample is small
-                verdicts.append(calibrate.verdicts(obs, null, {}, *given)["spike"]["verdict"])
-            counts = {word: verdicts.count(word) / DRAWS for word in ("present", "absent", "underpowered")}
-            rows.append({"prevalence": prevalence, "n_seq": n, **counts})
+    for prevalence in plan.prevalences:
+        for n in plan.samples:
+            verdicts = [verdict_of(n, prevalence, seed) for seed in range(plan.draws)]
+            shares = {word: verdicts.count(word) / plan.draws for word in ("present", "absent", "underpowered")}
+            rows.append({"prevalence": prevalence, "n_seq": n, **shares})
     return rows
 
 
-def draw(found, path):
+def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
     """The two power curves, with their false alarms."""
     figure, axes = plt.subplots(1, 3, figsize=(12.6, 3.4), constrained_layout=True)
-    for (C, T), style in zip(SHAPES, ("-o", "-s", "-^", "--d"), strict=True):
+    for (C, T), style in zip(plan.shapes, ("-o", "-s", "-^", "--d"), strict=False):
         for panel, rule in ((axes[0], "ratio"), (axes[1], "percentile")):
             rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
             panel.plot([r["size"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}, T {T}")
@@ -144,13 +156,33 @@ def draw(found, path):
     figure.savefig(path, dpi=110)
 
 
-def markdown(found):
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
+
+
+def markdown(plan: Plan, found: dict[str, Any]) -> str:
     """results/power.md."""
+    of_spikes, of_sinks, of_verdicts = [], [], []
+    for C, T in plan.shapes:
+        for rule in SPIKE_RULES:
+            rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
+            alarms = [f"{r['false_alarms']:.2%}" for r in rows if r["size"] in (5, 100)]
+            of_spikes.append([str(C), str(T), rule, *(f"{r['power']:.0%}" for r in rows), *alarms])
+        rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
+        most = max(r["false_alarms"] for r in rows)
+        of_sinks.append([str(C), str(T), *(f"{r['power']:.0%}" for r in rows), f"at most {most:.2%}"])
+    for n in plan.samples:
+        rows = [r for r in found["verdicts"] if r["n_seq"] == n]
+        cells = [f"{r['present']:.0%} / {r['absent']:.0%} / {r['underpowered']:.0%}" for r in rows]
+        of_verdicts.append([str(n), *cells])
+    sizes = [*(f"{size}x" for size in plan.sizes), "false alarms at 5x", "at 100x"]
     lines = [
         "# What is found, and what is made up: planted ground truth",
         "",
-        f"`python results/power.py`, commit {found['commit']}, 2 CPU cores, torch {torch.__version__}. Each number is",
-        f"from {SEEDS} seeds x {N} sequences with one planted token each; the seeds' extremes are in power.json.",
+        f"`python -m benchmarks.power`, commit {found['commit']}, 2 CPU cores, torch {torch.__version__}. Each number",
+        f"is from {plan.seeds} seeds x {N} sequences with one planted token each; the seeds' extremes: power.json.",
         "",
         "![power](power.png)",
         "",
@@ -160,59 +192,45 @@ def markdown(found):
         "",
         "## Spikes: power by planted size (x the median), and false alarms (share of other tokens)",
         "",
-        "| C | T | rule | " + " | ".join(f"{size}x" for size in SIZES) + " | false alarms at 5x | at 100x |",
-        "|" + "---|" * (len(SIZES) + 5),
-    ]
-    for C, T in SHAPES:
-        for rule in (*SPIKE_RULES, "percentile"):
-            rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
-            at = {r["size"]: r for r in rows}
-            alarms = [f"{at[size]['false_alarms']:.2%}" for size in (5, 100)]
-            lines.append(
-                f"| {C} | {T} | {rule} | "
-                + " | ".join(f"{r['power']:.0%}" for r in rows)
-                + f" | {' | '.join(alarms)} |"
-            )
-    lines += [
+        *markdown_table(["C", "T", "rule", *sizes], of_spikes),
         "",
         "## Sinks: power by planted alpha (mean over sequences), and false alarms (share of other tokens, any head)",
         "",
-        "| C | T | " + " | ".join(f"{alpha:g}" for alpha in ALPHAS) + " | false alarms |",
-        "|" + "---|" * (len(ALPHAS) + 3),
-    ]
-    for C, T in SHAPES:
-        rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
-        alarms = max(r["false_alarms"] for r in rows)
-        lines.append(f"| {C} | {T} | " + " | ".join(f"{r['power']:.0%}" for r in rows) + f" | at most {alarms:.2%} |")
-    lines += [
+        *markdown_table(["C", "T", *(f"{alpha:g}" for alpha in plan.alphas), "false alarms"], of_sinks),
         "",
-        f"## The verdict on spikes of 100x, by how many sequences have one ({DRAWS} draws each)",
+        f"## The verdict on spikes of 100x, by how many sequences have one ({plan.draws} draws each)",
         "",
         "present / absent / underpowered, as if the model had 125M parameters.",
         "",
-        "| sequences | " + " | ".join(f"{p:.0%}" for p in PREVALENCES) + " |",
-        "|" + "---|" * (len(PREVALENCES) + 1),
+        *markdown_table(["sequences", *(f"{p:.0%}" for p in plan.prevalences)], of_verdicts),
     ]
-    for n in SAMPLES:
-        rows = [r for r in found["verdicts"] if r["n_seq"] == n]
-        cells = [f"{r['present']:.0%} / {r['absent']:.0%} / {r['underpowered']:.0%}" for r in rows]
-        lines.append(f"| {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main() -> None:
+    flags = Flags(description=__doc__)
+    flags.add_argument("--quick", action="store_true", help="a few sizes, one seed")
+    flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
+    args = flags.parse_args()
+    plan = QUICK if args.quick else Plan()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    found = {"commit": commit.stdout.strip() or "unknown", "spikes": [], "sinks": [], "verdicts": verdict_table()}
-    for C, T in tqdm(SHAPES, disable=None):
-        found["spikes"] += spike_curve(C, T)
-        found["sinks"] += sink_curve(C, T)
-    (ROOT / "results" / "power.json").write_text(json.dumps(found, indent=1))
-    (ROOT / "results" / "power.md").write_text(markdown(found))
-    draw(found, ROOT / "results" / "power.png")
-    print(markdown(found))
+    spikes, sinks = [], []
+    for C, T in tqdm(plan.shapes, disable=None):
+        spikes += spike_curve(plan, C, T)
+        sinks += sink_curve(plan, C, T)
+    found = {
+        "commit": commit.stdout.strip() or "unknown",
+        "spikes": spikes,
+        "sinks": sinks,
+        "verdicts": verdict_table(plan),
+    }
+    save_json(args.out / "power.json", found)
+    save_text(args.out / "power.md", markdown(plan, found))
+    draw(plan, found, args.out / "power.png")
+    print(markdown(plan, found))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -1,7 +1,8 @@
 """detect.py on a model of Llama-2-7B's shape, in less memory than half of its float32 weights.
 
-  python results/seven_b.py          about 15 minutes on 2 cores, 13.5 GB of disk
-  python results/seven_b.py --layers=8 --hidden=1024 --ffn=2752 --vocab=4000 --max_memory=1 --out=small.md   to try it
+  python -m benchmarks.seven_b           about 15 minutes on 2 cores, 13.5 GB of disk
+  python -m benchmarks.seven_b --layers=8 --hidden=1024 --ffn=2752 --vocab=4000 --max_memory=1 --out=small.md
+                                         to try it
 
 The weights are random, in bfloat16 shards, but for a spike planted as Sun et al. describe it: in one early gated FFN
 one unit answers to one token alone, quadratically, and writes to one channel. Linux only (/proc).
@@ -15,20 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from spikesink.measure.findings import Findings, Skipped
+from spikesink.models import disk_weights, hf
 
+ROOT = Path(__file__).resolve().parents[1]
 LAYER, TOKEN, CHANNEL = 1, 7, 11  # of the planted spike
 N_SEQ, SEQ_LEN = 8, 64
 
 
-def write_model(folder, layers, hidden, ffn, vocab):
+def write_model(folder: Path, layers: int, hidden: int, ffn: int, vocab: int) -> None:
     """Writes a random Llama with the planted spike, a shard per block, so that only one is ever in memory."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,11 +49,12 @@ def write_model(folder, layers, hidden, ffn, vocab):
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
-    blocks = {}
+    blocks: dict[str, list[str]] = {}
     for name in shapes:
-        blocks.setdefault(re.match(r"model\.layers\.\d+|", name)[0], []).append(name)
+        block = re.match(r"model\.layers\.\d+", name)
+        blocks.setdefault(block[0] if block else "", []).append(name)
     draw = torch.Generator().manual_seed(0)
-    place = {}
+    place: dict[str, str] = {}
     for i, names in enumerate(sorted(blocks.values())):
         tensors = {name: random_weight(name, shapes[name], layers, draw) for name in names}
         if "model.embed_tokens.weight" in tensors:
@@ -67,7 +71,7 @@ def write_model(folder, layers, hidden, ffn, vocab):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def random_weight(name, shape, layers, draw):
+def random_weight(name: str, shape: Sequence[int], layers: int, draw: torch.Generator) -> torch.Tensor:
     """A weight (out, in), or a norm's gain of ones. Embeddings are of size one and updates small beside them, so that
     a token is still known by its direction when the planted FFN reads it."""
     if len(shape) == 1:
@@ -78,23 +82,23 @@ def random_weight(name, shape, layers, draw):
     return torch.empty(shape).normal_(0.0, std, generator=draw)
 
 
-def plant(ffn, direction):
+def plant(ffn: dict[str, torch.Tensor], direction: torch.Tensor) -> None:
     """Makes unit 0 of the FFN answer to `direction` (C,), and write to CHANNEL."""
     ffn["gate"][0] = ffn["up"][0] = direction
     ffn["down"][CHANNEL, 0] = 0.5
 
 
-def write_ids(path, vocab):
+def write_ids(path: Path, vocab: int) -> None:
     """Random ids, with the token of the spike first in every second sequence, and at place 20 in every third."""
     ids = np.random.default_rng(0).integers(TOKEN + 1, vocab, (N_SEQ, SEQ_LEN))
     ids[::2, 0] = ids[::3, 20] = TOKEN
     np.save(path, ids)
 
 
-def measured(command):
+def measured(command: list[str]) -> tuple[float, float, float, str]:
     """Runs a command. Returns its seconds, its peak of memory of its own and with mapped files (GiB), its output."""
     start = time.perf_counter()
-    anonymous = peak = 0
+    anonymous = peak = 0.0
     with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, cwd=ROOT, stdout=out) as process:
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -104,15 +108,13 @@ def measured(command):
             time.sleep(0.02)
         seconds = time.perf_counter() - start
         if process.returncode:
-            sys.exit(f"{' '.join(map(str, command))} failed with exit code {process.returncode}")
+            sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}")
         out.seek(0)
         return seconds, anonymous, peak, out.read()
 
 
-def plain(folder, tokens, max_memory):
-    """What a forward pass takes that nothing observes, opened as detect.py opens it."""
-    from spikesink.models import disk_weights, hf
-
+def plain(folder: str, tokens: str, max_memory: int) -> None:
+    """Prints the seconds of a forward pass that nothing observes, of a model opened as detect.py opens it."""
     model = hf.open_model(folder, free=disk_weights.free_bytes(max_memory))
     ids = torch.from_numpy(np.load(tokens))
     start = time.perf_counter()
@@ -121,13 +123,21 @@ def plain(folder, tokens, max_memory):
     print(time.perf_counter() - start)
 
 
-def report(args, rows, found, size, command):
+def report(
+    args: argparse.Namespace,
+    rows: list[tuple[str, float, float, float]],
+    found: Findings,
+    size: int,
+    command: str,
+) -> str:
     """The results file's text."""
     import transformers
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
-    dissected = found["anatomy"]
-    step, channel, form = dissected["step_up"], dissected["channels"][0], dissected["quadratic_form"]["channels"][0]
+    dissected, init = found.anatomy, found.nulls["init"]
+    assert dissected and dissected.quadratic_form
+    step, channel, form = dissected.step_up, dissected.channels[0], dissected.quadratic_form.channels[0]
+    left_out = f", of which\n`init` is left out: {init.skipped}" if isinstance(init, Skipped) else ""
     table = "\n".join(f"| {name} | {s:.0f} | {own:.2f} | {peak:.2f} |" for name, s, own, peak in rows)
     return f"""# detect.py at the shape of a 7B model
 
@@ -135,7 +145,7 @@ def report(args, rows, found, size, command):
 
 Commit {commit.decode().strip()}, torch {torch.__version__}, transformers {transformers.__version__}, {args.machine}.
 A Llama of {args.layers} layers, width {args.hidden}, FFN {args.ffn}, vocabulary {args.vocab}:
-{found["model"]["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
+{found.model["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
 Random weights with a planted spike; {N_SEQ} sequences of {SEQ_LEN} tokens.
 
 | run | seconds | peak memory, GiB | with pages of mapped files, GiB |
@@ -143,19 +153,17 @@ Random weights with a planted spike; {N_SEQ} sequences of {SEQ_LEN} tokens.
 {table}
 
 Every pass reads the weights from their files and turns them into float32, a module at a time. detect.py makes 4 passes
-over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls, of which
-`init` is left out: {found["nulls"]["init"]["skipped"]}.
+over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls{left_out}.
 Its seconds include the SHA-256 of the weights.
 
-Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel["channel"]}, by {step["kind"]} \
-{step["layer"]} for {step["tokens"]:.0%} of {dissected["tokens"]} tokens, |h| {abs(channel["value"]):.0f};
-the FFN's quadratic form of that channel is {form["norm"]:.3g} times the median one,
-and {form["dominance"]:.0%} of it is of rank one.
+Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel.channel}, by {step.kind} \
+{step.layer} for {step.tokens:.0%} of {dissected.tokens} tokens, |h| {abs(channel.value):.0f};
+the FFN's quadratic form of that channel is {form.norm:.3g} times the median one,
+and {form.dominance:.0%} of it is of rank one.
 """
 
 
-def main():
-    """Writes, runs, reports."""
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 32), ("hidden", 4096), ("ffn", 11008), ("vocab", 32000), ("max_memory", 10)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
@@ -169,18 +177,21 @@ def main():
     parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)  # of the forward pass's own process
     args = parser.parse_args()
     if args.plain:
-        return plain(*args.plain, args.max_memory)
+        folder_name, ids_name = args.plain
+        plain(folder_name, ids_name, args.max_memory)
+        return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, tokens, memory = Path(name), Path(name, "ids.npy"), f"--max_memory={args.max_memory}"
         write_model(folder, args.layers, args.hidden, args.ffn, args.vocab)
         write_ids(tokens, args.vocab)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        detect = [sys.executable, "detect.py", folder, f"--tokens={tokens}", memory]
-        seconds, own, peak, out = measured([sys.executable, __file__, memory, "--plain", folder, tokens])
+        detect = [sys.executable, "detect.py", name, f"--tokens={tokens}", memory]
+        alone = [sys.executable, "-m", "benchmarks.seven_b", memory, "--plain", name, str(tokens)]
+        seconds, own, peak, out = measured(alone)
         rows = [("opening, and a forward pass that nothing observes", seconds, own, peak)]
         rows += [("the forward pass alone", float(out), own, peak)]
         rows += [("`detect.py`", *measured(detect)[:3])]
-        found = json.loads((folder / "detect.json").read_text())
+        found = Findings.load(folder / "detect.json")
     text = report(args, rows, found, size, f"python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}")
     args.out.write_text(text)
     print(text)

@@ -11,15 +11,19 @@ with spikesink.open("gpt2", n_seq=20) as look:
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .edit import interventions, outcomes, probes, quantise
+from .edit import interventions, outcomes, quantise
+from .edit.ablation import ablate_subject, has_bos
+from .edit.clean_pass import Reference
+from .edit.findings import Ablation
 from .errors import UserError
 from .files import file_hash
 from .measure import history
@@ -50,7 +54,7 @@ class Loaded:
 
     subjects: list[Subject]  # one, or the parts of an encoder-decoder: decoder, encoder, cross
     reader: Reader  # how it reads text
-    checkpoint: dict[str, Any]  # the findings' entry: path, sha256, step, tokens of training
+    checkpoint: CheckpointEntry
     model: dict[str, Any]  # the findings' entry: its architecture
     probe_data: Path  # where BLiMP and the treebank are prepared
 
@@ -91,12 +95,12 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
     prefix_ids = (getattr(tokenizer, "bos_id", meta.get("bos_id")),) if trained.get("bos", False) else ()
-    about = {
-        "path": str(path),
-        "sha256": file_hash(path),
-        "step": content.get("step", content.get("iter_num")),
-        "tokens": content.get("tokens"),  # of training; None where unknown
-    }
+    about = CheckpointEntry(
+        path=str(path),
+        sha256=file_hash(path),
+        step=content.get("step", content.get("iter_num")),
+        tokens=content.get("tokens"),
+    )
     if lab:
         split, config = lab.split, model.config
         subjects = [Subject.of_gpt(model, tokenizer.decode)]
@@ -120,11 +124,11 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
 def _transformers(name: str, options: Options) -> Loaded:
     """A model of the Hugging Face hub or of a folder; its default text is Python's own documentation."""
     model = hf.open_model(name, options.device, disk_weights.free_bytes(options.max_memory))
-    about = {"path": name, "sha256": hf.weights_hash(name), "step": None, "tokens": None}
+    about = CheckpointEntry(path=name, sha256=hf.weights_hash(name))
     return _of_transformers(model, hf.Tokenizer.of(name) or NoTokenizer(), about)
 
 
-def _of_transformers(model: Any, tokenizer: TextTokenizer, about: dict[str, Any]) -> Loaded:
+def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntry) -> Loaded:
     config = model.config
     prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
     shown = [
@@ -148,7 +152,7 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: dict[str, Any]
 def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     """A model that the caller holds: a GPT of a model.py, or one of transformers, on the device where it is."""
     wrapped: TextTokenizer = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
-    about = {"path": f"a {type(model).__name__} in memory", "sha256": None, "step": None, "tokens": None}
+    about = CheckpointEntry(path=f"a {type(model).__name__} in memory")
     gpt, transformer = gpt_in(model), hf.found_in(model)
     if gpt is None and transformer is None:
         raise UserError(f"{type(model).__name__} is neither a model of transformers nor a GPT of a model.py")
@@ -171,8 +175,8 @@ class Look:
     loaded: Loaded
     options: Options
     ids: torch.Tensor
-    data: dict[str, Any]  # the findings' entry: which text, how much, whether BOS starts each sequence
-    edits: list[Callable[..., interventions.Edit]] = field(default_factory=list)
+    data: TextEntry
+    edits: list[outcomes.Condition] = field(default_factory=list)
     _other_ids: torch.Tensor | None = None
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -206,9 +210,9 @@ class Look:
         return self._other_ids
 
     @functools.cached_property
-    def references(self) -> list[interventions.Reference]:
+    def references(self) -> list[Reference]:
         """What the other text says of each Subject's spikes and sinks."""
-        return [interventions.Reference(s, self.other_ids, self.options.batch_size) for s in self.subjects]
+        return [Reference(s, self.other_ids, self.options.batch_size) for s in self.subjects]
 
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
@@ -216,7 +220,7 @@ class Look:
         subject = self.subjects[0]
         if not self.edits:
             return quantise.sequence_losses(subject, self.ids, self.options.batch_size)
-        return outcomes.edited_losses(subject, self.ids, self.edits, self.references[0], self.options.batch_size)
+        return outcomes.edited_losses(subject, self.ids, self.edits, self.options.batch_size)
 
     def loss(self) -> float:
         """The mean of `losses`, in nats per token."""
@@ -267,14 +271,14 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
     ids, other_ids = (read.ids[::2], read.ids[1::2]) if calibration else (read.ids, None)
     if other_ids is not None and len(other_ids) == 0:
         raise UserError(f"{read.name} has {len(ids)} sequence; means are taken on other text, so at least 2 are needed")
-    data = {
-        "name": str(read.name),
-        "n_seq": len(ids),
-        "seq_len": ids.size(1),
-        "tokens": int((ids != PADDING).sum()),
-        "bos": read.bos,
-        "dtype": loaded.subjects[0].dtype,
-    }
+    data = TextEntry(
+        name=str(read.name),
+        n_seq=len(ids),
+        seq_len=ids.size(1),
+        tokens=int((ids != PADDING).sum()),
+        bos=read.bos,
+        dtype=loaded.subjects[0].dtype,
+    )
     return Look(loaded, options, ids, data, _other_ids=other_ids)
 
 
@@ -296,8 +300,7 @@ def _detect_part(subject: Subject, look: Look) -> Findings:
     no_init = disk_weights.why_no_second_copy(subject.model, disk_weights.free_bytes(options.max_memory))
     null = nulls(subject, look.ids, look.vocab_size, options.nulls, options.batch_size, no_init=no_init)
     parts = anatomy(subject, look.ids, observation, options.batch_size)
-    checkpoint, text = CheckpointEntry(**look.loaded.checkpoint), TextEntry(**look.data)
-    return summarise(subject, observation, checkpoint, look.loaded.model, text, null, parts)
+    return summarise(subject, observation, **look.about, null=null, anatomy=parts)
 
 
 def folder_of(path: str | Path) -> Path:
@@ -308,148 +311,77 @@ def folder_of(path: str | Path) -> Path:
 
 # ------------------------------------------------------------------------------------------------------- ablate
 
-SCHEMA = "spikesink-ablation-1"
-NOTE = (
-    "What is edited is fixed by the clean model on the same text: spikes are the entries that the ratio rule marks, at "
-    "every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 and at "
-    "least T/4 queries, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
-    "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
-    "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences. "
-    + quantise.NOTE
-)
-# sizes at which an interval is some +- 3% wide, and all of it takes a minute for the quickstart's model
-PAIRS, SENTENCES = 12, {"train": 600, "test": 300}  # pairs of each paradigm; sentences
 
-
-def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> dict:
+def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation:
     """Ablation findings of an open model; of an encoder-decoder, the decoder's, with the other `parts`.
 
     `only`: names of interventions, by default all. `probe`: BLiMP and linear probes too, where they are prepared.
-    Raises UserError.
+    Raises UserError for an unknown name, and where there is no other text to take means from.
     """
-    only = tuple(only)
-    both = zip(look.subjects, look.references, strict=True)
-    first, *others = (_ablate_part(subject, reference, look, only, probe) for subject, reference in both)
-    return {**first, "parts": {found["part"]: found for found in others}} if others else first
-
-
-def _ablate_part(
-    subject: Subject, reference: interventions.Reference, look: Look, only: tuple[str, ...], probe: bool
-) -> dict:
-    """Ablation findings of one Subject."""
-    table, removals = chosen(subject, look.data["bos"], only)
-    conditions = outcomes.conditions_of(table | removals, reference)
-    desc = f"ablate {subject.part}".strip()
-    measured = outcomes.measure(subject, look.ids, conditions, look.options.batch_size, desc)
-    entries = outcomes.entries(table, measured)
-    return {
-        "schema": SCHEMA,
-        **look.about,
-        "part": subject.part,
-        "calibration": {"n_seq": len(look.other_ids)},
-        "note": NOTE,
-        "taps": [{"layer": tap.layer, "kind": tap.kind} for tap in subject.streams],
-        "baseline": outcomes.baseline(measured),
-        "interventions": entries,
-        "removals": outcomes.entries(removals, measured),
-        "two_by_two": outcomes.two_by_two(entries),
-        "attention": outcomes.attention(measured),
-        "int8": int8(subject, look),
-        "probes": probed(subject, look, entries, conditions) if probe and subject.part != "cross" else {},
-    }
-
-
-def chosen(subject: Subject, bos: bool, only: tuple[str, ...]) -> tuple[dict, dict]:
-    """The interventions that are wanted, and those on whole tokens, heads and sub-layers."""
-    table, removals = interventions.INTERVENTIONS, interventions.REMOVALS
-    if subject.start is None and not bos:  # there is no BOS to remove
-        table = {**table, "bos_remove": table["bos_remove"]._replace(edit=interventions.nothing)}
-    keep = lambda table: {name: one for name, one in table.items() if not only or name in only}
-    return keep(table), keep(removals)
-
-
-def int8(subject: Subject, look: Look) -> dict:
-    """What 8 bits cost, by granularity; the `reason` where that cannot be tried."""
-    try:
-        return quantise.quantised_losses(subject, look.ids, look.other_ids, look.options.batch_size)
-    except UserError as error:
-        return {"reason": str(error)}
-
-
-def changed_conditions(entries: list[dict]) -> list[str]:
-    """The conditions that changed something, each intervention with its first control; the clean model before all."""
-    changed = (e for e in entries if e["edited"])
-    return ["none", *(name for e in changed for name in (e["name"], f"{e['name']}/{e['control'][0]['name']}"))]
-
-
-def blimp(subject: Subject, loaded: Loaded, conditions: dict) -> dict:
-    """BLiMP under every condition. Raises UserError."""
-    pairs = probes.minimal_pairs(prepared(loaded, "blimp", "blimp.jsonl"), PAIRS)
-    return probes.blimp(subject, loaded.reader, pairs, outcomes.on_texts(subject, conditions, shared=True))
-
-
-def ud_ewt(subject: Subject, loaded: Loaded, conditions: dict) -> dict:
-    """Linear probes on UD English EWT under every condition. Raises UserError."""
-    train, test = (probes.sentences(prepared(loaded, "ud_ewt", f"{s}.conllu"), n) for s, n in SENTENCES.items())
-    return probes.linear(subject, loaded.reader, train, test, outcomes.on_texts(subject, conditions, shared=False))
-
-
-PROBES = {"blimp": blimp, "linear": ud_ewt}
-
-
-def prepared(loaded: Loaded, dataset: str, file: str) -> Path:
-    """The path of a prepared file. Raises UserError naming what prepares it."""
-    path = loaded.probe_data / dataset / file
-    if not path.is_file():
-        raise UserError(f"{dataset} is not prepared: python data/{dataset}/prepare.py")
-    return path
-
-
-def probed(subject: Subject, look: Look, entries: list[dict], conditions: dict) -> dict:
-    """What grammar and the states say under every condition; for a probe that cannot be run, the `reason`."""
-    conditions = {"none": interventions.nothing} | conditions
-    conditions = {name: conditions[name] for name in changed_conditions(entries)}
-    found = {}
-    for name, run_probe in PROBES.items():
-        try:
-            found[name] = run_probe(subject, look.loaded, conditions)
-        except UserError as error:
-            found[name] = {"reason": str(error)}
-    return found
+    first, *others = (
+        ablate_subject(
+            subject,
+            reference,
+            look.ids,
+            look.other_ids,
+            look.about,
+            only=tuple(only),
+            batch_size=look.options.batch_size,
+            reader=look.loaded.reader if probe else None,
+            probe_data=look.loaded.probe_data,
+        )
+        for subject, reference in zip(look.subjects, look.references, strict=True)
+    )
+    return dataclasses.replace(first, parts={found.part: found for found in others}) if others else first
 
 
 # -------------------------------------------------------------------------------------------------------- edits
 
 
-@contextlib.contextmanager
-def edited(look: Look, name: str, control: str | None = None) -> Iterator[Look]:
+def edited(look: Look, name: str, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
     """Within, `look.loss` and `look.losses` are of the model under an intervention, or one of its controls.
 
     `name`: of interventions.INTERVENTIONS or REMOVALS. What is edited is fixed by the clean model on each batch, so
-    edits combine in any order. Raises UserError for a name or control that there is not.
+    edits combine in any order. Raises UserError for a name or control that there is not, where there is no BOS to
+    remove, and where an edit needs other text and there is none.
     """
-    table = interventions.INTERVENTIONS | interventions.REMOVALS
-    if name not in table:
-        raise UserError(f"there is no intervention {name!r}; known: {', '.join(table)}")
-    if control is not None and control not in table[name].controls:
-        raise UserError(f"{name} has no control {control!r}; known: {', '.join(table[name].controls)}")
-    look.edits.append(functools.partial(table[name].edit, control=control))
+    one = interventions.intervention_named(name, control)
+    if one.kind == "bos" and not has_bos(look.subjects[0], look.data.bos):
+        raise UserError(f"{name}: the sequences of {look.data.name} do not start with BOS")
+    reference = look.references[0] if one.needs_reference else None
+    return _within(look, functools.partial(one.edit, reference=reference, control=control))
+
+
+@contextlib.contextmanager
+def _within(look: Look, edit: outcomes.Condition) -> Iterator[Look]:
+    look.edits.append(edit)
     try:
         yield look
     finally:
-        look.edits.pop()
+        look.edits.remove(edit)
 
 
-def _edit(name: str) -> Callable[..., contextlib.AbstractContextManager[Look]]:
+class NamedEdit(Protocol):
+    """`edited` for one name."""
+
+    def __call__(self, look: Look, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
+        """Within, the losses of `look` are of the model under the intervention, or one of its controls."""
+
+
+def _edit(name: str) -> NamedEdit:
+    """The intervention as a function of a Look, with its own docstring."""
+
     def edit(look: Look, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
         return edited(look, name, control)
 
-    table = interventions.INTERVENTIONS | interventions.REMOVALS
-    edit.__name__, edit.__doc__ = name, table[name].edit.__doc__
+    one = interventions.intervention_named(name)
+    edit.__name__ = edit.__qualname__ = name
+    edit.__doc__ = f"{inspect.getdoc(one.edit)}\n\n`control`: {' or '.join(one.controls)}. See `edited`."
     return edit
 
 
 spike_zero, spike_mean, spike_clip = _edit("spike_zero"), _edit("spike_mean"), _edit("spike_clip")
 spike_stepup, spike_project, spike_constant = _edit("spike_stepup"), _edit("spike_project"), _edit("spike_constant")
-sink_mask, sink_damp, sink_relocate, sink_null = map(_edit, ("sink_mask", "sink_damp", "sink_relocate", "sink_null"))
-bos_remove, remove_sink_heads, remove_step_up = map(_edit, ("bos_remove", "remove_sink_heads", "remove_step_up"))
+sink_mask, sink_damp = _edit("sink_mask"), _edit("sink_damp")
+sink_relocate, sink_null, bos_remove = _edit("sink_relocate"), _edit("sink_null"), _edit("bos_remove")
+remove_sink_heads, remove_step_up = _edit("remove_sink_heads"), _edit("remove_step_up")

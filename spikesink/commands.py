@@ -16,9 +16,9 @@ from . import api, schema
 from .api import folder_of
 from .edit import interventions
 from .errors import Flags, UserError
-from .files import check_writable, save_json
+from .files import check_writable
 from .measure import prompt
-from .measure.findings import CheckpointEntry, Comparison
+from .measure.findings import Comparison
 from .models import checkpoint
 from .models.lab import Lab
 from .options import Options, add_flags, from_flags, option
@@ -106,7 +106,7 @@ def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: L
     """One checkpoint on many sequences; with `vocab`, every token of its vocabulary too."""
     page = pages(outputs)
     with api.open(target, options, lab=lab) as look:
-        json_path, html_path = outputs.paths(look.loaded.checkpoint["path"], "detect.json", "detect.html")
+        json_path, html_path = outputs.paths(look.loaded.checkpoint.path, "detect.json", "detect.html")
         found = api.detect(look)
         if vocab:
             encoder = next((subject for subject in look.subjects if subject.part == "encoder"), look.subjects[0])
@@ -132,9 +132,8 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
         raise UserError(f"--prompt is the text; --{given[0]} is another")
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
-    json_path, html_path = outputs.paths(loaded.checkpoint["path"], "prompt.json", "prompt.html")
-    checkpoint = CheckpointEntry(**loaded.checkpoint)
-    first, *others = (prompt.inspect(subject, ids, checkpoint, loaded.model) for subject in loaded.subjects)
+    json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
+    first, *others = (prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects)
     found = dataclasses.replace(first, parts={part.part: part for part in others} or None)
     schema.save(json_path, found)
     if page:
@@ -194,19 +193,19 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
     page = pages(outputs)
     with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
-        path = look.loaded.checkpoint["path"]
+        path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
         found = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes)
     found.save(folder_of(path) / "detect.json")
-    save_json(json_path, ablation)
+    ablation.save(json_path)
     if page:
         page.detection_page(html_path, found, ablation)
     conditions = report.conditions(found.checkpoint, found.data)
     print(f"measured on {conditions}\n\n{report.ablation_terminal(ablation)}")
     if page and outputs.figures:
-        of_ablation = page.ablation_figures.ABLATION, report.ablation_parts(ablation)
-        print(f"\n{page.figure_files(outputs.figures, (page.figures.DETECTION, found.all_parts), of_ablation)}")
+        drawn = (page.figures.DETECTION, found.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
+        print(f"\n{page.figure_files(outputs.figures, *drawn)}")
     print(written(json_path, html_path if page else None))
 
 

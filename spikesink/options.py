@@ -20,7 +20,7 @@ def option(text: str, default: Any = None, *, metavar: str | None = None, group:
     return dataclasses.field(default=default, metadata=about)
 
 
-TEXT = "on which text (default: the validation split of what it was trained on, or Python's documentation)"
+TEXT = "on which text (default: its training's validation split, or Python's docs)"
 RUN = "how it runs"
 
 

@@ -1,40 +1,46 @@
 """The figures of a study: arms with their seeds and intervals, the time course, spikes against sinks."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
-from studies.aggregate import done, interval
-from studies.measures import measure_of
+from studies.aggregate import done, t_interval
+from studies.runs.measures import measure_of
+from studies.table import Arm, Table
 
 PANELS = {"loss": INK, "top1/median": SPIKE, "Sink_1": SINK, "P(sink | spike)": INK}
 SHADES = plt.get_cmap("tab10")
 
 
-def _ended(table):
-    return {name: arm for name, arm in table["arms"].items() if arm["done"]}
+def _ended(table: Table) -> dict[str, Arm]:
+    return {name: arm for name, arm in table.arms.items() if arm.done}
 
 
-def _arms(table):
+def _known(arm: Arm, name: str) -> list[float]:
+    """A measure's number of each run that has it."""
+    numbers = (row.measures[name] for row in done(arm.seeds).values())
+    return [x for x in numbers if x is not None]
+
+
+def _arms(table: Table) -> Any:
     arms = _ended(table)
     figure, panels = canvas(1, len(PANELS), lines=1.6 * len(arms) + 2, sharey=True)
     for axes, (name, color) in zip(panels, PANELS.items(), strict=True):
         for i, arm in enumerate(arms.values()):
-            values = [row["measures"][name] for row in done(arm["seeds"]).values()]
-            values = [x for x in values if x is not None]
+            mean, values = arm.mean[name], _known(arm, name)
             axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)
-            if arm["mean"][name]["ci95"]:
-                axes.plot(arm["mean"][name]["ci95"], [i + 0.28] * 2, color=color, lw=1.5)
+            if mean.ci95:
+                axes.plot(mean.ci95, [i + 0.28] * 2, color=color, lw=1.5)
             if values:
-                axes.plot(arm["mean"][name]["mean"], i + 0.28, "D", color=color, markersize=3.5)
+                axes.plot(mean.mean, i + 0.28, "D", color=color, markersize=3.5)
         axes.set(xlabel=name)
-        if not any(arm["mean"][name]["n"] for arm in arms.values()):
+        if not any(arm.mean[name].n for arm in arms.values()):
             axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
         if measure_of(name).kind == "log":
             axes.set_xscale("log")
-            log_ticks(
-                axes.xaxis, [row["measures"][name] for arm in arms.values() for row in done(arm["seeds"]).values()]
-            )
+            log_ticks(axes.xaxis, [x for arm in arms.values() for x in _known(arm, name)])
             axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
         if measure_of(name).kind == "share":
             axes.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
@@ -43,20 +49,16 @@ def _arms(table):
     return figure
 
 
-def _course(table):
+def _course(table: Table) -> Any:
     arms = _ended(table)
     names = ("loss", "top1/median", "Sink_1", "P(sink | spike)")
     figure, panels = canvas(len(names), 1, height=2.4, sharex=True)
     for axes, name in zip(panels, names, strict=True):
-        for i, (arm, of) in enumerate(arms.items()):
-            rows = list(done(of["seeds"]).values())
-            steps = sorted({point["tokens"] for row in rows for point in row["course"]})
-            at = {
-                step: [p["measures"][name] for row in rows for p in row["course"] if p["tokens"] == step]
-                for step in steps
-            }
-            means = [interval(at[step], measure_of(name).kind)["mean"] for step in steps]
-            known = [(step / 1e6, mean) for step, mean in zip(steps, means, strict=True) if mean is not None]
+        for i, (arm, of_arm) in enumerate(arms.items()):
+            points = [point for row in done(of_arm.seeds).values() for point in row.course]
+            at = {n: [p.measures[name] for p in points if p.tokens == n] for n in sorted({p.tokens for p in points})}
+            means = [(tokens / 1e6, t_interval(at[tokens], measure_of(name).kind).mean) for tokens in at]
+            known = [(tokens, mean) for tokens, mean in means if mean is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), "-o", color=SHADES(i % 10), markersize=2, label=label(arm, 24))
         axes.set_ylabel(name)
@@ -74,11 +76,11 @@ def _course(table):
     return figure
 
 
-def _plane(table):
+def _plane(table: Table) -> Any:
     figure, axes = canvas(height=1.3)
     for i, (name, arm) in enumerate(_ended(table).items()):
-        rows = done(arm["seeds"]).values()
-        points = [(row["measures"]["top1/median"], row["measures"]["best head"]) for row in rows]
+        rows = done(arm.seeds).values()
+        points = [(row.measures["top1/median"], row.measures["best head"]) for row in rows]
         axes.plot(*zip(*points, strict=True), "o", color=SHADES(i % 10), markersize=5, alpha=0.7, label=label(name, 24))
     axes.set(xscale="log", xlabel="top-1 / median of the layer where it is largest", ylim=(-0.04, 1.04))
     log_ticks(axes.xaxis, [SPIKE_RATIO, *(x for line in axes.lines for x in line.get_xdata())])
@@ -88,9 +90,9 @@ def _plane(table):
     return figure
 
 
-def _on(table):
-    of = table["measured"]
-    return f" Measured on {of['n_seq']} sequences of {of['seq_len']} tokens of {table['config']['dataset']}."
+def _on(table: Table) -> str:
+    of = table.measured
+    return f" Measured on {of.n_seq} sequences of {of.seq_len} tokens of {table.config['dataset']}."
 
 
 STUDY = {

@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_origin, get_type_hints
 
 import torch
 
@@ -25,10 +27,17 @@ from studies import hypotheses
 from trainer import config
 
 ROOT = Path(__file__).resolve().parents[1]
-# folders whose code the numbers of a run depend on; what only shows them (spikesink/show) is not here
-HASHED = ("data", "trainer", "spikesink/text", "spikesink/models", "spikesink/measure", "spikesink/edit")
-SET_HERE = ("eval_interval", "save_interval", "keep_every", "seed", "device")
-SET_HERE += ("out_dir", "resume", "overwrite", "replay")
+# The source that the numbers of a row depend on: the scripts, and the folders that take part in making a row, whole, so
+# that a file that is added there counts too. The monitor does: its hooks run in the very passes that train. Left out
+# are what only shows (spikesink/show), what is made of rows (the rest of studies/), and what prepares data (of which a
+# run's own hash has samples). A test follows the imports of a run: all of them are in.
+SCRIPTS = ("model.py", "train.py", "detect.py", "ablate.py", "study.py")
+HASHED = ("data/*.py", "trainer/**/*.py", "spikesink/**/*.py", "studies/runs/**/*.py")
+NOT_HASHED = "spikesink/show"
+SET_HERE = (
+    *("eval_interval", "save_interval", "keep_every", "seed", "device"),
+    *("out_dir", "resume", "overwrite", "replay"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,21 +45,26 @@ class Study:
     """What a study file says."""
 
     question: str
-    arms: dict  # name -> names of configs, or {"configs": names, key: value ...}; the first is the baseline
-    seeds: list
+    arms: dict[str, Any]  # name -> names of configs, or {"configs": names, key: value ...}; the first is the baseline
+    seeds: list[int]
     scale: str = "scale/nano"  # configs that all arms start from
-    common: dict = field(default_factory=dict)  # keys that all arms have
-    hypotheses: list = field(default_factory=list)  # which of H1 to H7 it asks
+    common: dict[str, Any] = field(default_factory=dict)  # keys that all arms have
+    hypotheses: list[str] = field(default_factory=list)  # which of H1 to H7 it asks
     points: int = 10  # checkpoints at which every run is looked at, evenly spread, besides step 0
     n_seq: int = 100  # sequences of detect.py and ablate.py
     seq_len: int = 64  # and their length
-    ablations: list = field(default_factory=lambda: ["spike_zero", "sink_mask"])
+    ablations: list[str] = field(default_factory=lambda: ["spike_zero", "sink_mask"])
     probes: bool = False  # BLiMP and linear probes under the ablations, where they are prepared
-    published: dict = field(default_factory=dict)  # arm -> (perplexity, Sink_1 in %, largest |h|) of Sun et al. 2026
+    # arm -> (perplexity, Sink_1 in %, largest |h|) of Sun et al. 2026
+    published: dict[str, list[float | int | None]] = field(default_factory=dict)
 
-    def __post_init__(self):
-        known = {"hypotheses": hypotheses.HYPOTHESES, "ablations": interventions.INTERVENTIONS | interventions.REMOVALS}
-        for key, table in {**known, "published": self.arms}.items():
+    def __post_init__(self) -> None:
+        known: dict[str, Mapping[str, Any]] = {
+            "hypotheses": hypotheses.HYPOTHESES,
+            "ablations": interventions.INTERVENTIONS | interventions.REMOVALS,
+            "published": self.arms,
+        }
+        for key, table in known.items():
             for name in getattr(self, key):
                 if name not in table:
                     raise ValueError(f"{key}: there is no {name!r}{nearest(name, table)}")
@@ -73,40 +87,43 @@ class Job:
     arm: str
     seed: int
     folder: Path
-    given: dict  # keys for train.py
+    given: dict[str, Any]  # keys for train.py
     model: GPTConfig
     cfg: train.TrainConfig
-    what: str  # hash of config, data and what is measured
-    code: str  # hash of the code
+    config_hash: str  # of config, data and what is measured
+    code_hash: str
 
     @property
-    def id(self):
+    def id(self) -> str:
         """By which a finished run is known again."""
-        return files.content_hash([self.what, self.code])[:16]
+        return files.content_hash([self.config_hash, self.code_hash])[:16]
 
     @property
-    def name(self):
+    def name(self) -> str:
         """For people."""
         return f"{self.arm}, seed {self.seed}"
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Of the whole training run."""
         return self.cfg.max_iters * self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model.block_size
 
 
-def read_study(name, changes):
+# of each key of a study file, the type that it has
+KINDS = {name: get_origin(kind) or kind for name, kind in get_type_hints(Study).items()}
+
+
+def read_study(name: str, changes: dict[str, Any]) -> Study:
     """The Study of a file, with what the command line changes of it. Raises UserError."""
     path = config.find_config(name, ROOT)
-    kinds = {f.name: f for f in dataclasses.fields(Study)}
     values = config.read_config(path)
     for key in ("question", "arms", "seeds"):
         if key not in values:
             raise UserError(f"{path} is no study: it has no {key}")
     for key, value in values.items():
-        if key not in kinds:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(key, kinds)}; keys of all runs go into common")
-        config.typed(key, value, kinds[key].type, path)
+        if key not in KINDS:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, KINDS)}; keys of all runs go into common")
+        config.typed(key, value, KINDS[key], path)
     arms = values["arms"]
     unknown = next((arm for arm in changes.get("arms", ()) if arm not in arms), None)
     if unknown is not None:
@@ -118,7 +135,7 @@ def read_study(name, changes):
     return config.build((Study,), values | changes)[0]
 
 
-def keys_of(entry, origin):
+def keys_of(entry: Any, origin: str) -> dict[str, Any]:
     """{key: value} of an arm or of the common keys: names of configs, or a dict of them and of keys. Raises UserError.
 
     What the configs say of intervals is left out: a study sets those.
@@ -138,14 +155,14 @@ def keys_of(entry, origin):
 
 
 @functools.cache
-def data_of(dataset):
+def data_of(dataset: str) -> tuple[dict[str, Any], list[str]]:
     """(meta, the hashes of samples of both splits) of a dataset. Raises UserError."""
     splits = [Tokens(dataset, split, 1) for split in ("train", "val")]
     return splits[0].meta, [split.sample for split in splits]
 
 
 @functools.cache
-def check_sequences(n_seq, seq_len, dataset, bos):
+def check_sequences(n_seq: int, seq_len: int, dataset: str, bos: bool) -> None:
     """Raises UserError if a dataset has too few sequences to measure, and as many of other text for the nulls."""
     wanted, there = 2 * n_seq - 1, Tokens(dataset, "val", seq_len, bos).n_windows
     if there < wanted:
@@ -155,34 +172,40 @@ def check_sequences(n_seq, seq_len, dataset, bos):
         )
 
 
-def code_version():
-    """A hash of the source that runs and their numbers depend on: scripts, data, instruments, not what only shows.
+def hashed_files(root: Path = ROOT) -> list[Path]:
+    """The source files that the numbers of a row depend on, in a clone of this project."""
+    found = sorted(path for pattern in (*SCRIPTS, *HASHED) for path in root.glob(pattern))
+    return [path for path in found if not path.is_relative_to(root / NOT_HASHED)]
+
+
+def code_version(root: Path = ROOT) -> str:
+    """A hash of these files.
 
     Comments, docstrings and layout count for nothing, so that mending a sentence does not undo hours of runs.
     """
-    scripts = [ROOT / f"{name}.py" for name in ("model", "train", "detect", "ablate")]
-    parts = [p for f in HASHED for p in (ROOT / f).rglob("*.py")]
-    texts = [f"{path.relative_to(ROOT)}\n{statements(path.read_text())}" for path in (*scripts, *sorted(parts))]
+    texts = [f"{path.relative_to(root).as_posix()}\n{statements(path.read_text())}" for path in hashed_files(root)]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
 
-def statements(source):
+def statements(source: str) -> str:
     """Python source without comments, docstrings and layout."""
     tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
             del node.body[0]
     return ast.unparse(tree)
 
 
-def plan(study, folder, changes, code):
+def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) -> list[Job]:
     """The Jobs of a study, seed by seed, so that what is done first can be compared. Raises UserError.
 
     `changes`: the command line's keys, which come after the scale and the common keys and before the arm's.
     """
     common = {**keys_of(study.scale, "scale"), **keys_of(study.common, "common"), **keys_of(changes, "command line")}
     of_arms = {arm: {**common, **keys_of(entry, f"arm {arm}")} for arm, entry in study.arms.items()}
-    jobs, arms = [], {}
+    jobs: list[Job] = []
+    arms: dict[str, str] = {}
     for seed in study.seeds:
         for arm, of_arm in of_arms.items():
             interval = max(1, of_arm.get("max_iters", train.TrainConfig.max_iters) // study.points)
@@ -201,21 +224,23 @@ def plan(study, folder, changes, code):
                 raise UserError(f"arm {arm}: seq_len={study.seq_len} is more than block_size={model.block_size}")
             check_sequences(study.n_seq, study.seq_len, cfg.dataset, cfg.bos)
             asked = [settings(model, cfg), seed, samples, study.n_seq, study.seq_len, study.ablations, study.probes]
-            what = files.content_hash(asked)
-            if arms.setdefault(what, arm) != arm:
+            config_hash = files.content_hash(asked)
+            if arms.setdefault(config_hash, arm) != arm:
                 others = ",".join(name for name in study.arms if name != arm)
-                raise UserError(f"arms {arms[what]} and {arm} are the same here: leave one out, as by --arms={others}")
-            jobs.append(Job(arm, seed, folder / f"{arm}-{seed}", given, model, cfg, what, code))
+                raise UserError(
+                    f"arms {arms[config_hash]} and {arm} are the same here: leave one out, as by --arms={others}"
+                )
+            jobs.append(Job(arm, seed, folder / f"{arm}-{seed}", given, model, cfg, config_hash, code_hash))
     return jobs
 
 
-def settings(model, cfg):
+def settings(model: GPTConfig, cfg: train.TrainConfig) -> dict[str, Any]:
     """{key: value} of all that makes a run what it is."""
     everything = {**dataclasses.asdict(model), **dataclasses.asdict(cfg)}
     return {key: value for key, value in everything.items() if key not in (*train.OF_COMMAND, "seed")}
 
 
-def size(model):
+def params_and_flops(model: GPTConfig) -> tuple[int, int]:
     """(parameters, training FLOPs per token) of a GPTConfig."""
     with torch.device("meta"):
         net = GPT(model)

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from data.loader import Tokens
 from detect import LAB
 from model import GPTConfig
-from spikesink import api, files
+from spikesink import api, files, schema
 from spikesink.commands import Outputs, parser_of
 from spikesink.edit import quantise
 from spikesink.errors import InterruptedRunError, UserError, cli
 from spikesink.hooks import on_streams
 from spikesink.measure import metrics
-from spikesink.measure.findings import ratio_of
+from spikesink.measure.sinks import PRIMARY_SINK_RULE
+from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.models import checkpoint
 from spikesink.models.hf import device_named
 from spikesink.options import Options, from_flags, whole
@@ -177,13 +178,13 @@ def measure(path, args):
     measured = {
         "loss": losses.mean().item(),
         "ppl": losses.mean().exp().item(),
-        "top1_over_median": max(map(ratio_of, found["layers"])),
-        "kurtosis": max(layer["kurtosis"] for layer in found["layers"]),
-        "spike_sequences": found["measures"]["rules"]["ratio"]["sequences"],
-        "sink_sequences": found["measures"]["rules"]["gu"]["best_head"],
-        "sink_1": found["sinks"]["gu"]["0.3"]["first"],
-        "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
-        "int8": quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size),
+        "top1_over_median": found.largest_ratio,
+        "kurtosis": found.largest_kurtosis,
+        "spike_sequences": found.measures.rules[PRIMARY_SPIKE_RULE].sequences,
+        "sink_sequences": found.measures.rules[PRIMARY_SINK_RULE].best_head,
+        "sink_1": found.sinks.first,
+        "verdicts": found.verdicts.words,
+        "int8": schema.to_json(quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size)),
     }
     return measured, losses, found
 
@@ -205,7 +206,7 @@ def mitigate(args):
     limit = float(f"{args.clip * largest_median(api.load(path, args.options, lab=LAB).subjects[0], cfg):.4g}")
     arms = {name: changes_of(name, path, limit, args, content) for name in ("none", *dict.fromkeys(args.arms))}
     before, clean, found = measure(path, args)
-    digest = found["checkpoint"]["sha256"]
+    digest = found.checkpoint.sha256
     rows = {name: [] for name in arms}
     losses = {name: [] for name in arms}
     each = [(name, seed) for seed in range(1, args.seeds + 1) for name in arms]
@@ -219,10 +220,12 @@ def mitigate(args):
     mean = {name: torch.stack(of).mean(0) for name, of in losses.items()}
     return {
         "schema": SCHEMA,
-        **{key: found[key] for key in ("checkpoint", "model", "data")},
+        "checkpoint": found.checkpoint,
+        "model": found.model,
+        "data": found.data,
         "training": {
             "steps": cfg.max_iters,
-            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found["model"]["block_size"],
+            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found.model["block_size"],
             "seeds": args.seeds,
             **{key: getattr(cfg, key) for key in ("learning_rate", "warmup_iters", "dataset", "optimizer", "dtype")},
             "clip": args.clip,
@@ -273,7 +276,7 @@ def main():
             )
     json_path, html_path = from_flags(Outputs, args).paths(args.checkpoint, "mitigate.json", "mitigate.html")
     found = mitigate(args)
-    files.save_json(json_path, found)
+    schema.save(json_path, found)
     report.mitigation_page(html_path, found)
     print(f"\n{report.mitigation_terminal(found)}\n\nfindings: {json_path}\npage:     {html_path}")
 

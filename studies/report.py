@@ -1,32 +1,35 @@
 """A study's and a mitigation's pages, figures and tables."""
 
 from pathlib import Path
+from typing import Any
 
-from spikesink.files import save_text
-from spikesink.show import ablation_figures, drawing, report
+from spikesink.show import drawing, page, report
 from spikesink.show.text import grid, interval, number
-from studies import figures, tables
+from studies import figures, mitigation_figures, tables
+from studies.table import Table
+from studies.tables import Rows
 
+Json = dict[str, Any]  # findings of mitigate, or a part of them
 PAGES = Path(__file__).with_name("pages")
 
 
-def of_seeds(value, form=".3g"):
+def of_seeds(value: Json, form: str = ".3g") -> str:
     """A number that seeds differ in, for a table: its mean, and where there are several its extremes."""
     mean, low, high = (number(value[key], form) for key in ("mean", "lowest", "highest"))
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def models_of(mitigation):
+def models_of(mitigation: Json) -> list[tuple[str, Json]]:
     """[(name, its entry)] of the checkpoint before and of every arm after fine-tuning."""
     return [("before", mitigation["before"]), *((arm["name"], arm) for arm in mitigation["arms"])]
 
 
-def paired(effect):
+def paired(effect: Json | None) -> str:
     """A change of the loss and its interval, for a table; empty where there is none."""
     return f"{effect['delta_loss']:+.4f} {interval(effect['ci95'], '+.4f')}" if effect else ""
 
 
-def mitigation_rows(mitigation):
+def mitigation_rows(mitigation: Json) -> Rows:
     """(header, rows) of the answer: is the spike gone, what did it cost, what does int8 cost then."""
     costs = {f"{granularity.replace('_', ' ')} int8 costs": granularity for granularity in mitigation["before"]["int8"]}
     header = ["", "top1/median", "loss", "against none", *costs]
@@ -43,7 +46,7 @@ def mitigation_rows(mitigation):
     return header, rows
 
 
-def phenomena_rows(mitigation):
+def phenomena_rows(mitigation: Json) -> Rows:
     """(header, rows) of what detect.py finds in every arm."""
     header = ["", "against before", "with a spike", "Sink_1 (0.3)", "best head, of sequences"]
     counted = lambda verdicts: ", ".join(word if len(verdicts) == 1 else f"{n} {word}" for word, n in verdicts.items())
@@ -61,7 +64,7 @@ def phenomena_rows(mitigation):
     return [*header, *(name.replace("_", "-") for name in mitigation["before"]["verdicts"])], rows
 
 
-def int8_rows(mitigation):
+def int8_rows(mitigation: Json) -> Rows:
     """(header, rows) of the loss of every arm in int8, and of what either half of it costs; a row per granularity."""
     rows = []
     for name, of in models_of(mitigation):
@@ -72,7 +75,7 @@ def int8_rows(mitigation):
     return ["", "loss in int8", "costs", "weights alone", "activations alone"], rows
 
 
-def fine_tuning(mitigation):
+def fine_tuning(mitigation: Json) -> list[str]:
     """How the arms were trained, and what each adds, in sentences."""
     of = mitigation["training"]
     keys = lambda arm: ", ".join(f"{key}={value}" for key, value in arm["changes"].items())
@@ -84,11 +87,16 @@ def fine_tuning(mitigation):
     ]
 
 
-def mitigation_terminal(mitigation):
+def conditions(mitigation: Json) -> str:
+    """Under what conditions the checkpoint was measured."""
+    return report.conditions(mitigation["checkpoint"], mitigation["data"])
+
+
+def mitigation_terminal(mitigation: Json) -> str:
     """A mitigation's findings as text."""
     return "\n\n".join(
         [
-            f"measured on {report.conditions(mitigation)}",
+            f"measured on {conditions(mitigation)}",
             " ".join(fine_tuning(mitigation)),
             grid(*mitigation_rows(mitigation)),
             grid(*phenomena_rows(mitigation)),
@@ -98,38 +106,36 @@ def mitigation_terminal(mitigation):
     )
 
 
-def mitigation_page(path, mitigation):
+def mitigation_page(path: str | Path, mitigation: Json) -> None:
     """Writes the page of a mitigation."""
-    report.write_page(
+    page.write_page(
         path,
         "mitigate.html",
         templates=PAGES,
         found=mitigation,
-        conditions=report.conditions(mitigation),
+        conditions=conditions(mitigation),
         fine_tuning=fine_tuning(mitigation),
         rows=mitigation_rows(mitigation),
         phenomena=phenomena_rows(mitigation),
         int8=int8_rows(mitigation),
-        drawn=drawing.for_page(ablation_figures.MITIGATION, models_of(mitigation)),
+        drawn=drawing.for_page(mitigation_figures.MITIGATION, models_of(mitigation)),
     )
 
 
-def study_files(folder, table, whole):
-    """Writes a study's table.md; with `whole`, also its page and its figures for a paper."""
+def study_page(folder: str | Path, table: Table) -> None:
+    """Writes a study's page, and its figures for a paper."""
     folder = Path(folder)
-    save_text(folder / "table.md", tables.markdown(table))
-    if whole:
-        report.write_page(
-            folder / "index.html",
-            "study.html",
-            templates=PAGES,
-            found=table,
-            counts=tables.counts(table),
-            judged=tables.judged(table),
-            sections=tables.sections(table),
-            conditions=tables.conditions(table),
-            note=tables.NOTE,
-            differs=tables.DIFFERS,
-            drawn=drawing.for_page(figures.STUDY, table),
-        )
-        report.figure_files(folder / "figures", (figures.STUDY, table))
+    page.write_page(
+        folder / "index.html",
+        "study.html",
+        templates=PAGES,
+        found=table,
+        counts=tables.counts(table),
+        judged=tables.judged(table),
+        sections=tables.sections(table),
+        conditions=tables.conditions(table),
+        note=tables.NOTE,
+        differs=tables.DIFFERS,
+        drawn=drawing.for_page(figures.STUDY, table),
+    )
+    page.figure_files(folder / "figures", (figures.STUDY, [("", table)]))

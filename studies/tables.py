@@ -1,186 +1,192 @@
 """A study's table in words: for a terminal, for Markdown, and what its page shows."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 
-from spikesink.measure.findings import name_of, ratio_of
 from spikesink.measure.spikes import SPIKE_RATIO
-from spikesink.show.text import grid, interval, number, visible
+from spikesink.show.text import grid, interval, number
 from studies import aggregate
 from studies.hypotheses import HYPOTHESES
-from studies.measures import measure_of
+from studies.runs.measures import measure_of
+from studies.runs.rows import DIVERGED, DONE, NOT_RUN, STARTED, Done, Ended, Planned
+from studies.table import Arm, Estimate, Table, Verdict
+
+Rows = tuple[list[str], list[list[str]]]  # a header, and what stands below it
 
 # measures that the tables show; all are in table.json
-SHOWN = ("loss", "top1/median", "largest |h|", "kurtosis", "spike tokens", "Sink_1", "best head", "sink tokens")
-SHOWN += ("P(sink | spike)", "P(spike | sink)")
+SHOWN = (
+    *("loss", "top1/median", "largest |h|", "kurtosis", "spike tokens", "Sink_1", "best head", "sink tokens"),
+    *("P(sink | spike)", "P(spike | sink)"),
+)
 COMPARED = ("loss", "top1/median", "kurtosis", "Sink_1", "best head", "P(sink | spike)", "P(spike | sink)")
 DIFFERS = (
     "Published: Sun et al. 2026 (arXiv 2603.05498), one run per arm, 7B parameters, 100B tokens, T 4096, Llama's block "
     "(RMSNorm, RoPE, SwiGLU): perplexity, sink rate in %, largest |h|. Ours differs in size, tokens, length, block and "
     "text: directions may be compared, numbers not."
 )
-NOTE = " ".join(aggregate.__doc__.split("\n\n", 1)[1].split())
+NOTE = " ".join((aggregate.__doc__ or "").partition("\n\n")[2].split())
 
 
-def cell(found, name, runs, difference=False):
+def cell(found: Estimate | None, name: str, runs: int, difference: bool = False) -> str:
     """A mean with its interval, and of how many of the `runs` if some have none; a difference has a sign or a cross."""
     measure = measure_of(name)
     form = measure.form
     if difference:
         form = ".2f" if measure.kind == "log" else form if form.startswith("+") else f"+{form}"
-    if not found or found["mean"] is None:
+    if not found or found.mean is None:
         return "–"
     sign = "×" if difference and measure.kind == "log" else ""
-    some = f"({found['n']} of {runs})" if found["n"] < runs else ""
-    return " ".join(filter(None, (f"{sign}{number(found['mean'], form)}", interval(found["ci95"], form), some)))
+    some = f"({found.n} of {runs})" if found.n < runs else ""
+    return " ".join(filter(None, (f"{sign}{number(found.mean, form)}", interval(found.ci95, form), some)))
 
 
-def changes(arm):
+def changes(arm: Arm) -> str:
     """What an arm changes, as keys."""
-    return ", ".join(f"{key}={value}" for key, value in arm["changes"].items()) or "the baseline"
+    return ", ".join(f"{key}={value}" for key, value in arm.changes.items()) or "the baseline"
 
 
-def arm_rows(table):
+def arm_rows(table: Table) -> Rows:
     """(header, rows): every arm at the end of training, means over seeds."""
     header = ["arm", "changes", "params (M)", "ended", *SHOWN]
-    header += ["published ppl, sink %, |h|"] if table["published"] else []
+    header += ["published ppl, sink %, |h|"] if table.published else []
     rows = []
-    for name, arm in table["arms"].items():
-        ended = f"{arm['done']} of {len(arm['seeds'])}" + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
-        parameters = f"{arm['parameters'] / 1e6:.3f}" + ("" if arm["matched"] else " (not matched)")
-        row = [name, changes(arm), parameters, ended, *(cell(arm["mean"].get(m), m, arm["done"]) for m in SHOWN)]
-        if table["published"]:
-            row.append(", ".join(number(x, "g") for x in table["published"].get(name, ())) or "–")
+    for name, arm in table.arms.items():
+        ended = f"{arm.done} of {len(arm.seeds)}" + (f", {arm.diverged} diverged" if arm.diverged else "")
+        parameters = f"{arm.parameters / 1e6:.3f}" + ("" if arm.matched else " (not matched)")
+        row = [name, changes(arm), parameters, ended, *(cell(arm.mean.get(m), m, arm.done) for m in SHOWN)]
+        if table.published:
+            row.append(", ".join(number(x, "g") for x in table.published.get(name, ())) or "–")
         rows.append(row)
     return header, rows
 
 
-def pairs_of(table):
+def pairs_of(table: Table) -> dict[str, int]:
     """{arm: number of seeds with which both it and the baseline have ended}."""
-    seeds = {name: set(aggregate.done(arm["seeds"])) for name, arm in table["arms"].items()}
-    return {name: len(of & seeds[table["baseline"]]) for name, of in seeds.items()}
+    seeds = {name: set(aggregate.done(arm.seeds)) for name, arm in table.arms.items()}
+    return {name: len(both & seeds[table.baseline]) for name, both in seeds.items()}
 
 
-def difference_rows(table):
+def difference_rows(table: Table) -> Rows:
     """(header, rows): every arm against the baseline at equal tokens."""
     header = ["arm - baseline", *COMPARED]
-    others = {name: arm for name, arm in table["arms"].items() if "difference" in arm}
+    others = {name: arm.difference for name, arm in table.arms.items() if arm.difference is not None}
     runs = pairs_of(table)
     return header, [
-        [name, *(cell(arm["difference"].get(m), m, runs[name], True) for m in COMPARED)] for name, arm in others.items()
+        [name, *(cell(differences.get(m), m, runs[name], True) for m in COMPARED)]
+        for name, differences in others.items()
     ]
 
 
-def equal_loss_rows(table):
+def equal_loss_rows(table: Table) -> Rows:
     """(header, rows): the same at equal loss, and at which steps that is."""
     header = ["arm - baseline", "at step", "baseline at", *COMPARED]
     rows, runs = [], pairs_of(table)
-    for name, arm in table["arms"].items():
-        if "equal_loss" in arm:
-            at = arm["equal_loss"]
-            cells = (cell(at["measures"].get(m), m, runs[name], True) for m in COMPARED)
-            rows.append([name, number(at["step"], ".0f"), number(at["baseline_step"], ".0f"), *cells])
+    for name, arm in table.arms.items():
+        at = arm.equal_loss
+        if at is not None:
+            cells = (cell(at.measures.get(m), m, runs[name], True) for m in COMPARED)
+            rows.append([name, number(at.step, ".0f"), number(at.baseline_step, ".0f"), *cells])
     return header, rows
 
 
-def onset_rows(table):
+def done_runs(table: Table) -> list[tuple[str, Done]]:
+    """The runs that reached their end, each with what it is called."""
+    runs = ((name, row) for name, arm in table.arms.items() for row in arm.seeds)
+    return [(f"{name}, seed {row.seed}", row) for name, row in runs if isinstance(row, Done)]
+
+
+def onset_rows(table: Table) -> Rows:
     """(header, rows): the step from which on most sequences have a spike, and a sink in one head, run by run."""
     rows = []
-    for name, arm in table["arms"].items():
-        for seed, row in aggregate.done(arm["seeds"]).items():
-            cells = [aggregate.onset(row["course"], measure) for measure in ("spike sequences", "best head")]
-            rows.append([f"{name}, seed {seed}", *("never" if step is None else f"{step:,}" for step in cells)])
+    for run, row in done_runs(table):
+        steps = [aggregate.onset(row.course, measure) for measure in ("spike sequences", "best head")]
+        rows.append([run, *("never" if step is None else f"{step:,}" for step in steps)])
     return ["run", "spikes from step", "sinks from step"], rows
 
 
-def where(found):
-    """Of detect.py's findings, where the spikes are: top1/median by layer, and the texts of the tokens it lists."""
-    texts = Counter(visible(t["text"]) for t in found["spikes"]["tokens"] if found["spikes"]["primary"] in t["rules"])
-    finite = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
-    return {"layers": {name_of(layer): ratio_of(layer) for layer in finite}, "tokens": dict(texts)}
-
-
-def where_rows(table):
+def where_rows(table: Table) -> Rows:
     """(header, rows): in which layers the stream has a spike, and on which tokens, run by run."""
     rows = []
-    for name, arm in table["arms"].items():
-        for seed, row in aggregate.done(arm["seeds"]).items():
-            layers, tokens = row["where"]["layers"], Counter(row["where"]["tokens"])
-            largest = max(layers, key=layers.get, default=None)
-            above = [layer for layer, ratio in layers.items() if ratio >= SPIKE_RATIO]
-            seen = [f"{text} {n} of {tokens.total()}" for text, n in tokens.most_common(3)]
-            cells = number(layers.get(largest)), f"{len(above)} of {len(layers)}", above[0] if above else "–"
-            rows.append([f"{name}, seed {seed}", largest or "–", *cells, ", ".join(seen) or "–"])
+    for run, row in done_runs(table):
+        layers, tokens = row.where.layers, Counter(row.where.tokens)
+        largest, ratio = max(layers.items(), key=lambda item: item[1], default=("–", None))
+        above = [layer for layer, of_layer in layers.items() if of_layer >= SPIKE_RATIO]
+        seen = [f"{text} {n} of {tokens.total()}" for text, n in tokens.most_common(3)]
+        cells = number(ratio), f"{len(above)} of {len(layers)}", above[0] if above else "–"
+        rows.append([run, largest, *cells, ", ".join(seen) or "–"])
     return ["run", "largest after", "top1/median", "layers with a spike", "the first", "on tokens"], rows
 
 
-def effect_rows(table):
+def effect_rows(table: Table) -> Rows:
     """(header, rows): what the interventions do in every arm."""
-    means = [(name, of) for arm in table["arms"].values() for name, of in arm["mean"].items()]
-    names = dict.fromkeys(name for name, of in means if ": " in name and of["n"])
-    rows = [[name, *(cell(arm["mean"].get(m), m, arm["done"]) for m in names)] for name, arm in table["arms"].items()]
+    means = [item for arm in table.arms.values() for item in arm.mean.items()]
+    names = dict.fromkeys(name for name, mean in means if ": " in name and mean.n)
+    rows = [[name, *(cell(arm.mean.get(m), m, arm.done) for m in names)] for name, arm in table.arms.items()]
     return ["arm", *names], rows if names else []
 
 
-def interaction_rows(table):
+def interaction_rows(table: Table) -> Rows:
     """(header, rows): what two changes together do beyond the sum of both."""
-    runs = table["arms"][table["baseline"]]["done"]
-    rows = [[name, *(cell(of.get(m), m, runs, True) for m in COMPARED)] for name, of in table["interactions"].items()]
+    runs = table.base.done
+    rows = [[name, *(cell(of.get(m), m, runs, True) for m in COMPARED)] for name, of in table.interactions.items()]
     return ["both - each", *COMPARED], rows
 
 
-def run_rows(table):
+def run_rows(table: Table) -> Rows:
     """(header, rows): every run that was planned, whatever became of it."""
     header = ["run", "status", "step", "loss", "top1/median", "largest |h|", "Sink_1", "P(sink | spike)"]
     header += ["spike", "sink", "co-occurrence", "job", "code", "weights"]
     rows = []
-    for name, arm in table["arms"].items():
-        for row in arm["seeds"]:
-            status = row["status"] + (f" at learning rate {row['lr']:.3g}" if row["status"] == "diverged" else "")
-            of = row.get("measures", {})
-            cells = [number(of.get(m), measure_of(m).form) for m in header[3:8]]
-            verdicts = row.get("verdicts", {})
-            verdicts = [verdicts.get(what, "–") for what in ("spike", "sink", "co_occurrence")]
-            start = [f"{name}, seed {row['seed']}", status, f"{row['step']:,}" if "step" in row else "–"]
-            rows.append([*start, *cells, *verdicts, row["job"], row["code"], row.get("weights", "–")])
+    for name, arm in table.arms.items():
+        for row in arm.seeds:
+            ended, done = row if isinstance(row, Ended) else None, row if isinstance(row, Done) else None
+            status = row.status + (f" at learning rate {ended.lr:.3g}" if ended and ended.lr is not None else "")
+            cells = [number(done.measures.get(m) if done else None, measure_of(m).form) for m in header[3:8]]
+            verdicts = [done.verdicts.get(m, "–") if done else "–" for m in ("spike", "sink", "co_occurrence")]
+            start = [f"{name}, seed {row.seed}", status, f"{ended.step:,}" if ended else "–"]
+            rows.append([*start, *cells, *verdicts, row.job, row.code, done.weights if done else "–"])
     return header, rows
 
 
-def conditions(table):
+def conditions(table: Table) -> list[str]:
     """Under what conditions every number of the table was measured."""
-    of, config = table["measured"], table["config"]
-    arm = table["arms"][table["baseline"]]
+    of, config = table.measured, table.config
     start = "each starting with BOS" if config["bos"] else "no BOS"
-    ran = {(row["machine"], row["torch"]) for arm in table["arms"].values() for row in arm["seeds"] if "machine" in row}
+    ran = {(row.machine, row.torch) for row in all_runs(table) if isinstance(row, Ended)}
     batch = config["batch_size"] * config["gradient_accumulation_steps"]
-    ran = "; ".join(sorted(f"{machine}, torch {version}" for machine, version in ran)) or "nothing yet"
+    machines = "; ".join(sorted(f"{machine}, torch {version}" for machine, version in ran)) or "nothing yet"
     return [
-        f"Command: {table['command']}",
-        f"Trained: {arm['tokens'] / 1e6:,.2f}M tokens of {config['dataset']} a run ({config['max_iters']:,} steps of "
-        f"{batch} x {config['block_size']}), layers {config['n_layer']}, heads {config['n_head']}, width "
+        f"Command: {table.command}",
+        f"Trained: {table.base.tokens / 1e6:,.2f}M tokens of {config['dataset']} a run ({config['max_iters']:,} steps "
+        f"of {batch} x {config['block_size']}), layers {config['n_layer']}, heads {config['n_head']}, width "
         f"{config['n_embd']}; where arms differ, see changes. loss: the trainer's, on its validation batches.",
-        f"Measured on {of['n_seq']} sequences of {of['seq_len']} tokens of the validation split, {start}, "
-        f"{of['dtype']}, by detect.py and ablate.py; {of['points']} checkpoints of each run and that of step 0 for the "
+        f"Measured on {of.n_seq} sequences of {of.seq_len} tokens of the validation split, {start}, "
+        f"{of.dtype}, by detect.py and ablate.py; {of.points} checkpoints of each run and that of step 0 for the "
         "time course and for equal loss, which is so fine and no finer.",
-        f"Ran on {ran}; Python {table['python']}, spikesink {table['spikesink']}, commit {table['git_commit'][:12]}, "
-        f"code {table['code']}.",
+        f"Ran on {machines}; Python {table.python}, spikesink {table.spikesink}, commit {table.git_commit[:12]}, "
+        f"code {table.code}.",
     ]
 
 
-def counts(table):
+def all_runs(table: Table) -> list[Done | Ended | Planned]:
+    """Every run that was planned."""
+    return [row for arm in table.arms.values() for row in arm.seeds]
+
+
+def counts(table: Table) -> str:
     """How many runs were planned, and what became of them."""
-    rows = [row for arm in table["arms"].values() for row in arm["seeds"]]
-    kinds = ("done", "diverged", "started", "not run")
-    of = {kind: sum(row["status"] == kind for row in rows) for kind in kinds}
-    return f"{len(rows)} runs: " + ", ".join(f"{n} {kind}" for kind, n in of.items() if n)
+    status = Counter(row.status for row in all_runs(table))
+    known = (f"{status[kind]} {kind}" for kind in (DONE, DIVERGED, STARTED, NOT_RUN) if status[kind])
+    return f"{status.total()} runs: {', '.join(known)}"
 
 
-def verdict_rows(table):
+def verdict_rows(table: Table) -> Rows:
     """(header, rows) of the hypotheses."""
     header = ["", "claim", "verdict", "numbers"]
-    return header, [[name, of["claim"], of["verdict"], of["reason"]] for name, of in table["hypotheses"].items()]
+    return header, [[name, of.claim, of.verdict, of.reason] for name, of in table.hypotheses.items()]
 
 
-SECTIONS = {  # title -> (its rows, a note on them)
+SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its rows, a note on them)
     "The arms at the end of training": (arm_rows, "Mean over seeds [95% interval]."),
     "Against the baseline, at equal tokens": (difference_rows, "Paired by seed; × for a factor."),
     "Against the baseline, at equal loss": (
@@ -204,16 +210,16 @@ SECTIONS = {  # title -> (its rows, a note on them)
 }
 
 
-def sections(table):
+def sections(table: Table) -> list[tuple[str, list[str], list[list[str]], str]]:
     """[(title, header, rows, note)] of the tables that have rows."""
     made = [(title, *rows(table), note) for title, (rows, note) in SECTIONS.items()]
     return [section for section in made if section[2]]
 
 
-def markdown(table):
+def markdown(table: Table) -> str:
     """The table as Markdown."""
     lines = [
-        f"# {table['name']}: {table['question']}",
+        f"# {table.name}: {table.question}",
         "",
         counts(table) + ".",
         "",
@@ -224,25 +230,25 @@ def markdown(table):
         lines += [text.replace("Command: ", "Command: `") + ("`" if text.startswith("Command") else ""), ""]
     for title, header, rows, note in sections(table):
         lines += [f"## {title}", "", note, "", *markdown_table(header, rows), ""]
-    lines += ["## Notes", "", NOTE, "", *([DIFFERS, ""] if table["published"] else [])]
-    rules = [f"- {of['rule']}" for name, of in table["hypotheses"].items() if name in table["asked"]]
+    lines += ["## Notes", "", NOTE, "", *([DIFFERS, ""] if table.published else [])]
+    rules = [f"- {of.rule}" for of in judged(table).values()]
     return "\n".join([*lines, *(["Rules of the verdicts:", "", *rules, ""] if rules else [])])
 
 
-def markdown_table(header, rows):
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     escaped = lambda row: "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
     return [escaped(header), "|" + "---|" * len(header), *map(escaped, rows)]
 
 
-def terminal(table):
+def terminal(table: Table) -> str:
     """The verdicts and the first table."""
-    asked = [f"{n} {of['verdict'].upper()}: {of['claim']}. {of['reason']}." for n, of in judged(table).items()]
+    asked = [f"{name} {of.verdict.upper()}: {of.claim}. {of.reason}." for name, of in judged(table).items()]
     header, rows = arm_rows(table)
     short = [[row[0], *row[3:]] for row in rows]
-    return "\n\n".join([table["question"], counts(table), *asked, grid([header[0], *header[3:]], short)])
+    return "\n\n".join([table.question, counts(table), *asked, grid([header[0], *header[3:]], short)])
 
 
-def judged(table):
+def judged(table: Table) -> dict[str, Verdict]:
     """The hypotheses that the study asks."""
-    return {name: table["hypotheses"][name] for name in HYPOTHESES if name in table["asked"]}
+    return {name: table.hypotheses[name] for name in HYPOTHESES if name in table.asked}

@@ -1,6 +1,6 @@
 """RESULTS.md from results/RESULTS.in.md: every number in its prose is taken from a study's table.json.
 
-  python results/write.py
+  python -m studies.write_results
 
 {STUDY; ARM; MEASURE}           a mean over seeds with its 95% interval
 {STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens, = for - at equal loss
@@ -14,78 +14,81 @@
 
 import json
 import re
-import sys
+from collections.abc import Mapping
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from spikesink.errors import UserError, cli
 from spikesink.show.text import number
-from studies.measures import measure_of
+from studies.runs.measures import measure_of
+from studies.runs.rows import Done
+from studies.table import Table, load_table
 from studies.tables import cell, markdown_table, pairs_of
 
+ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "results" / "RESULTS.in.md"
 
 
-def of_arm(table, arm, measure):
+def of_arm(table: Table, arm: str, measure: str) -> str:
     """A mean, a difference, or a run's own number, in words. Raises KeyError."""
-    arms = table["arms"]
+    arms = table.arms
     if arm in arms and measure.endswith(" present"):
-        of = arms[arm]
-        return f"{of['verdicts'][measure.removesuffix(' present')].get('present', 0)} of {of['done']}"
+        counts = arms[arm].verdicts[measure.removesuffix(" present")]
+        return f"{counts.get('present', 0)} of {arms[arm].done}"
     if arm in arms:
-        return cell(arms[arm]["mean"][measure], measure, arms[arm]["done"])
+        return cell(arms[arm].mean[measure], measure, arms[arm].done)
     name, sign, rest = arm.rpartition(" - ") if " - " in arm else arm.rpartition(" = ")
-    if sign and rest == table["baseline"]:
-        differences = arms[name]["difference"] if sign == " - " else arms[name]["equal_loss"]["measures"]
-        return cell(differences[measure], measure, pairs_of(table)[name], True)
+    if sign and rest == table.baseline:
+        equal = arms[name].equal_loss
+        differences = arms[name].difference if sign == " - " else equal and equal.measures
+        return cell((differences or {})[measure], measure, pairs_of(table)[name], True)
     name, _, seed = arm.rpartition(" ")
-    row = next(row for row in arms[name]["seeds"] if str(row["seed"]) == seed)
-    if measure in row and measure != "loss":
-        return str(row[measure])
-    return number(row["measures"][measure], measure_of(measure).form)
+    row = next(row for row in arms[name].seeds if str(row.seed) == seed)
+    if measure in ("status", "step", "lr"):
+        return str(getattr(row, measure))
+    if not isinstance(row, Done):
+        raise KeyError(f"{arm} is {row.status}")
+    return number(row.measures[measure], measure_of(measure).form)
 
 
-def filled(field, tables):
+def filled(field: str, tables: Mapping[str, Table]) -> str:
     """What stands for one field. Raises UserError."""
     if field == "trials":
         return trials()
     try:
         study, *path = (" ".join(part.split()) for part in field.split(";"))
         table = tables[study]
-        if path[0] in table["hypotheses"]:
-            of = table["hypotheses"][path[0]]
-            return of["verdict"] if len(path) == 1 else f"{of['verdict']}: {of['reason']}".replace("|", "\\|")
+        if path[0] in table.hypotheses:
+            of = table.hypotheses[path[0]]
+            return of.verdict if len(path) == 1 else f"{of.verdict}: {of.reason}".replace("|", "\\|")
         if len(path) == 1:
-            value = (table["config"] | table)[path[0]]
+            value = (table.config | vars(table))[path[0]]
             return f"{value:,}" if isinstance(value, int) else str(value)
         arms, measures = path
-        many = list(table["arms"]) if arms == "*" else arms.split(", ")
+        many = list(table.arms) if arms == "*" else arms.split(", ")
         if arms != "*" and len(many) == 1 and ", " not in measures:
             return of_arm(table, arms, measures)
         names = measures.split(", ")
         return "\n".join(
             markdown_table(["arm", *names], [[arm, *(of_arm(table, arm, name) for name in names)] for arm in many])
         )
-    except (KeyError, StopIteration, ValueError) as error:
+    except (KeyError, StopIteration, ValueError, AttributeError) as error:
         raise UserError(f"{TEMPLATE.name}: {{{field}}} names nothing in results/*/table.json ({error})") from None
 
 
-def trials():
+def trials() -> str:
     """The single runs by which the scales were found."""
     rows = json.loads((ROOT / "results" / "trials.json").read_text())
     text = lambda value: "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
     return "\n".join(markdown_table(list(rows[0]), [list(map(text, row.values())) for row in rows]))
 
 
-def render():
+def render() -> str:
     """The text of RESULTS.md."""
-    tables = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "results").glob("*/table.json")}
+    tables = {path.parent.name: load_table(path) for path in (ROOT / "results").glob("*/table.json")}
     return re.sub(r"\{([^{}]+)\}", lambda match: filled(match[1], tables), TEMPLATE.read_text())
 
 
-def main():
+def main() -> None:
     (ROOT / "RESULTS.md").write_text(render())
     print("RESULTS.md")
 

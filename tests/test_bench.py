@@ -1,6 +1,7 @@
-"""bench.py measures what it says: the recipe is the same model and the same step, and methods run in turn."""
+"""Benchmarks measure what they say: the recipe is the same model and the same step, and methods run in turn."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +65,27 @@ def test_training_is_measured_in_turn_and_reported(monkeypatch, tmp_path, cli):
 
 
 ARGUMENTS = bench.arguments
+
+
+def test_what_was_not_measured_is_a_dash():
+    row = {"T": 8192, "model": "m", "plain_s": 2.0, "observe_s": 3.0, "ratio": 1.5, "ratio_range": [1.25, 1.75]}
+    row |= {"eager_s": None, "plain_mb": 1234.5, "observe_mb": None, "eager_mb": None, "maps_mb": 1e4}
+    cells = bench.table("detect", [row]).splitlines()[1].split()
+    assert cells == ["8,192", "m", "2", "3", "1.50", "1.25,", "1.75", "–", "1,234", "–", "–", "10,000"]
+
+
+def test_power_on_a_few_sizes(cli, tmp_path):
+    code, out, err = cli("benchmarks.power", "--quick", "--out", tmp_path)
+    assert code == 0, err
+    found = json.loads((tmp_path / "power.json").read_text())
+    of_ratio = {row["size"]: row["power"] for row in found["spikes"] if row["rule"] == "ratio"}
+    assert of_ratio == {5: 0, 100: 1} and [row["power"] for row in found["sinks"]][-1] == 1
+    assert (tmp_path / "power.md").read_text() in out and (tmp_path / "power.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_spike_of_a_model_larger_than_memory_is_found(cli, tmp_path):
+    shape = ("--layers=3", "--hidden=256", "--ffn=512", "--vocab=500", "--max_memory=1")
+    code, out, err = cli("benchmarks.seven_b", *shape, f"--out={tmp_path / 'small.md'}")
+    assert code == 0, err
+    assert "Found: channel 11, by ffn 1 for 100% of 7 tokens" in out

@@ -11,13 +11,15 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import spikesink
+from spikesink import schema
 from spikesink.edit import interventions
+from spikesink.edit.clean_pass import CleanPass
 from spikesink.errors import UserError
 from spikesink.measure import findings
 from spikesink.measure.observe import observe
-from spikesink.models import disk_weights, hf
+from spikesink.models import disk_weights, hf, views
 
-from .conftest import same
+from .conftest import same, tiny
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -204,7 +206,7 @@ def test_updates_add_up_to_the_stream(family):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     subject = hf.subject_of(build(family), str)
-    clean = interventions.Clean.of(subject, IDS)
+    clean = CleanPass.of(subject, IDS)
     received = []
 
     def look(module, args, kwargs, output):
@@ -222,7 +224,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_edit_is_the_same_on_the_shared_prefix(family):
     for subject in hf.subjects_of(build(family), str):
-        clean = interventions.Clean.of(subject, IDS)
+        clean = CleanPass.of(subject, IDS)
         for stage in range(len(subject.stages) + 1):
             with clean.prefix(stage):
                 assert torch.equal(subject.losses(IDS), clean.losses)
@@ -330,7 +332,7 @@ def test_a_model_in_memory_is_given_back_as_it_was(family, attention):
     """What is held, and bitwise a training step, are those of a copy that nobody looked at."""
     model = in_training(family, attention)
     untouched, before = copy.deepcopy(model), held(model)
-    with spikesink.open(model, tokens=IDS, nulls=2, calibration=True) as look:
+    with spikesink.open(model, tokens=IDS, nulls=1, calibration=True) as look:
         assert not any(m.training for m in model.modules())
         spikesink.detect(look)
         with spikesink.spike_zero(look):
@@ -356,6 +358,21 @@ def test_a_model_in_memory_is_as_it_was_after_a_refusal_and_an_error(harm, monke
     assert same(held(model), before)
     monkeypatch.undo()
     assert same(training_step(model), training_step(untouched))
+
+
+@pytest.mark.parametrize("make", [lambda: in_training("gpt2", "sdpa").eval(), tiny], ids=["transformers", "GPT"])
+def test_a_compiled_model_in_memory_is_looked_at_uncompiled(make):
+    """Compiled code calls no hook; afterwards the model is compiled as before."""
+    model = make()
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        plain = schema.to_json(spikesink.detect(look))
+    model.compile(backend="eager")
+    model(IDS)
+    before = [{name: vars(m).get(name) for name in views.COMPILED} for m in model.modules()]
+    assert any(any(of.values()) for of in before)
+    with spikesink.open(model, tokens=IDS, nulls=0) as look:
+        assert same(schema.to_json(spikesink.detect(look))["layers"], plain["layers"])
+    assert [{name: vars(m).get(name) for name in views.COMPILED} for m in model.modules()] == before
 
 
 def test_the_attention_of_inner_configs_comes_back():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spikesink.edit import interventions
-from spikesink.edit.interventions import INTERVENTIONS, REMOVALS, Clean, Reference
+from spikesink.edit.clean_pass import CleanPass, Reference
+from spikesink.edit.interventions import INTERVENTIONS, REMOVALS
 from spikesink.hooks import hooked, on_streams
 from spikesink.measure.sinks import eligible_keys, queries_per_key
 
@@ -20,9 +21,9 @@ SPIKE = (ROWS, ROWS * 3)  # where token 63 stands; its spike is in channel 7, fr
 
 @pytest.fixture
 def both(marked_ids):  # noqa: F811
-    """(subject with a planted spike and a planted sink, Clean, Reference)."""
+    """(subject with a planted spike and a planted sink, CleanPass, Reference)."""
     subject = subject_of(planted(size=300.0, sink_logit=10.0))
-    return subject, Clean.of(subject, marked_ids), Reference(subject, marked_ids)
+    return subject, CleanPass.of(subject, marked_ids), Reference(subject, marked_ids)
 
 
 def streams_under(clean, *edits):
@@ -51,7 +52,7 @@ def output_under(clean, layer, edit):
 
 def test_nothing_and_what_finds_nothing_are_bit_identical(ids):
     subject = subject_of(tiny())  # has no spikes
-    clean, reference = Clean.of(subject, ids), Reference(subject, ids)
+    clean, reference = CleanPass.of(subject, ids), Reference(subject, ids)
     assert torch.equal(clean.losses, subject.losses(ids))
     for name in ("spike_zero", "spike_mean", "spike_clip", "spike_stepup", "spike_project", "spike_constant"):
         edit = EVERY[name].edit(clean, reference)
@@ -65,7 +66,7 @@ def test_nothing_and_what_finds_nothing_are_bit_identical(ids):
 @pytest.mark.parametrize("changes", [{}, {"norm_place": "post"}, {"n_register": 2, "position": "rope"}])
 def test_the_shared_prefix_is_bit_identical_and_not_computed(ids, changes):
     subject = subject_of(tiny(n_layer=3, **changes))
-    clean = Clean.of(subject, ids)
+    clean = CleanPass.of(subject, ids)
     calls = []
     counted = [(tap.module, lambda m, a, k, out: calls.append(1)) for tap in subject.attends]
     for stage in range(len(subject.stages) + 1):
@@ -143,7 +144,7 @@ def test_the_step_up_is_where_spikes_first_stand_not_where_most_are(both):
         return last[-1]
 
     with on_streams(subject.streams[3:5], [more, lambda x: last[-1]]):
-        assert [int(marked.sum()) for marked in Clean.of(subject, clean.ids).spikes] == [0, 0, 6, 9, 9]
+        assert [int(marked.sum()) for marked in CleanPass.of(subject, clean.ids).spikes] == [0, 0, 6, 9, 9]
         assert Reference(subject, clean.ids).step_up == 2  # only three are new at tap 3
 
 
@@ -207,7 +208,7 @@ def test_sink_edits_are_their_formulas(both):
 @pytest.mark.parametrize("attention", ["softmax1", "kv_bias", "clipped", "sigmoid", "relu"])
 def test_relocation_moves_the_weights_that_are_used(ids, attention):
     subject = subject_of(tiny(attention=attention, n_kv_head=1))
-    clean = Clean.of(subject, ids)
+    clean = CleanPass.of(subject, ids)
     clean.sinks = [torch.zeros(6, 2, 32, dtype=torch.bool) for _ in range(2)]
     clean.sinks[0][2, 1, [4, 5]] = True
     module = subject.attends[0].module
@@ -229,14 +230,14 @@ def test_destinations():
 @pytest.mark.parametrize("changes", [{}, {"attention": "relu"}, {"attention": "softmax1", "n_kv_head": 1}])
 def test_bos_remove_is_the_model_without_bos(ids, changes):
     subject = subject_of(tiny(position="rope", **changes))  # positions count only relative to each other
-    with interventions.bos_remove(Clean.of(subject, ids)):
+    with interventions.bos_remove(CleanPass.of(subject, ids)):
         without = subject.losses(ids)[:, 1:]
     torch.testing.assert_close(without, subject.losses(ids[:, 1:]), atol=1e-4, rtol=1e-4)
 
 
 def test_bos_stands_after_the_registers(ids):
     subject = subject_of(tiny(n_register=2))
-    clean = Clean.of(subject, ids)
+    clean = CleanPass.of(subject, ids)
     received = []
     look = lambda module, args, kwargs, output: received.append(module.shares(*args[:2], 0, kwargs["bias"]))
     with interventions.bos_remove(clean), hooked([(tap.module, look) for tap in subject.attends]):
@@ -267,7 +268,7 @@ def test_key_controls_are_matched(both):
 
 def test_controls_do_not_depend_on_the_batch(both):
     subject, clean, _ = both
-    part = Clean.of(subject, clean.ids[2:5], torch.arange(2, 5))
+    part = CleanPass.of(subject, clean.ids[2:5], torch.arange(2, 5))
     for control in ("random_channels", "median_entries"):
         pairs = zip(interventions.entries_of(part, control), interventions.entries_of(clean, control), strict=True)
         assert all(torch.equal(a, b[2:5]) for a, b in pairs)

@@ -1,10 +1,14 @@
 """What an intervention is said to change: against written formulas, and models built so that the answer is known."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from spikesink.edit import interventions, outcomes
-from spikesink.edit.interventions import INTERVENTIONS, Clean, Reference
+from spikesink.edit.clean_pass import CleanPass, Reference
+from spikesink.edit.findings import Left, ShareIntervals
+from spikesink.edit.interventions import INTERVENTIONS
 from spikesink.text.sequences import PADDING
 
 from .conftest import subject_of, tiny
@@ -63,7 +67,7 @@ def table_of_needs(model):
     subject, ids = subject_of(model), many()
     reference = Reference(subject, ids)
     measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), 5)
-    entries = {entry["name"]: entry for entry in outcomes.entries(TABLE, measured)}
+    entries = {entry.name: entry for entry in outcomes.table_entries(TABLE, measured)}
     return outcomes.two_by_two(entries.values()), entries
 
 
@@ -74,26 +78,26 @@ def table_of_needs(model):
 def test_the_two_by_two_of_models_whose_answer_is_known(model, sinks_need_spikes, spikes_need_sinks):
     cells, entries = table_of_needs(model())
     spikes, sinks = cells["remove_spikes"], cells["remove_sinks"]
-    assert spikes["edited"] and sinks["edited"]
-    assert (spikes["needs"], sinks["needs"]) == (sinks_need_spikes, spikes_need_sinks)
-    assert spikes["spikes_remain"]["same"] == 0 and sinks["sinks_remain"]["same"] == 0  # what was removed is gone
-    assert spikes["sinks_remain"]["sequences"] == 16
-    assert entries["sink_relocate"]["sinks_left"]["same"] == 0
-    assert entries["sink_relocate"]["sinks_left"]["all"] > 0.5  # it is elsewhere now
+    assert spikes.edited and sinks.edited
+    assert (spikes.needs, sinks.needs) == (sinks_need_spikes, spikes_need_sinks)
+    assert spikes.spikes_remain.same == 0 and sinks.sinks_remain.same == 0  # what was removed is gone
+    assert spikes.sinks_remain.sequences == 16
+    assert entries["sink_relocate"].sinks_left.same == 0
+    assert entries["sink_relocate"].sinks_left.all > 0.5  # it is elsewhere now
 
 
 def test_few_sequences_are_underpowered():
     _, entries = table_of_needs(sink_needs_spike())
     entry = entries["spike_zero"]
-    assert outcomes.needs(entry, "sinks_left") == "yes"
-    few = {**entry["sinks_left"], "sequences": 9}
-    assert outcomes.needs({**entry, "sinks_left": few}, "sinks_left") == "underpowered"
-    assert outcomes.needs({**entry, "edited": 0}, "sinks_left") == "underpowered"
+    verdict_if = lambda **changes: outcomes.needs_verdict(dataclasses.replace(entry, **changes), "sinks")
+    assert verdict_if() == "yes"
+    assert verdict_if(sinks_left=dataclasses.replace(entry.sinks_left, sequences=9)) == "underpowered"
+    assert verdict_if(edited=0) == "underpowered"
     for share, needs in ((0.3, "yes"), (0.6, "no")):
-        left = {"sequences": 16, "same": share, "all": share, "ci95": {"same": [share - 0.05, share + 0.05]}}
-        assert outcomes.needs({**entry, "sinks_left": left}, "sinks_left") == needs
-    same = [{**c, "sinks_left": entry["sinks_left"]} for c in entry["control"]]
-    assert outcomes.needs({**entry, "control": same}, "sinks_left") == "unclear"  # the control does it as well
+        ci95 = ShareIntervals(same=[share - 0.05, share + 0.05], all=None)
+        assert verdict_if(sinks_left=Left(sequences=16, same=share, all=share, ci95=ci95)) == needs
+    same = [dataclasses.replace(control, sinks_left=entry.sinks_left) for control in entry.control]
+    assert verdict_if(control=same) == "unclear"  # the control does it as well
 
 
 def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
@@ -104,30 +108,28 @@ def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
     delta = torch.full((16, 31), torch.nan)
     for n in range(16):
         row = ids[n][ids[n] != PADDING][None]
-        clean = Clean.of(subject, row)
+        clean = CleanPass.of(subject, row)
         with interventions.spike_zero(clean):
             delta[n, : row.size(1) - 1] = (subject.losses(row) - clean.losses)[0]
-    entry = outcomes.effect("spike_zero", "spike", measured)
-    assert entry["delta_loss"] == pytest.approx(delta.nanmean(1).mean().item(), rel=1e-4)
-    assert entry["by_position"] == pytest.approx(delta.nanmean(0).tolist(), abs=1e-5)
+    entry = outcomes.table_entries(TABLE, measured)[0]
+    assert entry.delta_loss == pytest.approx(delta.nanmean(1).mean().item(), rel=1e-4)
+    assert entry.by_position == pytest.approx(delta.nanmean(0).tolist(), abs=1e-5)
     at = torch.arange(16) % 8
-    assert entry["by_class"]["spike"]["delta_loss"] == pytest.approx(delta[range(16), at].mean().item(), rel=1e-4)
-    assert entry["by_class"]["after"]["delta_loss"] == pytest.approx(delta[range(16), at + 1].mean().item(), abs=1e-5)
-    assert [entry["by_class"][kind]["tokens"] for kind in outcomes.CLASSES] == [16, 16, 16, 14 * 29 + 29 + 17]
-    assert outcomes.baseline(measured)["loss"] == pytest.approx(
-        measured.outcomes["none"].losses.nanmean(1).mean().item()
-    )
+    assert entry.by_class["spike"].delta_loss == pytest.approx(delta[range(16), at].mean().item(), rel=1e-4)
+    assert entry.by_class["after"].delta_loss == pytest.approx(delta[range(16), at + 1].mean().item(), abs=1e-5)
+    assert [entry.by_class[kind].tokens for kind in outcomes.CLASSES] == [16, 16, 16, 14 * 29 + 29 + 17]
+    assert outcomes.baseline(measured).loss == pytest.approx(measured.by_name["none"].losses.nanmean(1).mean().item())
 
 
 def test_the_batch_does_not_matter():
     subject, ids = subject_of(sink_needs_spike()), many()
     reference = Reference(subject, ids)
     one, two = (outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), n) for n in (3, 16))
-    for name, outcome in one.outcomes.items():
-        torch.testing.assert_close(outcome.losses, two.outcomes[name].losses, atol=1e-4, rtol=1e-4)
-        assert torch.equal(outcome.sinks, two.outcomes[name].sinks)
-        assert torch.equal(outcome.spikes, two.outcomes[name].spikes)
-        assert outcome.edited == two.outcomes[name].edited
+    for name, outcome in one.by_name.items():
+        torch.testing.assert_close(outcome.losses, two.by_name[name].losses, atol=1e-4, rtol=1e-4)
+        assert torch.equal(outcome.sinks, two.by_name[name].sinks)
+        assert torch.equal(outcome.spikes, two.by_name[name].spikes)
+        assert outcome.edited == two.by_name[name].edited
 
 
 def test_spread_is_that_of_explicit_maps():
@@ -147,17 +149,17 @@ def test_spread_is_that_of_explicit_maps():
         entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean((1, 2))
         expected = torch.stack((entropy, (weights * distance).sum(-1).mean((1, 2))), dim=1)
         torch.testing.assert_close(measured.spread[name], expected, atol=1e-4, rtol=1e-4)
-    found = outcomes.attention(measured)
-    assert found["sequences"] == 16 and found["entropy"]["change"] > 0
-    assert abs(found["entropy"]["control"]["change"]) < 0.1 * found["entropy"]["change"]
+    found = outcomes.attention_change(measured)
+    assert found.sequences == 16 and found.entropy.change > 0
+    assert abs(found.entropy.control.change) < 0.1 * found.entropy.change
 
 
 def test_a_model_without_spikes_or_sinks_says_so(ids):
     subject = subject_of(tiny())
     measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
-    entries = outcomes.entries({"spike_zero": TABLE["spike_zero"]}, measured)
-    assert entries[0]["edited"] == 0 and entries[0]["delta_loss"] == 0
-    assert outcomes.two_by_two(entries)["remove_spikes"]["needs"] == "underpowered"
+    entries = outcomes.table_entries({"spike_zero": TABLE["spike_zero"]}, measured)
+    assert entries[0].edited == 0 and entries[0].delta_loss == 0
+    assert outcomes.two_by_two(entries)["remove_spikes"].needs == "underpowered"
 
 
 def test_what_stands_before_an_edit_is_still_there():
@@ -165,7 +167,7 @@ def test_what_stands_before_an_edit_is_still_there():
     subject, ids = subject_of(spike_needs_sink()), many()
     last = lambda clean: interventions.remove_sub_layer(clean, subject.inner["update"][-1])
     measured = outcomes.measure(subject, ids, {"last": last}, 4)
-    clean, edited = measured.outcomes["none"], measured.outcomes["last"]
+    clean, edited = measured.by_name["none"], measured.by_name["last"]
     assert clean.spikes.sum() > 0 and clean.sinks.sum() > 0
     assert torch.equal(edited.spikes, clean.spikes) and torch.equal(edited.sinks, clean.sinks)
 
@@ -173,6 +175,6 @@ def test_what_stands_before_an_edit_is_still_there():
 def test_states_of_the_edited_tokens_move_and_those_before_the_edit_do_not():
     subject, ids = subject_of(independent()), many()
     measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
-    change = outcomes.effect("spike_zero", "spike", measured)["state_change"]
-    assert [tap["spike_tokens"] for tap in change[:2]] == [0, 0]
-    assert all(tap["spike_tokens"] > 0.9 and tap["others"] < 0.01 for tap in change[2:])
+    change = outcomes.table_entries(TABLE, measured)[0].state_change
+    assert [tap.spike_tokens for tap in change[:2]] == [0, 0]
+    assert all(tap.spike_tokens > 0.9 and tap.others < 0.01 for tap in change[2:])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from spikesink.edit import probes
+from spikesink.edit.findings import WordCounts
 from spikesink.errors import UserError
 from spikesink.hooks import on_streams
 from spikesink.text.tokenizers import ByteTokenizer
@@ -44,11 +45,11 @@ def test_blimp_scores_are_sums_of_log_probabilities():
     found = probes.blimp(subject_of(model), READER, [*pairs, pair("x" * 64, "y")], NONE)
     right = [is_right(p) for p in pairs]
     assert right == [True, True, True, False]
-    condition = found["conditions"][0]
-    assert condition["accuracy"] == 0.75 and (found["pairs"], found["left_out"]) == (4, 1)
+    condition = found.conditions[0]
+    assert condition.accuracy == 0.75 and (found.pairs, found.left_out) == (4, 1)
     for field in ("syntax", "semantics"):
         expected = [r for r, p in zip(right, pairs, strict=True) if p.field == field]
-        assert condition["by_field"][field]["accuracy"] == sum(expected) / len(expected)
+        assert condition.by_field[field].accuracy == sum(expected) / len(expected)
 
 
 def test_blimp_under_a_condition_is_paired_with_the_clean_model():
@@ -66,11 +67,11 @@ def test_blimp_under_a_condition_is_paired_with_the_clean_model():
         yield
         weight.data.copy_(old)
 
-    clean, other = probes.blimp(subject_of(model), READER, pairs, {**NONE, "other": reversed_head}, 5)["conditions"]
-    assert other["change"] == pytest.approx(other["accuracy"] - clean["accuracy"])
-    assert other["change"] != 0 and other["change_ci95"][0] <= other["change"] <= other["change_ci95"][1]
+    clean, other = probes.blimp(subject_of(model), READER, pairs, {**NONE, "other": reversed_head}, 5).conditions
+    assert other.change == pytest.approx(other.accuracy - clean.accuracy)
+    assert other.change != 0 and other.change_ci95[0] <= other.change <= other.change_ci95[1]
     assert sorted(n for rows, _ in seen for n in rows) == list(range(32))
-    assert clean["change_ci95"] == [0, 0]
+    assert clean.change_ci95 == [0, 0]
 
 
 def test_a_model_that_does_not_predict_the_next_token_is_refused():
@@ -149,18 +150,18 @@ def test_probes_find_a_tag_where_it_is_written_and_nowhere_before(telling):
             yield
 
     found = probes.linear(subject, READER, treebank(200), treebank(80, 1), {"told": condition, "zero": silenced})
-    told, zero = (c["tasks"] for c in found["conditions"])
+    told, zero = (condition.tasks for condition in found.conditions)
     for task in ("pos", "label"):
         before, after = told[task][0], told[task][4]
-        assert before["accuracy"] < 0.5 and abs(before["selectivity"]) < 0.12
-        assert after["accuracy"] > 0.99
-        assert after["selectivity"] == pytest.approx(after["accuracy"] - after["control_accuracy"])
-        assert after["selectivity"] > 0.3 and after["selectivity_ci95"][0] > 0.25
-        assert zero[task][4]["accuracy"] == pytest.approx(found["majority"][task])
-        assert zero[task][4]["change"] == pytest.approx(zero[task][4]["selectivity"] - after["selectivity"])
-        assert zero[task][4]["change_ci95"][1] < 0
-    assert found["words"] == {"train": 1000, "test": 400}
-    assert all(abs(tap["accuracy"] - 0.5) < 0.1 for tap in told["edge"])  # here heads are drawn at random
+        assert before.accuracy < 0.5 and abs(before.selectivity) < 0.12
+        assert after.accuracy > 0.99
+        assert after.selectivity == pytest.approx(after.accuracy - after.control_accuracy)
+        assert after.selectivity > 0.3 and after.selectivity_ci95[0] > 0.25
+        assert zero[task][4].accuracy == pytest.approx(found.majority[task])
+        assert zero[task][4].change == pytest.approx(zero[task][4].selectivity - after.selectivity)
+        assert zero[task][4].change_ci95[1] < 0
+    assert found.words == WordCounts(train=1000, test=400)
+    assert all(abs(tap.accuracy - 0.5) < 0.1 for tap in told["edge"])  # here heads are drawn at random
 
 
 def test_control_labels_are_a_function_of_the_type_and_look_like_the_tags():

@@ -97,13 +97,13 @@ def test_losses_are_those_of_int8_by_hand(ids, granularity):
     found = quantise.quantised_losses(subject, ids[:2], OTHER[:2])[granularity]
     for entry, halves in (
         (found, {}),
-        (found["weights_only"], {"of_activations": False}),
-        (found["activations_only"], {"of_weights": False}),
+        (found.weights_only, {"of_activations": False}),
+        (found.activations_only, {"of_weights": False}),
     ):
         expected = by_hand(model, ids[:2], OTHER[:2], granularity, **halves)
-        assert entry["loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
-        assert entry["delta_loss"] == pytest.approx((expected - clean[:2]).mean().item(), abs=1e-5)
-        assert entry["ci95"][0] <= entry["delta_loss"] <= entry["ci95"][1]
+        assert entry.loss == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert entry.delta_loss == pytest.approx((expected - clean[:2]).mean().item(), abs=1e-5)
+        assert entry.ci95[0] <= entry.delta_loss <= entry.ci95[1]
 
 
 def error(subject, ids, other, granularity, spikes=None):

@@ -1,7 +1,7 @@
 """Spikes and sinks while a Hugging Face model is fine-tuned: by transformers' Trainer, and in a plain PyTorch loop.
 
-  python docs/examples/finetune_hf.py                  a tiny GPT-2 with new weights, on bytes; under a minute of a CPU
-  python docs/examples/finetune_hf.py --model gpt2     a model of the hub or a folder, with its own tokenizer
+  python docs/examples/finetune_hf.py               a tiny GPT-2 with new weights, on bytes; under a minute of a CPU
+  python docs/examples/finetune_hf.py --model gpt2  a model of the hub or a folder, with its own tokenizer
 
 The text is data/stdlib, made on first use, or any file: --text FILE. Needs pip install -e .[hf,lab]
 """
@@ -20,7 +20,7 @@ from data.loader import Tokens
 from spikesink.measure.monitor import Monitor, MonitorCallback
 
 
-def windows_of(args):
+def windows_of(args: argparse.Namespace) -> torch.Tensor:
     """Token ids (N, T): the text in windows, as the model's tokenizer has it, or as bytes."""
     if args.text:
         text = Path(args.text).read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def windows_of(args):
     return torch.tensor(ids[: len(ids) // args.length * args.length]).view(-1, args.length)
 
 
-def model_of(args):
+def model_of(args: argparse.Namespace) -> transformers.PreTrainedModel:
     """The model to fine-tune."""
     torch.manual_seed(args.seed)
     if args.model:
@@ -45,7 +45,7 @@ def model_of(args):
     )
 
 
-def with_trainer(model, windows, args):
+def with_trainer(model: transformers.PreTrainedModel, windows: torch.Tensor, args: argparse.Namespace) -> None:
     """By transformers.Trainer: what the monitor saw is in its log, and wherever `report_to` sends that."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
@@ -73,7 +73,7 @@ def with_trainer(model, windows, args):
             )
 
 
-def in_a_loop(model, windows, args):
+def in_a_loop(model: transformers.PreTrainedModel, windows: torch.Tensor, args: argparse.Namespace) -> None:
     """In a loop of one's own."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     draw = torch.Generator().manual_seed(args.seed)
@@ -89,7 +89,7 @@ def in_a_loop(model, windows, args):
             print(f"step {step}: loss {loss.item():.3f}, {monitor.words()}")
 
 
-def main():
+def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", help="a causal model of the hub or a folder; default: a tiny GPT-2, new")
     flags.add_argument("--text", metavar="FILE", help="default: data/stdlib")

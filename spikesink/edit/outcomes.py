@@ -6,97 +6,124 @@ Everything is kept per sequence, so that every interval is a bootstrap over sequ
 import contextlib
 import functools
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..hooks import hooked, on_streams
 from ..measure import metrics
 from ..measure.sinks import sinks_in
 from ..measure.spikes import spike_entries
-from ..models.subject import batches, map_rows
+from ..models.subject import Subject, batches, map_rows
 from . import interventions
+from .clean_pass import CleanPass, Reference
+from .findings import (
+    AttentionChange,
+    Baseline,
+    Cell,
+    ClassChange,
+    ClassLoss,
+    ControlChange,
+    ControlEffect,
+    ControlRemains,
+    Entry,
+    Interval,
+    Left,
+    MapChange,
+    ShareIntervals,
+    StateChange,
+)
+from .interventions import Edit, Intervention
 
 CLASSES = ("spike", "sink", "after", "other")
 ENOUGH = 10  # sequences that have a phenomenon: with fewer, whether it needs the other is not said
 nan = float("nan")
+
+Condition = Callable[[CleanPass], Edit]
+Conditions = Mapping[str, Condition]
+Seams = list[tuple[Any, Tensor, Tensor]]  # every call of an attention seam: (its module, q, k)
 
 
 @dataclass
 class Outcome:
     """What was measured under one intervention: sums per sequence, N of them, and the losses (N, T - shift)."""
 
-    losses: torch.Tensor  # nan where there is no prediction
+    losses: Tensor  # float64, nan where there is no prediction
+    spikes: Tensor  # (N, 2): tokens that were spikes and still are; that are now
+    sinks: Tensor  # (N, 2): (head, key) pairs, alike
+    moved: Tensor  # (taps, N, 2): mean |h' - h| / |h| of spike tokens and of the others; nan without
     edited: int = 0
-    spikes: torch.Tensor = None  # (N, 2): tokens that were spikes and still are; that are now
-    sinks: torch.Tensor = None  # (N, 2): (head, key) pairs, alike
-    moved: torch.Tensor = None  # (taps, N, 2): mean |h' - h| / |h| of spike tokens and of the others; nan without
+
+    @classmethod
+    def empty(cls, taps: int, n: int, length: int) -> "Outcome":
+        """Nothing measured yet, of `n` sequences."""
+        losses = torch.full((n, length), nan, dtype=torch.float64)
+        return cls(losses, torch.zeros(n, 2), torch.zeros(n, 2), torch.full((taps, n, 2), nan))
 
 
 @dataclass
-class Measured:
+class Outcomes:
     """All outcomes on the same sequences, and what the clean model showed on them."""
 
-    outcomes: dict  # name -> Outcome; "none" is the clean model
-    classes: torch.Tensor  # bool (4, N, T - shift): CLASSES of the token at which a prediction is made
-    spikes: torch.Tensor  # (N,): spike tokens in the clean model
-    sinks: torch.Tensor  # (N,): (head, key) sinks in the clean model
-    spread: dict = field(default_factory=dict)  # of `spread_of`: name -> (N, 2), nan without sinks
+    by_name: dict[str, Outcome]  # "none" is the clean model
+    classes: Tensor  # bool (4, N, T - shift): CLASSES of the token at which a prediction is made
+    spikes: Tensor  # (N,): spike tokens in the clean model
+    sinks: Tensor  # (N,): (head, key) sinks in the clean model
+    spread: dict[str, Tensor] = field(default_factory=dict)  # of `spread_of`: name -> (N, 2), nan without sinks
 
 
-def measure(subject, ids, conditions, batch_size, desc="ablate"):
-    """Runs every condition, name -> function(Clean) -> Edit, on ids (N, T). Returns a Measured.
+def measure(
+    subject: Subject, ids: Tensor, conditions: Conditions, batch_size: int, description: str = "ablate"
+) -> Outcomes:
+    """Runs every condition on ids (N, T), int64.
 
     Batch by batch: one clean pass, then each condition from the first stage that it touches on.
     """
     N, T = len(ids), ids.size(1) - subject.shift
-    result = Measured({}, torch.zeros(len(CLASSES), N, T, dtype=torch.bool), torch.zeros(N), torch.zeros(N))
-    new = lambda: Outcome(
-        torch.full((N, T), nan, dtype=torch.float64),
-        spikes=torch.zeros(N, 2),
-        sinks=torch.zeros(N, 2),
-        moved=torch.full((len(subject.streams), N, 2), nan),
+    result = Outcomes(
+        {name: Outcome.empty(len(subject.streams), N, T) for name in ("none", *conditions)},
+        torch.zeros(len(CLASSES), N, T, dtype=torch.bool),
+        torch.zeros(N),
+        torch.zeros(N),
+        {name: torch.full((N, 2), nan) for name in ("with", "without", "control")},
     )
-    result.outcomes = {name: new() for name in ("none", *conditions)}
-    for name in ("with", "without", "control"):
-        result.spread[name] = torch.full((N, 2), nan)
     parts = [*batches(ids, batch_size)]
-    with tqdm(total=len(parts) * (len(conditions) + 1), desc=desc, disable=None, leave=False) as bar:
+    with tqdm(total=len(parts) * (len(conditions) + 1), desc=description, disable=None, leave=False) as bar:
         for rows, batch in parts:
             clean = _clean(subject, batch, rows, result)
             bar.update()
             for name, condition in conditions.items():
                 bar.set_postfix_str(name, refresh=False)
-                _under(condition(clean), clean, rows, result.outcomes[name])
+                _under(condition(clean), clean, rows, result.by_name[name])
                 bar.update()
     return result
 
 
-def _clean(subject, batch, rows, result):
+def _clean(subject: Subject, batch: Tensor, rows: Tensor, result: Outcomes) -> CleanPass:
     """The clean pass over one batch; fills in what it showed."""
-    calls = []
+    calls: Seams = []
     keep = lambda module, args, kwargs, output: calls.append((module, *args[:2]))
-    clean = interventions.Clean.of(subject, batch, rows, watch=[(tap.module, keep) for tap in subject.attends])
-    outcome = result.outcomes["none"]
+    clean = CleanPass.of(subject, batch, rows, watch=[(tap.module, keep) for tap in subject.attends])
+    outcome = result.by_name["none"]
     T = clean.losses.size(1)
     outcome.losses[rows, :T] = clean.losses.double()
     result.spikes[rows] = clean.spike_tokens.sum(1).float()
-    result.sinks[rows] = sum(found.sum((1, 2)) for found in clean.sinks).float()
+    result.sinks[rows] = torch.stack([found.sum((1, 2)) for found in clean.sinks]).sum(0).float()
     outcome.spikes[rows] = result.spikes[rows, None].expand(-1, 2)
     outcome.sinks[rows] = result.sinks[rows, None].expand(-1, 2)
     if subject.part != "cross":  # whose keys are not the tokens at which predictions are made
         result.classes[:, rows, :T] = classes_of(clean)[..., subject.n_register :][..., :T]
-    for name, keys in (
-        ("with", None),
-        ("without", clean.sinks),
-        ("control", interventions.keys_of(clean, "random_keys")),
-    ):
+    masks = {"with": None, "without": clean.sinks, "control": interventions.keys_of(clean, "random_keys")}
+    for name, keys in masks.items():
         result.spread[name][rows] = spread_of(clean, calls, keys)
     return clean
 
 
-def classes_of(clean):
+def classes_of(clean: CleanPass) -> Tensor:
     """CLASSES of tokens: bool (4, B, T). `after`: right after a spike or a sink; `other`: none of the three."""
     spike, sink = clean.spike_tokens, clean.sink_tokens
     after = torch.zeros_like(spike)
@@ -105,7 +132,7 @@ def classes_of(clean):
 
 
 @torch.no_grad()
-def spread_of(clean, calls, masked=None):
+def spread_of(clean: CleanPass, calls: Seams, masked: list[Tensor] | None = None) -> Tensor:
     """Entropy (nats) and mean distance (tokens) of the maps of heads that have a sink, averaged over them: (B, 2).
 
     `masked`: per seam keys (B, H, T) that get no attention but for their own query, the rest of each row renormalised;
@@ -131,213 +158,83 @@ def spread_of(clean, calls, masked=None):
     return torch.where(heads > 0, total / heads.clamp_min(1), nan)
 
 
+class _Watch:
+    """Hooks that compare a pass under an edit with the clean one, over the taps and seams that the edit can reach."""
+
+    def __init__(self, edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome) -> None:
+        self.edit, self.clean, self.rows, self.outcome = edit, clean, rows, outcome
+        self.tokens = clean.spike_tokens  # bool (B, T)
+        self.still = torch.zeros_like(self.tokens)  # those with a spike at some tap under the edit
+        self.sinks = torch.zeros(len(rows), 2)  # the very same, and all
+
+    def hooks(self) -> contextlib.ExitStack:
+        """A context manager of all hooks. What the edit cannot reach is as it was, and is filled in at once."""
+        subject, clean, first = self.clean.subject, self.clean, self.edit.stage
+        taps, functions, seams = [], [], []
+        for i, tap in enumerate(subject.streams):
+            if subject.stage_of(tap) >= first:
+                taps.append(tap)
+                functions.append(functools.partial(self.on_stream, i))
+            else:
+                self.still |= clean.spikes[i].any(-1).cpu()
+                for kind, of in enumerate((self.tokens, ~self.tokens)):
+                    self.outcome.moved[i, self.rows, kind] = torch.where(of.any(1), 0.0, nan)
+        for i, tap in enumerate(subject.attends):
+            if subject.stage_of(tap) >= first:
+                seams.append((tap.module, functools.partial(self.on_attention, i)))
+            else:
+                self.sinks += clean.sinks[i].sum((1, 2))[:, None]
+        stack = contextlib.ExitStack()
+        stack.enter_context(on_streams(taps, functions))
+        stack.enter_context(hooked(seams))
+        return stack
+
+    def on_stream(self, i: int, x: Tensor) -> None:
+        """The stream (B, T, C), or flattened, at tap i."""
+        x = x.view(self.clean.streams[i].shape)
+        self.still.logical_or_(spike_entries(x).any(-1).cpu())
+        old = self.clean.streams[i].float()
+        relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
+        for kind, of in enumerate((self.tokens, ~self.tokens)):
+            self.outcome.moved[i, self.rows, kind] = (relative * of).sum(1) / of.sum(1)  # nan without any
+
+    def on_attention(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        """A call of seam i."""
+        q, k, *_ = args
+        now = sinks_in(module, q, k, self.clean.subject.causal, kwargs.get("bias"), self.edit.rows.get(i))
+        self.sinks.add_(torch.stack(((now & self.clean.sinks[i]).sum((1, 2)), now.sum((1, 2))), dim=1))
+
+
 @torch.no_grad()
-def _under(edit, clean, rows, outcome):
+def _under(edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome) -> None:
     """One pass under an edit, with the stages before it as they were; fills in the outcome of these sequences."""
-    subject = clean.subject
-    first = edit.stage
-    tokens = clean.spike_tokens
-    still = torch.zeros_like(tokens)
-    counts = torch.zeros(len(rows), 2)
-
-    def on_stream(i):
-        def function(x):
-            x = x.view(clean.streams[i].shape)
-            still.logical_or_(spike_entries(x).any(-1).cpu())
-            old = clean.streams[i].float()
-            relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
-            for kind, of in enumerate((tokens, ~tokens)):
-                mean = (relative * of).sum(1) / of.sum(1)  # nan without any
-                outcome.moved[i, rows, kind] = mean
-
-        return function
-
-    def on_attention(i):
-        def hook(module, args, kwargs, output):
-            now = sinks_in(module, *args[:2], subject.causal, kwargs.get("bias"), edit.rows.get(i))
-            counts.add_(torch.stack(((now & clean.sinks[i]).sum((1, 2)), now.sum((1, 2))), dim=1))
-
-        return hook
-
-    live = [subject.stage_of(tap) >= first for tap in subject.streams]
-    for i in range(len(live)):
-        if not live[i]:  # before the edit: as it was
-            still |= clean.spikes[i].any(-1).cpu()
-            for kind, of in enumerate((tokens, ~tokens)):
-                outcome.moved[i, rows, kind] = torch.where(of.any(1), 0.0, nan)
-    watched = []
-    for i, tap in enumerate(subject.attends):
-        if subject.stage_of(tap) >= first:
-            watched.append((tap.module, on_attention(i)))
-        else:
-            counts += clean.sinks[i].sum((1, 2))[:, None]
-    taps = [(tap, on_stream(i)) for i, tap in enumerate(subject.streams) if live[i]]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(clean.prefix(first))
-        stack.enter_context(edit)
-        stack.enter_context(on_streams([tap for tap, _ in taps], [function for _, function in taps]))
-        stack.enter_context(hooked(watched))
-        losses = subject.losses(clean.ids)
+    watch = _Watch(edit, clean, rows, outcome)
+    with clean.prefix(edit.stage), edit, watch.hooks():  # the edit's hooks first: what is watched is edited
+        losses = clean.subject.losses(clean.ids)
     outcome.losses[rows, : losses.size(1)] = losses.double()
     outcome.edited += edit.edited
-    outcome.spikes[rows] = torch.stack(((still & tokens).sum(1), still.sum(1)), dim=1).float()
-    outcome.sinks[rows] = counts
+    still = torch.stack(((watch.still & watch.tokens).sum(1), watch.still.sum(1)), dim=1)
+    outcome.spikes[rows], outcome.sinks[rows] = still.float(), watch.sinks
 
 
-# ------------------------------------------------------------------------------------------------- findings
-
-
-def interval_of(values):
-    """(mean, its 95% interval) of values (N,) of sequences, nan left out; (None, None) without any."""
-    values = values[~values.isnan()].double()
-    if not len(values):
-        return None, None
-    return values.mean().item(), metrics.bootstrap_ci(lambda i: values[i].mean().item(), len(values))
-
-
-def effect(name, kind, measured):
-    """The findings' entry of one intervention: its loss against the clean one, paired by sequence.
-
-    What is left is counted in the sequences that had what an intervention of this `kind` edits.
-    """
-    among = {"spike": measured.spikes > 0, "sink": measured.sinks > 0}.get(kind, measured.spikes >= 0)
-    outcome, clean = measured.outcomes[name], measured.outcomes["none"]
-    delta = outcome.losses - clean.losses  # (N, T')
+def conditions_of(table: Mapping[str, Intervention], reference: Reference) -> dict[str, Condition]:
+    """Every intervention of a table and, as 'name/control', its controls."""
     return {
-        "edited": outcome.edited,
-        **metrics.paired_effect(clean.losses.nanmean(1), outcome.losses.nanmean(1)),
-        "by_class": {
-            of: dict(zip(("delta_loss", "ci95"), interval_of(of_class(delta, at)), strict=True), tokens=int(at.sum()))
-            for of, at in zip(CLASSES, measured.classes, strict=True)
-        },
-        "by_position": [round(x, 6) for x in delta.nanmean(0).tolist()],
-        "spikes_left": left(outcome.spikes[among], measured.spikes[among]),
-        "sinks_left": left(outcome.sinks[among], measured.sinks[among]),
-        "state_change": [
-            dict(zip(("spike_tokens", "others"), map(defined, tap), strict=True))
-            for tap in outcome.moved.nanmean(1).tolist()
-        ],
+        f"{name}/{control}" if control else name: functools.partial(one.edit, reference=reference, control=control)
+        for name, one in table.items()
+        for control in (None, *one.controls)
     }
 
 
-def defined(value):
-    """A float for JSON: None for nan."""
-    return None if math.isnan(value) else value
-
-
-def of_class(delta, chosen):
-    """Mean of delta (N, T') over the chosen tokens of each sequence: (N,), nan without any."""
-    return delta.where(chosen, nan).nanmean(1)
-
-
-def left(now, before):
-    """Which part of what was there is left: `same` (the very ones) and `all` (how many there are now) over `before`.
-
-    Ratios of sums over sequences, their intervals by bootstrap; None where nothing was there.
-    """
-    n = int((before > 0).sum())
-    if not n:
-        return {"sequences": 0, "same": None, "all": None, "ci95": None}
-    rates = lambda i: {key: (now[i, j].sum() / before[i].sum()).item() for j, key in enumerate(("same", "all"))}
-    everything = rates(torch.arange(len(before)))
-    return {"sequences": n, **everything, "ci95": metrics.bootstrap_ci(rates, len(before))}
-
-
-def baseline(measured):
-    """The findings' entry of the clean model: its loss, by token class and by position."""
-    losses = measured.outcomes["none"].losses
-    loss = losses.nanmean(1).mean()
-    return {
-        "loss": loss.item(),
-        "ppl": loss.exp().item(),
-        "by_class": {
-            kind: {"loss": interval_of(of_class(losses, of))[0], "tokens": int(of.sum())}
-            for kind, of in zip(CLASSES, measured.classes, strict=True)
-        },
-        "by_position": [round(x, 6) for x in losses.nanmean(0).tolist()],
-    }
-
-
-REMOVE_SPIKES, REMOVE_SINKS = "spike_zero", "sink_mask"
-
-
-def two_by_two(entries):
-    """The causal 2 x 2: remove spikes - do sinks remain? Remove sinks - do spikes remain? From the findings' entries.
-
-    `needs`: "yes" if less than half is left, and less than under every control (intervals apart); "no" if more than
-    half is left; "underpowered" where fewer than ENOUGH sequences have it, or nothing was removed; else "unclear".
-    """
-    by_name = {entry["name"]: entry for entry in entries}
-    cells = {}
-    for removed, name, asked in (("spikes", REMOVE_SPIKES, "sinks"), ("sinks", REMOVE_SINKS, "spikes")):
-        if name in by_name:
-            entry = by_name[name]
-            cells[f"remove_{removed}"] = {
-                "by": name,
-                "edited": entry["edited"],
-                "spikes_remain": entry["spikes_left"],
-                "sinks_remain": entry["sinks_left"],
-                "control": [
-                    {"name": c["name"], "spikes_remain": c["spikes_left"], "sinks_remain": c["sinks_left"]}
-                    for c in entry["control"]
-                    if c["edited"]
-                ],
-                "asked": f"{asked}_remain",
-                "needs": needs(entry, f"{asked}_left"),
-            }
-    return cells
-
-
-def needs(entry, key):
-    """Whether what is asked for (`key`) needs what was removed: see `two_by_two`."""
-    real = entry[key]
-    controls = [c[key] for c in entry["control"] if c["edited"]]
-    if not entry["edited"] or real["sequences"] < ENOUGH or not controls:
-        return "underpowered"
-    low, high = real["ci95"]["same"]
-    if low > 0.5:
-        return "no"
-    if high < 0.5 and all(high < c["ci95"]["same"][0] for c in controls):
-        return "yes"
-    return "unclear"
-
-
-def attention(measured):
-    """Entropy and distance of the heads that have sinks: as they are, without the sink keys, without random others."""
-    found = {"sequences": int((~measured.spread["with"][:, 0].isnan()).sum())}
-    for i, kind in enumerate(("entropy", "distance")):
-        part = {name: values[:, i] for name, values in measured.spread.items()}
-        mean = lambda values: interval_of(values)[0]
-        without, control = part["without"] - part["with"], part["control"] - part["with"]
-        found[kind] = {
-            "with_sink": mean(part["with"]),
-            "without_sink": mean(part["without"]),
-            "change": mean(without),
-            "ci95": interval_of(without)[1],
-            "control": {"name": "random_keys", "change": mean(control), "ci95": interval_of(control)[1]},
-        }
-    return found
-
-
-def conditions_of(table, reference):
-    """name -> function(Clean) -> Edit, for every intervention of a table and, as 'name/control', its controls."""
-    conditions = {}
-    for name, one in table.items():
-        for control in (None, *one.controls):
-            key = f"{name}/{control}" if control else name
-            conditions[key] = functools.partial(one.edit, reference=reference, control=control)
-    return conditions
-
-
-def edited_losses(subject, ids, edits, reference, batch_size=8):
-    """The mean loss of each sequence of ids (N, T) under all `edits`: (N,), float64. Each: (clean, reference=) -> Edit.
+def edited_losses(subject: Subject, ids: Tensor, edits: Iterable[Condition], batch_size: int = 8) -> Tensor:
+    """The mean loss of each sequence of ids (N, T) under all `edits`, the outermost first: (N,), float64, nats.
 
     What is edited is fixed by the clean model, batch by batch.
     """
     losses = torch.empty(len(ids), dtype=torch.float64)
     for rows, batch in batches(ids, batch_size):
-        clean = interventions.Clean.of(subject, batch, rows)
-        made = [edit(clean, reference=reference) for edit in edits]
+        clean = CleanPass.of(subject, batch, rows)
+        made = [edit(clean) for edit in edits]
         with contextlib.ExitStack() as stack:
             stack.enter_context(clean.prefix(min(edit.stage for edit in made)))
             for edit in made:
@@ -346,42 +243,181 @@ def edited_losses(subject, ids, edits, reference, batch_size=8):
     return losses
 
 
-def on_texts(subject, conditions, shared):
-    """The conditions as probes take them: name -> function(ids (B, T), numbers (B,)) -> context manager.
+TextCondition = Callable[[Tensor, Tensor], contextlib.AbstractContextManager[Any]]  # (ids (B, T), numbers (B,))
+TextConditions = Mapping[str, TextCondition]
+
+
+def on_texts(subject: Subject, conditions: Conditions, shared: bool) -> dict[str, TextCondition]:
+    """The conditions as probes take them: (ids (B, T), numbers of the sequences (B,)) -> context manager.
 
     One clean pass for all conditions that are asked for the same batch in a row. `shared`: the stages before an edit
     are not computed again, so taps inside them are not called.
     """
-    last = {}
+    last: list[CleanPass] = []
 
-    def under(condition, ids, numbers):
-        if last.get("ids") is not ids:
-            last.update(ids=ids, clean=interventions.Clean.of(subject, ids, numbers))
-        stack = contextlib.ExitStack()
-        edit = condition(last["clean"])
+    def under(condition: Condition, ids: Tensor, numbers: Tensor) -> contextlib.ExitStack:
+        if not last or last[0].ids is not ids:
+            last[:] = [CleanPass.of(subject, ids, numbers)]
+        clean, stack = last[0], contextlib.ExitStack()
+        edit = condition(clean)
         if shared:
-            stack.enter_context(last["clean"].prefix(edit.stage))
+            stack.enter_context(clean.prefix(edit.stage))
         stack.enter_context(edit)
         return stack
 
     return {name: functools.partial(under, condition) for name, condition in conditions.items()}
 
 
-def entries(table, measured):
-    """The findings' list of a table's interventions, each with its controls."""
+# ------------------------------------------------------------------------------------------------- findings
+
+
+def mean_of_sequences(values: Tensor) -> tuple[float | None, Interval | None]:
+    """(mean, its 95% interval) of values (N,) of sequences, nan left out; (None, None) without any."""
+    values = values[~values.isnan()].double()
+    if not len(values):
+        return None, None
+    return values.mean().item(), metrics.bootstrap_ci(lambda i: values[i].mean().item(), len(values))
+
+
+def none_if_nan(value: float) -> float | None:
+    """A float, or None for nan."""
+    return None if math.isnan(value) else value
+
+
+def mean_of_class(losses: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of losses (N, T') over the chosen tokens of each sequence, bool (N, T'): (N,), nan without any."""
+    return losses.where(chosen, nan).nanmean(1)
+
+
+def mean_by_position(losses: Tensor) -> list[float]:
+    """Means over sequences of losses (N, T'), to six places."""
+    return [round(x, 6) for x in losses.nanmean(0).tolist()]
+
+
+def _class_change(delta: Tensor, chosen: Tensor) -> ClassChange:
+    change, ci95 = mean_of_sequences(mean_of_class(delta, chosen))
+    return ClassChange(delta_loss=change, ci95=ci95, tokens=int(chosen.sum()))
+
+
+def effect_entry(name: str, kind: str, outcomes: Outcomes) -> dict[str, Any]:
+    """The fields of a findings.Effect, but for its name: a condition's losses against the clean ones, paired.
+
+    What is left is counted in the sequences that had what an intervention of this `kind` edits.
+    """
+    among = {"spike": outcomes.spikes > 0, "sink": outcomes.sinks > 0}.get(kind, outcomes.spikes >= 0)
+    outcome, clean = outcomes.by_name[name], outcomes.by_name["none"]
+    delta = outcome.losses - clean.losses  # (N, T')
+    moved = [[none_if_nan(x) for x in tap] for tap in outcome.moved.nanmean(1).tolist()]
+    return {
+        "edited": outcome.edited,
+        **metrics.paired_effect(clean.losses.nanmean(1), outcome.losses.nanmean(1)),
+        "by_class": {name: _class_change(delta, at) for name, at in zip(CLASSES, outcomes.classes, strict=True)},
+        "by_position": mean_by_position(delta),
+        "spikes_left": share_left(outcome.spikes[among], outcomes.spikes[among]),
+        "sinks_left": share_left(outcome.sinks[among], outcomes.sinks[among]),
+        "state_change": [StateChange(spike_tokens=spike_tokens, others=others) for spike_tokens, others in moved],
+    }
+
+
+def table_entries(table: Mapping[str, Intervention], outcomes: Outcomes) -> list[Entry]:
+    """The findings of a table's interventions, each with its controls."""
+
+    def controls(name: str, one: Intervention) -> list[ControlEffect]:
+        effects = {control: effect_entry(f"{name}/{control}", one.kind, outcomes) for control in one.controls}
+        texts = interventions.CONTROLS
+        return [ControlEffect(name=control, text=texts[control], **effect) for control, effect in effects.items()]
+
     return [
-        {
-            "name": name,
-            "kind": one.kind,
-            **effect(name, one.kind, measured),
-            "control": [
-                {
-                    "name": control,
-                    "text": interventions.CONTROLS[control],
-                    **effect(f"{name}/{control}", one.kind, measured),
-                }
-                for control in one.controls
-            ],
-        }
+        Entry(name=name, kind=one.kind, **effect_entry(name, one.kind, outcomes), control=controls(name, one))
         for name, one in table.items()
     ]
+
+
+def share_left(now: Tensor, before: Tensor) -> Left:
+    """Which part of what was there, `before` (N,), is left: `now` (N, 2), the very same ones and all that there are.
+
+    Ratios of sums over sequences, their intervals by bootstrap; None where nothing was there.
+    """
+    n = int((before > 0).sum())
+    if not n:
+        return Left(sequences=0, same=None, all=None, ci95=None)
+    rates = lambda i: {key: (now[i, j].sum() / before[i].sum()).item() for j, key in enumerate(("same", "all"))}
+    intervals = ShareIntervals(**metrics.bootstrap_ci(rates, len(before)))
+    return Left(sequences=n, **rates(torch.arange(len(before))), ci95=intervals)
+
+
+def baseline(outcomes: Outcomes) -> Baseline:
+    """The clean model: its loss, by token class and by position."""
+    losses = outcomes.by_name["none"].losses
+    loss = losses.nanmean(1).mean()
+    of_class = lambda at: ClassLoss(loss=mean_of_sequences(mean_of_class(losses, at))[0], tokens=int(at.sum()))
+    return Baseline(
+        loss=loss.item(),
+        ppl=loss.exp().item(),
+        by_class={kind: of_class(at) for kind, at in zip(CLASSES, outcomes.classes, strict=True)},
+        by_position=mean_by_position(losses),
+    )
+
+
+REMOVE = {"spikes": ("spike_zero", "sinks"), "sinks": ("sink_mask", "spikes")}  # what -> (by what, what is asked for)
+
+
+def two_by_two(entries: Iterable[Entry]) -> dict[str, Cell]:
+    """The causal 2 x 2: remove spikes - do sinks remain? Remove sinks - do spikes remain?"""
+    by_name = {entry.name: entry for entry in entries}
+    cells = {}
+    for removed, (name, asked) in REMOVE.items():
+        if name in by_name:
+            entry = by_name[name]
+            cells[f"remove_{removed}"] = Cell(
+                by=name,
+                edited=entry.edited,
+                spikes_remain=entry.spikes_left,
+                sinks_remain=entry.sinks_left,
+                control=[
+                    ControlRemains(
+                        name=control.name, spikes_remain=control.spikes_left, sinks_remain=control.sinks_left
+                    )
+                    for control in entry.controls_that_edited
+                ],
+                asked=f"{asked}_remain",
+                needs=needs_verdict(entry, asked),
+            )
+    return cells
+
+
+def needs_verdict(entry: Entry, asked: str) -> str:
+    """Whether what is `asked` for, "spikes" or "sinks", needs what an intervention removed.
+
+    "yes" if less than half is left, and less than under every control (intervals apart); "no" if more than half is
+    left; "underpowered" where fewer than ENOUGH sequences have it, or nothing was removed; else "unclear".
+    """
+    real, controls = entry.left(asked), [control.left(asked) for control in entry.controls_that_edited]
+    if not entry.edited or real.sequences < ENOUGH or not controls or real.same_ci95 is None:
+        return "underpowered"
+    low, high = real.same_ci95
+    if low > 0.5:
+        return "no"
+    if high < 0.5 and all(control.same_ci95 is not None and high < control.same_ci95[0] for control in controls):
+        return "yes"
+    return "unclear"
+
+
+def attention_change(outcomes: Outcomes) -> AttentionChange:
+    """Entropy and distance of the heads that have sinks: as they are, without the sink keys, without random others."""
+    spread = outcomes.spread
+
+    def change_of(i: int) -> MapChange:
+        before, without, control = (spread[name][:, i] for name in ("with", "without", "control"))
+        change, ci95 = mean_of_sequences(without - before)
+        of_control, ci95_of_control = mean_of_sequences(control - before)
+        return MapChange(
+            with_sink=mean_of_sequences(before)[0],
+            without_sink=mean_of_sequences(without)[0],
+            change=change,
+            ci95=ci95,
+            control=ControlChange(name="random_keys", change=of_control, ci95=ci95_of_control),
+        )
+
+    sequences = int((~spread["with"][:, 0].isnan()).sum())
+    return AttentionChange(sequences=sequences, entropy=change_of(0), distance=change_of(1))

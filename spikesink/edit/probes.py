@@ -1,24 +1,30 @@
 """What a model knows of language, under any intervention: minimal pairs, and linear probes on its frozen states.
 
 `conditions` maps names to functions (ids (B, T), numbers of the sequences (B,)) -> context manager under which the
-model runs; the first is the model left alone, which the others are compared with. `reader` says how the model reads
-text: `tokenizer.encode(texts)`, the special tokens `before` and `after` a text, the longest sequence `block_size`.
+model runs; the first is the model left alone, which the others are compared with.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..hooks import on_streams
 from ..measure import metrics
-from ..models.subject import batches
-from ..text.sequences import PADDING
+from ..models.subject import Subject, batches
+from ..text.sequences import PADDING, Reader
+from .findings import Accuracy, Blimp, BlimpCondition, Linear, LinearCondition, Selectivity, WordCounts
+from .outcomes import TextConditions
 
 RESAMPLES = 1000  # of every bootstrap
 FEWEST = 100  # words, to train and to test
@@ -36,9 +42,9 @@ class Pair(NamedTuple):
     field: str
 
 
-def minimal_pairs(path, per_paradigm, seed=0):
+def minimal_pairs(path: Path, per_paradigm: int, seed: int = 0) -> list[Pair]:
     """BLiMP's pairs (Warstadt et al. 2020): of each paradigm in blimp.jsonl, `per_paradigm` drawn at random."""
-    paradigms = {}
+    paradigms: dict[str, list[Pair]] = {}
     for pair in map(json.loads, read_lines(path)):
         field = pair["field"].replace("/", "_")  # the release writes syntax_semantics in two ways
         kept = Pair(pair["sentence_good"], pair["sentence_bad"], pair["linguistics_term"], field)
@@ -48,7 +54,7 @@ def minimal_pairs(path, per_paradigm, seed=0):
     return [paradigms[uid][i] for uid in sorted(paradigms) for i in sorted(draw(paradigms[uid]))]
 
 
-def read_lines(path):
+def read_lines(path: Path) -> list[str]:
     """The lines of a file. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -57,8 +63,10 @@ def read_lines(path):
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def blimp(subject, reader, pairs, conditions, batch_size=64):
-    """Accuracy on minimal pairs under every condition; the findings' entry, a dict.
+def blimp(
+    subject: Subject, reader: Reader, pairs: list[Pair], conditions: TextConditions, batch_size: int = 64
+) -> Blimp:
+    """Accuracy on minimal pairs under every condition.
 
     A pair is right if its good sentence has strictly more log-probability, summed over tokens. Raises UserError for a
     model that does not predict the next token of a text.
@@ -79,46 +87,47 @@ def blimp(subject, reader, pairs, conditions, batch_size=64):
             scores[name][rows] = -torch.stack((losses.sum(1), losses.mean(1)), dim=1)
     right = {name: (s.view(-1, 2, 2)[:, 0] > s.view(-1, 2, 2)[:, 1]).double() for name, s in scores.items()}
     clean = next(iter(right.values()))
-    return {
-        "normalisation": "a sentence's score is the sum of log p over its tokens, as in Warstadt et al. 2020",
-        "pairs": len(kept),
-        "left_out": len(pairs) - len(kept),
-        "conditions": [
-            {
-                "name": name,
-                **_accuracy(of[:, 0], clean[:, 0]),
-                "accuracy_per_token": of[:, 1].mean().item(),
-                "by_field": _by(kept, "field", of[:, 0], clean[:, 0]),
-                "by_phenomenon": _by(kept, "phenomenon", of[:, 0], clean[:, 0]),
-            }
+    return Blimp(
+        normalisation="a sentence's score is the sum of log p over its tokens, as in Warstadt et al. 2020",
+        pairs=len(kept),
+        left_out=len(pairs) - len(kept),
+        conditions=[
+            BlimpCondition(
+                name=name,
+                **vars(_accuracy(of[:, 0], clean[:, 0])),
+                accuracy_per_token=of[:, 1].mean().item(),
+                by_field=_by([pair.field for pair in kept], of[:, 0], clean[:, 0]),
+                by_phenomenon=_by([pair.phenomenon for pair in kept], of[:, 0], clean[:, 0]),
+            )
             for name, of in right.items()
         ],
-    }
+    )
 
 
-def _accuracy(right, clean):
+def _accuracy(right: Tensor, clean: Tensor) -> Accuracy:
     """Accuracy, and its paired change, of pairs (N,) that are right (1) or not (0)."""
     change = right - clean
-    return {
-        "n": len(right),
-        "accuracy": right.mean().item(),
-        "ci95": metrics.rate_ci(right),
-        "change": change.mean().item(),
-        "change_ci95": metrics.bootstrap_ci(lambda i: change[i].mean().item(), len(change)),
-    }
+    return Accuracy(
+        n=len(right),
+        accuracy=right.mean().item(),
+        ci95=metrics.rate_ci(right),
+        change=change.mean().item(),
+        change_ci95=metrics.bootstrap_ci(lambda i: change[i].mean().item(), len(change)),
+    )
 
 
-def _by(pairs, key, right, clean):
-    groups = {name: [getattr(pair, key) == name for pair in pairs] for name in sorted({getattr(p, key) for p in pairs})}
-    return {name: _accuracy(right[where], clean[where]) for name, where in groups.items()}
+def _by(groups: list[str], right: Tensor, clean: Tensor) -> dict[str, Accuracy]:
+    """The accuracy of each group of pairs; `groups`: the name of every pair's."""
+    members = {name: [group == name for group in groups] for name in sorted(set(groups))}
+    return {name: _accuracy(right[where], clean[where]) for name, where in members.items()}
 
 
-def frame(reader, ids):
+def frame(reader: Reader, ids: Iterable[int] | np.ndarray) -> list[int]:
     """A text's ids between the special tokens, as a list."""
     return [*reader.prefix_ids, *map(int, ids), *reader.suffix_ids]
 
 
-def padded(rows):
+def padded(rows: list[list[int]]) -> Tensor:
     """Lists of ids -> (N, T), PADDING after the shorter ones."""
     longest = max(map(len, rows))
     return torch.tensor([row + [PADDING] * (longest - len(row)) for row in rows])
@@ -136,13 +145,13 @@ class Sentence(NamedTuple):
     relations: list[str]  # to the head, without subtypes
 
 
-def sentences(path, n, seed=0):
+def sentences(path: Path, n: int, seed: int = 0) -> list[Sentence]:
     """`n` random sentences of a CoNLL-U file. Raises UserError."""
     import conllu
 
     blocks = [block for block in "".join(read_lines(path)).split("\n\n") if block.strip()]
     rng = np.random.default_rng(seed)
-    found = []
+    found: list[Sentence] = []
     for i in sorted(rng.choice(len(blocks), min(n, len(blocks)), replace=False)):
         try:
             found += [_sentence(tokens) for tokens in conllu.parse(blocks[i])]
@@ -151,8 +160,9 @@ def sentences(path, n, seed=0):
     return found
 
 
-def _sentence(tokens):
-    words, spaced, until = [], False, {}
+def _sentence(tokens: Any) -> Sentence:
+    words: list[str] = []
+    spaced, until = False, {}
     for token in tokens:
         glued = (token["misc"] or {}).get("SpaceAfter") == "No"
         if isinstance(token["id"], tuple):  # 3-4 don't: its words are glued to each other; 8.1: elided, no word
@@ -170,25 +180,30 @@ def _sentence(tokens):
     )
 
 
-class Words(NamedTuple):
+@dataclass(frozen=True)
+class Words:
     """The words of sentences that fit into the model, all in a row, and where their tokens are."""
 
-    ids: torch.Tensor  # (N, T)
-    of_token: torch.Tensor  # (N, T): the number of the word that a token is of, -1 for none
+    ids: Tensor  # (N, T)
+    of_token: Tensor  # (N, T): the number of the word that a token is of, -1 for none
     sentence: np.ndarray  # of each word
     index: np.ndarray  # of each word, in its sentence
 
 
-def words_of(reader, read):
+def words_of(reader: Reader, read: list[Sentence]) -> Words:
     """Each word encoded by itself, with the space before it; what does not fit into the model is left out.
 
     Raises UserError if nothing fits.
     """
     pieces = iter(reader.tokenizer.encode([word for sentence in read for word in sentence.words]))
-    rows, numbers, where = [], [], []
+    rows: list[list[int]] = []
+    numbers: list[list[int]] = []  # of each row's tokens: the number of their word, -1 for none
+    where: list[tuple[int, int]] = []
     room = reader.block_size - len(reader.prefix_ids) - len(reader.suffix_ids)
     for n, sentence in enumerate(read):
-        ids, number, full = [], [], False
+        ids: list[int] = []
+        number: list[int] = []
+        full = False
         for i in range(len(sentence.words)):
             piece = [int(token) for token in next(pieces)]
             full = full or len(ids) + len(piece) > room
@@ -209,29 +224,26 @@ def words_of(reader, read):
 
 
 @torch.no_grad()
-def states(subject, words, conditions, batch_size=64):
+def states(subject: Subject, words: Words, conditions: TextConditions, batch_size: int = 64) -> dict[str, Tensor]:
     """The state of each word after every tap under every condition: {name: (taps, words, C)}, means over its tokens."""
     front = subject.n_register + (subject.start is not None)  # what the streams have before the first token
     count = words.of_token[words.of_token >= 0].bincount(minlength=len(words.index))
-    found = {name: [None] * len(subject.streams) for name in conditions}
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in conditions}
+
+    def pool(into: dict[int, Tensor], index: int, number: Tensor, x: Tensor) -> None:
+        x = x.detach().float().view(len(number), -1, x.size(-1))[:, front:].cpu()
+        of = number[:, : x.size(1)]
+        if index not in into:
+            into[index] = torch.zeros(len(words.index), x.size(-1))
+        into[index].index_add_(0, of[of >= 0], x[of >= 0])
+
     for rows, batch in tqdm([*batches(words.ids, batch_size)], desc="states", disable=None, leave=False):
         number = words.of_token[rows, : batch.size(1)]
-
-        def pool(into, index, number=number, batch=batch):
-            def function(x):
-                x = x.detach().float().view(len(batch), -1, x.size(-1))[:, front:].cpu()
-                of = number[:, : x.size(1)]
-                if into[index] is None:
-                    into[index] = torch.zeros(len(words.index), x.size(-1))
-                into[index].index_add_(0, of[of >= 0], x[of >= 0])
-
-            return function
-
         for name, condition in conditions.items():
-            functions = [pool(found[name], i) for i in range(len(subject.streams))]
+            functions = [functools.partial(pool, sums[name], i, number) for i in range(len(subject.streams))]
             with condition(batch, rows), on_streams(subject.streams, functions):
                 subject.losses(batch)
-    return {name: torch.stack(of) / count[:, None] for name, of in found.items()}
+    return {name: torch.stack([of[i] for i in sorted(of)]) / count[:, None] for name, of in sums.items()}
 
 
 class Task(NamedTuple):
@@ -243,7 +255,7 @@ class Task(NamedTuple):
     control: np.ndarray  # (K,), class of the control task
 
 
-def drawn(text, seed=0):
+def drawn(text: str, seed: int = 0) -> float:
     """A number in [0, 1) that is a fixed random function of a text."""
     digest = hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -253,21 +265,21 @@ class Labels:
     """Labels -> classes, commonest first; and the control task of Hewitt & Liang 2019: of each word type, always the
     same label, drawn from the labels' distribution."""
 
-    def __init__(self, labels):
+    def __init__(self, labels: Sequence[str]) -> None:
         counts = Counter(labels).most_common()
         self.names = {name: i for i, (name, _) in enumerate(counts)}
         self.upto = np.cumsum([count for _, count in counts]) / len(labels)
 
-    def classes(self, labels):
+    def classes(self, labels: Iterable[str]) -> np.ndarray:
         """int64 (K,); -1 for a label that was never seen, which no probe can get right."""
         return np.array([self.names.get(label, -1) for label in labels], dtype=np.int64)
 
-    def control(self, types):
+    def control(self, types: Iterable[str]) -> np.ndarray:
         """int64 (K,): the class drawn for each word type."""
         return np.array([np.searchsorted(self.upto, drawn(word), side="right") for word in types], dtype=np.int64)
 
 
-def tasks_of(read, words, train, seed=0):
+def tasks_of(read: list[Sentence], words: Words, train: np.ndarray, seed: int = 0) -> dict[str, Task]:
     """The tasks on the words of sentences; `train`: bool (words,), those that labels and offsets are learned from.
 
     pos: a word's universal tag. label: its relation to its head, the control by its own type. edge: is the second word
@@ -301,7 +313,9 @@ def tasks_of(read, words, train, seed=0):
     }
 
 
-def _other_word(word, head, sentence, offsets, rng, tries=20):
+def _other_word(
+    word: int, head: int, sentence: np.ndarray, offsets: np.ndarray, rng: np.random.Generator, tries: int = 20
+) -> int:
     """A word of the same sentence, neither itself nor its head, at an offset that heads have; -1 without luck."""
     for other in word + rng.choice(offsets, tries):
         if 0 <= other < len(sentence) and sentence[other] == sentence[word] and other not in (word, head):
@@ -310,14 +324,14 @@ def _other_word(word, head, sentence, offsets, rng, tries=20):
 
 
 # what a probe sees of one word's state, or of two
-FEATURES = {
+FEATURES: dict[str, Callable[[np.ndarray, Any], np.ndarray]] = {
     "pos": lambda a, b: a,
     "edge": lambda a, b: np.concatenate((a, b, a * b), axis=1),  # a map of (a, b) alone could not compare them
     "label": lambda a, b: np.concatenate((a, b), axis=1),
 }
 
 
-def right_of(task, features, train):
+def right_of(task: Task, features: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Which test examples a probe and its control's probe get right: (K_test, 2).
 
     One least-squares classifier (ridge on one-hot classes) for both, retrained here; features standardised on `train`.
@@ -338,12 +352,19 @@ def right_of(task, features, train):
     return (guesses == classes[1]).astype(np.float64)
 
 
-def linear(subject, reader, train, test, conditions, batch_size=64):
-    """Linear probes on the states after every tap under every condition; the findings' entry, a dict.
+def linear(
+    subject: Subject,
+    reader: Reader,
+    train: list[Sentence],
+    test: list[Sentence],
+    conditions: TextConditions,
+    batch_size: int = 64,
+) -> Linear:
+    """Linear probes on the states after every tap under every condition.
 
-    `train`, `test`: lists of Sentences. A probe is trained anew under each condition: is the information still there,
-    linearly? Selectivity is accuracy minus that of a control task (Hewitt & Liang 2019). Intervals: bootstrap over test
-    sentences, paired with the first condition.
+    A probe is trained anew under each condition: is the information still there, linearly? Selectivity is accuracy
+    minus that of a control task (Hewitt & Liang 2019). Intervals: bootstrap over test sentences, paired with the first
+    condition. Raises UserError where too few words fit into the model.
     """
     read = [*train, *test]
     words = words_of(reader, read)
@@ -353,52 +374,69 @@ def linear(subject, reader, train, test, conditions, batch_size=64):
     tasks = tasks_of(read, words, in_train)
     tasks = {key: task for key, task in tasks.items() if len(set(in_train[task.first])) == 2}  # has both splits
     found = states(subject, words, conditions, batch_size)
-    clean_name, clean = next(iter(found.items()))
+    right = _right_under(tasks, found, in_train)
     draws = np.random.default_rng(0).multinomial(len(test), np.full(len(test), 1 / len(test)), RESAMPLES)
-    right, entries = {}, {name: {task: [] for task in tasks} for name in conditions}
-    with tqdm(total=len(found) * len(tasks) * len(subject.streams), desc="probes", disable=None, leave=False) as bar:
+    clean = next(iter(found))
+
+    def probes_of(name: str, key: str) -> list[Selectivity]:
+        first = tasks[key].first
+        sentence = words.sentence[first[~in_train[first]]] - len(train)
+        return [
+            Selectivity(
+                index=i,
+                layer=tap.layer,
+                kind=tap.kind,
+                **_selectivity(right[name, key, i], right[clean, key, i], sentence, draws),
+            )
+            for i, tap in enumerate(subject.streams)
+        ]
+
+    return Linear(
+        pooling="a word's state is the mean over its tokens; words are encoded one by one, with the space before",
+        features="standardised; label: both words' states; edge: those and their product",
+        classifier=f"ridge regression on one-hot classes, penalty {RIDGE:g}",
+        words=WordCounts(train=int(in_train.sum()), test=int((~in_train).sum())),
+        left_out=sum(len(sentence.words) for sentence in read) - len(words.index),
+        majority={key: _accuracy_of_commonest(task, in_train) for key, task in tasks.items()},
+        conditions=[LinearCondition(name=name, tasks={key: probes_of(name, key) for key in tasks}) for name in found],
+    )
+
+
+def _right_under(
+    tasks: Mapping[str, Task], found: Mapping[str, Tensor], in_train: np.ndarray
+) -> dict[tuple[str, str, int], np.ndarray]:
+    """`right_of` for every condition, task and tap; `found`: of `states`, the clean model first."""
+    clean_name, clean = next(iter(found.items()))
+    right: dict[tuple[str, str, int], np.ndarray] = {}
+    with tqdm(total=len(found) * len(tasks) * len(clean), desc="probes", disable=None, leave=False) as bar:
         for name, of in found.items():
             for key, task in tasks.items():
-                chosen = in_train[task.first]
-                sentence = words.sentence[task.first[~chosen]] - len(train)
-                for i, tap in enumerate(subject.streams):
+                for i in range(len(clean)):
                     if name != clean_name and torch.equal(of[i], clean[i]):  # the very same states
                         right[name, key, i] = right[clean_name, key, i]
                     else:
                         x = of[i].numpy()
                         features = FEATURES[key](x[task.first], None if task.second is None else x[task.second])
-                        right[name, key, i] = right_of(task, features, chosen)
-                    both = (right[name, key, i], right[clean_name, key, i])
-                    entry = {"index": i, "layer": tap.layer, "kind": tap.kind, **_selectivity(*both, sentence, draws)}
-                    entries[name][key].append(entry)
+                        right[name, key, i] = right_of(task, features, in_train[task.first])
                     bar.update()
-    return {
-        "pooling": "a word's state is the mean over its tokens; words are encoded one by one, with the space before",
-        "features": "standardised; label: both words' states; edge: those and their product",
-        "classifier": f"ridge regression on one-hot classes, penalty {RIDGE:g}",
-        "words": {"train": int(in_train.sum()), "test": int((~in_train).sum())},
-        "left_out": sum(len(sentence.words) for sentence in read) - len(words.index),
-        "majority": {
-            key: float((task.label[~in_train[task.first]] == _commonest(task, in_train)).mean())
-            for key, task in tasks.items()
-        },
-        "conditions": [{"name": name, "tasks": of} for name, of in entries.items()],
-    }
+    return right
 
 
-def _commonest(task, in_train):
-    return np.bincount(task.label[in_train[task.first]]).argmax()
+def _accuracy_of_commonest(task: Task, in_train: np.ndarray) -> float:
+    """The accuracy on the test words of the commonest answer among the training words."""
+    commonest = np.bincount(task.label[in_train[task.first]]).argmax()
+    return float((task.label[~in_train[task.first]] == commonest).mean())
 
 
-def _selectivity(right, clean, sentence, draws):
-    """Accuracy, control accuracy and selectivity of test examples (K, 2), with intervals over sentences."""
+def _selectivity(right: np.ndarray, clean: np.ndarray, sentence: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
+    """The numbers of a Selectivity, from what is right of test examples (K, 2): the task's and its control's."""
     sums = lambda values: np.bincount(sentence, values, minlength=draws.shape[1])
     n = sums(np.ones(len(sentence)))
 
-    def rate(values):
+    def rate(values: np.ndarray) -> tuple[float, list[float]]:
         of = sums(values)
         low, high = np.quantile((draws @ of) / np.maximum(draws @ n, 1), (0.025, 0.975))
-        return of.sum() / n.sum(), [low, high]
+        return float(of.sum() / n.sum()), [float(low), float(high)]
 
     selective, before = right[:, 0] - right[:, 1], clean[:, 0] - clean[:, 1]
     measured = {
@@ -408,8 +446,8 @@ def _selectivity(right, clean, sentence, draws):
         ("change", "change_ci95"): selective - before,
         ("accuracy_change", "accuracy_change_ci95"): right[:, 0] - clean[:, 0],
     }
-    entry = {}
+    entry: dict[str, Any] = {}
     for (name, interval), values in measured.items():
-        value, ci = rate(values)
-        entry |= {name: float(value)} | ({interval: [float(x) for x in ci]} if interval else {})
+        value, ci95 = rate(values)
+        entry |= {name: value} | ({interval: ci95} if interval else {})
     return entry

@@ -15,16 +15,18 @@ Symmetric, absmax, round to nearest; Bondarenko et al.'s activations are asymmet
 """
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..hooks import on_streams
 from ..measure import metrics
-from ..models.subject import Tap, batches
+from ..models.subject import Subject, Tap, batches
+from .findings import Int8, LossChange
 
 LARGEST = 127  # levels -127 ... 127: the same number on both sides of 0
 
@@ -34,8 +36,8 @@ class Granularity(NamedTuple):
     per channel is known (C,)."""
 
     text: str
-    weight: Callable
-    activation: Callable
+    weight: Callable[[Tensor], Tensor]
+    activation: Callable[[Tensor], Tensor]
 
 
 GRANULARITIES = {
@@ -62,24 +64,24 @@ NOTE = (
 )
 
 
-def rounded(x, largest):
+def rounded(x: Tensor, largest: Tensor) -> Tensor:
     """x to the nearest of the 255 multiples of largest / 127 up to `largest`, which broadcasts; 0 where that is 0."""
     scale = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     return ((x.float() / scale).round().clamp(-LARGEST, LARGEST) * scale).to(x.dtype)
 
 
-def is_conv1d(module):
+def is_conv1d(module: nn.Module) -> bool:
     """True for transformers' Conv1D, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
-def matrices(subject):
+def matrices(subject: Subject) -> list[nn.Module]:
     """The modules inside the blocks that are a matrix, each once."""
     inside = (module for stage in subject.stages for module in stage.modules())
     return list(dict.fromkeys(m for m in inside if isinstance(m, nn.Linear) or is_conv1d(m)))
 
 
-def sites(subject):
+def sites(subject: Subject) -> list[Tap]:
     """Taps on every activation that is quantised: the stream, and the inputs of the matrices."""
     return [*subject.writable, *(Tap(0, "matrix", module, "input") for module in matrices(subject))]
 
@@ -90,29 +92,26 @@ class Ranges:
     `largest`: a (C,) per site, None at one that no token reached (an idle expert), which then is not quantised.
     """
 
-    def __init__(self, subject, ids, batch_size=8):
+    def __init__(self, subject: Subject, ids: Tensor, batch_size: int = 8) -> None:
         taps = sites(subject)
-        self.largest = [None] * len(taps)
+        self.largest: list[Tensor | None] = [None] * len(taps)
 
-        def record(index):
-            def function(x):
-                new, old = x.float().abs().reshape(-1, x.size(-1)).amax(0), self.largest[index]
-                self.largest[index] = new if old is None else torch.maximum(old, new)
+        def record(index: int, x: Tensor) -> None:
+            new, old = x.float().abs().reshape(-1, x.size(-1)).amax(0), self.largest[index]
+            self.largest[index] = new if old is None else torch.maximum(old, new)
 
-            return function
-
-        with on_streams(taps, [record(i) for i in range(len(taps))]):
+        with on_streams(taps, [functools.partial(record, i) for i in range(len(taps))]):
             for _, batch in batches(ids, batch_size):
                 subject.losses(batch)
 
 
 @contextlib.contextmanager
-def weights(subject, granularity):
+def weights(subject: Subject, granularity: str) -> Iterator[None]:
     """The matrices' weights are int8's within the block, and bit by bit what they were after it.
 
     Raises UserError for a model that is read from disk as it runs.
     """
-    held = {m.weight: is_conv1d(m) for m in matrices(subject)}  # a shared weight once
+    held = {m.get_parameter("weight"): is_conv1d(m) for m in matrices(subject)}  # a shared weight once
     if any(weight.is_meta for weight in held):
         raise UserError("int8 needs the weights in memory; this model is read from disk as it runs (--max_memory)")
     original = {weight: weight.data for weight in held}
@@ -127,17 +126,17 @@ def weights(subject, granularity):
             weight.data = data
 
 
-def activations(subject, ranges, granularity):
+def activations(subject: Subject, ranges: Ranges, granularity: str) -> contextlib.AbstractContextManager[None]:
     """A context manager in which the stream and the matrices' inputs are int8's, within `ranges`."""
     range_of = GRANULARITIES[granularity].activation
 
-    def function_of(largest):
+    def function_of(largest: Tensor | None) -> Callable[[Tensor], Tensor | None]:
         return lambda x: None if largest is None else rounded(x, range_of(largest))
 
     return on_streams(sites(subject), [function_of(largest) for largest in ranges.largest])
 
 
-def sequence_losses(subject, ids, batch_size=8):
+def sequence_losses(subject: Subject, ids: Tensor, batch_size: int = 8) -> Tensor:
     """The mean loss of each sequence of ids (N, T), in nats: (N,), float64."""
     losses = torch.empty(len(ids), dtype=torch.float64)
     for rows, batch in batches(ids, batch_size):
@@ -145,25 +144,25 @@ def sequence_losses(subject, ids, batch_size=8):
     return losses
 
 
-def quantised_losses(subject, ids, other_ids, batch_size=8):
-    """The loss of ids (N, T) in int8 against that in float, paired by sequence; ranges from `other_ids` (N', T).
+def quantised_losses(subject: Subject, ids: Tensor, other_ids: Tensor, batch_size: int = 8) -> dict[str, Int8]:
+    """By granularity, the loss of ids (N, T) in int8 against that in float, paired by sequence.
 
-    {granularity: {"loss", "ppl", "delta_loss", "ci95", "weights_only": {the same}, "activations_only": {the same}}}
+    Ranges are those of `other_ids` (N', T). Raises UserError where the weights are not in memory.
     """
     clean = sequence_losses(subject, ids, batch_size)
     ranges = Ranges(subject, other_ids, batch_size)
 
-    def effect(*contexts):
+    def change(*contexts: contextlib.AbstractContextManager[None]) -> LossChange:
         with contextlib.ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
-            return metrics.paired_effect(clean, sequence_losses(subject, ids, batch_size))
+            return LossChange(**metrics.paired_effect(clean, sequence_losses(subject, ids, batch_size)))
 
     return {
-        name: {
-            **effect(weights(subject, name), activations(subject, ranges, name)),
-            "weights_only": effect(weights(subject, name)),
-            "activations_only": effect(activations(subject, ranges, name)),
-        }
+        name: Int8(
+            **vars(change(weights(subject, name), activations(subject, ranges, name))),
+            weights_only=change(weights(subject, name)),
+            activations_only=change(activations(subject, ranges, name)),
+        )
         for name in GRANULARITIES
     }

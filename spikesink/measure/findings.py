@@ -5,7 +5,7 @@ of what stands before it, None where undefined, as for one sequence. Positions c
 is layer -1. Lists are by position, by layer of attention (L), or by layer and head (L, H).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class CheckpointEntry:
     """Which checkpoint: its weights' SHA-256, the step and the tokens of its training; None where unknown."""
 
     path: str
-    sha256: str | None
-    step: int | None
-    tokens: int | None
+    sha256: str | None = None
+    step: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,12 @@ class Verdicts:
     @property
     def by_name(self) -> dict[str, Verdict]:
         """{phenomenon: verdict}, its name as in a sentence."""
-        return {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
+        return {name.replace("_", "-"): verdict for name, verdict in vars(self).items()}
+
+    @property
+    def words(self) -> dict[str, str]:
+        """{phenomenon, as its field is called: present, absent or underpowered}."""
+        return {name: verdict.verdict for name, verdict in vars(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +266,11 @@ class SpikeFindings:
     def primary_rule(self) -> SpikeRuleCount:
         """What the primary rule marks."""
         return self.rules[self.primary]
+
+    @property
+    def primary_tokens(self) -> list[SpikeToken]:
+        """Those of the tokens that the primary rule marks."""
+        return [token for token in self.tokens if self.primary in token.rules]
 
 
 @dataclass(frozen=True, kw_only=True)

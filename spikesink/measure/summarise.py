@@ -41,17 +41,17 @@ def summarise(
     obs: Observation,
     checkpoint: CheckpointEntry | None = None,
     model: dict[str, Any] | None = None,
-    text: TextEntry | None = None,
+    data: TextEntry | None = None,
     null: Nulls | None = None,
     anatomy: Anatomy | None = None,
 ) -> Findings:
-    """The findings of one observation; `checkpoint`, `model` and `text` say what was observed, and on what.
+    """The findings of one observation; `checkpoint`, `model` and `data` say what was observed, and on what.
 
     `model`: its architecture, with `parameters`, their number. `null`: calibrate.nulls of the same subject, `anatomy`:
     anatomy.anatomy, where they were run.
     """
     model, null = model or {}, null or {}
-    checkpoint = checkpoint or CheckpointEntry(path="in memory", sha256=None, step=None, tokens=None)
+    checkpoint = checkpoint or CheckpointEntry(path="in memory")
     overlap, measures = co_occurrence(obs), calibrate.measures(obs)
     trained = model.get("parameters", 0), checkpoint.step, checkpoint.tokens
     return Findings(
@@ -59,7 +59,7 @@ def summarise(
         causal=subject.causal,
         checkpoint=checkpoint,
         model=model,
-        data=_data(subject, obs, text or _as_text(obs)),
+        data=_data(subject, obs, data or _as_text(obs)),
         verdicts=calibrate.verdicts(obs, null, overlap, subject.heads, *trained),
         layers=[
             LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(stats.result()))

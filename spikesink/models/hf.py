@@ -334,7 +334,7 @@ def open_model(name_or_path: str | Path, device: str = "cpu", free: float = math
 
 def found_in(model: nn.Module) -> Any:
     """The transformers model in `model`, perhaps wrapped; None where there is none."""
-    if "transformers" not in sys.modules:
+    if sys.modules.get("transformers") is None:
         return None
     from transformers import PreTrainedModel
 

@@ -178,19 +178,31 @@ def _tried(model: Any) -> View:
     return View(model, taps.streams, attends, mask, lambda: reading(seams.get))
 
 
-OWN = (SEAM, "_attn")  # what instruments put beside a module's own attributes
+COMPILED = ("_compiled_call_impl", "forward")  # attributes of a module that torch.compile puts before its class's
+OWN = (SEAM, "_attn", *COMPILED)  # attributes that are taken from a module, or given to it
 
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """After the block the modes of a model's modules, their seams, their transformers configs (with the attention
-    implementation) and torch's random state are what they were before it, whatever was done to them within."""
+    implementation) and torch's random state are what they were before it, whatever was done to them within.
+
+    Within, what was compiled in place (a model, or the sub-layers of a GPT of model.py) runs as it is written: compiled
+    code calls no hook.
+    """
     modules = list(model.modules())
     modes = [m.training for m in modules]
     own = [{name: vars(m)[name] for name in OWN if name in vars(m)} for m in modules]
     configs = [config for m in modules for config in _configs(getattr(m, "config", None))]
     settings = [dict(vars(config)) for config in configs]
+    gpt = gpt_in(model)
+    compiled_parts = [
+        (m, COMPILED[0]) for m in modules
+    ]  # others than a GPT may have a forward of their own (accelerate's)
+    compiled_parts += [(sub_layer, COMPILED[1]) for _, _, sub_layer in sub_layers_of(gpt)] if gpt else []
     try:
+        for module, name in compiled_parts:
+            vars(module).pop(name, None)
         with torch.random.fork_rng():
             yield
     finally:

@@ -1,42 +1,40 @@
-"""The figures of what ablate.py and mitigate.py find."""
+"""The figures of what ablate finds."""
 
-import functools
+from collections.abc import Callable, Iterable
 
 import matplotlib.patches
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import SymmetricalLogLocator
 
-from ..measure.findings import Place, TextEntry
-from ..measure.spikes import SPIKE_RATIO
+from ..edit.findings import Ablation, Blimp, Effect, Left, Linear
+from ..measure.findings import Place
 from .drawing import GREY, INK, SINK, SPIKE, Figure, canvas, name_ticks, thinned
 from .text import on_text
 
-
-def _entries(ablation):
-    """(label, entry, colour) of every intervention that edited something, each followed by its controls."""
-    colours = {"spike": SPIKE, "sink": SINK, "bos": INK}
-    return [
-        (
-            entry["name"] if entry is row else f"control: {entry['name']}",
-            entry,
-            colours[row["kind"]] if entry is row else GREY,
-        )
-        for row in ablation["interventions"] + ablation["removals"]
-        for entry in (row, *row["control"])
-        if entry["edited"]
-    ]
+KIND_COLORS = {"spike": SPIKE, "sink": SINK}  # of an intervention that has a kind of its own: INK
 
 
-def _deltas(ablation):
-    shown = _entries(ablation)
+def _shown(found: Ablation) -> list[tuple[str, Effect, str]]:
+    """(label, effect, colour) of every intervention that edited something, each followed by its controls."""
+    shown: list[tuple[str, Effect, str]] = []
+    for entry in found.entries:
+        shown.append((entry.name, entry, KIND_COLORS.get(entry.kind, INK)))
+        shown += [(f"control: {control.name}", control, GREY) for control in entry.control]
+    return [one for one in shown if one[1].edited]
+
+
+def _deltas(found: Ablation) -> Canvas:
+    shown = _shown(found)
     figure, axes = canvas(lines=0.95 * len(shown))
-    smallest = min((abs(e["delta_loss"]) for _, e, _ in shown if abs(e["delta_loss"]) > 1e-3), default=1e-3)
+    smallest = min((abs(e.delta_loss) for _, e, _ in shown if abs(e.delta_loss) > 1e-3), default=1e-3)
     axes.set_xscale("symlog", linthresh=smallest)
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest))
-    for i, (_, entry, color) in enumerate(shown):
-        if entry["ci95"]:
-            axes.plot(entry["ci95"], [i, i], color=color, lw=2)
-        axes.plot(entry["delta_loss"], i, "o", color=color, markersize=4)
+    for i, (_, effect, color) in enumerate(shown):
+        if effect.ci95:
+            axes.plot(effect.ci95, [i, i], color=color, lw=2)
+        axes.plot(effect.delta_loss, i, "o", color=color, markersize=4)
     axes.set_yticks(range(len(shown)), [label for label, _, _ in shown])
     axes.margins(y=0.02)
     axes.invert_yaxis()
@@ -45,23 +43,23 @@ def _deltas(ablation):
     return figure
 
 
-def _two_by_two(ablation):
-    cells = ablation["two_by_two"]
+def _bars(axes: Axes, left: Iterable[Left], shift: float, color: str) -> None:
+    """A bar per run, the first of full colour, each with its interval; none where nothing could be left."""
+    for i, of in enumerate(left):
+        if of.same is not None:
+            axes.bar(i + shift, of.same, 0.34, color=color, alpha=1 if i == 0 else 0.4)
+            if of.same_ci95:
+                axes.plot([i + shift, i + shift], of.same_ci95, color=INK, lw=1)
+
+
+def _two_by_two(found: Ablation) -> Canvas:
     figure, both = canvas(1, 2, sharey=True)
-    for axes, (removed, cell) in zip(both, cells.items(), strict=False):
-        runs = [(cell["by"], cell), *((c["name"], c) for c in cell["control"])]
-        for j, (kind, color) in enumerate((("spikes_remain", SPIKE), ("sinks_remain", SINK))):
-            for i, (_, run) in enumerate(runs):
-                left = run[kind]
-                if left["same"] is None:
-                    continue
-                x = i + 0.36 * (j - 0.5)
-                axes.bar(
-                    x, left["same"], 0.34, color=color, alpha=1 if i == 0 else 0.4, label=kind[:-7] if i == 0 else None
-                )
-                if left["ci95"]:
-                    axes.plot([x, x], left["ci95"]["same"], color=INK, lw=1)
-        axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name, _ in runs])
+    for axes, (removed, cell) in zip(both, found.two_by_two.items(), strict=False):
+        runs = [cell, *cell.control]
+        _bars(axes, [run.spikes_remain for run in runs], -0.18, SPIKE)
+        _bars(axes, [run.sinks_remain for run in runs], 0.18, SINK)
+        names = [cell.by, *(control.name for control in cell.control)]
+        axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name in names])
         axes.tick_params(axis="x", labelsize=0.85 * plt.rcParams["font.size"])
         axes.set(ylim=(0, 1.05), title=REMOVED[removed][0])
     both[0].set_ylabel("share that remains")
@@ -70,9 +68,9 @@ def _two_by_two(ablation):
     return figure
 
 
-def _loss_by_position(ablation):
+def _loss_by_position(found: Ablation) -> Canvas:
     figure, (top, bottom) = canvas(2, 1, height=1.5, sharex=True)
-    top.plot(*thinned(ablation["baseline"]["by_position"]), color=INK)
+    top.plot(*thinned(found.baseline.by_position), color=INK)
     top.set(ylabel="loss, clean model")
     wanted = {
         "spike_zero": (SPIKE, "-"),
@@ -80,10 +78,10 @@ def _loss_by_position(ablation):
         "sink_mask": (SINK, "-"),
         "bos_remove": (INK, "--"),
     }
-    for entry in ablation["interventions"]:
-        if entry["name"] in wanted and entry["edited"]:
-            color, style = wanted[entry["name"]]
-            bottom.plot(*thinned(entry["by_position"]), style, color=color, lw=1.2, label=entry["name"])
+    for entry in found.interventions:
+        if entry.name in wanted and entry.edited:
+            color, style = wanted[entry.name]
+            bottom.plot(*thinned(entry.by_position), style, color=color, lw=1.2, label=entry.name)
     bottom.axhline(0, color=GREY, lw=0.8)
     bottom.set(ylabel="its change", xlabel="position at which the prediction is made")
     if bottom.get_legend_handles_labels()[1]:
@@ -91,16 +89,19 @@ def _loss_by_position(ablation):
     return figure
 
 
-def _state_change(ablation):
+def _state_change(found: Ablation) -> Canvas:
     figure, panels = canvas(1, 2, sharey=True)
-    labels = [Place(**tap).name for tap in ablation["taps"]]
     wanted = {"spike_zero": SPIKE, "spike_constant": INK, "sink_mask": SINK}
-    for axes, (key, title) in zip(panels, (("spike_tokens", "spike tokens"), ("others", "other tokens")), strict=True):
-        for entry in ablation["interventions"] + ablation["removals"]:
-            values = [tap[key] for tap in entry["state_change"]]
-            if entry["name"] in wanted and entry["edited"] and None not in values:
-                axes.plot(values, "-o", markersize=3, color=wanted[entry["name"]], label=entry["name"])
-        name_ticks(axes.xaxis, labels, 8)
+    entries = [entry for entry in found.entries if entry.name in wanted and entry.edited]
+    curves = {
+        "spike tokens": {entry.name: [tap.spike_tokens for tap in entry.state_change] for entry in entries},
+        "other tokens": {entry.name: [tap.others for tap in entry.state_change] for entry in entries},
+    }
+    for axes, (title, of) in zip(panels, curves.items(), strict=True):
+        for name, values in of.items():
+            if None not in values:
+                axes.plot(values, "-o", markersize=3, color=wanted[name], label=name)
+        _name_taps(axes, found.taps)
         axes.set_title(title)
     panels[0].set_ylabel("|h' - h| / |h|")
     handles = {h.get_label(): h for axes in panels for h in axes.get_lines()}
@@ -109,22 +110,25 @@ def _state_change(ablation):
     return figure
 
 
-def _selectivity(ablation):
-    of = ablation["probes"]["linear"]
-    tasks = of["conditions"][0]["tasks"]
+def _name_taps(axes: Axes, taps: Iterable[Place]) -> None:
+    name_ticks(axes.xaxis, [tap.name for tap in taps], 8)
+
+
+def _selectivity(found: Ablation) -> Canvas:
+    assert isinstance(found.probes.linear, Linear)
+    conditions = found.probes.linear.conditions
+    tasks = conditions[0].tasks
     figure, panels = canvas(1, len(tasks), sharey=True)
     wanted = {"none": (INK, "-"), "spike_zero": (SPIKE, "-"), "spike_mean": (SPIKE, ":"), "sink_mask": (SINK, "-")}
-    for axes, task in zip(panels, tasks, strict=True):
-        for row in of["conditions"]:
-            if row["name"] in wanted:
-                color, style = wanted[row["name"]]
-                taps = row["tasks"][task]
-                axes.plot([tap["selectivity"] for tap in taps], style, color=color, label=row["name"], lw=1.4)
-                if row["name"] == "none":
-                    low, high = zip(*(tap["selectivity_ci95"] for tap in taps), strict=True)
-                    axes.fill_between(range(len(taps)), low, high, color=GREY, alpha=0.25, lw=0)
-        labels = [Place(layer=tap["layer"], kind=tap["kind"]).name for tap in tasks[task]]
-        name_ticks(axes.xaxis, labels, 8)
+    for axes, (task, clean) in zip(panels, tasks.items(), strict=True):
+        for row in conditions:
+            if row.name in wanted:
+                color, style = wanted[row.name]
+                taps = row.tasks[task]
+                axes.plot([tap.selectivity for tap in taps], style, color=color, label=row.name, lw=1.4)
+        low, high = zip(*(tap.selectivity_ci95 for tap in clean), strict=True)
+        axes.fill_between(range(len(clean)), low, high, color=GREY, alpha=0.25, lw=0)
+        _name_taps(axes, clean)
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set_title(task)
     panels[0].set_ylabel("accuracy - control accuracy")
@@ -132,68 +136,24 @@ def _selectivity(ablation):
     return figure
 
 
-def _blimp(ablation):
-    rows = ablation["probes"]["blimp"]["conditions"][1:]
-    fields = list(rows[0]["by_field"])
+def _blimp(found: Ablation) -> Canvas:
+    assert isinstance(found.probes.blimp, Blimp)
+    rows = found.probes.blimp.conditions[1:]
+    fields = list(rows[0].by_field)
     figure, panels = canvas(1, len(fields), lines=len(rows), sharey=True)
+    kinds = {entry.name: entry.kind for entry in found.entries}
+    color_of = lambda name: GREY if "/" in name else KIND_COLORS.get(kinds[name], SINK)
     for axes, name in zip(panels, fields, strict=True):
         for i, row in enumerate(rows):
-            part = row["by_field"][name]
-            color = GREY if "/" in row["name"] else SPIKE if row["name"].startswith("spike") else SINK
-            axes.plot(part["change"], i, "o", color=color, markersize=4)
-            if part["change_ci95"]:
-                axes.plot(part["change_ci95"], [i, i], color=color, lw=1.5)
+            part, color = row.by_field[name], color_of(row.name)
+            axes.plot(part.change, i, "o", color=color, markersize=4)
+            if part.change_ci95:
+                axes.plot(part.change_ci95, [i, i], color=color, lw=1.5)
         axes.axvline(0, color=GREY, lw=0.8)
         axes.set_title(name.replace("_", " "))
-    panels[0].set_yticks(range(len(rows)), [row["name"].replace("/", " / ") for row in rows])
+    panels[0].set_yticks(range(len(rows)), [row.name.replace("/", " / ") for row in rows])
     panels[0].invert_yaxis()
     figure.supxlabel("change of BLiMP accuracy", fontsize=plt.rcParams["font.size"])
-    return figure
-
-
-ARM_COLORS = {"before": INK, "none": GREY, "clip": SPIKE, "penalty": SINK, "gate": "#15803d"}
-
-
-def _seeds(of, *keys):
-    """The number at `keys` in every run of an arm; of the checkpoint before, the one there is."""
-    inside = lambda entry: functools.reduce(dict.get, keys, entry)
-    return [inside(run) for run in of["runs"]] if "runs" in of else [inside(of)["mean"]]
-
-
-def _trade(models):
-    figure, axes = canvas(height=1.1)
-    for name, of in models:
-        x, y, color = _seeds(of, "top1_over_median"), _seeds(of, "loss"), ARM_COLORS[name]
-        axes.plot(x, y, "X" if name == "before" else "o", color=color, label=name, markersize=7, alpha=0.7)
-    axes.set(
-        xscale="log",
-        xlabel="top-1 / median of the layer where it is largest",
-        ylabel="loss, nats per token",
-    )
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
-    at = {"xycoords": ("data", "axes fraction"), "xytext": (3, 0), "textcoords": "offset points", "va": "top"}
-    axes.annotate("the spike rule", (SPIKE_RATIO, 1), **at, color=GREY)
-    axes.legend()
-    return figure
-
-
-def _int8(models):
-    figure, axes = canvas(lines=2.5 * len(models) + 2)
-    kinds = {
-        "float": (("loss",), GREY, "|"),
-        "int8 per channel": (("int8", "per_channel", "loss"), SINK, "o"),
-        "int8 per tensor": (("int8", "per_tensor", "loss"), SPIKE, "o"),
-    }
-    for label, (keys, color, marker) in kinds.items():
-        points = [(x, i) for i, (_, of) in enumerate(models) for x in _seeds(of, *keys)]
-        size = 13 if marker == "|" else 6
-        axes.plot(*zip(*points, strict=True), marker, color=color, label=label, markersize=size, alpha=0.7)
-    axes.set_yticks(range(len(models)), [name for name, _ in models])
-    axes.set(ylim=(len(models) - 0.4, -0.6), xlabel="loss, nats per token")
-    figure.legend(ncols=3, loc="outside upper center")
     return figure
 
 
@@ -201,17 +161,29 @@ REMOVED = {  # title, question
     "remove_spikes": ("spikes removed", "Do sinks need spikes?"),
     "remove_sinks": ("sinks removed", "Do spikes need sinks?"),
 }
-on_this = lambda found: f" Measured on {on_text(TextEntry(**found['data']))}."
-edits = lambda found: bool(_entries(found))
 
 
-def _needs(ablation):
+def _on_this(found: Ablation) -> str:
+    return f" Measured on {on_text(found.data)}."
+
+
+def _edits(found: Ablation) -> bool:
+    return bool(_shown(found))
+
+
+def _needs(found: Ablation) -> str:
     """What the two by two says, in words."""
-    return " ".join(f"{REMOVED[removed][1]} {cell['needs']}." for removed, cell in ablation["two_by_two"].items())
+    return " ".join(f"{REMOVED[removed][1]} {cell.needs}." for removed, cell in found.two_by_two.items())
 
 
-def _conditions(kind):
-    return lambda found: edits(found) and len(found["probes"].get(kind, {}).get("conditions", ())) > 1
+def _probed(kind: type[Blimp] | type[Linear]) -> Callable[[Ablation], bool]:
+    """Whether a probe was run under more conditions than the clean model."""
+
+    def needs(found: Ablation) -> bool:
+        run = [of for of in (found.probes.blimp, found.probes.linear) if isinstance(of, kind)]
+        return _edits(found) and any(len(of.conditions) > 1 for of in run)
+
+    return needs
 
 
 ABLATION = {
@@ -219,42 +191,38 @@ ABLATION = {
         _deltas,
         lambda found: (
             "Change of the loss under each intervention (orange: on spikes, blue: on sinks) and, in grey, under its "
-            "matched controls; 95% intervals. The axis is linear near 0, then logarithmic." + on_this(found)
+            "matched controls; 95% intervals. The axis is linear near 0, then logarithmic." + _on_this(found)
         ),
-        needs=edits,
+        needs=_edits,
     ),
     "two_by_two": Figure(
         _two_by_two,
         lambda found: (
             "What is left of the very same spikes and sinks when the other is removed, and, paler, under the controls. "
-            f"{_needs(found)}" + on_this(found)
+            f"{_needs(found)}" + _on_this(found)
         ),
-        needs=lambda found: edits(found) and any(cell["edited"] for cell in found["two_by_two"].values()),
+        needs=lambda found: _edits(found) and any(cell.edited for cell in found.two_by_two.values()),
     ),
     "loss_by_position": Figure(
         _loss_by_position,
-        lambda found: "The loss by position, nats, and how the main interventions change it." + on_this(found),
-        needs=edits,
+        lambda found: "The loss by position, nats, and how the main interventions change it." + _on_this(found),
+        needs=_edits,
     ),
     "state_change": Figure(
         _state_change,
-        lambda found: "How far states move under the main interventions, |h' - h| / |h| by layer." + on_this(found),
-        needs=lambda found: edits(found) and any(e["kind"] == "spike" and e["edited"] for e in found["interventions"]),
+        lambda found: "How far states move under the main interventions, |h' - h| / |h| by layer." + _on_this(found),
+        needs=lambda found: _edits(found) and any(e.kind == "spike" and e.edited for e in found.interventions),
     ),
     "linear": Figure(
         _selectivity,
         lambda found: "Linear probes: selectivity by layer, accuracy minus that of the control task; band: 95%.",
         wide=True,
-        needs=_conditions("linear"),
+        needs=_probed(Linear),
     ),
     "blimp": Figure(
         _blimp,
         lambda found: "Change of BLiMP accuracy under each intervention and, in grey, its first control; 95%.",
         wide=True,
-        needs=_conditions("blimp"),
+        needs=_probed(Blimp),
     ),
-}
-MITIGATION = {
-    "trade": Figure(_trade, lambda models: "Is the spike gone, and at what loss? A point per seed."),
-    "int8": Figure(_int8, lambda models: "What int8 costs. A point per seed."),
 }

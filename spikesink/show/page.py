@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..edit.findings import Ablation
 from ..errors import extra
 from ..files import save_bytes, save_text
 from ..measure import history
@@ -40,7 +41,7 @@ def write_page(
     save_text(path, environment.get_template(template).render(alive=alive, **values))
 
 
-def detection_page(path: str | Path, findings: Findings, ablation: dict[str, Any] | None = None) -> None:
+def detection_page(path: str | Path, findings: Findings, ablation: Ablation | None = None) -> None:
     """Writes the page of a checkpoint: the findings, and the ablation if there is one. Raises UserError."""
     parts = [_detection_part(name, found) for name, found in findings.all_parts]
     write_page(
@@ -73,7 +74,7 @@ def _detection_part(name: str, found: Findings) -> dict[str, Any]:
     }
 
 
-def ablation_parts(ablation: dict[str, Any]) -> list[dict[str, Any]]:
+def ablation_parts(ablation: Ablation) -> list[dict[str, Any]]:
     """What the page shows of each part of an ablation."""
     return [
         {
@@ -85,7 +86,7 @@ def ablation_parts(ablation: dict[str, Any]) -> list[dict[str, Any]]:
             "probes": ablation_text.probe_tables(found),
             "figures": drawing.for_page(ablation_figures.ABLATION, found),
         }
-        for name, found in report.ablation_parts(ablation)
+        for name, found in ablation.all_parts
     ]
 
 

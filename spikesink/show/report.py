@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from ..edit.findings import Ablation
 from ..measure import history
 from ..measure.calibrate import rules
 from ..measure.findings import (
@@ -153,9 +154,8 @@ LAYER = (
     Column("kurtosis", attrgetter("kurtosis")),
     Column("max", attrgetter("max"), ".4g"),
 )
-HEAD: dict[
-    str, Callable[[SinkFindings], list[list[float]]]
-] = {  # title -> of the sinks, numbers by layer and head (L, H)
+# title -> of the sinks, numbers by layer and head (L, H)
+HEAD: dict[str, Callable[[SinkFindings], list[list[float]]]] = {
     f"Sink_1 ({PRIMARY_SINK_EPSILON})": lambda sinks: sinks.at(PRIMARY_SINK_EPSILON).by_head,
     "alpha_1": attrgetter("alpha_first"),
     "any sink": attrgetter("any_sink_by_head"),
@@ -419,17 +419,12 @@ def architecture_table(names: Sequence[str], all_findings: Sequence[Findings]) -
 # ------------------------------------------------------------------------------------------------- ablation
 
 
-def ablation_parts(ablation: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, ablation) of each part of an encoder-decoder; the name of the only one is empty."""
-    return [(ablation["part"], ablation), *ablation.get("parts", {}).items()]
-
-
-def ablation_terminal(ablation: dict[str, Any]) -> str:
+def ablation_terminal(ablation: Ablation) -> str:
     """The answers, then the table of interventions, for a terminal."""
     lines = []
-    for name, found in ablation_parts(ablation):
+    for name, found in ablation.all_parts:
         lines += [f"== {name} =="] if name else []
         lines += [*ablation_text.answers(found), grid(*ablation_text.rows(found))]
         for sentence, probe in ablation_text.probe_tables(found):
             lines.append(f"{sentence}\n{grid(*probe)}" if probe else sentence)
-    return "\n\n".join([*lines, ablation["note"]])
+    return "\n\n".join([*lines, ablation.note])

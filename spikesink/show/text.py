@@ -1,19 +1,12 @@
 """Numbers and tokens as text, and text in columns."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..measure.findings import Interval, TextEntry
-
-
-def visible(text: str) -> str:
-    """Token text with white space that can be seen, and without control characters; never empty."""
-    if not text:
-        return "<empty>"
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+from ..measure.findings import TextEntry
+from ..text.tokenizers import visible  # noqa: F401  # where a token is shown, its text is
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -21,7 +14,7 @@ def number(value: float | None, form: str = ".3g") -> str:
     return "–" if value is None or math.isnan(value) else format(value, form)
 
 
-def interval(ci: Interval | None, form: str = ".3g") -> str:
+def interval(ci: Sequence[float] | None, form: str = ".3g") -> str:
     """A 95% interval for a table; empty if it is undefined."""
     return "" if ci is None else f"[{ci[0]:{form}}, {ci[1]:{form}}]"
 

@@ -152,3 +152,11 @@ def split_documents(lines: Iterable[str]) -> Iterator[str]:
             document.append(line)
     if re.search(r"\S", "".join(document)):
         yield "".join(document)
+
+
+def visible(text: str) -> str:
+    """Token text with white space that can be seen, and without control characters; never empty."""
+    if not text:
+        return "<empty>"
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)

@@ -1,0 +1,141 @@
+"""Everything that ablate measures of one model, or of one part of an encoder-decoder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..measure.findings import Place
+from ..models.subject import Subject
+from ..text.sequences import Reader
+from . import interventions, outcomes, probes, quantise
+from .clean_pass import Reference
+from .findings import Ablation, Blimp, Calibration, Entry, Int8, Linear, Probes, Unavailable
+from .interventions import Intervention
+from .outcomes import Conditions
+
+NOTE = (
+    "What is edited is fixed by the clean model on the same text: spikes are the entries that the ratio rule marks, at "
+    "every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 and at "
+    "least T/4 queries, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
+    "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
+    "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences. "
+    + quantise.NOTE
+)
+# sizes at which an interval is some +- 3% wide, and all of it takes a minute for the quickstart's model
+PAIRS, SENTENCES = 12, {"train": 600, "test": 300}  # pairs of each paradigm; sentences
+
+
+def ablate_subject(
+    subject: Subject,
+    reference: Reference,
+    ids: Tensor,
+    other_ids: Tensor,
+    about: Mapping[str, Any],
+    *,
+    only: Sequence[str] = (),
+    batch_size: int = 8,
+    reader: Reader | None = None,
+    probe_data: Path = Path("data"),
+) -> Ablation:
+    """Every intervention, its controls, int8 and the probes on ids (N, T), int64; `reference` is of other_ids (N', T).
+
+    `about`: the findings' entries checkpoint, model and data. `only`: names of interventions, by default all. With a
+    `reader` also BLiMP and linear probes, where the folder `probe_data` has them. Raises UserError for an unknown name.
+    """
+    table, removals = chosen(subject, about["data"].bos, only)
+    conditions = outcomes.conditions_of(table | removals, reference)
+    measured = outcomes.measure(subject, ids, conditions, batch_size, f"ablate {subject.part}".strip())
+    entries = outcomes.table_entries(table, measured)
+    return Ablation(
+        **about,
+        part=subject.part,
+        calibration=Calibration(n_seq=len(other_ids)),
+        note=NOTE,
+        taps=[Place(layer=tap.layer, kind=tap.kind) for tap in subject.streams],
+        baseline=outcomes.baseline(measured),
+        interventions=entries,
+        removals=outcomes.table_entries(removals, measured),
+        two_by_two=outcomes.two_by_two(entries),
+        attention=outcomes.attention_change(measured),
+        int8=int8(subject, ids, other_ids, batch_size),
+        probes=(
+            probed(subject, reader, probe_data, entries, conditions) if reader and subject.part != "cross" else Probes()
+        ),
+    )
+
+
+def chosen(
+    subject: Subject, bos: bool, only: Sequence[str] = ()
+) -> tuple[dict[str, Intervention], dict[str, Intervention]]:
+    """The interventions that are wanted, and those on whole tokens, heads and sub-layers.
+
+    `bos`: whether the sequences start with one. Raises UserError for an unknown name.
+    """
+    for name in only:
+        interventions.intervention_named(name)
+    table = dict(interventions.INTERVENTIONS)
+    if not has_bos(subject, bos):
+        table["bos_remove"] = table["bos_remove"]._replace(edit=interventions.nothing)
+    keep = lambda table: {name: one for name, one in table.items() if not only or name in only}
+    return keep(table), keep(interventions.REMOVALS)
+
+
+def has_bos(subject: Subject, bos: bool) -> bool:
+    """Whether there is a BOS to remove: in the sequences, or as the decoder's start token."""
+    return bos or subject.start is not None
+
+
+def int8(subject: Subject, ids: Tensor, other_ids: Tensor, batch_size: int) -> dict[str, Int8] | Unavailable:
+    """What 8 bits cost, by granularity, or why that cannot be tried."""
+    try:
+        return quantise.quantised_losses(subject, ids, other_ids, batch_size)
+    except UserError as error:
+        return Unavailable(reason=str(error))
+
+
+# ------------------------------------------------------------------------------------------------------- probes
+
+
+def changed_conditions(entries: list[Entry]) -> list[str]:
+    """The conditions that changed something, each intervention with its first control; the clean model before all."""
+    changed = (entry for entry in entries if entry.edited)
+    return ["none", *(name for e in changed for name in (e.name, *(f"{e.name}/{c.name}" for c in e.control[:1])))]
+
+
+def blimp(subject: Subject, reader: Reader, folder: Path, conditions: Conditions) -> Blimp:
+    """BLiMP under every condition. Raises UserError."""
+    pairs = probes.minimal_pairs(prepared(folder, "blimp", "blimp.jsonl"), PAIRS)
+    return probes.blimp(subject, reader, pairs, outcomes.on_texts(subject, conditions, shared=True))
+
+
+def linear(subject: Subject, reader: Reader, folder: Path, conditions: Conditions) -> Linear:
+    """Linear probes on UD English EWT under every condition. Raises UserError."""
+    train, test = (probes.sentences(prepared(folder, "ud_ewt", f"{s}.conllu"), n) for s, n in SENTENCES.items())
+    return probes.linear(subject, reader, train, test, outcomes.on_texts(subject, conditions, shared=False))
+
+
+PROBES: dict[str, Callable[[Subject, Reader, Path, Conditions], Blimp | Linear]] = {"blimp": blimp, "linear": linear}
+
+
+def probed(subject: Subject, reader: Reader, folder: Path, entries: list[Entry], conditions: Conditions) -> Probes:
+    """What grammar and the states say under every condition that changed something."""
+    conditions = {"none": interventions.nothing} | dict(conditions)
+    conditions = {name: conditions[name] for name in changed_conditions(entries)}
+    found: dict[str, Any] = {}
+    for name, run_probe in PROBES.items():
+        try:
+            found[name] = run_probe(subject, reader, folder, conditions)
+        except UserError as error:
+            found[name] = Unavailable(reason=str(error))
+    return Probes(**found)
+
+
+def prepared(folder: Path, dataset: str, file: str) -> Path:
+    """The path of a prepared file. Raises UserError naming what prepares it."""
+    path = folder / dataset / file
+    if not path.is_file():
+        raise UserError(f"{dataset} is not prepared: python data/{dataset}/prepare.py")
+    return path

@@ -1,0 +1,116 @@
+"""The model left alone: where its spikes and sinks are on a batch, and what other text says of them."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hooks import hooked, on_streams
+from ..measure.sinks import sinks_in
+from ..measure.spikes import spike_entries
+from ..models.subject import Subject, batches
+
+
+@dataclass
+class CleanPass:
+    """One batch as the model left alone sees it: where its spikes and sinks are, and what an edit is compared with.
+
+    It holds the stream of the batch at every tap: with a large model, take few sequences at a time.
+    """
+
+    subject: Subject
+    ids: torch.Tensor  # (B, T), int64
+    numbers: torch.Tensor  # (B,), of its sequences, to which random controls are tied
+    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B, T - shift), nats
+    streams: list[torch.Tensor] = field(default_factory=list)  # at each tap (B, T, C)
+    spikes: list[torch.Tensor] = field(default_factory=list)  # at each tap bool (B, T, C)
+    sinks: list[torch.Tensor] = field(default_factory=list)  # at each seam bool (B, H, T), on the CPU
+    outputs: list[Any] = field(default_factory=list)  # of each stage, as its module returned it
+
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        ids: torch.Tensor,
+        numbers: torch.Tensor | None = None,
+        watch: Iterable[tuple[nn.Module, Any]] = (),
+    ) -> "CleanPass":
+        """One forward pass over ids (B, T); `watch`: more forward hooks, (module, hook)."""
+        clean = cls(subject, ids, torch.arange(len(ids)) if numbers is None else numbers)
+
+        def on_stream(x: torch.Tensor) -> None:
+            x = x.detach().view(len(ids), -1, x.size(-1))
+            clean.streams.append(x)
+            clean.spikes.append(spike_entries(x))
+
+        def on_attention(module: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            q, k, *_ = args
+            clean.sinks.append(sinks_in(module, q, k, subject.causal))
+
+        hooks: list[tuple[nn.Module, Any]] = [(tap.module, on_attention) for tap in subject.attends]
+        hooks += [(stage, lambda m, a, k, output: clean.outputs.append(output)) for stage in subject.stages]
+        with on_streams(subject.streams, [on_stream] * len(subject.streams)), hooked([*hooks, *watch]):
+            clean.losses = subject.losses(ids)
+        return clean
+
+    @property
+    def spike_tokens(self) -> torch.Tensor:
+        """Tokens with a spike at some tap: bool (B, T)."""
+        return torch.stack([marked.any(-1).cpu() for marked in self.spikes]).any(0)
+
+    @property
+    def sink_tokens(self) -> torch.Tensor:
+        """Tokens that are a sink in some head: bool (B, T)."""
+        return torch.stack([found.any(1) for found in self.sinks]).any(0)
+
+    @contextlib.contextmanager
+    def prefix(self, stage: int) -> Iterator[None]:
+        """Within the block, the stages before `stage` return what they returned in the clean model, uncomputed."""
+        replaced = self.subject.stages[:stage]
+        own = [vars(module).get("forward") for module in replaced]
+        for module, output in zip(replaced, self.outputs, strict=False):
+            module.forward = lambda *args, _output=output, **kwargs: _output
+        try:
+            yield
+        finally:
+            for module, forward in zip(replaced, own, strict=True):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+
+class Reference:
+    """What other text than the one intervened on says of a model's spikes and sinks.
+
+    `entries`: per tap the mean of each channel (C,) over spike entries (where no spike fell: over the others) and over
+    the others. `states`: per tap the mean state (C,) of spike tokens (where none: of the others) and of the others.
+    `direction`: the former, of length 1. `step_up`: the tap at which most spike entries first stand; None without
+    spikes. `sink_rate`: the share of sequences in which a head has a sink (L, H).
+    """
+
+    def __init__(self, subject: Subject, ids: torch.Tensor, batch_size: int = 8) -> None:
+        sums: list[Any] = [0] * len(subject.streams)  # then (4, 2, C) each: sums and counts under the masks below
+        new, hits = torch.zeros(len(subject.streams)), torch.zeros(())
+        for numbers, batch in batches(ids, batch_size):
+            clean = CleanPass.of(subject, batch, numbers)
+            seen = torch.zeros_like(clean.spikes[0])
+            for i, (x, marked) in enumerate(zip(clean.streams, clean.spikes, strict=True)):
+                tokens = marked.any(-1, keepdim=True)
+                masks = (marked, ~marked, tokens.expand_as(x), ~tokens.expand_as(x))
+                sums[i] += torch.stack([torch.stack((x * m, m)).double().sum((1, 2)) for m in masks])
+                seen = seen.to(x.device)
+                new[i] += (marked & ~seen).sum().cpu()
+                seen = marked | seen
+            hits = hits + torch.stack([found.any(-1) for found in clean.sinks]).double().sum(1)
+        means = lambda s: (s[:, 0] / s[:, 1].clamp_min(1)).float()  # (4, C)
+        known = lambda s, i: torch.where(s[i, 1] > 0, means(s)[i], means(s)[i + 1])
+        self.entries: list[tuple[torch.Tensor, torch.Tensor]] = [(known(s, 0), means(s)[1]) for s in sums]
+        self.states: list[tuple[torch.Tensor, torch.Tensor]] = [(known(s, 2), means(s)[3]) for s in sums]
+        self.direction = [nn.functional.normalize(spike, dim=0) for spike, _ in self.states]
+        new[[not tap.writable for tap in subject.streams]] = 0
+        self.step_up = int(new.argmax()) if new.any() else None
+        self.sink_rate = hits / len(ids)

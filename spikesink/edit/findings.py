@@ -1,0 +1,355 @@
+"""What ablate finds, as dataclasses; written as JSON of the same names, and read back with a check of the schema.
+
+None: undefined, as the mean over spike tokens where there are none. Losses: nats per token. `ci95`: the 95% interval
+[low, high] of what stands before it, by bootstrap over sequences; None where undefined, as for one sequence.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import schema
+from ..measure.findings import CheckpointEntry, Interval, Place, TextEntry
+from ..schema import sometimes
+
+SCHEMA = "spikesink-ablation-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What has a name."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unavailable:
+    """What could not be measured, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossChange:
+    """The loss after a change, its exponential, and its difference from the clean model's, paired by sequence."""
+
+    loss: float
+    ppl: float
+    delta_loss: float
+    ci95: Interval | None
+
+
+# ----------------------------------------------------------------------------------------------- interventions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLoss:
+    """The clean model's loss of predictions made at a class of tokens, and how many tokens that are."""
+
+    loss: float | None
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position."""
+
+    loss: float
+    ppl: float
+    by_class: dict[str, ClassLoss]
+    by_position: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassChange:
+    """How the loss of predictions made at a class of tokens changed."""
+
+    delta_loss: float | None
+    ci95: Interval | None
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareIntervals:
+    """The intervals of a Left."""
+
+    same: Interval | None
+    all: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """Which part of the spikes or sinks is left, in the `sequences` that had any: the `same`, the very ones, over
+    those that were there; `all`: those there now over those that were there."""
+
+    sequences: int
+    same: float | None
+    all: float | None
+    ci95: ShareIntervals | None
+
+    @property
+    def same_ci95(self) -> Interval | None:
+        """The interval of `same`."""
+        return None if self.ci95 is None else self.ci95.same
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """The mean |h' - h| / |h| of the states at a tap, of spike tokens and of the others."""
+
+    spike_tokens: float | None
+    others: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect(LossChange, Named):
+    """What an intervention changes.
+
+    `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `by_class`: by outcomes.CLASSES.
+    `by_position`: the change of the loss. `state_change`: one per tap.
+    """
+
+    edited: int
+    by_class: dict[str, ClassChange]
+    by_position: list[float]
+    spikes_left: Left
+    sinks_left: Left
+    state_change: list[StateChange]
+
+    def left(self, phenomenon: str) -> Left:
+        """What is left of "spikes" or "sinks"."""
+        return {"spikes": self.spikes_left, "sinks": self.sinks_left}[phenomenon]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlEffect(Effect):
+    """What a control of an intervention changes; `text` says what it edits instead."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Effect):
+    """What an intervention on spikes, sinks or BOS (`kind`) changes, and what its controls do."""
+
+    kind: str
+    control: list[ControlEffect]
+
+    @property
+    def controls_that_edited(self) -> list[ControlEffect]:
+        """The controls that had something to edit."""
+        return [control for control in self.control if control.edited]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remains:
+    """What of the spikes and of the sinks remains when the other, or a control's choice, is removed."""
+
+    spikes_remain: Left
+    sinks_remain: Left
+
+    def remain(self, phenomenon: str) -> Left:
+        """What remains of "spikes" or "sinks"."""
+        return {"spikes": self.spikes_remain, "sinks": self.sinks_remain}[phenomenon]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRemains(Remains, Named):
+    """What remains under a control."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Remains):
+    """One half of the causal 2 x 2: what remains when spikes, or sinks, are removed `by` an intervention.
+
+    `asked`: the name of the field that answers. `needs`: yes, no, unclear or underpowered: see outcomes.needs_verdict.
+    """
+
+    by: str
+    edited: int
+    control: list[ControlRemains]
+    asked: str
+    needs: str
+
+
+# ----------------------------------------------------------------------------------------------- attention, int8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlChange(Named):
+    """The same change under a control."""
+
+    change: float | None
+    ci95: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapChange:
+    """A property of the maps of heads that have sinks: as they are, and without their sink keys."""
+
+    with_sink: float | None
+    without_sink: float | None
+    change: float | None
+    ci95: Interval | None
+    control: ControlChange
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChange:
+    """Entropy (nats) and mean distance (tokens) of attention, in the `sequences` that have sinks."""
+
+    sequences: int
+    entropy: MapChange
+    distance: MapChange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(LossChange):
+    """What 8 bits cost: weights and activations, and either alone."""
+
+    weights_only: LossChange
+    activations_only: LossChange
+
+
+# ------------------------------------------------------------------------------------------------------- probes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """The accuracy on `n` minimal pairs, and its change against the clean model, paired."""
+
+    n: int
+    accuracy: float
+    ci95: Interval | None
+    change: float
+    change_ci95: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlimpCondition(Accuracy, Named):
+    """BLiMP under one condition. `accuracy_per_token`: scores are means over tokens instead of sums."""
+
+    accuracy_per_token: float
+    by_field: dict[str, Accuracy]
+    by_phenomenon: dict[str, Accuracy]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blimp:
+    """BLiMP under every condition, the clean model ("none") first. `left_out`: pairs too long for the model."""
+
+    normalisation: str
+    pairs: int
+    left_out: int
+    conditions: list[BlimpCondition]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordCounts:
+    """How many words probes were trained and tested on."""
+
+    train: int
+    test: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selectivity(Place):
+    """A probe on the states at a tap: accuracy, that of its control task, their difference (`selectivity`), and how
+    selectivity (`change`) and accuracy differ from the clean model's."""
+
+    index: int
+    accuracy: float
+    ci95: Interval
+    control_accuracy: float
+    selectivity: float
+    selectivity_ci95: Interval
+    change: float
+    change_ci95: Interval
+    accuracy_change: float
+    accuracy_change_ci95: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCondition(Named):
+    """Linear probes under one condition: of every task one per tap."""
+
+    tasks: dict[str, list[Selectivity]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model.
+
+    `majority`: of each task the accuracy of the commonest answer.
+    """
+
+    pooling: str
+    features: str
+    classifier: str
+    words: WordCounts
+    left_out: int
+    majority: dict[str, float]
+    conditions: list[LinearCondition]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """What grammar and the states say under every condition; None where it was not asked for."""
+
+    blimp: Blimp | Unavailable | None = sometimes()
+    linear: Linear | Unavailable | None = sometimes()
+
+
+# --------------------------------------------------------------------------------------------------- everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The other text, from which means, directions, the step-up and int8's ranges are taken."""
+
+    n_seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What changes in a model, or in a part of an encoder-decoder, under every intervention.
+
+    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by granularity. `two_by_two`: by what was removed,
+    remove_spikes and remove_sinks. `parts`: the other parts of an encoder-decoder, by name.
+    """
+
+    schema: str = SCHEMA
+    checkpoint: CheckpointEntry
+    model: dict[str, Any]
+    data: TextEntry
+    part: str
+    calibration: Calibration
+    note: str
+    taps: list[Place]
+    baseline: Baseline
+    interventions: list[Entry]
+    removals: list[Entry]
+    two_by_two: dict[str, Cell]
+    attention: AttentionChange
+    int8: Unavailable | dict[str, Int8]
+    probes: Probes
+    parts: "dict[str, Ablation] | None" = sometimes()
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All interventions: on single entries and keys, then on whole tokens, heads and sub-layers."""
+        return self.interventions + self.removals
+
+    @property
+    def all_parts(self) -> "list[tuple[str, Ablation]]":
+        """(name, findings) of this part and of the others; the name of the only one is empty."""
+        return [(self.part, self), *(self.parts or {}).items()]
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, atomically. Raises UserError."""
+        schema.save(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ablation":
+        """What `save` wrote. Raises UserError where it cannot be read or is of another schema."""
+        return schema.load(cls, path, "ablate")

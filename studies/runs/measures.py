@@ -1,0 +1,210 @@
+"""The numbers by which a study compares runs: what each is, how it is averaged, and where in the findings it stands.
+
+`kind` says how seeds are averaged and arms compared: `plain` numbers and `share`s (0 to 1) by means and differences,
+`log` ones, which span orders of magnitude, by geometric means and factors.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from spikesink import schema
+from spikesink.edit.findings import Ablation, Blimp
+from spikesink.measure.findings import Findings, LayerStats, RuleCount
+from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SHARE
+from spikesink.measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
+from spikesink.text.tokenizers import visible
+from studies.runs.rows import Measures, Where
+
+
+class Measure(NamedTuple):
+    """One number of a run: what it is in words, its kind, how it is printed, and how it is read from the findings."""
+
+    text: str
+    kind: str
+    form: str
+    of: Callable[..., float | None] | None = None  # of the findings, or as EFFECTS says
+
+
+def _largest(key: str) -> Callable[[Findings], float | None]:
+    def of(found: Findings) -> float | None:
+        return max((x for layer in found.layers if math.isfinite(x := getattr(layer, key))), default=None)
+
+    return of
+
+
+def _finite(found: Findings) -> list[LayerStats]:
+    """The layers whose magnitudes are: not all are in a model about to diverge."""
+    return [layer for layer in found.layers if math.isfinite(layer.top1) and math.isfinite(layer.median)]
+
+
+def _first(rates: list[float]) -> float | None:
+    """The first token's share of rates by position."""
+    return rates[0] / sum(rates) if sum(rates) else None
+
+
+def _false(rule: RuleCount) -> float | None:
+    """How often a rule fires in the worst of its nulls."""
+    return rule.false_positives.rate if rule.false_positives else None
+
+
+def _punctuation_of_spikes(found: Findings) -> float | None:
+    """Of the listed spike tokens behind the first position, the share that holds no letter and no digit."""
+    texts = [token.text for token in found.spikes.primary_tokens if token.position > 0]
+    return sum(not any(c.isalnum() for c in visible(text)) for text in texts) / len(texts) if texts else None
+
+
+def _sequences(rule: str) -> Callable[[Findings], float | None]:
+    return lambda found: found.measures.rules[rule].sequences
+
+
+def _overlap(key: str) -> Callable[[Findings], float | None]:
+    return lambda found: getattr(found.co_occurrence, key)
+
+
+SINK = f"alpha > {PRIMARY_SINK_EPSILON}"
+SPIKE = SPIKE_RULES[PRIMARY_SPIKE_RULE].text
+
+# name -> Measure; `loss` is the trainer's, on its validation batches, the others are of detect.py's findings
+MEASURES = {
+    "loss": Measure("validation loss at the training length, nats per token", "plain", ".4f"),
+    "short loss": Measure("loss on detect.py's sequences, nats per token", "plain", ".4f", lambda f: f.data.loss),
+    "largest |h|": Measure("largest |h| in the stream, over all layers and tokens", "log", ".4g", _largest("max")),
+    "top1/median": Measure(
+        "top-1 over the median |h|, in the layer where it is largest; means over sequences",
+        "log",
+        ".3g",
+        lambda f: max((layer.ratio for layer in _finite(f)), default=None),
+    ),
+    "kurtosis": Measure(
+        "He et al.'s channel kurtosis of the layer where it is largest", "log", ".3g", _largest("kurtosis")
+    ),
+    "spike tokens": Measure(f"share of tokens with {SPIKE}", "share", ".2%", lambda f: f.spikes.primary_rule.fraction),
+    "spike sequences": Measure(
+        "share of sequences with such a token",
+        "share",
+        ".0%",
+        _sequences(PRIMARY_SPIKE_RULE),
+    ),
+    "Sink_1": Measure(
+        "Gu et al.'s Sink_1 at epsilon 0.3: share of heads and sequences in which the first key has alpha > 0.3",
+        "share",
+        ".1%",
+        lambda f: f.sinks.at(PRIMARY_SINK_EPSILON).first,
+    ),
+    "best head": Measure(
+        f"share of sequences in which one and the same head has a sink ({SINK}, keys with at least T/4 queries)",
+        "share",
+        ".0%",
+        lambda f: f.measures.rules[PRIMARY_SINK_RULE].best_head,
+    ),
+    "sink tokens": Measure(
+        f"share of tokens with {SINK} in a head", "share", ".2%", lambda f: f.sinks.primary_rule.fraction
+    ),
+    "first key": Measure("share of all attention on the first key", "share", ".1%", lambda f: f.sinks.share[0]),
+    "P(sink | spike)": Measure(
+        "share of the spike tokens that are sinks", "share", ".0%", _overlap("p_sink_given_spike")
+    ),
+    "P(spike | sink)": Measure(
+        "share of the sink tokens that are spikes", "share", ".0%", _overlap("p_spike_given_sink")
+    ),
+    "Jaccard": Measure("tokens that are both, of those that are either", "share", ".2f", _overlap("jaccard")),
+    "lift": Measure("overlap over what position alone explains", "log", ".2f", _overlap("lift")),
+    "spikes first": Measure(
+        "share of the spike tokens that stand first", "share", ".0%", lambda f: _first(f.spikes.by_position)
+    ),
+    "sinks first": Measure(
+        "share of the sink tokens that stand first", "share", ".0%", lambda f: _first(f.sinks.token_rate)
+    ),
+    "spikes punctuation": Measure(
+        "of the strongest spike tokens behind the first position, those without letter or digit",
+        "share",
+        ".0%",
+        _punctuation_of_spikes,
+    ),
+    "percentile sequences": Measure(
+        f"share of sequences with a token by the percentile rule: {SPIKE_RULES['percentile'].text}",
+        "share",
+        ".0%",
+        _sequences("percentile"),
+    ),
+    "percentile false": Measure(
+        "the same, in the worst of its nulls", "share", ".0%", lambda f: _false(f.spikes.rules["percentile"])
+    ),
+    "share sequences": Measure(
+        f"share of sequences with a token that gets more than {SHARE:.0%} of all attention",
+        "share",
+        ".0%",
+        _sequences("share"),
+    ),
+    "share false": Measure(
+        "the same, in the worst of its nulls", "share", ".0%", lambda f: _false(f.sinks.rules["share"])
+    ),
+}
+
+
+def of_findings(found: Findings) -> Measures:
+    """{name: number, or None where it is undefined} of detect.py's findings."""
+    numbers = {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
+    return {name: None if x is None or not math.isfinite(x) else x for name, x in numbers.items()}
+
+
+# what is kept of an intervention: name -> Measure; `of` takes its Entry and the change of BLiMP accuracy, if known
+EFFECTS = {
+    "loss": Measure("change of the loss, nats per token", "plain", "+.4f", lambda e, blimp: e.delta_loss),
+    "control loss": Measure(
+        "largest change of the loss under its controls",
+        "plain",
+        "+.4f",
+        lambda e, blimp: max((c.delta_loss for c in e.controls_that_edited), default=None),
+    ),
+    "spikes left": Measure(
+        "of the very same spikes, the share left", "share", ".0%", lambda e, blimp: e.spikes_left.same
+    ),
+    "sinks left": Measure("of the very same sinks, the share left", "share", ".0%", lambda e, blimp: e.sinks_left.same),
+    "BLiMP": Measure("change of BLiMP accuracy", "plain", "+.2%", lambda e, blimp: blimp),
+}
+
+
+def of_ablation(ablation: Ablation) -> dict[str, float | None]:
+    """{'spike_zero: loss': number, ...} of ablate.py's findings; None where there was nothing to edit."""
+    blimp = ablation.probes.blimp
+    accuracy = {c.name: c.accuracy for c in blimp.conditions} if isinstance(blimp, Blimp) else {}
+    values: dict[str, float | None] = {}
+    for entry in ablation.interventions:
+        change = accuracy[entry.name] - accuracy["none"] if entry.name in accuracy else None
+        for name, effect in EFFECTS.items():
+            values[f"{entry.name}: {name}"] = effect.of(entry, change) if effect.of and entry.edited else None
+    if accuracy:
+        values["BLiMP"] = accuracy["none"]
+    return values
+
+
+KEPT = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left")
+
+
+def ablations(ablation: Ablation) -> dict[str, Any]:
+    """What a study's table keeps of ablate.py's findings: effects and what is left, with intervals over sequences."""
+    kept = lambda effect: {key: schema.to_json(getattr(effect, key)) for key in KEPT}
+    found = {
+        entry.name: {**kept(entry), "control": [{**kept(control), "name": control.name} for control in entry.control]}
+        for entry in ablation.interventions
+    }
+    return {"interventions": found, "needs": {name: cell.needs for name, cell in ablation.two_by_two.items()}}
+
+
+def measure_of(name: str) -> Measure:
+    """The Measure of a row's entry."""
+    if name == "BLiMP":
+        return Measure("accuracy on BLiMP's minimal pairs", "share", ".1%")
+    intervention, colon, effect = name.partition(": ")
+    if not colon:
+        return MEASURES[name]
+    return EFFECTS[effect]._replace(text=f"{intervention}: {EFFECTS[effect].text}")
+
+
+def where(found: Findings) -> Where:
+    """Of detect.py's findings, where the spikes are: top1/median by layer, and the texts of the tokens it lists."""
+    layers = {layer.name: layer.ratio for layer in _finite(found)}
+    return Where(layers=layers, tokens=dict(Counter(visible(token.text) for token in found.spikes.primary_tokens)))
