@@ -30,7 +30,8 @@ from spikesink.edit import quantise
 from spikesink.errors import InterruptedRunError, UserError, cli
 from spikesink.hooks import on_streams
 from spikesink.measure import metrics
-from spikesink.measure.findings import ratio_of
+from spikesink.measure.sinks import PRIMARY_SINK_RULE
+from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.models import checkpoint
 from spikesink.models.hf import device_named
 from spikesink.models.subject import Subject
@@ -199,12 +200,12 @@ def measure_model(path: Path, options: Options) -> tuple[dict[str, Any], torch.T
     measured = {
         "loss": losses.mean().item(),
         "ppl": losses.mean().exp().item(),
-        "top1_over_median": max(map(ratio_of, found["layers"])),
-        "kurtosis": max(layer["kurtosis"] for layer in found["layers"]),
-        "spike_sequences": found["measures"]["rules"]["ratio"]["sequences"],
-        "sink_sequences": found["measures"]["rules"]["gu"]["best_head"],
-        "sink_1": found["sinks"]["gu"]["0.3"]["first"],
-        "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
+        "top1_over_median": found.largest_ratio,
+        "kurtosis": found.largest_kurtosis,
+        "spike_sequences": found.measures.rules[PRIMARY_SPIKE_RULE].sequences,
+        "sink_sequences": found.measures.rules[PRIMARY_SINK_RULE].best_head,
+        "sink_1": found.sinks.first,
+        "verdicts": found.verdicts.words,
         "int8": schema.to_json(quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size)),
     }
     return measured, losses, found
@@ -226,7 +227,7 @@ def mitigate(asked: Asked) -> dict[str, Any]:
     limit = float(f"{asked.clip * largest_median(api.load(path, asked.options, lab=LAB).subjects[0], cfg):.4g}")
     arms = {name: changes_of(name, limit, asked, content) for name in ("none", *dict.fromkeys(asked.arms))}
     before, clean, found = measure_model(path, asked.options)
-    digest = found["checkpoint"]["sha256"]
+    digest = found.checkpoint.sha256
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in arms}
     each = [(name, seed) for seed in range(1, asked.seeds + 1) for name in arms]
@@ -240,10 +241,12 @@ def mitigate(asked: Asked) -> dict[str, Any]:
     mean = {name: torch.stack(of).mean(0) for name, of in losses.items()}
     return {
         "schema": SCHEMA,
-        **{key: found[key] for key in ("checkpoint", "model", "data")},
+        "checkpoint": found.checkpoint,
+        "model": found.model,
+        "data": found.data,
         "training": {
             "steps": cfg.max_iters,
-            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found["model"]["block_size"],
+            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found.model["block_size"],
             "seeds": asked.seeds,
             **{key: getattr(cfg, key) for key in ("learning_rate", "warmup_iters", "dataset", "optimizer", "dtype")},
             "clip": asked.clip,
@@ -307,7 +310,7 @@ def main() -> None:
     }
     json_path, html_path = from_flags(Outputs, args).paths(path, "mitigate.json", "mitigate.html")
     found = mitigate(Asked(path, options, **{**flags, "arms": tuple(args.arms)}))
-    files.save_json(json_path, found)
+    schema.save(json_path, found)
     report.mitigation_page(html_path, found)
     print(f"\n{report.mitigation_terminal(found)}\n\nfindings: {json_path}\npage:     {html_path}")
 
