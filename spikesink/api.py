@@ -31,6 +31,8 @@ from .measure.anatomy import anatomy
 from .measure.calibrate import nulls
 from .measure.examples import Examples
 from .measure.findings import CheckpointEntry, Findings, TextEntry
+from .measure.monitor import Monitor as Monitor
+from .measure.monitor import MonitorCallback as MonitorCallback
 from .measure.observe import observe
 from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
@@ -333,6 +335,30 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
         for subject, reference in zip(look.subjects, look.references, strict=True)
     )
     return dataclasses.replace(first, parts={found.part: found for found in others}) if others else first
+
+
+# -------------------------------------------------------------------------------------------------------- pages
+
+
+def page(path: str | Path, findings: Findings, ablation: Ablation | None = None) -> None:
+    """Writes one HTML file that needs no network: the findings, and what ablate found if that is given.
+
+    Needs the extra `pages`. Raises UserError.
+    """
+    from .show.page import detection_page
+
+    detection_page(path, findings, ablation)
+
+
+def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = None) -> str:
+    """Writes every figure as SVG and PNG, in a paper's style, and captions.txt; returns which in a line.
+
+    Needs the extra `pages`. Raises UserError.
+    """
+    from .show import page
+
+    tables = [(page.figures.DETECTION, findings)] + ([(page.ablation_figures.ABLATION, ablation)] if ablation else [])
+    return page.figure_files(folder, *tables)
 
 
 # -------------------------------------------------------------------------------------------------------- edits

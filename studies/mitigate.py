@@ -30,6 +30,7 @@ from spikesink.edit import quantise
 from spikesink.errors import InterruptedRunError, UserError, cli
 from spikesink.hooks import on_streams
 from spikesink.measure import metrics
+from spikesink.measure.findings import Findings
 from spikesink.measure.sinks import PRIMARY_SINK_RULE
 from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.models import checkpoint
@@ -192,7 +193,7 @@ def read(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
-def measure_model(path: Path, options: Options) -> tuple[dict[str, Any], torch.Tensor, dict[str, Any]]:
+def measure_model(path: Path, options: Options) -> tuple[dict[str, Any], torch.Tensor, Findings]:
     """(What detect and int8 give of a checkpoint, its loss on each sequence (N,), detect's findings)."""
     look = api.open(path, options, lab=LAB, calibration=True)
     found, subject, batch_size = api.detect(look), look.subjects[0], options.batch_size
