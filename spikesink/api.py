@@ -31,8 +31,7 @@ from .measure.anatomy import anatomy
 from .measure.calibrate import nulls
 from .measure.examples import Examples
 from .measure.findings import CheckpointEntry, Findings, TextEntry
-from .measure.monitor import Monitor as Monitor
-from .measure.monitor import MonitorCallback as MonitorCallback
+from .measure.monitor import Monitor, MonitorCallback  # noqa: F401, names of the API
 from .measure.observe import observe
 from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
@@ -357,8 +356,8 @@ def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = 
     """
     from .show import page
 
-    tables = [(page.figures.DETECTION, findings)] + ([(page.ablation_figures.ABLATION, ablation)] if ablation else [])
-    return page.figure_files(folder, *tables)
+    of_ablation = [(page.ablation_figures.ABLATION, ablation.all_parts)] if ablation else []
+    return page.figure_files(folder, (page.figures.DETECTION, findings.all_parts), *of_ablation)
 
 
 # -------------------------------------------------------------------------------------------------------- edits
