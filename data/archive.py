@@ -14,7 +14,7 @@ from spikesink.errors import UserError
 TIMEOUT = 30  # seconds without an answer
 
 
-def fetch(url):
+def fetch(url: str) -> bytes:
     """The bytes behind a URL. Raises UserError naming --archive, the way without a network."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
@@ -23,7 +23,7 @@ def fetch(url):
         raise UserError(f"cannot fetch {url} ({error}); copy the release here and give --archive=FILE") from None
 
 
-def members(archive, pattern, url):
+def members(archive: str | None, pattern: str, url: str) -> dict[str, bytes]:
     """{file name: bytes} of every file whose name matches `pattern`, from `archive` or, without one, from `url`.
 
     Folders inside an archive do not matter, and never become paths here. Raises UserError.
@@ -45,20 +45,20 @@ def members(archive, pattern, url):
     return files
 
 
-def _zip(content, pattern):
+def _zip(content: io.BytesIO, pattern: str) -> dict[str, bytes]:
     with zipfile.ZipFile(content) as archive:
         names = [name for name in archive.namelist() if matches(name, pattern)]
         return {PurePosixPath(name).name: archive.read(name) for name in names}
 
 
-def _tar(content, pattern):
+def _tar(content: io.BytesIO, pattern: str) -> dict[str, bytes]:
     content.seek(0)
     with tarfile.open(fileobj=content) as archive:
-        found = [member for member in archive if member.isfile() and matches(member.name, pattern)]
-        return {PurePosixPath(member.name).name: archive.extractfile(member).read() for member in found}
+        found = ((m.name, archive.extractfile(m)) for m in archive if m.isfile() and matches(m.name, pattern))
+        return {PurePosixPath(name).name: file.read() for name, file in found if file}
 
 
-def matches(name, pattern):
+def matches(name: str, pattern: str) -> bool:
     """True if the last part of a path matches, and it is no hidden file."""
     last = PurePosixPath(name).name
     return fnmatch.fnmatch(last, pattern) and not last.startswith(".")

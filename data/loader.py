@@ -10,6 +10,7 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+import torch
 
 from spikesink.errors import UserError, nearest
 from spikesink.text.token_files import TokenFile
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent
 SELF_MADE = ("stdlib", "backcopy")  # datasets that need no download and are made on first use, in seconds
 
 
-def folder(dataset):
+def folder(dataset: str) -> Path:
     """The folder of a dataset given by name (under data/) or as a path. Raises UserError with the command to run."""
     path = Path(dataset) if Path(dataset).is_dir() and dataset not in SELF_MADE else ROOT / dataset
     if dataset in SELF_MADE:
@@ -43,7 +44,7 @@ def folder(dataset):
     raise UserError(f"there is no dataset {dataset!r}{nearest(dataset, known)}; known: {', '.join(known)}")
 
 
-def make_once(path):
+def make_once(path: Path) -> None:
     """Makes a self-made dataset unless it is there; of several processes one makes it and the others wait."""
     whole = lambda: all((path / name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
     if whole():
@@ -63,20 +64,22 @@ class Tokens(TokenFile):
     def __init__(self, dataset: str, split: str, block_size: int, bos: bool = False, seed: int = 0) -> None:
         super().__init__(folder(dataset), split, block_size, bos)
         self.seed = seed
-        self._order = (None, None)  # (epoch, permutation of the windows)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # the windows of this epoch, in its order
 
-    def _window(self, sample):
+    def _window(self, sample: int) -> int:
         """The window that sample number `sample` of the endless, epoch by epoch shuffled, sequence falls on."""
         epoch, place = divmod(sample, self.n_windows)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows))
-        return self._order[1][place]
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
+        return int(self._order[place])
 
-    def windows(self, step, n):
+    def windows(self, step: int, n: int) -> list[int]:
         """The windows of `step`, which takes n sequences over all micro-batches and ranks."""
-        return [int(self._window(sample)) for sample in range(step * n, (step + 1) * n)]
+        return [self._window(sample) for sample in range(step * n, (step + 1) * n)]
 
-    def batch(self, step, batch_size, micro=0, n_micro=1, *, rank=0, world=1):
+    def batch(
+        self, step: int, batch_size: int, micro: int = 0, n_micro: int = 1, *, rank: int = 0, world: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""
         first = ((step * n_micro + micro) * world + rank) * batch_size
         return self.read([self._window(sample) for sample in range(first, first + batch_size)])

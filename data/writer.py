@@ -3,13 +3,16 @@
 import itertools
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from spikesink.errors import UserError
 from spikesink.files import write_atomic
+from spikesink.text.tokenizers import ByteTokenizer, GPT2Tokenizer
 
 BATCH = 256  # documents encoded at a time
 
@@ -22,9 +25,15 @@ class DatasetWriter:
     and `source` say how far that was).
     """
 
-    def __init__(self, folder, tokenizer, val_every, settings=None):
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: ByteTokenizer | GPT2Tokenizer,
+        val_every: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
-        self.settings = settings or {}
+        self.settings = dict(settings or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.source = {"train": 0, "val": 0}, 0, 0
@@ -36,24 +45,24 @@ class DatasetWriter:
         for split, file in self.files.items():
             file.truncate(2 * self.tokens[split])
 
-    def __enter__(self):
+    def __enter__(self) -> "DatasetWriter":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for file in self.files.values():
             file.close()
 
-    def add(self, documents, split=None):
+    def add(self, documents: Iterable[str], split: str | None = None) -> None:
         """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
-        documents = iter(documents)
-        while batch := list(itertools.islice(documents, BATCH)):
+        rest = iter(documents)
+        while batch := list(itertools.islice(rest, BATCH)):
             for ids in self.tokenizer.encode(batch):
                 to = split or ("val" if self.documents % self.val_every == 0 else "train")
                 self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype("<u2").tobytes())
                 self.tokens[to] += len(ids) + 1
                 self.documents += 1
 
-    def mark(self, source):
+    def mark(self, source: int) -> None:
         """Makes everything so far durable and notes that `source` sources are done."""
         self.source = source
         for file in self.files.values():
@@ -62,7 +71,7 @@ class DatasetWriter:
         state = {"settings": self.settings, "tokens": self.tokens, "documents": self.documents, "source": source}
         write_atomic(self.progress_file, lambda file: file.write(json.dumps(state).encode()))
 
-    def finish(self, **meta):
+    def finish(self, **meta: Any) -> None:
         """Renames the files, writes meta.json and prints what there is. Raises UserError if a split is empty."""
         for split, count in self.tokens.items():
             self.files[split].close()
@@ -88,7 +97,7 @@ class DatasetWriter:
         self.progress_file.unlink(missing_ok=True)
 
 
-def finish_dataset(folder, meta, tokens):
+def finish_dataset(folder: Path, meta: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
     """Writes meta.json with the token counts, then {split}.bin.part -> {split}.bin: no file is ever misread."""
     meta = {**meta, **{f"{split}_tokens": count for split, count in tokens.items()}}
     write_atomic(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -98,6 +107,6 @@ def finish_dataset(folder, meta, tokens):
     print(f"{shown}: {', '.join(f'{count:,} {split} tokens' for split, count in tokens.items())}")
 
 
-def progress(items, **kwargs):
+def progress(items: Iterable[Any], **kwargs: Any) -> tqdm:
     """A progress bar that is quiet where the output is not a terminal."""
     return tqdm(items, disable=None, **kwargs)

@@ -6,6 +6,7 @@
         layers: list[Layer]
         curve: list[Point] = keyed("at")          # {"0.3": {...}, "0.5": {...}} in the file
         history: list[Row] | None = sometimes()   # not in the file where it is None
+        anatomy: Anatomy | None = or_empty()      # {} in the file where it is None
 
 nan and infinity are null in a file; a null that is read where a float stands is nan.
 """
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import math
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -33,12 +35,17 @@ def sometimes() -> Any:
     return dataclasses.field(default=None, metadata={"sometimes": True})
 
 
+def or_empty() -> Any:
+    """A field whose None is an empty object in the file."""
+    return dataclasses.field(default=None, metadata={"or_empty": True})
+
+
 def to_json(value: Any) -> Any:
     """A value as dicts, lists and plain values, nan and infinity as None: valid JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {
-            field.name: _by_key(item, field.metadata["keyed"]) if "keyed" in field.metadata else to_json(item)
+            field.name: _entry(item, field.metadata)
             for field, item in fields
             if not (item is None and "sometimes" in field.metadata)
         }
@@ -49,9 +56,11 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _by_key(items: list[Any], key: str) -> dict[str, Any]:
-    rows = [to_json(item) for item in items]
-    return {str(row.pop(key)): row for row in rows}
+def _entry(item: Any, about: Mapping[str, Any]) -> Any:
+    if item is None and "or_empty" in about:
+        return {}
+    entry = to_json(item)
+    return {str(row.pop(about["keyed"])): row for row in entry} if "keyed" in about else entry
 
 
 class Misfit(Exception):
@@ -117,6 +126,8 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
                 raise Misfit(f"{place} is missing")
             continue
         entry = value[name]
+        if "or_empty" in field.metadata and entry == {}:
+            continue
         if "keyed" in field.metadata:
             key, item = field.metadata["keyed"], get_args(hints[name])[0]
             kind_of_key = get_type_hints(item)[key]

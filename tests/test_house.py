@@ -60,10 +60,10 @@ def room_of(module):
     return "spikesink.base" if inner in BASE else "spikesink.top" if inner in TOP else f"spikesink.{inner}".rstrip(".")
 
 
-def imports_of(name):
-    """The modules of ours that a module imports, within its functions too."""
+def imports_of(name, nodes=None):
+    """The modules of ours that a module imports, within its functions too, or those of the given statements alone."""
     found = set()
-    for node in ast.walk(MODULES[name]):
+    for node in nodes or ast.walk(MODULES[name]):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

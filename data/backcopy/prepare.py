@@ -29,21 +29,21 @@ ALPHABET = 63
 TRIGGERS = "te "
 
 
-def bigrams():
+def bigrams() -> tuple[str, np.ndarray]:
     """(characters by frequency, their bigram probabilities (A, A)), from the documentation in lower case."""
     text = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).lower()
-    text = np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)
-    chars = np.argsort(-np.bincount(text, minlength=128), kind="stable")[:ALPHABET]
+    codes = np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)
+    chars = np.argsort(-np.bincount(codes, minlength=128), kind="stable")[:ALPHABET]
     rank = np.full(128, -1)
     rank[chars] = np.arange(ALPHABET)
-    ids = rank[text]
+    ids = rank[codes]
     ids = ids[ids >= 0]
     counts = np.zeros((ALPHABET, ALPHABET))
     np.add.at(counts, (ids[:-1], ids[1:]), 1)
     return "".join(map(chr, chars)), counts / counts.sum(1, keepdims=True)
 
 
-def generate(n, probabilities, is_trigger, rng):
+def generate(n: int, probabilities: np.ndarray, is_trigger: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(n, LENGTH) character ids."""
     cumulative = probabilities.cumsum(1)
     ordinary = np.flatnonzero(~is_trigger)
@@ -56,7 +56,7 @@ def generate(n, probabilities, is_trigger, rng):
     return out
 
 
-def prepare(sequences=200_000, seed=0):
+def prepare(sequences: int = 200_000, seed: int = 0) -> None:
     """Writes train.bin, val.bin (a hundredth) and meta.json beside this file."""
     chars, probabilities = bigrams()
     is_trigger = np.isin(list(chars), list(TRIGGERS))
@@ -72,7 +72,7 @@ def prepare(sequences=200_000, seed=0):
     finish_dataset(FOLDER, meta, tokens)
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--sequences", type=int, default=200_000, help="training sequences of 64 characters")
     sequences = flags.parse_args().sequences

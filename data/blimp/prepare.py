@@ -7,6 +7,7 @@ Takes the release from GitHub, or a local archive or folder of its .jsonl files.
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -20,7 +21,7 @@ URL = "https://github.com/alexwarstadt/blimp/archive/refs/heads/master.zip"
 KEPT = ("UID", "field", "linguistics_term", "sentence_good", "sentence_bad")
 
 
-def pairs(name, content):
+def pairs(name: str, content: bytes) -> Iterator[dict[str, str]]:
     """The pairs of one file, as dicts of KEPT. Raises UserError naming the line that is none."""
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         try:
@@ -33,7 +34,7 @@ def pairs(name, content):
         yield kept
 
 
-def prepare(folder, archive=None):
+def prepare(folder: Path, archive: str | None = None) -> tuple[int, int]:
     """Writes blimp.jsonl to `folder`. Returns (paradigms, pairs)."""
     files = members(archive, "*.jsonl", URL)
     found = [pair for name in sorted(files) for pair in pairs(name, files[name])]
@@ -42,7 +43,7 @@ def prepare(folder, archive=None):
     return len({pair["UID"] for pair in found}), len(found)
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--archive", help="local .zip, .tar.gz, .tar.xz or folder")
     paradigms, found = prepare(FOLDER, flags.parse_args().archive)

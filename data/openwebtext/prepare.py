@@ -9,6 +9,7 @@ document is validation, nanoGPT's share. --parquet reads local shards (a "text" 
 
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -24,7 +25,7 @@ ROWS = 8_013_769
 VAL_EVERY = 2000
 
 
-def shards(parquet=None):
+def shards(parquet: str | None = None) -> list[str]:
     """The dataset's parquet files, in order: paths under `parquet`, or addresses on the hub."""
     if parquet:
         files = sorted(str(path) for path in Path(parquet).glob("**/*.parquet"))
@@ -44,14 +45,14 @@ def shards(parquet=None):
         ) from None
 
 
-def texts(shard):
+def texts(shard: str) -> Iterator[str]:
     """The documents of one shard, streamed."""
     from datasets import load_dataset
 
     return (row["text"] for row in load_dataset("parquet", data_files=[shard], split="train", streaming=True))
 
 
-def prepare(folder, tokenizer, max_docs=None, parquet=None):
+def prepare(folder: Path, tokenizer: GPT2Tokenizer, max_docs: int | None = None, parquet: str | None = None) -> None:
     """Writes {train,val}.bin and meta.json to `folder`.
 
     Raises UserError if the hub's dataset does not have the number of documents it should.
@@ -65,7 +66,7 @@ def prepare(folder, tokenizer, max_docs=None, parquet=None):
             left = None if max_docs is None else max_docs - writer.documents
             writer.add(itertools.islice(texts(shard), left))
             writer.mark(done + 1)
-            if left is not None and writer.documents >= max_docs:
+            if max_docs is not None and writer.documents >= max_docs:
                 break
         if parquet is None and max_docs is None and writer.documents != ROWS:
             raise UserError(
@@ -74,7 +75,7 @@ def prepare(folder, tokenizer, max_docs=None, parquet=None):
         writer.finish(source=NAME if parquet is None else "local parquet", revision=settings["source"])
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--max_docs", type=int, help="stop after this many documents")
     flags.add_argument("--parquet", help="folder of local parquet shards")

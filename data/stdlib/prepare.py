@@ -18,14 +18,14 @@ from spikesink.text.default_text import MEGABYTES, VAL_EVERY, documents
 from spikesink.text.tokenizers import ByteTokenizer
 
 
-def prepare(megabytes=MEGABYTES):
+def prepare(megabytes: float = MEGABYTES) -> None:
     """Writes train.bin, val.bin and meta.json beside this file."""
     with DatasetWriter(FOLDER, ByteTokenizer(), val_every=VAL_EVERY) as writer:
         writer.add(documents(megabytes))
         writer.finish(python=sys.version.split()[0])
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--megabytes", type=float, default=MEGABYTES, help="how much text to take")
     prepare(flags.parse_args().megabytes)

@@ -13,20 +13,22 @@ import lzma
 import re
 import sys
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, cli
-from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, split_documents
+from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, ByteTokenizer, GPT2Tokenizer, split_documents
 
 PIECE = 2**16  # characters
-OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
-def text_of(line):
+def text_of(line: str) -> str:
     """The "text" of a line of .jsonl. Raises TypeError if it is none."""
     text = json.loads(line)["text"]
     if not isinstance(text, str):
@@ -34,7 +36,7 @@ def text_of(line):
     return text
 
 
-def documents(path):
+def documents(path: str | Path) -> Iterator[str]:
     """The documents of one file. Raises UserError naming the file where it cannot be read."""
     path = Path(path)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
@@ -49,7 +51,7 @@ def documents(path):
         raise UserError(f'{path}: every line must be a JSON object with a "text" ({error})') from None
 
 
-def new_folder(name, overwrite):
+def new_folder(name: str, overwrite: bool) -> Path:
     """data/NAME, if that takes nobody's place. Raises UserError."""
     folder = DATA / name
     if not re.fullmatch(r"[\w-]+", name) or ((folder / "prepare.py").exists() and name != "text"):
@@ -59,7 +61,7 @@ def new_folder(name, overwrite):
     return folder
 
 
-def pieces(documents):
+def pieces(documents: Iterable[str]) -> Iterator[str]:
     """Documents, those of more than PIECE characters cut at line ends: one plain text file makes many."""
     for document in documents:
         if len(document) <= PIECE:
@@ -76,26 +78,28 @@ def pieces(documents):
             yield "".join(lines)
 
 
-def prepare(files, folder, tokenizer, val_every):
+def prepare(
+    files: Iterable[str | Path], folder: Path, tokenizer: ByteTokenizer | GPT2Tokenizer, val_every: int
+) -> None:
     """Writes {train,val}.bin and meta.json to `folder`; every `val_every`-th document is validation."""
-    files = [Path(file) for file in files]
-    for file in files:
+    paths = [Path(file) for file in files]
+    for file in paths:
         if not file.is_file():
             raise UserError(f"there is no file {file}")
     settings = {
-        "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in paths],
         "tokenizer": [tokenizer.name, tokenizer.vocab_size],
         "val_every": val_every,
     }
     with DatasetWriter(folder, tokenizer, val_every, settings) as writer:
-        for done, file in enumerate(files):
+        for done, file in enumerate(paths):
             if done >= writer.source:
                 writer.add(progress(pieces(documents(file)), desc=file.name, unit=" documents"))
                 writer.mark(done + 1)
-        writer.finish(files=[file.name for file in files])
+        writer.finish(files=[file.name for file in paths])
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("files", nargs="+", help="text files")
     flags.add_argument("--name", default="text", help="of the dataset: data/NAME")

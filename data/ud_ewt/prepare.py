@@ -19,14 +19,14 @@ URL = "https://github.com/UniversalDependencies/UD_English-EWT/archive/refs/head
 SPLITS = ("train", "dev", "test")
 
 
-def check(name, content):
+def check(name: str, content: bytes) -> None:
     """Raises UserError unless every line of a file is a comment, empty, or a word in ten columns."""
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         if line and not line.startswith("#") and line.count("\t") != 9:
             raise UserError(f"line {number} of {name} is not CoNLL-U")
 
 
-def prepare(folder, archive=None):
+def prepare(folder: Path, archive: str | None = None) -> None:
     """Writes {train,dev,test}.conllu to `folder`, as they are in the release. Raises UserError."""
     files = members(archive, "en_ewt-ud-*.conllu", URL)
     missing = [split for split in SPLITS if f"en_ewt-ud-{split}.conllu" not in files]
@@ -39,7 +39,7 @@ def prepare(folder, archive=None):
         write_atomic(Path(folder) / f"{split}.conllu", lambda file, content=content: file.write(content))
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--archive", help="local .zip, .tar.gz, .tar.xz or folder")
     prepare(FOLDER, flags.parse_args().archive)

@@ -8,6 +8,7 @@ train-*.parquet and validation-*.parquet, instead of the hub.
 
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -22,7 +23,7 @@ NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 HEADING = re.compile(r" = [^=].* = \n")
 
 
-def rows(split, parquet=None):
+def rows(split: str, parquet: str | None = None) -> Iterator[str]:
     """The lines of one split, streamed."""
     from datasets import load_dataset
 
@@ -44,9 +45,9 @@ def rows(split, parquet=None):
     return (row["text"] for row in lines)
 
 
-def articles(lines):
+def articles(lines: Iterable[str]) -> Iterator[str]:
     """Articles, from lines."""
-    article = []
+    article: list[str] = []
     for line in lines:
         if HEADING.fullmatch(line) and article:
             yield "".join(article)
@@ -56,7 +57,7 @@ def articles(lines):
         yield "".join(article)
 
 
-def prepare(folder, tokenizer, parquet=None):
+def prepare(folder: Path, tokenizer: GPT2Tokenizer, parquet: str | None = None) -> None:
     """Writes {train,val}.bin and meta.json to `folder`."""
     with DatasetWriter(folder, tokenizer, val_every=1) as writer:
         for source, split in (("validation", "val"), ("train", "train")):
@@ -64,7 +65,7 @@ def prepare(folder, tokenizer, parquet=None):
         writer.finish(source=NAME)
 
 
-def main():
+def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--parquet", help="folder of local parquet shards")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import schema
+from ..measure.findings import CheckpointEntry, Interval, Place, TextEntry
 from ..schema import sometimes
 
 SCHEMA = "spikesink-ablation-1"
-Interval = list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,20 +253,7 @@ class WordCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tap:
-    """A tap of the residual stream: after which sub-layer of which layer, or after the embedding (layer -1)."""
-
-    layer: int
-    kind: str
-
-    @property
-    def place(self) -> str:
-        """'embedding', 'attn 0', 'ffn 0', ..."""
-        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selectivity(Tap):
+class Selectivity(Place):
     """A probe on the states at a tap: accuracy, that of its control task, their difference (`selectivity`), and how
     selectivity (`change`) and accuracy differ from the clean model's."""
 
@@ -332,13 +319,13 @@ class Ablation:
     """
 
     schema: str = SCHEMA
-    checkpoint: Any
-    model: Any
-    data: Any
+    checkpoint: CheckpointEntry
+    model: dict[str, Any]
+    data: TextEntry
     part: str
     calibration: Calibration
     note: str
-    taps: list[Tap]
+    taps: list[Place]
     baseline: Baseline
     interventions: list[Entry]
     removals: list[Entry]

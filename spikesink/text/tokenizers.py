@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -121,7 +121,11 @@ class CharTokenizer(NoTokenizer):
         return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
 
 
-TOKENIZERS = {"byte": lambda bpe, vocab_size: ByteTokenizer(), "gpt2": GPT2Tokenizer}  # of (ranks, ids)
+# name -> the tokenizer of (file of ranks, number of ids)
+TOKENIZERS: dict[str, Callable[..., ByteTokenizer | GPT2Tokenizer]] = {
+    "byte": lambda bpe, vocab_size: ByteTokenizer(),
+    "gpt2": GPT2Tokenizer,
+}
 
 
 def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
