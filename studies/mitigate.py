@@ -228,7 +228,7 @@ def mitigate(asked: Asked) -> dict[str, Any]:
     limit = float(f"{asked.clip * largest_median(api.load(path, asked.options, lab=LAB).subjects[0], cfg):.4g}")
     arms = {name: changes_of(name, limit, asked, content) for name in ("none", *dict.fromkeys(asked.arms))}
     before, clean, found = measure_model(path, asked.options)
-    digest = found.checkpoint.sha256 or ""
+    digest = found.checkpoint.sha256 or ""  # of a file it is known
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in arms}
     each = [(name, seed) for seed in range(1, asked.seeds + 1) for name in arms]
