@@ -1,7 +1,6 @@
 """Dataclasses <-> JSON: what is written at the edge, and what is read back is checked against.
 
-    @dataclass(frozen=True)
-    class Findings:
+    class Findings(Record):
         schema: str
         layers: list[Layer]
         curve: list[Point] = keyed("at")          # {"0.3": {...}, "0.5": {...}} in the file
@@ -17,12 +16,20 @@ import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 from .files import save_text
 
 T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Record:
+    """A base whose every subclass is a frozen dataclass of keyword arguments."""
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 def keyed(key: str) -> Any:

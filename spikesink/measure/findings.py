@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import schema
-from ..schema import keyed, or_empty, sometimes
+from ..schema import Record, keyed, or_empty, sometimes
 from .sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE
 
 SCHEMA = "spikesink-findings-1"
@@ -22,8 +22,7 @@ Interval = list[float]
 # ------------------------------------------------------------------------------------------------ what was observed
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointEntry:
+class CheckpointEntry(Record):
     """Which checkpoint: its weights' SHA-256, the step and the tokens of its training; None where unknown."""
 
     path: str
@@ -32,8 +31,7 @@ class CheckpointEntry:
     tokens: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextEntry:
+class TextEntry(Record):
     """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with it."""
 
     name: str
@@ -44,7 +42,6 @@ class TextEntry:
     dtype: str = "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataEntry(TextEntry):
     """The text and what the model makes of it: the loss in nats per token, and of which token that is."""
 
@@ -56,15 +53,13 @@ class DataEntry(TextEntry):
 # ---------------------------------------------------------------------------------------------------- the stream
 
 
-@dataclass(frozen=True, kw_only=True)
-class Indexed:
+class Indexed(Record):
     """A tap by its number, in the order of the forward pass."""
 
     index: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(Record):
     """A sub-layer: its layer, and its kind (embedding, attn, cross, ffn or block)."""
 
     layer: int
@@ -76,8 +71,7 @@ class Place:
         return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Magnitudes:
+class Magnitudes(Record):
     """Of one tap's tensor: top-1/2/3 and median |h| of each sequence's [T x C] entries, averaged over sequences, and
     what metrics.py defines. `inf_norm` is `top1`."""
 
@@ -97,7 +91,6 @@ class Magnitudes:
         return self.top1 / self.median if self.median else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
 class LayerStats(Magnitudes, Place, Indexed):
     """The tensor after a sub-layer."""
 
@@ -105,8 +98,7 @@ class LayerStats(Magnitudes, Place, Indexed):
 # ---------------------------------------------------------------------------------------------- rates and verdicts
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rate:
+class Rate(Record):
     """A share of `n_seq` sequences."""
 
     rate: float
@@ -114,22 +106,19 @@ class Rate:
     n_seq: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class FalsePositives(Rate):
     """The share in which a rule fires in the worst of the `nulls` that were run."""
 
     nulls: list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(Record):
     """present, absent or underpowered, and why."""
 
     verdict: str
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class RateVerdict(Verdict):
     """Of what a share `rate` of the sequences has; `holds`: the thresholds at which it would be present."""
 
@@ -139,8 +128,7 @@ class RateVerdict(Verdict):
     holds: list[float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdicts:
+class Verdicts(Record):
     """A verdict on each phenomenon."""
 
     spike: RateVerdict
@@ -158,8 +146,7 @@ class Verdicts:
         return {name: verdict.verdict for name, verdict in vars(self).items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
+class CurvePoint(Record):
     """The shares of tokens and of sequences that have a hit at one threshold, and of a sink's: `sink_1`, Gu et al.'s
     for the first key; `best_head`, the largest share of sequences in which one and the same head has a sink."""
 
@@ -170,8 +157,7 @@ class CurvePoint:
     best_head: float | None = sometimes()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuleRates:
+class RuleRates(Record):
     """The shares of tokens and of sequences that a rule marks, and of sequences in the head that has most."""
 
     tokens: float
@@ -179,8 +165,7 @@ class RuleRates:
     best_head: float | None = sometimes()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measures:
+class Measures(Record):
     """What is compared between a model and its nulls; `rules` by name of the rule, `curves` by name of the curve."""
 
     n_seq: int
@@ -192,8 +177,7 @@ class Measures:
     curves: dict[str, list[CurvePoint]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
+class Skipped(Record):
     """A null that could not be run, and why."""
 
     skipped: str
@@ -204,8 +188,7 @@ Nulls = dict[str, Measures | Skipped]
 # ----------------------------------------------------------------------------------------------- spikes and sinks
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuleCount:
+class RuleCount(Record):
     """What a rule marks: how many tokens, and which share of all."""
 
     threshold: str
@@ -214,7 +197,6 @@ class RuleCount:
     false_positives: FalsePositives | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class SpikeRuleCount(RuleCount):
     """And in how many channels, the commonest first."""
 
@@ -222,8 +204,7 @@ class SpikeRuleCount(RuleCount):
     channels: list[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenRow:
+class TokenRow(Record):
     """A token that stands out. `occurrences`: sequences with this token at this position; the strongest is given."""
 
     sequence: int
@@ -234,7 +215,6 @@ class TokenRow:
     before: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class SpikeToken(TokenRow):
     """Its largest |h|, the channel, the `index` of the layer in `layers`, and the rules that mark it."""
 
@@ -244,7 +224,6 @@ class SpikeToken(TokenRow):
     rules: list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
 class SinkToken(TokenRow):
     """Its largest alpha, in how many heads it is a sink, and its share of all attention."""
 
@@ -253,8 +232,7 @@ class SinkToken(TokenRow):
     share: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpikeFindings:
+class SpikeFindings(Record):
     """`by_position`: the share of tokens there that the primary rule marks."""
 
     primary: str
@@ -273,16 +251,14 @@ class SpikeFindings:
         return [token for token in self.tokens if self.primary in token.rules]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BestKey:
+class BestKey(Record):
     """The key with at least T/4 queries that is most often a sink, and how often."""
 
     position: int
     rate: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SinkRates:
+class SinkRates(Record):
     """Gu et al.'s sink metric (2410.10781) at one threshold: shares of heads and sequences with alpha > epsilon.
 
     `first`, `by_layer`, `by_head`: on the first key (Sink_1). `first_second_half_queries`: the same, of the second
@@ -300,8 +276,7 @@ class SinkRates:
     max_first_half: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SinkFindings:
+class SinkFindings(Record):
     """`seams`: the layers of attention, of which lists (L) and (L, H) are.
 
     By position: `share` of all attention, `share_uniform` if every query spread it evenly over what it may see, and
@@ -351,8 +326,7 @@ class SinkFindings:
 # -------------------------------------------------------------------------------------------------- co-occurrence
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverlapRates:
+class OverlapRates(Record):
     """How spike and sink tokens overlap, as metrics.overlap defines it; nan where undefined."""
 
     p_sink_given_spike: float
@@ -364,8 +338,7 @@ class OverlapRates:
     explained_by_position: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverlapIntervals:
+class OverlapIntervals(Record):
     """95% intervals of OverlapRates."""
 
     p_sink_given_spike: Interval | None
@@ -377,7 +350,6 @@ class OverlapIntervals:
     explained_by_position: Interval | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Overlap(OverlapRates):
     """The same by two rules, with the numbers of tokens; `p_permutation`: of as large an overlap by chance."""
 
@@ -390,7 +362,6 @@ class Overlap(OverlapRates):
     p_permutation: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class CoOccurrence(Overlap):
     """On all tokens, and on those behind the first."""
 
@@ -400,22 +371,19 @@ class CoOccurrence(Overlap):
 # -------------------------------------------------------------------------------------------------------- anatomy
 
 
-@dataclass(frozen=True, kw_only=True)
 class Step(Place, Indexed):
     """A tap, and the share of tokens that have it in common."""
 
     tokens: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class StepChange(Step):
     """Where an entry rises or falls, and by how much, over its peak."""
 
     part_of_peak: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharedChannel:
+class SharedChannel(Record):
     """A channel that the tokens share: mean value, share of tokens with its sign, `ratio` to the |value| of the first
     channel (mean and standard deviation over tokens), median |value|."""
 
@@ -427,8 +395,7 @@ class SharedChannel:
     median: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Steps:
+class Steps(Record):
     """How a spike is made. `path`: {channel: its mean over tokens at every tap} of the three largest."""
 
     path: dict[str, list[float]]
@@ -438,7 +405,6 @@ class Steps:
     channels: list[SharedChannel]
 
 
-@dataclass(frozen=True, kw_only=True)
 class NormedCosine(Place):
     """The mean cosine over pairs of normalised inputs, of the tokens and of as many others; None below two."""
 
@@ -446,8 +412,7 @@ class NormedCosine(Place):
     others: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeyDimensions:
+class KeyDimensions(Record):
     """In how many dimensions a head's sink keys lie, and as many others: see anatomy.key_subspace."""
 
     head: int
@@ -458,15 +423,13 @@ class KeyDimensions:
     others_participation: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class KeySubspace(Place):
     """Sink keys of a layer, head by head."""
 
     heads: list[KeyDimensions]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChannelForm:
+class ChannelForm(Record):
     """The quadratic form of a channel: its norm over the median channel's, and how nearly it is of rank one."""
 
     channel: int
@@ -474,8 +437,7 @@ class ChannelForm:
     dominance: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuadraticForm:
+class QuadraticForm(Record):
     """Of the FFN of the step-up: the spiking channels', as many random ones', and the channels of the largest norm."""
 
     layer: int
@@ -484,7 +446,6 @@ class QuadraticForm:
     largest_norms: list[int]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Anatomy(Steps):
     """`of`: which tokens, in words. `inner`: the tensors off the stream, by place; `places`: what these are."""
 
@@ -510,8 +471,7 @@ class Packed:
     base64: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceEntry:
+class SequenceEntry(Record):
     """The start of one sequence, token by token (T). Packed: `share` (T,), `relative` (layers, T), `alpha` (heads, T).
 
     spikes, enough_queries: 0 or 1. sink_heads: the number of heads in which the token is a sink.
@@ -530,8 +490,7 @@ class SequenceEntry:
     alpha: Packed
 
 
-@dataclass(frozen=True, kw_only=True)
-class MatrixEntry:
+class MatrixEntry(Record):
     """|h| of the first sequence after a layer: (tokens, bins of channels), and the first channel of each bin."""
 
     layer: str
@@ -541,8 +500,7 @@ class MatrixEntry:
     median: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExamplesEntry:
+class ExamplesEntry(Record):
     """A few sequences, token by token: names of the layers and of the heads that are kept, of `n_heads` in all."""
 
     encoding: str
@@ -556,8 +514,7 @@ class ExamplesEntry:
 # --------------------------------------------------------------------------------------- over training, vocabulary
 
 
-@dataclass(frozen=True, kw_only=True)
-class HistoryRow:
+class HistoryRow(Record):
     """Spikes and sinks at one step of training: history.COLUMNS says what the numbers are."""
 
     step: int
@@ -568,16 +525,14 @@ class HistoryRow:
     p_sink_given_spike: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Histogram:
+class Histogram(Record):
     """Counts between edges."""
 
     edges: list[float]
     counts: list[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class VocabularyToken:
+class VocabularyToken(Record):
     """A token's largest |h| over the median, in which channel, and after which sub-layer (its kind, and its layer)."""
 
     id: int
@@ -593,8 +548,7 @@ class VocabularyToken:
         return Place(layer=self.layer, kind=self.after)
 
 
-@dataclass(frozen=True, kw_only=True)
-class VocabularyPlace:
+class VocabularyPlace(Record):
     """All tokens of the vocabulary at one position: how many spike, in which channels; `ratio` of each, by id."""
 
     spiking: int
@@ -605,8 +559,7 @@ class VocabularyPlace:
     tokens: list[VocabularyToken]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
+class Vocabulary(Record):
     """Every token of the vocabulary standing first, and second, after the token `before`."""
 
     schema: str = VOCABULARY_SCHEMA
@@ -619,8 +572,7 @@ class Vocabulary:
 # ------------------------------------------------------------------------------------------------------ everything
 
 
-@dataclass(frozen=True, kw_only=True)
-class Findings:
+class Findings(Record):
     """What detect finds in a model, or in a part of an encoder-decoder.
 
     `model`: its architecture, and its `parameters`. `sensitivity`: how the findings change with their thresholds, by
@@ -673,8 +625,7 @@ class Findings:
         return schema.load(cls, path, "detect")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Record):
     """Several checkpoints side by side, each under a short name."""
 
     schema: str = COMPARISON_SCHEMA
@@ -685,16 +636,14 @@ class Comparison:
 # ------------------------------------------------------------------------------------------------------- a prompt
 
 
-@dataclass(frozen=True, kw_only=True)
-class LookedAt:
+class LookedAt(Record):
     """The position that most heads attend to, and how many do."""
 
     position: int
     heads: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptToken:
+class PromptToken(Record):
     """One token: its largest |h| (`ratio`: over that layer's median), `after` which sub-layer and in which channel;
     its share of all attention, and alpha in the `head` where that is largest. `few_queries`: alpha averages few of
     them, so no sink is claimed."""
@@ -715,8 +664,7 @@ class PromptToken:
     looks_at: LookedAt
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptHead:
+class PromptHead(Record):
     """One head: alpha of every key, which key each query attends to most and how much, and the key that gets most."""
 
     head: str
@@ -726,8 +674,7 @@ class PromptHead:
     most_at: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptFindings:
+class PromptFindings(Record):
     """One text, token by token. `magnitudes`: the largest |h| of each token, by layer; `medians`: by layer."""
 
     schema: str = PROMPT_SCHEMA
