@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from data.loader import Tokens
-from model import GPT
+from model import CONTRACT, GPT
 from spikesink import commands
 from spikesink.errors import cli
 from spikesink.models.lab import Lab
@@ -26,7 +26,7 @@ def split(name: str, block_size: int, bos: bool = False) -> Tokens:
     return Tokens(name, "val", block_size, bos)
 
 
-LAB = Lab(GPT.from_checkpoint, split, Path(__file__).resolve().parent / "data")
+LAB = Lab(GPT.from_checkpoint, split, Path(__file__).resolve().parent / "data", CONTRACT)
 
 
 def main() -> None:

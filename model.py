@@ -7,582 +7,19 @@ To add a choice, add a line to its table; to add an axis, add a field to GPTConf
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CONTRACT = "spikesink-model-1"  # by which `spikesink detect` knows this file as the model of a checkpoint
 
 
-class Apply(nn.Module):
-    """A function without weights, as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
-# ---------------------------------------------------------------------------------------------- norms
-
-
-class DyT(nn.Module):
-    """w * tanh(a x) + b (Zhu et al. 2025), a learned scalar."""
-
-    def __init__(self, size, alpha, gain, bias):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor([alpha]))
-        self.weight = nn.Parameter(torch.ones(size)) if gain else 1.0
-        self.bias = nn.Parameter(torch.zeros(size)) if gain and bias else 0.0
-
-    def forward(self, x):
-        return self.weight * torch.tanh(self.alpha * x) + self.bias
-
-
-def layernorm(config, size, role):
-    """LayerNorm (Ba et al. 2016)."""
-    return nn.LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
-
-
-def rmsnorm(config, size, role):
-    """x / rms(x) * w (Zhang & Sennrich 2019)."""
-    return nn.RMSNorm(size, config.norm_eps, elementwise_affine=config.norm_gain)
-
-
-def dyt(config, size, role):
-    """DyT as in Sun et al. 2026: alpha 0.8 around attention, 0.2 around the FFN, and the last norm stays RMSNorm."""
-    if role == "final":
-        return rmsnorm(config, size, role)
-    return DyT(size, {"attn": 0.8, "ffn": 0.2}[role], config.norm_gain, config.bias)
-
-
-# name -> constructor(config, size, role), role attn, ffn or final
-NORMS = {"layernorm": layernorm, "rmsnorm": rmsnorm, "dyt": dyt}
-
-
-class NormPlace(NamedTuple):
-    """Which of a sub-layer's three norm slots are used, and whether the model ends on a norm."""
-
-    before: bool  # on the input of attention / FFN
-    update: bool  # on their output, before the add
-    after: bool  # on the stream, after the add
-    final: bool  # ln_f; a post-norm stream is normalised already
-
-
-NORM_PLACES = {
-    "pre": NormPlace(True, False, False, True),  # GPT-2, Llama
-    "post": NormPlace(False, False, True, False),  # Vaswani et al. 2017, GPT-1, BERT
-    "sandwich": NormPlace(True, True, False, True),  # CogView, Gemma 2
-    "output": NormPlace(False, True, False, True),  # OLMo 2
-    "none": NormPlace(False, False, False, False),
-}
-
-
-class QKNorm(nn.Module):
-    """Normalises queries and keys (B, T, H, D): each head by itself, or over the full heads x width."""
-
-    def __init__(self, config, full):
-        super().__init__()
-        self.full, D = full, config.head_width
-        self.q = NORMS[config.norm](config, config.n_head * D if full else D, "attn")
-        self.k = NORMS[config.norm](config, config.n_key_head * D if full else D, "attn")
-
-    def forward(self, q, k):
-        if self.full:
-            return self.q(q.flatten(-2)).view_as(q), self.k(k.flatten(-2)).view_as(k)
-        return self.q(q), self.k(k)
-
-
-QK_NORMS = {
-    "none": lambda config: Apply(lambda q, k: (q, k)),
-    "head": lambda config: QKNorm(config, full=False),  # Qwen 3
-    "full": lambda config: QKNorm(config, full=True),  # OLMo 2, and the paper's "QK + output" arm
-}
-
-# -------------------------------------------------------------------------------------------- residual
-
-
-class LearnedScale(nn.Module):
-    """update * scale, a parameter with one entry per channel or one in all."""
-
-    def __init__(self, size, init):
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((size,), init))
-
-    def forward(self, update):
-        return self.scale * update
-
-
-def fixed_scale(scale):
-    """update * scale, a constant."""
-    return Apply(lambda update: scale * update)
-
-
-# The multiplier of each update in the forward pass, or a fixed number. L = n_layer: 2L updates are added to the stream.
-# deepnorm (Wang et al. 2022): LN(a x + f(x)) with a = (2L)^1/4 is written LN(x + f(x) / a), the same function of x.
-RESIDUAL_SCALES = {
-    "one": lambda c: nn.Identity(),
-    "inv_sqrt_2L": lambda c: fixed_scale((2 * c.n_layer) ** -0.5),
-    "deepnorm": lambda c: fixed_scale((2 * c.n_layer) ** -0.25),
-    "learned": lambda c: LearnedScale(c.n_embd, 0.1),  # LayerScale (Touvron et al. 2021), its init for <= 18 layers
-    "rezero": lambda c: LearnedScale(1, 0.0),  # Bachlechner et al. 2020
-}
-
-
-def residual_scale(config):
-    """The module of config.residual_scale: a name of RESIDUAL_SCALES or a number."""
-    named = RESIDUAL_SCALES.get(config.residual_scale)
-    return named(config) if named else fixed_scale(float(config.residual_scale))
-
-
-# ------------------------------------------------------------------------------------------- positions
-
-
-class LearnedPosition(nn.Embedding):
-    """A learned vector per position (GPT-2's wpe)."""
-
-    def __init__(self, config):
-        super().__init__(config.block_size, config.n_embd)
-
-
-class Sinusoid(nn.Module):
-    """sin and cos of position x 10000^(-2i/C) (Vaswani et al. 2017), scaled to the rms of a new token embedding."""
-
-    def __init__(self, config):
-        super().__init__()
-        angles = torch.outer(
-            torch.arange(config.block_size), 1e4 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
-        )
-        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : config.n_embd]
-        self.register_buffer("table", INIT_STD * math.sqrt(2) * table, persistent=False)
-
-    def forward(self, positions):
-        return self.table[positions]
-
-
-class Rotary(nn.Module):
-    """RoPE (Su et al. 2021), the two halves of a head rotated against each other as in Llama."""
-
-    def __init__(self, config):
-        super().__init__()
-        frequencies = config.rope_base ** (-torch.arange(0, config.head_width, 2) / config.head_width)
-        angles = torch.outer(torch.arange(config.n_register + config.block_size), frequencies).repeat(1, 2)  # (T, D)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, q, k):
-        cos, sin = self.cos[: q.size(-2)].to(q.dtype), self.sin[: q.size(-2)].to(q.dtype)
-
-        def rotate(x):
-            left, right = x.chunk(2, dim=-1)
-            return x * cos + torch.cat((-right, left), dim=-1) * sin
-
-        return rotate(q), rotate(k)
-
-
-def alibi_slopes(n_head):
-    """ALiBi's slope per head (Press et al. 2022): 2^(-8i/n); beyond a power of 2, every other one of twice as many."""
-    power = 2 ** math.floor(math.log2(n_head))
-    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    return torch.tensor(slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (n_head - power), 2)])
-
-
-class Position(NamedTuple):
-    """Where a kind of position enters: added to the token embedding, on q and k, or as slopes on the logits."""
-
-    embedding: Callable = lambda config: Apply(lambda positions: 0.0)
-    rotation: Callable = lambda config: Apply(lambda q, k: (q, k))
-    alibi: bool = False
-
-
-POSITIONS = {
-    "learned": Position(embedding=LearnedPosition),
-    "sinusoidal": Position(embedding=Sinusoid),
-    "rope": Position(rotation=Rotary),
-    "alibi": Position(alibi=True),
-    "none": Position(),
-}
-
-# ------------------------------------------------------------------------------------------- attention
-
-
-class Rows(nn.Module):
-    """weights = function(logits), and no slot."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, logits, q):
-        return self.function(logits), 0.0
-
-
-class SlotSoftmax(nn.Module):
-    """Softmax over the keys and one slot more that holds no token; the keys' weights sum to less than one.
-
-    The slot's logit: 0 (softmax-off-by-one, Miller 2023), learned per head (GPT-OSS), or q k* with a learned key (Gu et
-    al. 2024's K bias); its value: 0, or learned (KV bias).
-    """
-
-    def __init__(self, config, logit=False, key=False, value=False):
-        super().__init__()
-        H, D = config.n_head, config.head_width
-        self.logit = nn.Parameter(torch.zeros(H)) if logit else None
-        self.key = nn.Parameter(torch.zeros(H, D)) if key else None
-        self.value = nn.Parameter(torch.zeros(H, D)) if value else None
-
-    def forward(self, logits, q):
-        slot = torch.zeros_like(logits[..., :1])  # (B, H, R, 1)
-        if self.logit is not None:
-            slot = slot + self.logit[:, None, None]
-        if self.key is not None:
-            slot = q @ self.key[:, :, None] / math.sqrt(q.size(-1))
-        weights = torch.cat((logits, slot), dim=-1).softmax(dim=-1)
-        extra = 0.0 if self.value is None else weights[..., -1:] * self.value[:, None]  # (B, H, R, D)
-        return weights[..., :-1], extra
-
-
-# name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), what the slot adds to the output
-ATTENTIONS = {
-    "softmax": lambda c: Rows(lambda logits: logits.softmax(dim=-1)),
-    "softmax1": SlotSoftmax,
-    "sink_logit": functools.partial(SlotSoftmax, logit=True),
-    "k_bias": functools.partial(SlotSoftmax, key=True),
-    "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
-    # clip((zeta - gamma) softmax + gamma, 0, 1), zeta 1, gamma -0.03 (Bondarenko et al. 2023): exact zeros
-    "clipped": lambda c: Rows(lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1)),
-    # Ramapuram et al. 2024
-    "sigmoid": lambda c: Rows(lambda logits: torch.sigmoid(logits - math.log(c.block_size))),
-    # divided by the number of keys the query sees (Wortsman et al. 2023)
-    "relu": lambda c: Rows(lambda logits: F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True)),
-}
-UNNORMALISED = ("sigmoid", "relu")  # rows may sum to anything
-
-
-class Attend(nn.Module):
-    """The attention seam: (q, k, v, bias) -> out. Instruments hook this module.
-
-    A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.kind, self.dropout, self.window = config.attention, config.dropout, config.window
-        self.group = config.n_head // config.n_key_head
-        self.normalise = ATTENTIONS[config.attention](config)
-        slopes = alibi_slopes(config.n_head)[:, None, None] if POSITIONS[config.position].alibi else None
-        self.register_buffer("slopes", slopes, persistent=False)
-
-    def mask(self, first, R, T, device):
-        """What causality, the window and ALiBi add to the logits of queries first ... first + R - 1: ([H,] R, T)."""
-        distance = torch.arange(first, first + R, device=device)[:, None] - torch.arange(T, device=device)
-        hidden = (distance < 0) | (distance >= self.window) if self.window else distance < 0
-        mask = torch.zeros(R, T, device=device) if self.slopes is None else -self.slopes * distance
-        return mask.masked_fill(hidden, -torch.inf)
-
-    def weights(self, q, k, first=0, bias=None):
-        """Weights (B, H, R, T) of the queries q (B, H, R, D), the first at position `first`, and the slot's output.
-
-        `bias` broadcasts to (B, H, 1, T): added to the logit of a key for every query but the one at the key's own
-        position, so that a masked (-inf) first key leaves no empty row.
-        """
-        R, T = q.size(-2), k.size(-2)
-        k = k if k.size(1) == q.size(1) else k.repeat_interleave(self.group, dim=1)
-        logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(first, R, T, q.device)
-        if bias is not None:
-            own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
-            logits = logits + torch.where(own, 0.0, bias)
-        return self.normalise(logits, q)
-
-    def shares(self, q, k, first=0, bias=None):
-        """The attention map (B, H, R, T) as reported: the part of its attention that a query gives to each key.
-
-        These are the weights, so rows sum to less than one where a slot takes some. Sigmoid and ReLU weights, which
-        may sum to anything, are divided by their row's sum; a row of zeros stays zero.
-        """
-        weights, _ = self.weights(q, k, first, bias)
-        if self.kind in UNNORMALISED:
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
-        return weights
-
-    def forward(self, q, k, v, bias=None, chunk=256):
-        """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
-
-        Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
-        times as fast (and under autocast give logits in bfloat16, as other eager attention does). What is not fused
-        makes the map `chunk` queries at a time, over the keys that they see; of sequences longer than that it is made
-        again for the backward pass rather than kept.
-        """
-        dropout, T = self.dropout if self.training else 0.0, q.size(-2)
-        fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
-        if fused and self.slopes is None and not self.window:
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
-        chunk = T if fused and self.training else chunk
-        rows_of = self._fused_rows if fused else self._rows
-        if torch.is_grad_enabled() and not fused and not dropout and chunk < T:
-            rows_of = functools.partial(checkpoint, rows_of, use_reentrant=False, preserve_rng_state=False)
-        rows = []
-        for first in range(0, T, chunk):
-            part = q[:, :, first : first + chunk]
-            seen = first + part.size(-2)
-            some = None if bias is None else bias[..., :seen]
-            rows.append(rows_of(part, k[:, :, :seen], v[:, :, :seen], first, some, dropout))
-        return torch.cat(rows, dim=-2)
-
-    def _rows(self, q, k, v, first, bias, dropout):
-        """Output of the queries q (B, H, R, D), the first at position `first`, over the keys up to the last of them."""
-        weights, slot = self.weights(q, k, first, bias)
-        v = v if v.size(1) == q.size(1) else v.repeat_interleave(self.group, dim=1)
-        return F.dropout(weights, dropout, self.training).to(v.dtype) @ v + slot
-
-    def _fused_rows(self, q, k, v, first, bias, dropout):
-        """The same by PyTorch's kernels, for a mask that they do not know."""
-        mask = self.mask(first, q.size(-2), k.size(-2), q.device).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=self.group > 1)
-
-
-class Gate(nn.Module):
-    """out * sigmoid(W source), out (B, T, H, D), one gate per entry of `shape` (Qiu et al. 2025; Sun et al. 2026)."""
-
-    def __init__(self, config, shape):
-        super().__init__()
-        self.shape = shape
-        width, self.source = GATE_INPUTS[config.gate_input]
-        self.width = width(config)
-        self.c_gate = nn.Linear(self.width, math.prod(shape), bias=config.bias)
-
-    def forward(self, out, x, embedding):
-        return out * torch.sigmoid(self.c_gate(self.source(x, embedding, self.width))).unflatten(-1, self.shape)
-
-
-GATES = {
-    "none": lambda c: Apply(lambda out, x, embedding: out),
-    "channel": lambda c: Gate(c, (c.n_head, c.head_width)),
-    "head": lambda c: Gate(c, (c.n_head, 1)),
-    "single": lambda c: Gate(c, (1, 1)),
-}
-
-# name -> what a gate is linear in: (its width, the source), given the attention's input x and the token embedding e
-GATE_INPUTS = {
-    "input": (lambda c: c.n_embd, lambda x, e, width: x),  # conditional
-    "constant": (lambda c: 1, lambda x, e, width: x.new_ones(1)),
-    "position": (
-        lambda c: c.n_register + c.block_size,
-        lambda x, e, width: torch.eye(width, device=x.device)[: x.size(1)],
-    ),
-    "token": (lambda c: c.n_embd, lambda x, e, width: e),
-}
-
-
-class SelfAttention(nn.Module):
-    """Causal self-attention: c_proj(gate(attend(q, k, v)))."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.heads, self.head_width = (config.n_head, config.n_key_head, config.n_key_head), config.head_width
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_width, bias=config.bias)
-        self.qk_norm = QK_NORMS[config.qk_norm](config)
-        self.rotate = POSITIONS[config.position].rotation(config)
-        self.attend = Attend(config)
-        self.gate = GATES[config.gate](config)
-        self.c_proj = nn.Linear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
-
-    def qkv(self, x):
-        """What `attend` is called with: queries (B, H, T, D), keys and values (B, n_kv_head, T, D)."""
-        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_width))  # (B, T, heads of q, k and v, D)
-        q, k, v = qkv.split(self.heads, dim=-2)
-        q, k, v = (p.transpose(1, 2) for p in (*self.qk_norm(q, k), v))  # (B, H, T, D)
-        return *self.rotate(q, k), v
-
-    def forward(self, x, embedding):
-        out = self.attend(*self.qkv(x)).transpose(1, 2)  # (B, T, H, D)
-        return self.c_proj(self.gate(out, x, embedding).flatten(-2))
-
-
-# ------------------------------------------------------------------------------------------------- FFN
-
-
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # GPT-2's own
-    "relu": nn.ReLU,
-    "relu2": lambda: Apply(lambda x: F.relu(x).square()),  # So et al. 2021, Primer
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "identity": nn.Identity,
-}
-
-
-class PlainFFN(nn.Module):
-    """c_proj(act(c_fc(x))), hidden width 4C."""
-
-    def __init__(self, config):
-        super().__init__()
-        hidden = config.ffn_hidden or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-
-    def forward(self, x, embedding):
-        return self.c_proj(self.act(self.c_fc(x)))
-
-
-class GatedFFN(nn.Module):
-    """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020); hidden width 8C/3 to the nearest 8: a plain FFN's parameters."""
-
-    def __init__(self, config):
-        super().__init__()
-        hidden = config.ffn_hidden or 8 * round(config.n_embd / 3)
-        self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-
-    def forward(self, x, embedding):
-        return self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x))
-
-
-class LinearFFN(nn.Module):
-    """c_proj(x): one matrix, no hidden layer."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x, embedding):
-        return self.c_proj(x)
-
-
-FFNS = {"plain": PlainFFN, "gated": GatedFFN, "linear": LinearFFN, "attention": SelfAttention}
-
-# ------------------------------------------------------------------------------------------------ loss
-
-LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of the logits in float32 that are held at a time
-
-
-def loss_of_rows(x, weight, targets, cap):
-    """Of the logits x weight^T, capped: the summed cross-entropy, and its gradient by x weight^T in x's dtype.
-
-    x (N, C), weight (V, C), targets (N,), -1 where nothing counts -> (), (N, V).
-    """
-    logits = (x @ weight.t()).float()
-    capped = cap * torch.tanh(logits / cap) if cap else logits
-    total = capped.logsumexp(dim=-1, keepdim=True)
-    counts = (targets >= 0)[:, None]
-    loss = ((total - capped.gather(-1, targets.clamp_min(0)[:, None])) * counts).sum()
-    right = torch.arange(len(weight), device=x.device) == targets[:, None]
-    slope = (torch.exp(capped - total) - right.float()) * counts
-    return loss, (slope * (1 - (capped / cap).square()) if cap else slope).to(x.dtype)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy in nats of logits that are never held whole: a chunk of rows at a time, its gradient at once.
-
-    x (N, C), weight (V, C), targets (N,) as in `loss_of_rows`, whose like is `rows`. The products are taken in
-    `dtype`, sums and the gradient of the weight in float32. That gradient goes into the list `shared` if there is one:
-    TiedEmbedding adds its own to it. Can be differentiated once.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, cap, rows, dtype, shared):
-        small, w = x.detach().to(dtype), weight.detach().to(dtype)
-        loss, n = torch.zeros((), device=x.device), (targets >= 0).sum()
-        wanted = any(ctx.needs_input_grad)
-        dx, dw = (torch.empty_like(small), torch.zeros_like(weight)) if wanted else (None, None)
-        n_parts = -(-4 * len(weight) * len(x) // LOGITS_BYTES.get(x.device.type, LOGITS_BYTES["cuda"]))
-        at_once = -(-len(x) // n_parts)
-        for first in range(0, len(x), at_once):
-            part = slice(first, first + at_once)
-            of_part, slope = rows(small[part], w, targets[part], cap)
-            loss += of_part
-            if wanted:
-                torch.mm(slope, w, out=dx[part])
-                for of_words, its_slope in zip(dw.split(8192), slope.split(8192, dim=1), strict=True):
-                    of_words.add_(its_slope.t() @ small[part])
-        ctx.gradients, ctx.n, ctx.dtype, ctx.shared = (dx, dw), n, x.dtype, shared
-        return loss / n
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        (dx, dw), ctx.gradients = ctx.gradients, None
-        scale = gradient / ctx.n
-        dx, dw = dx.to(ctx.dtype) * scale, dw.mul_(scale)
-        if ctx.shared is not None:
-            ctx.shared.append(dw)
-            dw = None
-        return dx, dw, None, None, None, None, None
-
-
-class TiedEmbedding(torch.autograd.Function):
-    """weight[idx]; its gradient is added to the one that CrossEntropy has left in `shared`, row by row."""
-
-    @staticmethod
-    def forward(ctx, idx, weight, shared):
-        ctx.idx, ctx.shape, ctx.shared = idx, weight.shape, shared
-        return F.embedding(idx, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        whole = ctx.shared.pop() if ctx.shared else gradient.new_zeros(ctx.shape)
-        return None, whole.index_add_(0, ctx.idx.flatten(), gradient.flatten(0, -2)), None
-
-
-# ------------------------------------------------------------------------------------------------ init
-
-INIT_STD = 0.02
-
-
-def gpt2_init(model, c_proj_scale):
-    """Matrices and embeddings N(0, 0.02), what writes to the stream times `c_proj_scale`; biases 0."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=INIT_STD * (c_proj_scale if name.endswith("c_proj") else 1.0))
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def deepnorm_init(model):
-    """Xavier, with gain (8L)^-1/4 on values, attention output and FFN (Wang et al. 2022, decoder-only)."""
-    gpt2_init(model, 1.0)
-    gain = (8 * model.config.n_layer) ** -0.25
-    for name, module in model.named_modules():
-        if isinstance(module, SelfAttention):
-            sizes = [heads * module.head_width for heads in module.heads]
-            for part, part_gain in zip(module.c_attn.weight.split(sizes), (1.0, 1.0, gain), strict=True):
-                nn.init.xavier_normal_(part, part_gain)
-        elif name.endswith(("c_proj", "c_fc", "c_gate")):
-            nn.init.xavier_normal_(module.weight, gain)
-
-
-INIT_SCALES = {
-    "one": lambda model: gpt2_init(model, 1.0),
-    "inv_sqrt_2L": lambda model: gpt2_init(model, (2 * model.config.n_layer) ** -0.5),  # GPT-2
-    "deepnorm": deepnorm_init,
-}
-
-# ----------------------------------------------------------------------------------------------- config
-
-CHOICES = {
-    "norm_place": NORM_PLACES,
-    "norm": NORMS,
-    "qk_norm": QK_NORMS,
-    "ffn": FFNS,
-    "activation": ACTIVATIONS,
-    "attention": ATTENTIONS,
-    "gate": GATES,
-    "gate_input": GATE_INPUTS,
-    "position": POSITIONS,
-    "init_scale": INIT_SCALES,
-}
+# ---------------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
@@ -627,11 +64,11 @@ class GPTConfig:
     stream_clip: float = 0.0  # the stream is clamped to +- this after every sub-layer; 0: not
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise ValueError(f"{field.name}={value!r} is not of type {field.type.__name__}")
+                raise ValueError(f"{field.name}={value!r} is not of type {getattr(field.type, '__name__', field.type)}")
         for key, table in CHOICES.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
@@ -671,23 +108,581 @@ class GPTConfig:
                 raise ValueError(reason.format_map({key: getattr(self, key) for key in dir(self)}))
 
     @property
-    def n_key_head(self):
+    def n_key_head(self) -> int:
         """Heads of keys and values."""
         return self.n_kv_head or self.n_head
 
     @property
-    def head_width(self):
+    def head_width(self) -> int:
         """Width D of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
 
-def is_number(text):
+def is_number(text: str) -> bool:
     """True if `text` is a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:
         return False
 
+
+Part = Callable[[GPTConfig], nn.Module]
+
+
+class Apply(nn.Module):
+    """A function without weights, as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+# ---------------------------------------------------------------------------------------------- norms
+
+
+class DyT(nn.Module):
+    """w * tanh(a x) + b (Zhu et al. 2025), a learned scalar."""
+
+    def __init__(self, size: int, alpha: float, gain: bool, bias: bool) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.weight = nn.Parameter(torch.ones(size)) if gain else 1.0
+        self.bias = nn.Parameter(torch.zeros(size)) if gain and bias else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+
+def layernorm(config: GPTConfig, size: int, role: str) -> nn.Module:
+    """LayerNorm (Ba et al. 2016)."""
+    return nn.LayerNorm(size, config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
+
+
+def rmsnorm(config: GPTConfig, size: int, role: str) -> nn.Module:
+    """x / rms(x) * w (Zhang & Sennrich 2019)."""
+    return nn.RMSNorm(size, config.norm_eps, elementwise_affine=config.norm_gain)
+
+
+def dyt(config: GPTConfig, size: int, role: str) -> nn.Module:
+    """DyT as in Sun et al. 2026: alpha 0.8 around attention, 0.2 around the FFN, and the last norm stays RMSNorm."""
+    if role == "final":
+        return rmsnorm(config, size, role)
+    return DyT(size, {"attn": 0.8, "ffn": 0.2}[role], config.norm_gain, config.bias)
+
+
+# name -> constructor(config, size, role), role attn, ffn or final
+NORMS = {"layernorm": layernorm, "rmsnorm": rmsnorm, "dyt": dyt}
+
+
+class NormPlace(NamedTuple):
+    """Which of a sub-layer's three norm slots are used, and whether the model ends on a norm."""
+
+    before: bool  # on the input of attention / FFN
+    update: bool  # on their output, before the add
+    after: bool  # on the stream, after the add
+    final: bool  # ln_f; a post-norm stream is normalised already
+
+
+NORM_PLACES = {
+    "pre": NormPlace(True, False, False, True),  # GPT-2, Llama
+    "post": NormPlace(False, False, True, False),  # Vaswani et al. 2017, GPT-1, BERT
+    "sandwich": NormPlace(True, True, False, True),  # CogView, Gemma 2
+    "output": NormPlace(False, True, False, True),  # OLMo 2
+    "none": NormPlace(False, False, False, False),
+}
+
+
+class QKNorm(nn.Module):
+    """Normalises queries and keys (B, T, H, D): each head by itself, or over the full heads x width."""
+
+    def __init__(self, config: GPTConfig, full: bool) -> None:
+        super().__init__()
+        self.full, D = full, config.head_width
+        self.q = NORMS[config.norm](config, config.n_head * D if full else D, "attn")
+        self.k = NORMS[config.norm](config, config.n_key_head * D if full else D, "attn")
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.full:
+            return self.q(q.flatten(-2)).view_as(q), self.k(k.flatten(-2)).view_as(k)
+        return self.q(q), self.k(k)
+
+
+QK_NORMS = {
+    "none": lambda config: Apply(lambda q, k: (q, k)),
+    "head": lambda config: QKNorm(config, full=False),  # Qwen 3
+    "full": lambda config: QKNorm(config, full=True),  # OLMo 2, and the paper's "QK + output" arm
+}
+
+# -------------------------------------------------------------------------------------------- residual
+
+
+class LearnedScale(nn.Module):
+    """update * scale, a parameter with one entry per channel or one in all."""
+
+    def __init__(self, size: int, init: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((size,), init))
+
+    def forward(self, update: Tensor) -> Tensor:
+        return self.scale * update
+
+
+def fixed_scale(scale: float) -> nn.Module:
+    """update * scale, a constant."""
+    return Apply(lambda update: scale * update)
+
+
+# The multiplier of each update in the forward pass, or a fixed number. L = n_layer: 2L updates are added to the stream.
+# deepnorm (Wang et al. 2022): LN(a x + f(x)) with a = (2L)^1/4 is written LN(x + f(x) / a), the same function of x.
+RESIDUAL_SCALES = {
+    "one": lambda c: nn.Identity(),
+    "inv_sqrt_2L": lambda c: fixed_scale((2 * c.n_layer) ** -0.5),
+    "deepnorm": lambda c: fixed_scale((2 * c.n_layer) ** -0.25),
+    "learned": lambda c: LearnedScale(c.n_embd, 0.1),  # LayerScale (Touvron et al. 2021), its init for <= 18 layers
+    "rezero": lambda c: LearnedScale(1, 0.0),  # Bachlechner et al. 2020
+}
+
+
+def residual_scale(config: GPTConfig) -> nn.Module:
+    """The module of config.residual_scale: a name of RESIDUAL_SCALES or a number."""
+    named = RESIDUAL_SCALES.get(config.residual_scale)
+    return named(config) if named else fixed_scale(float(config.residual_scale))
+
+
+# ------------------------------------------------------------------------------------------- positions
+
+
+class LearnedPosition(nn.Embedding):
+    """A learned vector per position (GPT-2's wpe)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.block_size, config.n_embd)
+
+
+class Sinusoid(nn.Module):
+    """sin and cos of position x 10000^(-2i/C) (Vaswani et al. 2017), scaled to the rms of a new token embedding."""
+
+    table: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        angles = torch.outer(
+            torch.arange(config.block_size), 1e4 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        )
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : config.n_embd]
+        self.register_buffer("table", INIT_STD * math.sqrt(2) * table, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.table[positions]
+
+
+class Rotary(nn.Module):
+    """RoPE (Su et al. 2021), the two halves of a head rotated against each other as in Llama."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        frequencies = config.rope_base ** (-torch.arange(0, config.head_width, 2) / config.head_width)
+        angles = torch.outer(torch.arange(config.n_register + config.block_size), frequencies).repeat(1, 2)  # (T, D)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos[: q.size(-2)].to(q.dtype), self.sin[: q.size(-2)].to(q.dtype)
+
+        def rotate(x: Tensor) -> Tensor:
+            left, right = x.chunk(2, dim=-1)
+            return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+        return rotate(q), rotate(k)
+
+
+def alibi_slopes(n_head: int) -> Tensor:
+    """ALiBi's slope per head (Press et al. 2022): 2^(-8i/n); beyond a power of 2, every other one of twice as many."""
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return torch.tensor(slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (n_head - power), 2)])
+
+
+class Position(NamedTuple):
+    """Where a kind of position enters: added to the token embedding, on q and k, or as slopes on the logits."""
+
+    embedding: Part = lambda config: Apply(lambda positions: 0.0)
+    rotation: Part = lambda config: Apply(lambda q, k: (q, k))
+    alibi: bool = False
+
+
+POSITIONS = {
+    "learned": Position(embedding=LearnedPosition),
+    "sinusoidal": Position(embedding=Sinusoid),
+    "rope": Position(rotation=Rotary),
+    "alibi": Position(alibi=True),
+    "none": Position(),
+}
+
+# ------------------------------------------------------------------------------------------- attention
+
+
+class RowNormaliser(nn.Module):
+    """weights = function(logits), and no slot."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
+        return self.function(logits), 0.0
+
+
+class SlotSoftmax(nn.Module):
+    """Softmax over the keys and one slot more that holds no token; the keys' weights sum to less than one.
+
+    The slot's logit: 0 (softmax-off-by-one, Miller 2023), learned per head (GPT-OSS), or q k* with a learned key (Gu et
+    al. 2024's K bias); its value: 0, or learned (KV bias).
+    """
+
+    def __init__(self, config: GPTConfig, logit: bool = False, key: bool = False, value: bool = False) -> None:
+        super().__init__()
+        H, D = config.n_head, config.head_width
+        self.logit = nn.Parameter(torch.zeros(H)) if logit else None
+        self.key = nn.Parameter(torch.zeros(H, D)) if key else None
+        self.value = nn.Parameter(torch.zeros(H, D)) if value else None
+
+    def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
+        slot = torch.zeros_like(logits[..., :1])  # (B, H, R, 1)
+        if self.logit is not None:
+            slot = slot + self.logit[:, None, None]
+        if self.key is not None:
+            slot = q @ self.key[:, :, None] / math.sqrt(q.size(-1))
+        weights = torch.cat((logits, slot), dim=-1).softmax(dim=-1)
+        extra = 0.0 if self.value is None else weights[..., -1:] * self.value[:, None]  # (B, H, R, D)
+        return weights[..., :-1], extra
+
+
+# name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), what the slot adds to the output
+ATTENTIONS: dict[str, Part] = {
+    "softmax": lambda c: RowNormaliser(lambda logits: logits.softmax(dim=-1)),
+    "softmax1": SlotSoftmax,
+    "sink_logit": functools.partial(SlotSoftmax, logit=True),
+    "k_bias": functools.partial(SlotSoftmax, key=True),
+    "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
+    # clip((zeta - gamma) softmax + gamma, 0, 1), zeta 1, gamma -0.03 (Bondarenko et al. 2023): exact zeros
+    "clipped": lambda c: RowNormaliser(lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1)),
+    # Ramapuram et al. 2024
+    "sigmoid": lambda c: RowNormaliser(lambda logits: torch.sigmoid(logits - math.log(c.block_size))),
+    # divided by the number of keys the query sees (Wortsman et al. 2023)
+    "relu": lambda c: RowNormaliser(lambda logits: F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True)),
+}
+UNNORMALISED = ("sigmoid", "relu")  # rows may sum to anything
+
+
+class Attend(nn.Module):
+    """The attention seam: (q, k, v, bias) -> out. Instruments hook this module.
+
+    A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`.
+    """
+
+    slopes: Tensor | None
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind, self.dropout, self.window = config.attention, config.dropout, config.window
+        self.group = config.n_head // config.n_key_head
+        self.normalise = ATTENTIONS[config.attention](config)
+        slopes = alibi_slopes(config.n_head)[:, None, None] if POSITIONS[config.position].alibi else None
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def mask(self, first: int, R: int, T: int, device: torch.device) -> Tensor:
+        """What causality, the window and ALiBi add to the logits of queries first ... first + R - 1: ([H,] R, T)."""
+        distance = torch.arange(first, first + R, device=device)[:, None] - torch.arange(T, device=device)
+        hidden = (distance < 0) | (distance >= self.window) if self.window else distance < 0
+        mask = torch.zeros(R, T, device=device) if self.slopes is None else -self.slopes * distance
+        return mask.masked_fill(hidden, -torch.inf)
+
+    def weights(
+        self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        """Weights (B, H, R, T) of the queries q (B, H, R, D), the first at position `first`, and the slot's output.
+
+        `bias` broadcasts to (B, H, 1, T): added to the logit of a key for every query but the one at the key's own
+        position, so that a masked (-inf) first key leaves no empty row.
+        """
+        R, T = q.size(-2), k.size(-2)
+        k = k if k.size(1) == q.size(1) else k.repeat_interleave(self.group, dim=1)
+        logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(first, R, T, q.device)
+        if bias is not None:
+            own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
+            logits = logits + torch.where(own, 0.0, bias)
+        return self.normalise(logits, q)
+
+    def shares(self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None) -> Tensor:
+        """The attention map (B, H, R, T) as reported: the part of its attention that a query gives to each key.
+
+        These are the weights, so rows sum to less than one where a slot takes some. Sigmoid and ReLU weights, which
+        may sum to anything, are divided by their row's sum; a row of zeros stays zero.
+        """
+        weights, _ = self.weights(q, k, first, bias)
+        if self.kind in UNNORMALISED:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+        return weights
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
+        """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
+
+        Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
+        times as fast (and under autocast give logits in bfloat16, as other eager attention does). What is not fused
+        makes the map `chunk` queries at a time, over the keys that they see; of sequences longer than that it is made
+        again for the backward pass rather than kept.
+        """
+        dropout, T = self.dropout if self.training else 0.0, q.size(-2)
+        fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
+        if fused and self.slopes is None and not self.window:
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
+        chunk = T if fused and self.training else chunk
+        rows_of = self._fused_rows if fused else self._rows
+        if torch.is_grad_enabled() and not fused and not dropout and chunk < T:
+            rows_of = functools.partial(checkpoint, rows_of, use_reentrant=False, preserve_rng_state=False)
+        rows = []
+        for first in range(0, T, chunk):
+            part = q[:, :, first : first + chunk]
+            seen = first + part.size(-2)
+            some = None if bias is None else bias[..., :seen]
+            rows.append(rows_of(part, k[:, :, :seen], v[:, :, :seen], first, some, dropout))
+        return torch.cat(rows, dim=-2)
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
+        """Output of the queries q (B, H, R, D), the first at position `first`, over the keys up to the last of them."""
+        weights, slot = self.weights(q, k, first, bias)
+        v = v if v.size(1) == q.size(1) else v.repeat_interleave(self.group, dim=1)
+        return F.dropout(weights, dropout, self.training).to(v.dtype) @ v + slot
+
+    def _fused_rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
+        """The same by PyTorch's kernels, for a mask that they do not know."""
+        mask = self.mask(first, q.size(-2), k.size(-2), q.device).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=self.group > 1)
+
+
+class Gate(nn.Module):
+    """out * sigmoid(W source), out (B, T, H, D), one gate per entry of `shape` (Qiu et al. 2025; Sun et al. 2026)."""
+
+    def __init__(self, config: GPTConfig, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        width, self.source = GATE_INPUTS[config.gate_input]
+        self.width = width(config)
+        self.c_gate = nn.Linear(self.width, math.prod(shape), bias=config.bias)
+
+    def forward(self, out: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
+        return out * torch.sigmoid(self.c_gate(self.source(x, embedding, self.width))).unflatten(-1, self.shape)
+
+
+GATES = {
+    "none": lambda c: Apply(lambda out, x, embedding: out),
+    "channel": lambda c: Gate(c, (c.n_head, c.head_width)),
+    "head": lambda c: Gate(c, (c.n_head, 1)),
+    "single": lambda c: Gate(c, (1, 1)),
+}
+
+# name -> what a gate is linear in: (its width, the source), given the attention's input x and the token embedding e
+GATE_INPUTS = {
+    "input": (lambda c: c.n_embd, lambda x, e, width: x),  # conditional
+    "constant": (lambda c: 1, lambda x, e, width: x.new_ones(1)),
+    "position": (
+        lambda c: c.n_register + c.block_size,
+        lambda x, e, width: torch.eye(width, device=x.device)[: x.size(1)],
+    ),
+    "token": (lambda c: c.n_embd, lambda x, e, width: e),
+}
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention: c_proj(gate(attend(q, k, v)))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads, self.head_width = (config.n_head, config.n_key_head, config.n_key_head), config.head_width
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_width, bias=config.bias)
+        self.qk_norm = QK_NORMS[config.qk_norm](config)
+        self.rotate = POSITIONS[config.position].rotation(config)
+        self.attend = Attend(config)
+        self.gate = GATES[config.gate](config)
+        self.c_proj = nn.Linear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attend` is called with: queries (B, H, T, D), keys and values (B, n_kv_head, T, D)."""
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_width))  # (B, T, heads of q, k and v, D)
+        q, k, v = qkv.split(self.heads, dim=-2)
+        q, k, v = (p.transpose(1, 2) for p in (*self.qk_norm(q, k), v))  # (B, H, T, D)
+        return *self.rotate(q, k), v
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        out = self.attend(*self.qkv(x)).transpose(1, 2)  # (B, T, H, D)
+        return self.c_proj(self.gate(out, x, embedding).flatten(-2))
+
+
+# ------------------------------------------------------------------------------------------------- FFN
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # GPT-2's own
+    "relu": nn.ReLU,
+    "relu2": lambda: Apply(lambda x: F.relu(x).square()),  # So et al. 2021, Primer
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+
+
+class PlainFFN(nn.Module):
+    """c_proj(act(c_fc(x))), hidden width 4C."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        hidden = config.ffn_hidden or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.act = ACTIVATIONS[config.activation]()
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class GatedFFN(nn.Module):
+    """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020); hidden width 8C/3 to the nearest 8: a plain FFN's parameters."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        hidden = config.ffn_hidden or 8 * round(config.n_embd / 3)
+        self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.act = ACTIVATIONS[config.activation]()
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x))
+
+
+class LinearFFN(nn.Module):
+    """c_proj(x): one matrix, no hidden layer."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.c_proj(x)
+
+
+FFNS: dict[str, Part] = {"plain": PlainFFN, "gated": GatedFFN, "linear": LinearFFN, "attention": SelfAttention}
+
+# ------------------------------------------------------------------------------------------------ loss
+
+MAX_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of the logits in float32 that are held at a time
+
+# logits (R, V) in float32, targets (R,) -> the summed loss (); targets of -1 count nothing
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) (Gemma 2); a cap of 0 is none."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def slope_and_loss(loss_of_rows: RowLoss, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """The gradient of the summed loss by `logits` (R, V), in their dtype, and that loss, of the capped logits."""
+    return torch.func.grad_and_value(lambda rows: loss_of_rows(soft_cap(rows.float(), cap), targets))(logits)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean loss of logits x weight^T that are never held whole: a chunk of rows at a time, its gradient at once.
+
+    x (N, C), weight (V, C), targets (N,); `slope_of(logits, targets)` is `slope_and_loss` of a loss and a cap. The
+    products are taken in `dtype`, sums and the gradient of the weight in float32. Can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, slope_of: Callable[..., Any], dtype: torch.dtype
+    ) -> Tensor:
+        small, w = x.detach().to(dtype), weight.detach().to(dtype)
+        loss, n = torch.zeros((), device=x.device), (targets >= 0).sum()
+        wanted = any(ctx.needs_input_grad)
+        if wanted:
+            dx, dw = torch.empty_like(small), torch.zeros_like(weight)
+        n_chunks = -(-4 * len(weight) * len(x) // MAX_LOGITS_BYTES.get(x.device.type, MAX_LOGITS_BYTES["cuda"]))
+        at_once = -(-len(x) // n_chunks)
+        for first in range(0, len(x), at_once):
+            part = slice(first, first + at_once)
+            slope, its_loss = slope_of(small[part] @ w.t(), targets[part])
+            loss += its_loss
+            if wanted:
+                torch.mm(slope, w, out=dx[part])
+                for its_dw, of_words in zip(dw.split(8192), slope.split(8192, dim=1), strict=True):
+                    its_dw.add_(of_words.t() @ small[part])
+        ctx.gradients, ctx.n, ctx.dtype = (dx, dw) if wanted else None, n, x.dtype
+        return loss / n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (dx, dw), ctx.gradients = ctx.gradients, None
+        scale = gradient / ctx.n
+        return dx.to(ctx.dtype) * scale, dw.mul_(scale), None, None, None
+
+
+# ------------------------------------------------------------------------------------------------ init
+
+INIT_STD = 0.02
+
+
+def gpt2_init(model: "GPT", c_proj_scale: float) -> None:
+    """Matrices and embeddings N(0, 0.02), what writes to the stream times `c_proj_scale`; biases 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INIT_STD * (c_proj_scale if name.endswith("c_proj") else 1.0))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def deepnorm_init(model: "GPT") -> None:
+    """Xavier, with gain (8L)^-1/4 on values, attention output and FFN (Wang et al. 2022, decoder-only)."""
+    gpt2_init(model, 1.0)
+    gain = (8 * model.config.n_layer) ** -0.25
+    for name, module in model.named_modules():
+        if isinstance(module, SelfAttention):
+            sizes = [heads * module.head_width for heads in module.heads]
+            for part, part_gain in zip(module.c_attn.weight.split(sizes), (1.0, 1.0, gain), strict=True):
+                nn.init.xavier_normal_(part, part_gain)
+        elif name.endswith(("c_proj", "c_fc", "c_gate")):
+            nn.init.xavier_normal_(module.weight, gain)
+
+
+INIT_SCALES = {
+    "one": lambda model: gpt2_init(model, 1.0),
+    "inv_sqrt_2L": lambda model: gpt2_init(model, (2 * model.config.n_layer) ** -0.5),  # GPT-2
+    "deepnorm": deepnorm_init,
+}
+
+# ---------------------------------------------------------------------------------------------- choices
+
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "norm_place": NORM_PLACES,
+    "norm": NORMS,
+    "qk_norm": QK_NORMS,
+    "ffn": FFNS,
+    "activation": ACTIVATIONS,
+    "attention": ATTENTIONS,
+    "gate": GATES,
+    "gate_input": GATE_INPUTS,
+    "position": POSITIONS,
+    "init_scale": INIT_SCALES,
+}
 
 # ------------------------------------------------------------------------------------------------ model
 
@@ -699,7 +694,7 @@ class SubLayer(nn.Module):
     the stream after it.
     """
 
-    def __init__(self, config, f, role):
+    def __init__(self, config: GPTConfig, f: nn.Module, role: str) -> None:
         super().__init__()
         place = NORM_PLACES[config.norm_place]
         norm = lambda used: NORMS[config.norm](config, config.n_embd, role) if used else nn.Identity()
@@ -710,7 +705,7 @@ class SubLayer(nn.Module):
         self.clip = nn.Hardtanh(-config.stream_clip, config.stream_clip) if config.stream_clip else nn.Identity()
         self.update, self.stream = nn.Identity(), nn.Identity()
 
-    def forward(self, x, embedding):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         update = self.update(self.scale(self.norm_update(self.dropout(self.f(self.norm_before(x), embedding)))))
         return self.stream(self.clip(self.norm_after(x + update)))
 
@@ -718,28 +713,40 @@ class SubLayer(nn.Module):
 class Block(nn.Module):
     """An attention sub-layer, then an FFN sub-layer."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attn = SubLayer(config, SelfAttention(config), "attn")
         self.mlp = SubLayer(config, FFNS[config.ffn](config), "ffn")
 
-    def forward(self, x, embedding):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.mlp(self.attn(x, embedding), embedding)
+
+
+class Transformer(nn.ModuleDict):
+    """The parts of a GPT up to the unembedding, by nanoGPT's names."""
+
+    wte: nn.Embedding  # tokens
+    wpe: nn.Module  # positions
+    registers: nn.Embedding  # where the config has some
+    drop: nn.Dropout
+    stream: nn.Identity  # tap: the stream before the first block
+    h: nn.ModuleList
+    ln_f: nn.Module
 
 
 class GPT(nn.Module):
     """Embedding, n_layer blocks, final norm where the placement has one, and the unembedding."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         final = NORM_PLACES[config.norm_place].final
-        self.transformer = nn.ModuleDict(
+        self.transformer = Transformer(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": POSITIONS[config.position].embedding(config),
                 "drop": nn.Dropout(config.dropout),
-                "stream": nn.Identity(),  # tap: the stream before the first block
+                "stream": nn.Identity(),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": NORMS[config.norm](config, config.n_embd, "final") if final else nn.Identity(),
             }
@@ -750,19 +757,19 @@ class GPT(nn.Module):
         if config.tie:
             self.lm_head.weight = self.transformer.wte.weight
         INIT_SCALES[config.init_scale](self)
-        self.loss_of_rows = loss_of_rows
+        self.slope_and_loss = slope_and_loss  # perhaps compiled
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V), None; given targets (B, T) -> None, their mean cross-entropy in nats.
 
-        Targets of -1 are not counted. Raises ValueError if T > block_size.
+        Targets of -1 are not counted. For another loss, override `loss_of_rows`, from which the gradient follows.
+        Raises ValueError if T > block_size.
         """
         B, T = idx.shape
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         net, n_register = self.transformer, self.config.n_register
-        shared = [] if self.config.tie and targets is not None else None
-        embedding = net.wte(idx) if shared is None else TiedEmbedding.apply(idx, net.wte.weight, shared)
+        embedding = net.wte(idx)
         x = embedding + net.wpe(torch.arange(T, device=idx.device))
         if n_register:  # they stand before the tokens, in front of position 0
             registers = net.registers.weight.expand(B, -1, -1)
@@ -771,33 +778,39 @@ class GPT(nn.Module):
         for block in net.h:
             x = block(x, embedding)
         x = net.ln_f(x[:, n_register:])
-        cap = self.config.logit_cap
         if targets is None:
-            logits = self.lm_head(x)
-            return (cap * torch.tanh(logits / cap) if cap else logits), None
+            return soft_cap(self.lm_head(x), self.config.logit_cap), None
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-        weight = self.lm_head.weight if shared is None else self.lm_head.weight.detach()
-        loss = CrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), cap, self.loss_of_rows, dtype, shared)
-        return None, loss
+        slope_of = functools.partial(self.slope_and_loss, self.loss_of_rows, cap=self.config.logit_cap)
+        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), slope_of, dtype)
 
-    def compile(self, **kwargs):
+    @staticmethod
+    def loss_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
+        """The summed cross-entropy in nats of logits (R, V), float32; targets (R,), of which those of -1 count 0."""
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+
+    def compile_sublayers(self, **kwargs: Any) -> None:
         """Compiles the sub-layers and the loss in place, each by itself; `kwargs` go to torch.compile.
 
         Sub-layers of a kind share one compilation, and what is hooked between them, not inside, still sees the stream.
         """
         torch._dynamo.config.recompile_limit = 64  # per function: sub-layers of all arms and modes are one to it
-        for block in self.transformer.h:
-            for sub_layer in (block.attn, block.mlp):
-                sub_layer.forward = torch.compile(sub_layer.forward, dynamic=False, **kwargs)
-        self.loss_of_rows = torch.compile(loss_of_rows, dynamic=False, **kwargs)
+        for sub_layer in self.sub_layers():
+            sub_layer.forward = torch.compile(sub_layer.forward, dynamic=False, **kwargs)  # type: ignore[method-assign]
+        self.slope_and_loss = torch.compile(slope_and_loss, dynamic=False, **kwargs)
 
-    def num_params(self):
+    def sub_layers(self) -> list[SubLayer]:
+        """The sub-layers in order: attention and FFN of each block."""
+        return [m for m in self.transformer.h.modules() if isinstance(m, SubLayer)]
+
+    def num_params(self) -> int:
         """Parameters, as nanoGPT counts them: without learned positions."""
-        position = self.transformer.wpe.weight.numel() if self.config.position == "learned" else 0
+        wpe = self.transformer.wpe
+        position = wpe.weight.numel() if isinstance(wpe, LearnedPosition) else 0
         return sum(p.numel() for p in self.parameters()) - position
 
-    def flops_per_token(self, T):
+    def flops_per_token(self, T: int) -> int:
         """Training FLOPs per token at sequence length T: 6 per weight of a matrix, 12 H D T' per attention.
 
         As in appendix B of PaLM, with T' at most the window. Embedding look-ups are free, the unembedding is not.
@@ -807,7 +820,7 @@ class GPT(nn.Module):
         seen = min(T, self.config.window or T)
         return 6 * weights + 12 * attentions * self.config.n_head * self.config.head_width * seen
 
-    def optimiser_groups(self, weight_decay):
+    def optimiser_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """nanoGPT's groups: matrices and embeddings decay, vectors (biases, norms, scales) do not."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [
@@ -815,19 +828,19 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    def block_matrices(self):
+    def block_matrices(self) -> list[Tensor]:
         """The weight matrices inside the blocks: what Muon updates."""
         return [m.weight for m in self.transformer.h.modules() if isinstance(m, nn.Linear)]
 
     @classmethod
-    def from_checkpoint(cls, content):
-        """The model of a checkpoint dict: its entries `model_args` and `model`."""
-        model = cls(GPTConfig(**content["model_args"]))
-        model.load_state_dict(content["model"])
+    def from_checkpoint(cls, saved: Any) -> "GPT":
+        """The model of a checkpoint: of its `model_args`, the fields of GPTConfig, and its state dict `model`."""
+        model = cls(GPTConfig(**saved.model_args))
+        model.load_state_dict(saved.model)
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **kwargs):
+    def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "GPT":
         """GPT-2 or Llama weights from the Hugging Face hub or a local folder (`pip install spikesink[hf]`).
 
         `kwargs` go to transformers' `from_pretrained`. Raises UserError where the model cannot be had whole, ValueError

@@ -197,10 +197,10 @@ def cost(jobs: Sequence[Job], asked: Asked, device: str) -> tuple[list[str], lis
         rows.append([arm, *seen, f"{len(of_arm) - len(left)} of {len(of_arm)}", number(hours)])
     header = ["arm", "params (M)", "MFLOPs/token", "steps", "Mtokens a run", "done", "hours left"]
     unknown = "" if asked.warmup else " (not measured: --warmup=0)"
+    machine = describe_machine(Machine.find(device).with_dtype(jobs[0].cfg.dtype))
     sentence = (
         f"left: {tokens / 1e6:,.1f}M tokens, {all_flops:.3g} FLOPs, {number(all_hours)} hours of training{unknown} one "
-        f"run at a time, on {describe_machine(Machine.find(device).at(jobs[0].cfg.dtype))}; measuring what was trained "
-        "comes on top"
+        f"run at a time, on {machine}; measuring what was trained comes on top"
     )
     return header, rows, sentence
 
@@ -209,14 +209,13 @@ def tokens_per_second(job: Job, updates: int, device: str) -> float:
     """Of a job's training, from a few updates after a first one; NaN if it diverges in these."""
     machine = dataclasses.replace(Machine.find(device), rank=0, world=1)
     with tempfile.TemporaryDirectory() as folder:
-        run_ = train.open_run({**job.given, "overwrite": True}, folder, machine)
-        model = train.ready(run_)
+        run = train.Run.open({**job.given, "overwrite": True}, folder, machine)
         try:
-            run_.update(model)
+            run.update()
             since = time.perf_counter()
             for _ in range(updates):
-                run_.update(model)  # ends with the loss as a number: the device has done it
-            return updates * run_.tokens_per_step / (time.perf_counter() - since)
+                run.update()  # ends with the loss as a number: the device has done it
+            return updates * run.tokens_per_step / (time.perf_counter() - since)
         except StoppedError:  # it will diverge: who knows when
             return math.nan
         finally:

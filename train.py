@@ -1,16 +1,16 @@
-"""Train a GPT: python train.py CONFIG [CONFIG ...] [--key=value ...]
+"""Train a GPT: python train.py CONFIG [CONFIG ...] [--key value ...]
 
-  python train.py postnorm scale/nano --dataset=stdlib     small, on a CPU
+  python train.py postnorm scale/nano --dataset stdlib     small, on a CPU
   python train.py config/postnorm.py                       125M, OpenWebText
   torchrun --nproc_per_node=8 train.py config/postnorm.py  on eight GPUs
-  python train.py --resume --out_dir=out/postnorm          goes on
-  python train.py --replay=812 --out_dir=out/postnorm      step 812, looked at
+  python train.py --resume --out_dir out/postnorm          goes on
+  python train.py --replay 812 --out_dir out/postnorm      step 812, looked at
 
 CONFIG names a file of configs/: an arm (configs/README.md lists them) or a
 size (scale/toy, scale/micro, scale/nano, scale/tiny, scale/gpt2). Without one
 it is GPT-2 small, every default. Keys have the last word; they are written
---key=value, and shown here with their defaults. A first ablation, step by
-step: docs/tutorial.md.
+--key value or --key=value, --flag and --no-flag, and shown here with their
+defaults. A first ablation, step by step: docs/tutorial.md.
 
 Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl,
 loss_spikes.jsonl and config.json.
@@ -18,35 +18,41 @@ loss_spikes.jsonl and config.json.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import filelock
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from data.loader import Tokens
 from model import CHOICES as OF_MODEL
-from model import GPT, GPTConfig
+from model import CONTRACT, GPT, GPTConfig
 from spikesink import __version__, files
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, cli
 from spikesink.files import rows_of
 from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor
 from spikesink.models import checkpoint, convert, hf
+from spikesink.models.checkpoint import Checkpoint
 from spikesink.text.tokenizers import tokenizer_of
 from trainer import checkpoints, config
-from trainer.log import TRACKERS, JsonLines, LossWatch, TensorBoard, Tracker, warn
+from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, Speed, TensorBoard, Tracker, warn
 from trainer.machine import DTYPES, PARALLEL, Machine, attempt
+from trainer.signals import StopSignals
 
 ROOT = Path(__file__).parent
 
@@ -104,7 +110,7 @@ class TrainConfig:
     overwrite: bool = False  # start again in an out_dir that holds a run
     replay: int = 0  # compute this step of the run in OUT_DIR again and show its batch; writes nothing
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, table in CHOICES.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
@@ -146,56 +152,62 @@ RESUMABLE = (
 SCHEMAS = (GPTConfig, TrainConfig)
 
 # name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
-LR_SCHEDULES = {
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
     "constant_linear": lambda done: min(1.0, (1.0 - done) / 0.2),
     "constant": lambda done: 1.0,
 }
 
 
-def adamw(groups, cfg):
+def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019), one fused kernel."""
     betas = (cfg.beta1, cfg.beta2)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
 
 
-def muon(model, cfg):
+def muon(model: GPT, cfg: TrainConfig) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) on the matrices of the blocks, its step scaled to AdamW's rms; AdamW on the rest."""
     matrices = model.block_matrices()
     taken = {id(matrix) for matrix in matrices}
     groups = model.optimiser_groups(cfg.weight_decay)
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-    settings = {"lr": cfg.learning_rate, "momentum": cfg.momentum, "weight_decay": cfg.weight_decay}
-    return [torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"), adamw(rest, cfg)]
+    of_blocks = torch.optim.Muon(
+        matrices, cfg.learning_rate, cfg.weight_decay, cfg.momentum, adjust_lr_fn="match_rms_adamw"
+    )
+    return [of_blocks, adamw(rest, cfg)]
 
 
-def sgd(groups, cfg):
+def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     """SGD with momentum; its weight decay is the coupled one, L2."""
     return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum)
 
 
 # name -> the optimisers that share a model's parameters out among themselves
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
     "adamw": lambda model, cfg: [adamw(model.optimiser_groups(cfg.weight_decay), cfg)],
     "muon": muon,
     "sgd": lambda model, cfg: [sgd(model.optimiser_groups(cfg.weight_decay), cfg)],
 }
 
 
-def kurtosis_penalty(x):
+def kurtosis_penalty(x: Tensor) -> Tensor:
     """He et al.'s kurtosis of a stream (B, T, C) over the batch: 1 if all channels are alike, C if one holds all."""
     return metrics.channel_kurtosis(x.float().square().mean((0, 1)))
 
 
-def magnitude_penalty(x):
+def magnitude_penalty(x: Tensor) -> Tensor:
     """max_j |x_j| / rms(x) of a token, averaged: what is left of the magnitude when the scale of the stream is free."""
     x = x.float()
     return (x.abs().amax(-1) / x.square().mean(-1).add(1e-12).sqrt()).mean()
 
 
-PENALTIES = {"none": None, "kurtosis": kurtosis_penalty, "magnitude": magnitude_penalty}
+PENALTIES: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "kurtosis": kurtosis_penalty,
+    "magnitude": magnitude_penalty,
+}
 
-CHOICES = {
+CHOICES: dict[str, Any] = {
     "lr_schedule": LR_SCHEDULES,
     "optimizer": OPTIMIZERS,
     "penalty": PENALTIES,
@@ -205,7 +217,7 @@ CHOICES = {
 }
 
 
-def learning_rate(step, cfg):
+def learning_rate(step: int, cfg: TrainConfig) -> float:
     """Learning rate of update number `step` (from 0): linear warmup, then the schedule down to min_lr."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
@@ -214,12 +226,12 @@ def learning_rate(step, cfg):
     return cfg.min_lr + LR_SCHEDULES[cfg.lr_schedule](done) * (cfg.learning_rate - cfg.min_lr)
 
 
-def cpp_compiler():
+def cpp_compiler() -> bool:
     """True if torch.compile can build CPU code here."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def provenance():
+def provenance() -> dict[str, Any]:
     """Versions and git commit, for the checkpoint."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -230,8 +242,13 @@ def provenance():
     }
 
 
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout noise on a rank: like the batch, a pure function of (seed, step, rank)."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
 @torch.no_grad()
-def validation_loss(model, data, cfg, machine):
+def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: Machine) -> float:
     """Mean loss (nats per token) over `eval_iters` fixed batches, the same ones for any number of ranks."""
     model.eval()
     total = torch.zeros((), device=machine.device)
@@ -244,24 +261,29 @@ def validation_loss(model, data, cfg, machine):
     return machine.sum(total).item() / cfg.eval_iters
 
 
-def foreign_model(name, given):
-    """(GPTConfig, state dict) of `init_from`; given architecture keys change the config. Raises UserError."""
+# ------------------------------------------------------------------------------------------- what a run starts from
+
+
+def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """(GPTConfig, state dict) of `init_from`; architecture keys that were given change the config. Raises UserError."""
+    found: Checkpoint | convert.Weights
     if Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file():
-        content = checkpoint.load(name)
+        found = checkpoint.load(name)
+        found.check_contract(CONTRACT, name)
     else:
         try:
-            content = convert.from_hf(hf.open_model(name))
+            found = convert.from_hf(hf.open_model(name))
         except ValueError as error:
             raise UserError(f"init_from={name}: {error}") from None
     keys = {field.name for field in dataclasses.fields(GPTConfig)}
-    changes = {key: value for key, value in given.items() if key in keys}
+    changes = {key: value for key, value in overrides.items() if key in keys}
     try:
-        return GPTConfig(**{**content["model_args"], **changes}), content["model"]
+        return GPTConfig(**{**found.model_args, **changes}), found.model
     except (TypeError, ValueError) as error:
         raise UserError(f"init_from={name}: {error}") from None
 
 
-def load_weights(model, weights, origin):
+def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
     """Loads a state dict; gates that it lacks start without effect. Raises UserError naming the first misfit."""
     try:
         model.load_state_dict(convert.with_gates(weights, model.state_dict()))
@@ -273,197 +295,184 @@ def load_weights(model, weights, origin):
         ) from None
 
 
-def fit_vocabulary(model_config, cfg, given, needed):
+def fit_vocabulary(model: GPTConfig, cfg: TrainConfig, overrides: Mapping[str, Any], needed: int) -> GPTConfig:
     """The GPTConfig with a vocabulary for `needed` tokens, unless one was given. Raises UserError if that is less."""
-    if "vocab_size" not in given and cfg.init_from == "scratch":
-        return dataclasses.replace(model_config, vocab_size=-(-needed // 64) * 64)
-    if model_config.vocab_size < needed:
-        raise UserError(f"vocab_size={model_config.vocab_size} is less than the {needed} of {cfg.dataset}")
-    return model_config
+    if "vocab_size" not in overrides and cfg.init_from == "scratch":
+        return dataclasses.replace(model, vocab_size=-(-needed // 64) * 64)
+    if model.vocab_size < needed:
+        raise UserError(f"vocab_size={model.vocab_size} is less than the {needed} of {cfg.dataset}")
+    return model
+
+
+def saved_run(kept: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoint, Path]:
+    """The checkpoint to go on from: the newest sound one, or for `replay` the nearest before that step; and its path.
+
+    Where there is none before it, one of step 0, whose weights are those that the seed makes. Raises UserError.
+    """
+    try:
+        saved, path = kept.newest(before=replay or None)
+    except UserError:
+        if not replay or not kept.all():
+            raise
+        saved, path = kept.newest()
+        saved = dataclasses.replace(saved, step=0)
+    saved.check_contract(CONTRACT, path)
+    told = (saved.optimizer, saved.step, saved.given, saved.loss_watch)
+    numbers = [isinstance(value, (int, float)) for value in saved.loss_watch or ()]
+    if None in told or not saved.config or not saved.data or numbers != [True] * 3:
+        raise UserError(f"{path} is not a run of this train.py: start from it with --init_from={path}")
+    if saved.step == 0:
+        saved = dataclasses.replace(saved, val_loss=None, best=None, loss_watch=LossWatch().state)
+    return saved, path
+
+
+def settings_of(saved: Checkpoint, path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """{key: value} of a run that goes on: the checkpoint's, but for what was given and may change. Raises UserError."""
+    fields, values = config.fields_of(SCHEMAS), {}
+    for key, stored in (saved.model_args | saved.config).items():
+        if key not in fields:
+            raise UserError(f"{path} was trained with {key}={stored}, which this version does not know")
+        value = config.typed(key, stored, fields[key].type, path)
+        if key not in RESUMABLE and overrides.get(key, value) != value:
+            raise UserError(f"{path} was trained with {key}={value}, not {overrides[key]}; arms are not mixed")
+        if key not in OF_COMMAND:
+            values[key] = value
+    return values
+
+
+def load_saved(kept: checkpoints.Checkpoints, replay: int, machine: Machine) -> tuple[Checkpoint, Path]:
+    """`saved_run` on every rank; its tensors stay on rank 0, which hands them out shard by shard. Raises UserError."""
+    whole: list[Checkpoint] = []
+
+    def read() -> tuple[Checkpoint, Path]:
+        saved, path = saved_run(kept, replay)
+        whole.append(saved)
+        return dataclasses.replace(saved, model={}, optimizer={}), path
+
+    saved, path = machine.on_rank0(read)
+    return whole[0] if whole else saved, path
+
+
+def check_settings(model: GPTConfig, cfg: TrainConfig, machine: Machine) -> None:
+    """Raises UserError for settings that each are possible, and together or on this machine are not."""
+    if cfg.loss_first >= model.block_size:
+        raise UserError(f"loss_first={cfg.loss_first} leaves nothing of block_size={model.block_size} to learn")
+    if cfg.gradient_accumulation_steps % machine.world:
+        raise UserError(
+            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
+            f"{machine.world} ranks, which share the micro-batches out: make it one, and batch_size as much smaller"
+        )
+    if machine.sharded and cfg.optimizer == "muon":
+        raise UserError("muon needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
+
+
+def compiles(cfg: TrainConfig, machine: Machine) -> bool:
+    """True if a run's sub-layers and loss are compiled: asked for, and possible here. A replay is not."""
+    return cfg.compile and not cfg.replay and (machine.device.type == "cuda" or cpp_compiler())
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+class Update(NamedTuple):
+    """What an optimiser step was made with."""
+
+    loss: float  # the batch's, in nats per token
+    norm: float  # of the gradient, before clipping
+    lr: float
 
 
 class Run:
     """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR.
 
-    `given`: the keys that were asked for; `saved`: the checkpoint to go on from, as `saved_run` returned it.
+    run = Run.open(overrides, out_dir, machine)
+    run.fit()
+
+    `overrides`: the keys that were asked for; `saved`: the checkpoint to go on from, of `saved_run`.
     """
 
-    def __init__(self, model_config, cfg, given, machine, saved=None):
-        self.cfg, self.given, self.machine = cfg, given, machine.at(cfg.dtype)
+    @classmethod
+    def open(cls, overrides: Mapping[str, Any], out_dir: str | Path, machine: Machine) -> "Run":
+        """The run of a command, new or going on from what OUT_DIR holds, which from here on is this process's own.
+
+        Every rank must call it. A replay takes nothing and writes nothing. Raises UserError.
+        """
+        kept, replay = checkpoints.Checkpoints(out_dir), overrides.get("replay", 0)
+        if attempt():  # torchrun gives the same command again
+            going_on = machine.on_rank0(kept.any)
+            overrides = {**overrides, "resume": going_on, "overwrite": not going_on}
+        saved: Checkpoint | None = None
+        before: dict[str, Any] = {}
+        if overrides.get("resume") or (replay and machine.on_rank0(kept.any)):
+            saved, path = load_saved(kept, replay, machine)
+            before = settings_of(saved, path, overrides)
+        model_config, cfg = config.build(SCHEMAS, {**before, **overrides, "out_dir": str(out_dir)})
+        if machine.is_rank0:
+            for key, value in before.items():
+                if overrides.get(key, value) != value:
+                    print(f"changed on resume: {key} {value} -> {overrides[key]}")
+        given = saved.given or {} if saved else {}
+        run = cls(model_config, cfg, given | dict(overrides), machine, saved)
+        if not replay:
+            machine.on_rank0(run._take_folder)
+        return run
+
+    def __init__(
+        self,
+        model_config: GPTConfig,
+        cfg: TrainConfig,
+        overrides: Mapping[str, Any],
+        machine: Machine,
+        saved: Checkpoint | None = None,
+    ) -> None:
+        self.cfg, self.overrides, self.machine = cfg, dict(overrides), machine.with_dtype(cfg.dtype)
         self.out_dir = Path(cfg.out_dir)
         self.checkpoints = checkpoints.Checkpoints(self.out_dir, cfg.keep_last, cfg.keep_every, cfg.async_save)
         self.path = self.checkpoints.path
-        self.step, self.val_loss, self.best = 0, None, math.inf
-        self.watch = LossWatch()
-        self.signal = None  # the name of a signal that asked this rank to stop
-        self.stopping = None  # that of one that any rank got, agreed on
+        self.step, self.best = 0, math.inf
+        self.val_loss: float | None = None
+        self.watch, self.signals = LossWatch(), StopSignals()
+        self.stopping: str | None = None  # the signal that any rank got, agreed on
         if not cfg.replay:
-            machine.from_chief(self._check_out_dir, saved)
+            machine.on_rank0(self._check_out_dir, saved is not None)
         weights = None
-        if cfg.init_from != "scratch" and not saved:
-            model_config, weights = foreign_model(cfg.init_from, given)
+        if cfg.init_from != "scratch" and saved is None:
+            model_config, weights = foreign_model(cfg.init_from, overrides)
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
-        self.model_config = model_config
-        if not saved:
-            self.model_config = fit_vocabulary(model_config, cfg, given, self.train_data.meta["vocab_size"])
-        if cfg.loss_first >= model_config.block_size:
-            raise UserError(
-                f"loss_first={cfg.loss_first} leaves nothing of block_size={model_config.block_size} to learn"
-            )
-        if cfg.gradient_accumulation_steps % machine.world:
-            raise UserError(
-                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
-                f"{machine.world} ranks, which share the micro-batches out: make it one, and batch_size as much smaller"
-            )
-        if machine.sharded and cfg.optimizer == "muon":
-            raise UserError("muon needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
+        if saved is None:
+            model_config = fit_vocabulary(model_config, cfg, overrides, self.train_data.meta["vocab_size"])
+        check_settings(model_config, cfg, machine)
         self.n_micro = cfg.gradient_accumulation_steps // machine.world
+        self._make_model(model_config, weights)
+        if saved is not None:
+            self._restore(saved)
+
+    def _make_model(self, model_config: GPTConfig, weights: Mapping[str, Tensor] | None) -> None:
+        """The model with the weights that the seed makes, or those given; its optimisers, and what watches it."""
+        cfg, machine, self.model_config = self.cfg, self.machine, model_config
         torch.manual_seed(cfg.seed)
-        self.model = GPT(self.model_config).to(machine.device)
+        self.model = GPT(model_config).to(machine.device)
         if weights is not None:
             load_weights(self.model, weights, cfg.init_from)
         machine.shard(self.model, self.model.transformer.h)
         self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
-        self.penalties = []  # of the current forward pass, one per sub-layer
-        if cfg.penalty != "none":
-            self._watch_streams()
-        self.monitor = Monitor(self.model, cfg.monitor if machine.chief else 0)
-        if saved:
-            self._restore(saved)
+        self.penalties: list[Tensor] = []  # of the current forward pass, one per sub-layer
+        if penalty := PENALTIES[cfg.penalty]:
+            self._watch_streams(penalty)
+        self.monitor = Monitor(self.model, cfg.monitor if machine.is_rank0 else 0)
 
-    def _check_out_dir(self, saved):
+    def _check_out_dir(self, goes_on: bool) -> None:
         """Raises UserError rather than overwrite a run unasked, or where nothing can be written."""
         held = self.checkpoints.any() or (self.out_dir / "log.jsonl").exists()
-        if held and not saved and not self.cfg.overwrite:
+        if held and not goes_on and not self.cfg.overwrite:
             raise UserError(
                 f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
                 "--out_dir=DIR goes elsewhere"
             )
         files.check_writable(self.path)
 
-    def _watch_streams(self):
-        """Collects the penalty of the stream after every sub-layer, in passes that will be differentiated."""
-        penalty = PENALTIES[self.cfg.penalty]
-
-        def hook(module, args, x):
-            if torch.is_grad_enabled():
-                self.penalties.append(penalty(x))
-
-        for block in self.model.transformer.h:
-            for sub_layer in (block.attn, block.mlp):
-                sub_layer.stream.register_forward_hook(hook)
-
-    def _restore(self, saved):
-        if (saved["data"], saved.get("data_sample")) != (self.train_data.meta, self.train_data.sample):
-            raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
-        if saved["step"] > self.cfg.max_iters:
-            raise UserError(f"{self.path} is at step {saved['step']}, beyond max_iters={self.cfg.max_iters}")
-        if saved["step"]:
-            self.machine.restore(self.model, self.optimizers, saved["model"], saved["optimizer"])
-        self.step, self.val_loss, self.watch = saved["step"], saved["val_loss"], LossWatch(saved["loss_watch"])
-        self.best = math.inf if saved["best"] is None else saved["best"]
-
-    def save(self, best=False, last=False):
-        """Everything that is needed to go on, and to know what this model is. Every rank must call it; rank 0 writes.
-
-        What cannot be written is a warning, and training goes on to the next checkpoint; if it is the `last`, a
-        UserError.
-        """
-        weights, optimizer = self.machine.state(self.model, self.optimizers)
-        if not self.machine.chief:
-            return
-        content = {
-            "model_args": dataclasses.asdict(self.model_config),
-            "model": weights,
-            "optimizer": optimizer,
-            "config": dataclasses.asdict(self.cfg),
-            "given": self.given,
-            "data": self.train_data.meta,
-            "data_sample": self.train_data.sample,
-            "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
-            "val_loss": self.val_loss,
-            "best": None if self.best == math.inf else self.best,
-            "loss_watch": self.watch.state,
-            **provenance(),
-        }
-        wait, write = self.checkpoints.wait, lambda: self.checkpoints.save(content, best)
-        for call in (wait, write, *([wait] if last else [])):
-            try:
-                call()
-            except OSError as error:
-                said = f"step {self.step}: cannot write a checkpoint ({error.strerror}); {self._last_good()}"
-                if last:
-                    raise UserError(f"{said}; make room and go on with --resume") from None
-                warn(f"{said}; training goes on")
-
-    def _last_good(self):
-        return f"the last good one is {self.path}" if self.path.exists() else "there is none yet"
-
-    @property
-    def tokens_per_step(self):
-        """Tokens in one optimiser step, over all micro-batches and ranks."""
-        return self.sequences_per_step * self.model_config.block_size
-
-    @property
-    def sequences_per_step(self):
-        """Sequences in one optimiser step, over all micro-batches and ranks."""
-        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps
-
-    def batches(self):
-        """x, y (B, T) of the micro-batches of the current step, on this rank; y is -1 where the loss does not count.
-
-        Dropout noise, like the batch, is a pure function of (seed, step, rank): there is no RNG state to lose.
-        """
-        cfg, machine = self.cfg, self.machine
-        torch.manual_seed(hash((cfg.seed, self.step, machine.rank)))
-        for micro in range(self.n_micro):
-            x, y = self.train_data.batch(
-                self.step, cfg.batch_size, micro, self.n_micro, rank=machine.rank, world=machine.world
-            )
-            y[:, : cfg.loss_first] = -1
-            y[:, cfg.loss_last or y.size(1) :] = -1
-            yield x.to(machine.device), y.to(machine.device)
-
-    def gradients(self, model):
-        """Gradients of the current step, clipped, the same on every rank. Returns (loss, gradient norm)."""
-        cfg, machine = self.cfg, self.machine
-        total = torch.zeros((), device=machine.device)
-        for micro, (x, y) in enumerate(self.batches()):
-            with machine.accumulating(model, last=micro == self.n_micro - 1):
-                with machine.autocast():
-                    loss = model(x, y)[1]
-                total += loss.detach() / self.n_micro
-                if self.penalties:
-                    loss = loss + cfg.penalty_weight * torch.stack(self.penalties).mean()
-                    self.penalties.clear()
-                (loss / self.n_micro).backward()
-        # every rank learns at the same step that one of them was asked to stop
-        asked = torch.tensor([float(name == self.signal) for name in SIGNALS], device=machine.device)
-        loss, *asked = machine.sum(torch.cat((total[None] / machine.world, asked))).tolist()
-        self.stopping = next((name for name, ranks in zip(SIGNALS, asked, strict=True) if ranks), None)
-        return loss, machine.gradient_norm(self.model.parameters(), cfg.grad_clip or math.inf)
-
-    def update(self, model):
-        """One optimiser step. Returns loss, gradient norm and learning rate.
-
-        Raises StoppedError, on every rank and with the weights as they were, if the loss or a gradient is not finite.
-        """
-        with self.monitor(self.step + 1):  # its number when it is done, as in the log
-            loss, norm = self.gradients(model)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StoppedError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update")
-        lr = learning_rate(self.step, self.cfg)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss, norm, lr
-
-    def open_folder(self):
+    def _take_folder(self) -> None:
         """Makes OUT_DIR this process's own, without an old run where one is overwritten, and writes config.json.
 
         Raises UserError if it cannot be written, or another process trains there.
@@ -476,295 +485,370 @@ class Run:
             if self.cfg.overwrite:
                 self.checkpoints.clear()
             everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
-            text = json.dumps({"given": self.given, "config": everything, **provenance()}, indent=1)
+            text = json.dumps({"given": self.overrides, "config": everything, **provenance()}, indent=1)
             files.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
-            self.log = JsonLines(self.out_dir / "log.jsonl", self.step)
-            self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
         except filelock.Timeout:
             raise UserError(f"another process trains in {self.out_dir}: stop it, or give another --out_dir") from None
         except OSError as error:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
 
-    def train(self, model, name=""):
-        """To max_iters; `model` is what is called: self.model, perhaps compiled or wrapped by DDP. `name`: what the
-        progress bar calls it."""
+    def _watch_streams(self, penalty: Callable[[Tensor], Tensor]) -> None:
+        """Collects the penalty of the stream after every sub-layer, in passes that will be differentiated."""
+
+        def hook(module: nn.Module, args: Any, x: Tensor) -> None:
+            if torch.is_grad_enabled():
+                self.penalties.append(penalty(x))
+
+        for sub_layer in self.model.sub_layers():
+            sub_layer.stream.register_forward_hook(hook)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Takes up the state of a checkpoint. Raises UserError if it does not belong to this run."""
+        if (saved.data, saved.data_sample) != (self.train_data.meta, self.train_data.sample):
+            raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
+        self.step = saved.step or 0
+        if self.step > self.cfg.max_iters:
+            raise UserError(f"{self.path} is at step {self.step}, beyond max_iters={self.cfg.max_iters}")
+        if self.step:
+            self.machine.restore(self.model, self.optimizers, saved.model, saved.optimizer or {})
+        self.val_loss, self.watch = saved.val_loss, LossWatch(saved.loss_watch or LossWatch().state)
+        self.best = math.inf if saved.best is None else saved.best
+
+    # ---------------------------------------------------------------------------------------------- a step
+
+    @functools.cached_property
+    def compiled_model(self) -> nn.Module:
+        """What the steps call: the model, compiled if that was asked for and can be, wrapped for its ranks."""
+        if compiles(self.cfg, self.machine):
+            self.model.compile_sublayers()
+        return self.machine.wrap(self.model)
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimiser step, over all micro-batches and ranks."""
+        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimiser step, over all micro-batches and ranks."""
+        return self.sequences_per_step * self.model_config.block_size
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """x, y (B, T) of the micro-batches of the current step, on this rank; y is -1 where the loss does not count.
+
+        Seeds the dropout noise of the step too: there is no RNG state to lose.
+        """
+        cfg, machine = self.cfg, self.machine
+        torch.manual_seed(noise_seed(cfg.seed, self.step, machine.rank))
+        for micro in range(self.n_micro):
+            x, y = self.train_data.batch(
+                self.step, cfg.batch_size, micro, self.n_micro, rank=machine.rank, world=machine.world
+            )
+            y[:, : cfg.loss_first] = -1
+            y[:, cfg.loss_last or y.size(1) :] = -1
+            yield x.to(machine.device), y.to(machine.device)
+
+    def gradients(self) -> Tensor:
+        """Leaves the gradients of the current step in the parameters. Returns the mean loss () on this rank."""
+        mean = torch.zeros((), device=self.machine.device)
+        for micro, (x, y) in enumerate(self.batches()):
+            with self.machine.accumulating(self.compiled_model, last=micro == self.n_micro - 1):
+                with self.machine.autocast():
+                    loss = self.compiled_model(x, y)[1]
+                mean += loss.detach() / self.n_micro
+                if self.penalties:
+                    loss = loss + self.cfg.penalty_weight * torch.stack(self.penalties).mean()
+                    self.penalties.clear()
+                (loss / self.n_micro).backward()
+        return mean
+
+    def agree(self, loss: Tensor) -> tuple[float, str | None]:
+        """(Mean over the ranks of their loss (), the signal that one of them got); the same on every rank."""
+        everything = torch.cat((loss[None] / self.machine.world, self.signals.votes(self.machine.device)))
+        mean, *votes = self.machine.sum(everything).tolist()
+        return mean, self.signals.elected(votes)
+
+    def clip(self) -> float:
+        """Scales the gradients down to grad_clip. Returns their norm before."""
+        return self.machine.clip_gradients(self.model.parameters(), self.cfg.grad_clip or math.inf)
+
+    def update(self) -> Update:
+        """One optimiser step.
+
+        Raises StoppedError, on every rank and with the weights as they were, if the loss or a gradient is not finite.
+        """
+        with self.monitor(self.step + 1):  # its number when it is done, as in the log
+            loss_here = self.gradients()
+        loss, self.stopping = self.agree(loss_here)
+        norm = self.clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise StoppedError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update")
+        lr = learning_rate(self.step, self.cfg)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return Update(loss, norm, lr)
+
+    # -------------------------------------------------------------------------------------------- the loop
+
+    def fit(self, name: str = "") -> None:
+        """Trains to max_iters, and lets go of OUT_DIR; `name`: what the progress bar calls the run.
+
+        Every rank must call it. Raises InterruptedRunError after a signal, StoppedError if the loss is not finite.
+        """
         with contextlib.ExitStack() as stack:
-            logs = []
-            if self.machine.chief:
-                stack.callback(self.lock.release)
-                logs = [self.log]
-                arm = {key: value for key, value in self.given.items() if key not in OF_COMMAND}
-                if self.cfg.tensorboard:
-                    before = rows_of(self.out_dir / "log.jsonl")
-                    logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, before))
-                if self.cfg.tracker != "none":
-                    logs.append(Tracker(self.cfg.tracker, self.out_dir.name, arm))
-                for log in (*logs, self.jumps):
-                    stack.callback(log.close)
-            stack.enter_context(self._stopping_on_signals())
-            self._train(model, logs, name)
-
-    @contextlib.contextmanager
-    def _stopping_on_signals(self):
-        """Within, SIGNALS end the run after the step that it is at."""
-        before = {name: signal.signal(getattr(signal, name), self._stop) for name in SIGNALS}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
-
-    def _stop(self, number, frame):
-        """Asks for a stop after the current step; a second Ctrl-C or SIGTERM ends the process at once."""
-        self.signal = signal.Signals(number).name
-        if number != signal.SIGUSR1:
-            signal.signal(number, signal.default_int_handler)
-
-    def _train(self, model, logs, name):
-        cfg, chief = self.cfg, self.machine.chief
-        since, seen = time.perf_counter(), self.step
-        hidden, label = None if chief else True, f"{name}: " if name else ""
-        bar = tqdm(total=cfg.max_iters, initial=self.step, unit="step", desc=name or None, disable=hidden)
-        while self.step < cfg.max_iters:
+            self.logs: list[Log] = []
+            self.progress = Progress(self.cfg.max_iters, self.step, name, hidden=not self.machine.is_rank0)
+            stack.callback(self.progress.close)
+            self.machine.on_rank0(self._open_logs, stack)
+            stack.enter_context(self.signals.listening())
             try:
-                loss, norm, lr = self.update(model)
+                self._loop()
             except StoppedError as error:
-                bar.close()
                 self._stopped(error)
-            self._watch_loss(loss, norm)
-            last, best = self.step == cfg.max_iters, False
-            evaluated = last or self.step % cfg.eval_interval == 0
-            if evaluated or self.monitor.row or self.step % cfg.log_interval == 0:
-                now = time.perf_counter()
-                speed = (self.step - seen) * self.tokens_per_step / (now - since)
-                if evaluated:
-                    self.val_loss = validation_loss(model, self.val_data, cfg, self.machine)
-                    best = self.val_loss < self.best
-                    self.best = min(self.val_loss, self.best)
-                row = {
-                    "step": self.step,
-                    "loss": loss,
-                    "val_loss": self.val_loss if evaluated else None,
-                    "tokens": self.step * self.tokens_per_step,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "tokens_per_s": speed,
-                }
-                if self.monitor.row:
-                    row["monitor"] = self.monitor.row
-                since, seen = time.perf_counter(), self.step
-                for log in logs:
-                    log.write(row)
-                looked = self.monitor.words()
-                bar.set_postfix_str(", ".join(filter(None, (f"loss={loss:.3f}", looked))), refresh=False)
-                if chief and evaluated:
-                    words = f"loss {loss:.4f}, val_loss {self.val_loss:.4f}, {speed:,.0f} tokens/s"
-                    words = ", ".join(filter(None, (words, looked)))
-                    bar.write(f"{label}step {self.step}: {words}", file=sys.stdout)
-            ends = last or self.stopping is not None
-            if ends or best or self.step % cfg.save_interval == 0:
-                self.save(best, ends)
-            bar.update()
-            if self.stopping and not last:
-                bar.close()
+
+    def _open_logs(self, stack: contextlib.ExitStack) -> None:
+        """Opens what rows are written to, until `stack` is left. Raises UserError."""
+        stack.callback(self.lock.release)
+        arm = {key: value for key, value in self.overrides.items() if key not in OF_COMMAND}
+        try:
+            self.logs = [JsonLines(self.out_dir / "log.jsonl", self.step)]
+            self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
+        except OSError as error:
+            raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
+        if self.cfg.tensorboard:
+            before = rows_of(self.out_dir / "log.jsonl")
+            self.logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, before))
+        if self.cfg.tracker != "none":
+            self.logs.append(Tracker(self.cfg.tracker, self.out_dir.name, arm))
+        for log in (*self.logs, self.jumps):
+            stack.callback(log.close)
+        self.logs.append(self.progress)
+
+    def _loop(self) -> None:
+        speed = Speed(self.tokens_per_step, self.step)
+        while not self.done:
+            update = self.update()
+            self._watch_loss(update)
+            evaluates, best = self._is_due(self.cfg.eval_interval), False
+            if evaluates or self.monitor.row or self._is_due(self.cfg.log_interval):
+                tokens_per_s = speed.at(self.step)
+                if evaluates:
+                    best = self.evaluate()
+                self.log(update, tokens_per_s, evaluates)
+                speed.start(self.step)
+            self.save_if_due(best)
+            self.progress.advance()
+            if self.stopping and not self.done:
                 raise InterruptedRunError(
                     f"{self.stopping} at step {self.step}: saved {self.path}; go on with --resume"
                 )
-        bar.close()
 
-    def _watch_loss(self, loss, norm):
+    @property
+    def done(self) -> bool:
+        """True once max_iters steps are made."""
+        return self.step >= self.cfg.max_iters
+
+    def _is_due(self, interval: int) -> bool:
+        """True at every multiple of `interval`, and at the last step."""
+        return self.done or self.step % interval == 0
+
+    def evaluate(self) -> bool:
+        """Takes the validation loss. Returns whether it is the lowest so far."""
+        self.val_loss = validation_loss(self.compiled_model, self.val_data, self.cfg, self.machine)
+        is_best = self.val_loss < self.best
+        self.best = min(self.val_loss, self.best)
+        return is_best
+
+    def log(self, update: Update, tokens_per_s: float, evaluated: bool) -> None:
+        """Writes the row of a step."""
+        row = {
+            "step": self.step,
+            "loss": update.loss,
+            "val_loss": self.val_loss if evaluated else None,
+            "tokens": self.step * self.tokens_per_step,
+            "lr": update.lr,
+            "grad_norm": update.norm,
+            "tokens_per_s": tokens_per_s,
+            **({"monitor": self.monitor.row} if self.monitor.row else {}),
+        }
+        for log in self.logs:
+            log.write(row)
+
+    def _watch_loss(self, update: Update) -> None:
         """Notes a loss that stands out, with its batch."""
-        found, mean, sd = self.watch.stands_out(loss)
-        if found and self.machine.chief:
-            self._note(self.step, {"loss": loss, "mean": mean, "sd": sd, "grad_norm": norm})
+        stands_out, mean, sd = self.watch.stands_out(update.loss)
+        if stands_out and self.machine.is_rank0:
+            self._note(self.step, {"loss": update.loss, "mean": mean, "sd": sd, "grad_norm": update.norm})
 
-    def _note(self, step, row):
+    def _note(self, step: int, row: dict[str, Any]) -> None:
         windows = self.train_data.windows(step - 1, self.sequences_per_step)
         self.jumps.write({"step": step, **row, "windows": windows})
 
-    def _stopped(self, error):
+    def _stopped(self, error: StoppedError) -> NoReturn:
         """What is left of a run whose loss or gradient was not finite. Raises StoppedError."""
         step = self.step + 1
-        if self.machine.chief:
+        if self.machine.is_rank0:
             self._note(step, {"stopped": str(error)})
             with contextlib.suppress(OSError):
                 self.checkpoints.wait()
         raise StoppedError(f"{error}; checkpoints: {self._last_good()}; --replay={step} shows its batch") from None
 
-    def replay(self):
-        """Computes step cfg.replay again from the nearest state before it. Returns a dict.
+    # ----------------------------------------------------------------------------------------------- saving
 
-        `loss` and `grad_norm` as in the log; `windows`: [(window, mean loss of its tokens, its ids (T,))], the worst
-        first; `shares`: [(parameter, its share of the squared gradient norm)], the largest first.
+    def save_if_due(self, best: bool) -> None:
+        """Saves at the last step, before stopping, at a best validation loss, and every save_interval."""
+        ends = self.done or self.stopping is not None
+        if ends or best or self._is_due(self.cfg.save_interval):
+            self.save(best, ends)
+
+    def save(self, best: bool = False, last: bool = False) -> None:
+        """Everything that is needed to go on, and to know what this model is. Every rank must call it; rank 0 writes.
+
+        What cannot be written is a warning, and training goes on to the next checkpoint; if it is the `last`, a
+        UserError.
         """
-        if self.machine.world > 1:
-            raise UserError("a step is replayed by one process: leave torchrun out")
-        for _ in tqdm(range(self.step, self.cfg.replay - 1), desc="replay", unit="step", disable=None):
-            self.update(self.model)
-        with torch.no_grad():
-            losses, ids = [], []
-            for x, y in self.batches():
-                with self.machine.autocast():
-                    logits = self.model(x)[0]
-                each = torch.nn.functional.cross_entropy(
-                    logits.float().transpose(1, 2), y, ignore_index=-1, reduction="none"
-                )
-                losses += (each.sum(1) / (y >= 0).sum(1)).tolist()
-                ids += x.tolist()
-        loss, norm = self.gradients(self.model)
-        squares = {name: p.grad.float().square().sum().item() for name, p in self.model.named_parameters()}
-        whole = sum(squares.values())
-        windows = self.train_data.windows(self.step, self.sequences_per_step)
-        worst = lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
-        return {
-            "step": self.cfg.replay,
-            "loss": loss,
-            "grad_norm": norm,
-            "windows": sorted(zip(windows, losses, ids, strict=True), key=worst),
-            "shares": sorted(((name, square / whole) for name, square in squares.items()), key=worst),
-        }
+        weights, optimizer = self.machine.state(self.model, self.optimizers)
+        if not self.machine.is_rank0:
+            return
+        content = self._checkpoint(weights, optimizer)
+        wait, write = self.checkpoints.wait, lambda: self.checkpoints.save(content, best)
+        for call in (wait, write, *([wait] if last else [])):
+            try:
+                call()
+            except OSError as error:
+                said = f"step {self.step}: cannot write a checkpoint ({error.strerror}); {self._last_good()}"
+                if last:
+                    raise UserError(f"{said}; make room and go on with --resume") from None
+                warn(f"{said}; training goes on")
+
+    def _checkpoint(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> Checkpoint:
+        return Checkpoint(
+            model_args=dataclasses.asdict(self.model_config),
+            model=weights,
+            optimizer=optimizer,
+            config=dataclasses.asdict(self.cfg),
+            given=self.overrides,
+            data=self.train_data.meta,
+            data_sample=self.train_data.sample,
+            step=self.step,
+            tokens=self.step * self.tokens_per_step,
+            val_loss=self.val_loss,
+            best=None if self.best == math.inf else self.best,
+            loss_watch=self.watch.state,
+            contract=CONTRACT,
+            extra=provenance(),
+        )
+
+    def _last_good(self) -> str:
+        return f"the last good one is {self.path}" if self.path.exists() else "there is none yet"
 
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+# --------------------------------------------------------------------------------------------------- looking back
 
 
-def saved_run(checkpoints, replay=0):
-    """The checkpoint to go on from: the newest sound one, or for `replay` the nearest before that step. A dict.
+class Replay(NamedTuple):
+    """A step computed again."""
 
-    Where there is none before it, one of step 0, whose weights are those that the seed makes. Raises UserError.
-    """
-    try:
-        saved, path = checkpoints.newest(before=replay or None)
-    except UserError:
-        if not replay or not checkpoints.all():
-            raise
-        saved, path = checkpoints.newest()
-        saved["step"] = 0
-    number = (int, float)
-    kinds = {"optimizer": dict, "step": int, "config": dict, "data": dict, "given": dict}
-    kinds |= {"val_loss": (*number, type(None)), "best": (*number, type(None)), "loss_watch": list}
-    if (
-        not all(isinstance(saved.get(key), kind) for key, kind in kinds.items())
-        or [isinstance(value, number) for value in saved["loss_watch"]] != [True] * 3
-    ):
-        raise UserError(f"{path} is not a run of this train.py: start from it with --init_from={path}")
-    if saved["step"] == 0:
-        saved |= {"val_loss": None, "best": None, "loss_watch": LossWatch().state}
-    return {**saved, "path": str(path)}
+    step: int
+    loss: float  # as in the log
+    norm: float  # the log's grad_norm
+    windows: list[tuple[int, float, list[int]]]  # (window, mean loss of its tokens, its T ids), the worst first
+    shares: list[tuple[str, float]]  # (parameter, its share of the squared gradient norm), the largest first
 
 
-def settings_of(saved, given):
-    """{key: value} of a run that goes on: the checkpoint's, but for what was given and may change. Raises UserError."""
-    fields, values, path = config.fields_of(SCHEMAS), {}, saved["path"]
-    for key, stored in (saved["model_args"] | saved["config"]).items():
-        if key not in fields:
-            raise UserError(f"{path} was trained with {key}={stored}, which this version does not know")
-        value = config.typed(key, stored, fields[key].type, path)
-        if key not in RESUMABLE and given.get(key, value) != value:
-            raise UserError(f"{path} was trained with {key}={value}, not {given[key]}; arms are not mixed")
-        if key not in OF_COMMAND:
-            values[key] = value
-    return values
+def replay(run: Run) -> Replay:
+    """Computes step cfg.replay of a run again from the nearest state before it. Raises UserError on several ranks."""
+    if run.machine.world > 1:
+        raise UserError("a step is replayed by one process: leave torchrun out")
+    for _ in tqdm(range(run.step, run.cfg.replay - 1), desc="replay", unit="step", disable=None):
+        run.update()
+    losses: list[float] = []
+    ids: list[list[int]] = []
+    with torch.no_grad():
+        for x, y in run.batches():
+            with run.machine.autocast():
+                logits = run.model(x)[0]
+            each = nn.functional.cross_entropy(logits.float().transpose(1, 2), y, ignore_index=-1, reduction="none")
+            losses += (each.sum(1) / (y >= 0).sum(1)).tolist()
+            ids += x.tolist()
+    loss, _ = run.agree(run.gradients())
+    norm = run.clip()
+    squares = {n: p.grad.float().square().sum().item() for n, p in run.model.named_parameters() if p.grad is not None}
+    whole = sum(squares.values())
+    windows = run.train_data.windows(run.step, run.sequences_per_step)
+    worst: Callable[[Any], float] = lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
+    return Replay(
+        run.cfg.replay,
+        loss,
+        norm,
+        sorted(zip(windows, losses, ids, strict=True), key=worst),
+        sorted(((name, square / whole) for name, square in squares.items()), key=worst),
+    )
 
 
-def open_run(given, out_dir, machine):
-    """The Run of a command: new, or going on from what OUT_DIR holds. Raises UserError."""
-    there, replay = checkpoints.Checkpoints(out_dir), given.get("replay", 0)
-    if attempt():  # torchrun gives the same command again
-        going_on = machine.from_chief(there.any)
-        given = {**given, "resume": going_on, "overwrite": not going_on}
-    saved, tensors = None, {"model": {}, "optimizer": {}}
-
-    def read():  # the tensors stay on rank 0, which hands them out shard by shard
-        saved = saved_run(there, replay)
-        tensors.update(model=saved.pop("model"), optimizer=saved.pop("optimizer"))
-        return saved
-
-    if given.get("resume") or (replay and machine.from_chief(there.any)):
-        saved = machine.from_chief(read)
-    before = settings_of(saved, given) if saved else {}
-    model_config, cfg = config.build(SCHEMAS, {**before, **given, "out_dir": out_dir})
-    if machine.chief:
-        for key, value in before.items():
-            if given.get(key, value) != value:
-                print(f"changed on resume: {key} {value} -> {given[key]}")
-    if saved:
-        saved, given = saved | tensors, saved["given"] | given
-    return Run(model_config, cfg, given, machine, saved)
-
-
-def compiles(cfg, machine):
-    """True if a run's sub-layers and loss are compiled: asked for, and possible here."""
-    return cfg.compile and (machine.device.type == "cuda" or cpp_compiler())
-
-
-def ready(run_):
-    """What the steps of a run call: its model, compiled if that was asked for and can be, wrapped for its ranks."""
-    if compiles(run_.cfg, run_.machine):
-        run_.model.compile()
-    return run_.machine.wrap(run_.model)
-
-
-def carry_out(run_, name=""):
-    """Trains an opened run, whose folder is open too, to its end; `name`: what the progress bar calls it.
-
-    Raises InterruptedRunError after a signal, StoppedError if the loss is not finite.
-    """
-    run_.train(ready(run_), name)
-
-
-def be_deterministic(asked):
-    """Only algorithms that give the same bits again; for others torch raises if that was asked for, else warns."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=not asked)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def print_replay(run_):
+def print_replay(run: Run) -> None:
     """Replays a step and shows it beside what the log says of it."""
-    found = run_.replay()
-    logged = next((row for row in rows_of(run_.out_dir / "log.jsonl") if row["step"] == found["step"]), None)
+    found = replay(run)
+    logged = next((row for row in rows_of(run.out_dir / "log.jsonl") if row["step"] == found.step), None)
     words = f" (logged: {logged['loss']:.6f}, {logged['grad_norm']:.6g})" if logged else " (not logged)"
-    print(f"step {found['step']}: loss {found['loss']:.6f}, gradient norm {found['grad_norm']:.6g}{words}")
+    print(f"step {found.step}: loss {found.loss:.6f}, gradient norm {found.norm:.6g}{words}")
     print("\nlargest gradients, of the squared norm")
-    for name, share in found["shares"][:5]:
+    for name, share in found.shares[:5]:
         print(f"{share:7.1%}  {name}")
-    text_of = getattr(tokenizer_of(run_.train_data.meta), "text", None)
-    print(f"\nloss    window  {'text' if text_of else 'ids'}, the worst 10 of {len(found['windows'])}")
-    for window, loss, ids in found["windows"][:10]:
+    text_of = getattr(tokenizer_of(run.train_data.meta), "text", None)
+    print(f"\nloss    window  {'text' if text_of else 'ids'}, the worst 10 of {len(found.windows)}")
+    for window, loss, ids in found.windows[:10]:
         print(f"{loss:6.3f}  {window:6d}  {repr(text_of(ids))[:100] if text_of else ids[:20]}")
 
 
-def main():
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def be_deterministic(asked: bool) -> None:
+    """Only algorithms that give the same bits again; for others torch raises if that was asked for, else warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=not asked)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
+    """What is trained, how large it is and on what."""
+    cfg, machine = run.cfg, run.machine
+    mode = "compiled" if compiles(cfg, machine) else "eager"
+    ranks = f"{machine.world} ranks ({machine.parallel})" if machine.world > 1 else "1 rank"
+    print("given:", ", ".join(f"{key}={value}" for key, value in overrides.items()) or "nothing, all defaults")
+    print(
+        f"{run.model.num_params() / 1e6:.2f}M parameters, "
+        f"{run.model.flops_per_token(run.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
+        f"{run.tokens_per_step:,} tokens a step, "
+        f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
+        f"{mode}, {ranks}, from step {run.step} to {cfg.max_iters}"
+    )
+
+
+def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__ + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES))
+        print((__doc__ or "") + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES))
         return
-    given, files = config.given(SCHEMAS, sys.argv[1:], ROOT)
-    out_dir = given.get("out_dir") or str(Path("out") / ("-".join(files) or "gpt2"))
-    machine = Machine.find(given.get("device", "auto"), given.get("parallel", "ddp"))
-    if given.get("deterministic") or machine.device.type == "cpu":  # there it costs nothing
-        be_deterministic(given.get("deterministic", False))
+    overrides, names = config.parse_argv(SCHEMAS, sys.argv[1:], ROOT)
+    out_dir = overrides.get("out_dir") or str(Path("out") / ("-".join(names) or "gpt2"))
+    machine = Machine.find(overrides.get("device", "auto"), overrides.get("parallel", "ddp"))
+    if overrides.get("deterministic") or machine.device.type == "cpu":  # there it costs nothing
+        be_deterministic(overrides.get("deterministic", False))
     with machine.joined():
-        run_ = open_run(given, out_dir, machine)
-        if run_.cfg.replay:
-            print_replay(run_)
+        run = Run.open(overrides, out_dir, machine)
+        if run.cfg.replay:
+            print_replay(run)
             return
-        machine.from_chief(run_.open_folder)
-        cfg, machine = run_.cfg, run_.machine
-        if machine.chief:
-            mode = "compiled" if compiles(cfg, machine) else "eager"
-            print("given:", ", ".join(f"{key}={value}" for key, value in given.items()) or "nothing, all defaults")
-            ranks = f"{machine.world} ranks ({machine.parallel})" if machine.world > 1 else "1 rank"
-            print(
-                f"{run_.model.num_params() / 1e6:.2f}M parameters, "
-                f"{run_.model.flops_per_token(run_.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
-                f"{run_.tokens_per_step:,} tokens a step, "
-                f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
-                f"{mode}, {ranks}, from step {run_.step} to {cfg.max_iters}"
-            )
-        carry_out(run_)
-    if machine.chief:
-        print(f"checkpoint: {run_.path}\nnext: python detect.py {run_.path}")
+        if machine.is_rank0:
+            print_run(run, overrides)
+        run.fit()
+    if machine.is_rank0:
+        print(f"checkpoint: {run.path}\nnext: python detect.py {run.path}")
 
 
 if __name__ == "__main__":

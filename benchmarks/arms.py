@@ -56,14 +56,13 @@ def try_arm(name: str, steps: int, dataset: str) -> dict[str, Any]:
     (full, _), _, _ = config.load((GPTConfig, TrainConfig), [name], ROOT)
     with torch.device("meta"):
         large = GPT(full)
-    options = [f"--dataset={dataset}", f"--max_iters={steps}", "--warmup_iters=10", "--dtype=float32"]
+    options = [f"--dataset={dataset}", f"--max_iters={steps}", "--warmup_iters=10", "--dtype=float32", "--no-compile"]
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["scale/nano", name, *options, f"--out_dir={folder}"]
-        (small, cfg), given, _ = config.load((GPTConfig, TrainConfig), argv, ROOT)
-        trial = Run(small, cfg, given, Machine.find(cfg.device))
+        overrides, _ = config.parse_argv((GPTConfig, TrainConfig), ["scale/nano", name, *options], ROOT)
+        trial = Run.open(overrides, folder, Machine.find())
         for _ in range(steps):
-            loss, _, _ = trial.update(trial.model)
-        data = Tokens(dataset, "val", 64, cfg.bos)
+            loss = trial.update().loss
+        data = Tokens(dataset, "val", 64, trial.cfg.bos)
         subject = Subject.of_gpt(trial.model, str)
         found = summarise(subject, observe(subject, data.read(range(16))[0], progress=False))
     return {

@@ -43,7 +43,7 @@ from spikesink.measure.observe import observe
 from spikesink.models import hf
 from spikesink.models.subject import Subject
 from spikesink.show.text import grid
-from train import ROOT, SCHEMAS, Run, TrainConfig, be_deterministic, ready
+from train import ROOT, SCHEMAS, Run, TrainConfig, be_deterministic
 from trainer import config
 from trainer.machine import Machine
 
@@ -193,18 +193,17 @@ def recipe_job(memory: Memory, shape: dict[str, int], batch_size: int, data: str
 
 def run_job(memory: Memory, argv: list[str], data: str) -> Callable[[], dict[str, Any]]:
     """A call is one update of train.py's Run with these arguments, on `data`."""
-    given, _ = config.given(SCHEMAS, [*argv, f"--dataset={data}", f"--out_dir={data}/run"], ROOT)
+    overrides, _ = config.parse_argv(SCHEMAS, [*argv, f"--dataset={data}"], ROOT)
     machine = Machine.find()
     if not CUDA:
         be_deterministic(False)
     torch.compile(lambda x: x + 1)(torch.zeros(1, device=machine.device))  # the compiler is a library too
     memory.start()
-    run_ = Run(*config.build(SCHEMAS, given), given, machine)
-    model = ready(run_)
-    facts = {"tokens": run_.tokens_per_step, "flops": run_.model.flops_per_token(run_.model_config.block_size)}
+    run = Run.open(overrides, tempfile.mkdtemp(dir=data), machine)
+    facts = {"tokens": run.tokens_per_step, "flops": run.model.flops_per_token(run.model_config.block_size)}
 
     def call() -> dict[str, Any]:
-        run_.update(model)
+        run.update()
         return facts
 
     return call
@@ -212,7 +211,7 @@ def run_job(memory: Memory, argv: list[str], data: str) -> Callable[[], dict[str
 
 def matmul_job(memory: Memory, sizes: list[int]) -> Callable[[], dict[str, Any]]:
     """A call says the best FLOPs a second of a square matrix product, in bfloat16 where the machine has it."""
-    machine = Machine.find().at("auto")
+    machine = Machine.find().with_dtype("auto")
     matrices = {n: torch.randn(n, n, device=machine.device, dtype=machine.dtype) for n in sizes}
 
     def timed(matrix: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ from spikesink.measure import calibrate, planted
 from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import observe
 from spikesink.measure.spikes import SPIKE_RULES
-from spikesink.models.subject import Subject
+from spikesink.models.subject import Subject, sub_layers_of
 
 ROOT = Path(__file__).resolve().parents[1]
 N, H = 100, 4  # sequences, heads
@@ -55,8 +55,10 @@ def subject_of(C: int, T: int, seed: int) -> Subject:
     torch.manual_seed(seed)
     model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=C, block_size=T, vocab_size=256))
     with torch.no_grad():
-        for block in model.transformer.h:
-            qk = block.attn.f.c_attn.weight[: 2 * C]
+        for _, kind, sub_layer in sub_layers_of(model):
+            if kind != "attn":
+                continue
+            qk = sub_layer.f.c_attn.weight[: 2 * C]
             qk.mul_(1 / (0.02 * C**0.5))  # q and k of normalised input: entries of variance 1
     return Subject.of_gpt(model, str)
 

@@ -31,8 +31,7 @@ from .measure.anatomy import anatomy
 from .measure.calibrate import nulls
 from .measure.examples import Examples
 from .measure.findings import CheckpointEntry, Findings, TextEntry
-from .measure.monitor import Monitor as Monitor
-from .measure.monitor import MonitorCallback as MonitorCallback
+from .measure.monitor import Monitor, MonitorCallback  # noqa: F401, names of the API
 from .measure.observe import observe
 from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
@@ -86,23 +85,21 @@ def load(target: str | Path | nn.Module, options: Options, tokenizer: object = N
 def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     """A checkpoint of train.py, which needs its model.py, or of nanoGPT, which needs transformers or a model.py."""
     content = checkpoint.load(path)
-    if lab is None and (options.model is not None or checkpoint.is_ours(content)):
+    if lab is None and (options.model is not None or content.maker == "spikesink"):
         lab = open_lab(options.model, path)
+    if lab:
+        content.check_contract(lab.contract, path)
     try:
-        model = lab.build(content) if lab else hf.of_nanogpt(content)
+        model = lab.build(content) if lab else hf.of_nanogpt(content.model_args, content.model)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
     model = hf.to_device(model, options.device)
-    trained, meta, args = content.get("config", {}), content.get("data", NANOGPT_META), content["model_args"]
+    trained, meta, args = content.config, content.data or NANOGPT_META, content.model_args
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
-    prefix_ids = (getattr(tokenizer, "bos_id", meta.get("bos_id")),) if trained.get("bos", False) else ()
-    about = CheckpointEntry(
-        path=str(path),
-        sha256=file_hash(path),
-        step=content.get("step", content.get("iter_num")),
-        tokens=content.get("tokens"),
-    )
+    bos_id = getattr(tokenizer, "bos_id", meta.get("bos_id"))
+    prefix_ids: tuple[Any, ...] = (bos_id,) if trained.get("bos", False) else ()
+    about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
         split, config = lab.split, model.config
         subjects = [Subject.of_gpt(model, tokenizer.decode)]
@@ -357,8 +354,8 @@ def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = 
     """
     from .show import page
 
-    tables = [(page.figures.DETECTION, findings)] + ([(page.ablation_figures.ABLATION, ablation)] if ablation else [])
-    return page.figure_files(folder, *tables)
+    of_ablation = [(page.ablation_figures.ABLATION, ablation.all_parts)] if ablation else []
+    return page.figure_files(folder, (page.figures.DETECTION, findings.all_parts), *of_ablation)
 
 
 # -------------------------------------------------------------------------------------------------------- edits

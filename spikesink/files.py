@@ -7,14 +7,16 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
 from .errors import UserError
 
 
-def write_atomic(path, write):
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """`write(file)` into a temporary file beside `path`, fsync, rename over `path`, fsync of the folder.
 
     Whatever fails, `path` holds either its old content or the whole new one.
@@ -28,7 +30,7 @@ def write_atomic(path, write):
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def link_atomic(path, name):
+def link_atomic(path: str | Path, name: str) -> None:
     """Makes `path` a symbolic link to its neighbour `name`, atomically; a copy where the file system has no links."""
     with _replacing(path) as temporary:
         temporary.unlink(missing_ok=True)
@@ -39,7 +41,7 @@ def link_atomic(path, name):
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def _replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`; what the block makes there is renamed over `path`, or gone if the block fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,7 +53,7 @@ def _replacing(path):
     _sync(path.parent)
 
 
-def _sync(folder):
+def _sync(folder: Path) -> None:
     """Makes the renames in a folder survive a loss of power, where the file system can promise that."""
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -63,7 +65,7 @@ def _sync(folder):
         os.close(number)
 
 
-def check_writable(path):
+def check_writable(path: str | Path) -> None:
     """Raises UserError if `path` cannot be written, before any work is done for it."""
     path = Path(path)
     folder = next(parent for parent in (path.parent, *path.parent.parents) if parent.exists())
@@ -71,11 +73,11 @@ def check_writable(path):
         raise UserError(f"cannot write {path}")
 
 
-def content_hash(value):
+def content_hash(value: Any) -> str:
     """SHA-256 (hex) of nested dicts, lists, tensors and plain values: types, keys, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
 
-    def feed(value):
+    def feed(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             flat = value.detach().cpu().to_dense().contiguous().flatten().view(torch.uint8)
             digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
@@ -96,13 +98,13 @@ def content_hash(value):
     return digest.hexdigest()
 
 
-def file_hash(path):
+def file_hash(path: str | Path) -> str:
     """SHA-256 (hex) of a file, as `sha256sum` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The value with every nan and infinity as None, so that it is valid JSON."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
@@ -111,12 +113,12 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_text(path, text):
+def save_text(path: str | Path, text: str) -> None:
     """Writes a text file atomically. Raises UserError if that cannot be done."""
     save_bytes(path, text.encode())
 
 
-def save_bytes(path, content):
+def save_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file atomically. Raises UserError if that cannot be done."""
     path = Path(path)
     try:
@@ -126,18 +128,18 @@ def save_bytes(path, content):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def save_json(path, value):
+def save_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically. Raises UserError if that cannot be done."""
     save_text(path, json.dumps(plain(value), indent=1, allow_nan=False))
 
 
-def rows_of(path):
+def rows_of(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, as dicts; broken lines are left out, and a file that is not there has none."""
     lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
     return [json.loads(line) for line in lines if step_of(line) < math.inf]
 
 
-def step_of(line):
+def step_of(line: str | bytes) -> float:
     """The step of a line of JSON; infinity for a broken one, which is dropped."""
     try:
         step = json.loads(line)["step"]

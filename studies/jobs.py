@@ -148,7 +148,7 @@ def keys_of(entry: Any, origin: str) -> dict[str, Any]:
     if own:
         raise UserError(f"{origin}: {own} is set by the study: see seeds, points, --device")
     argv = [*entry.get("configs", "").split(), *(f"--{key}={value}" for key, value in rest.items())]
-    values = config.given(train.SCHEMAS, argv, ROOT)[0]
+    values = config.parse_argv(train.SCHEMAS, argv, ROOT)[0]
     if values.get("init_from", "scratch") != "scratch":
         raise UserError(f"{origin}: a study trains from scratch, so init_from has no place in it")
     return {key: value for key, value in values.items() if key not in SET_HERE}

@@ -34,6 +34,7 @@ from spikesink.measure.findings import Findings
 from spikesink.measure.sinks import PRIMARY_SINK_RULE
 from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.models import checkpoint
+from spikesink.models.checkpoint import Checkpoint
 from spikesink.models.hf import device_named
 from spikesink.models.subject import Subject
 from spikesink.options import Options, from_flags, whole
@@ -98,9 +99,9 @@ def positive(text: str) -> float:
     return value
 
 
-def base_of(content: dict[str, Any], asked: Asked) -> TrainConfig:
+def base_of(content: Checkpoint, asked: Asked) -> TrainConfig:
     """The TrainConfig of plain fine-tuning: the checkpoint's own, at a constant learning rate. Raises UserError."""
-    path, stored = asked.checkpoint, content.get("config", {})
+    path, stored = asked.checkpoint, content.config
     if "dataset" not in stored:
         raise UserError(f"{path} does not say what it was trained on, so it cannot be trained further on the same")
     kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
@@ -142,10 +143,10 @@ def largest_median(subject: Subject, cfg: TrainConfig) -> float:
     return max(medians)
 
 
-def changes_of(name: str, limit: float, asked: Asked, content: dict[str, Any]) -> dict[str, Any]:
+def changes_of(name: str, limit: float, asked: Asked, content: Checkpoint) -> dict[str, Any]:
     """The keys that an arm sets. Raises UserError where the checkpoint has what the arm would add."""
     changes = ARMS[name][1](limit, asked)
-    had = {**content["model_args"], **content.get("config", {})}
+    had = {**content.model_args, **content.config}
     defaults = dataclasses.asdict(GPTConfig()) | dataclasses.asdict(TrainConfig())
     key = next(iter(changes), None)
     if key and had.get(key, defaults[key]) != defaults[key]:
@@ -160,29 +161,29 @@ def fine_tune(name: str, cfg: TrainConfig, changes: dict[str, Any], digest: str,
     """
     path, origin = Path(cfg.out_dir) / "ckpt.pt", Path(cfg.out_dir) / "init_from.sha256"
     of_training = {key: value for key, value in changes.items() if key not in GPTConfig.__dataclass_fields__}
-    given = {key: value for key, value in changes.items() if key not in of_training}
+    of_model = {key: value for key, value in changes.items() if key not in of_training}
     cfg = dataclasses.replace(cfg, **of_training)
     there = checkpoints.Checkpoints(cfg.out_dir)
-    saved = saved_run(there) if there.any() and not overwrite else None
+    saved = saved_run(there)[0] if there.any() and not overwrite else None
+    wanted = {**dataclasses.asdict(cfg), **of_model}
     if saved:
-        had = {**saved["model_args"], **saved.get("config", {}), "init_from": read(origin)}
-        wanted = {**dataclasses.asdict(cfg), **given, "init_from": digest}
+        had = {**saved.model_args, **saved.config, "init_from": read(origin)}
+        wanted["init_from"] = digest
         other = next((key for key in wanted if key not in QUIET and had.get(key) != wanted[key]), None)
         if other:
             raise UserError(
                 f"{path} was trained with {other}={had.get(other)}, not {wanted[other]}: "
                 "--overwrite trains again, --out_dir=DIR goes elsewhere"
             )
-        if saved["step"] == cfg.max_iters:
+        if saved.step == cfg.max_iters:
             tqdm.write(f"{name}: trained already, {path}")
             return path
-    cfg = dataclasses.replace(cfg, overwrite=saved is None)
-    model_config = GPTConfig(**saved["model_args"]) if saved else GPTConfig()
-    tuned = Run(model_config, cfg, given, Machine.find(cfg.device), saved)
-    tuned.open_folder()
+        del wanted["init_from"]  # it may have moved: that is no other checkpoint
+    wanted |= {"resume": saved is not None, "overwrite": saved is None}
+    tuned = Run.open(wanted, cfg.out_dir, Machine.find(cfg.device))
     files.save_text(origin, digest)
     try:
-        tuned.train(tuned.model, name)
+        tuned.fit(name)
     except InterruptedRunError as stop:
         raise InterruptedRunError(str(stop).replace("go on with --resume", "the same command goes on")) from None
     return path

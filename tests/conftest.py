@@ -1,5 +1,6 @@
 """Shared by the tests: tiny models and data, and the scripts run in this process as a user would run them."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -59,7 +60,9 @@ def cli(monkeypatch, capsys):
 
 
 def same(a, b):
-    """Bitwise equality of nested dicts, lists and tensors."""
+    """Bitwise equality of nested dataclasses, dicts, lists and tensors."""
+    if dataclasses.is_dataclass(a):
+        return type(a) is type(b) and same(vars(a), vars(b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):

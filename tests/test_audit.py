@@ -128,7 +128,7 @@ def said(found):
 def planted(path):
     """The checkpoint with a massive activation on the first position, and a head whose queries all look for it."""
     content = checkpoint.load(path)
-    w, width = content["model"], content["model_args"]["n_embd"]
+    w, width = content.model, content.model_args["n_embd"]
     w["transformer.wpe.weight"][0, 5] = 4.0
     w["transformer.wte.weight"][:, 7] += 0.3
     w["transformer.h.0.attn.f.c_attn.weight"][0, 7] += 2.0  # a query

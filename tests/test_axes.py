@@ -15,6 +15,7 @@ from model import CHOICES, GPT, GPTConfig
 from spikesink.errors import UserError
 from spikesink.measure.observe import observe
 from spikesink.models import convert
+from spikesink.models.checkpoint import Checkpoint
 
 from .conftest import TINY, subject_of, tiny
 
@@ -262,7 +263,7 @@ def test_any_config_trains_and_reloads_or_is_refused_by_name(choice):
             if parameter.grad is not None:
                 parameter -= 1e-3 / slope.sqrt() * parameter.grad
     assert model(ids, ids)[1] < before
-    again = GPT.from_checkpoint({"model_args": dataclasses.asdict(config), "model": model.state_dict()})
+    again = GPT.from_checkpoint(Checkpoint(dataclasses.asdict(config), model.state_dict()))
     assert torch.equal(again.eval()(ids)[0], model.eval()(ids)[0])
     assert torch.isfinite(observe(subject_of(model), ids, progress=False).loss).all()
 
@@ -303,11 +304,7 @@ def test_exported_model_has_the_same_logits(tmp_path, arm):
     from spikesink.models.export import export
 
     model = tiny(**arm)
-    content = {
-        "model_args": dataclasses.asdict(model.config),
-        "model": model.state_dict(),
-        "data": {"tokenizer": "byte"},
-    }
+    content = Checkpoint(dataclasses.asdict(model.config), model.state_dict(), data={"tokenizer": "byte"})
     assert export(content, tmp_path / "hf") == "with its tokenizer"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ids = torch.randint(64, (2, 32))
@@ -331,10 +328,8 @@ def test_export_writes_all_or_nothing(tmp_path):
     from spikesink.models.export import export
 
     model = tiny()
-    content = {
-        "model_args": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64, "bias": False}
-    }
-    content |= {"model": model.state_dict(), "data": {"tokenizer": "gpt2", "vocab_size": 64}}
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64, "bias": False}
+    content = Checkpoint(args, model.state_dict(), data={"tokenizer": "gpt2", "vocab_size": 64})
     with pytest.raises(UserError, match="no file of BPE ranks"):
         export(content, tmp_path / "hf", bpe=tmp_path / "nowhere")
     assert not (tmp_path / "hf").exists()

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, verified, and never a way to run code."""
 
 import collections
+import dataclasses
 import os
 import pickle
 import threading
@@ -15,26 +16,28 @@ from hypothesis import strategies as st
 from spikesink import files
 from spikesink.errors import UserError
 from spikesink.models import checkpoint
+from spikesink.models.checkpoint import Checkpoint
 from trainer import checkpoints
 
 from .conftest import same
 
-CONTENT = {
-    "model_args": {},
-    "model": {"w": torch.randn(50, 3), "b": torch.zeros(2, dtype=torch.bfloat16)},
-    "step": 3,
-    "note": ["ü", None, 0.1],
-}
+CONTENT = Checkpoint(
+    model_args={},
+    model={"w": torch.randn(50, 3), "b": torch.zeros(2, dtype=torch.bfloat16)},
+    step=3,
+    extra={"note": ["ü", None, 0.1]},
+)
 
 
 def test_round_trip_and_hash(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, CONTENT)
     loaded = checkpoint.load(path)
-    assert torch.equal(loaded["model"]["w"], CONTENT["model"]["w"]) and loaded["note"] == CONTENT["note"]
+    assert same(loaded, CONTENT)
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-    changed = {**CONTENT, "step": 4}
-    assert files.content_hash(CONTENT) != files.content_hash(changed)
+    changed = dataclasses.replace(CONTENT, step=4)
+    assert files.content_hash(CONTENT.content()) != files.content_hash(changed.content())
+    assert torch.load(path, weights_only=True)["sha256"] == files.content_hash(CONTENT.content())
 
 
 @pytest.mark.parametrize("stage", ["fsync", "replace"])
@@ -48,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, stage):
 
     monkeypatch.setattr(os, stage, fail)
     with pytest.raises(OSError):
-        checkpoint.save(path, {"model": {}, "step": 9})
+        checkpoint.save(path, Checkpoint({}, {}, step=9))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -74,11 +77,9 @@ def test_truncated_file_is_refused(tmp_path, where):
 def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, CONTENT)
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-    data = path.read_bytes()
-    start = data.index(CONTENT["model"]["w"].numpy().tobytes())
-    for offset in range(0, largest.file_size, 37):
+    data, weight = path.read_bytes(), CONTENT.model["w"].numpy().tobytes()
+    start = data.index(weight)
+    for offset in range(0, len(weight), 37):
         spoiled = bytearray(data)
         spoiled[start + offset] ^= 0x10
         path.write_bytes(spoiled)
@@ -86,7 +87,7 @@ def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path):
             checkpoint.load(path)
 
 
-GOOD = {"model_args": {"n_layer": 1}, "model": {"w": torch.ones(2)}, "config": {}, "data": {}, "step": 1}
+GOOD = Checkpoint(model_args={"n_layer": 1}, model={"w": torch.ones(2)}, step=1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ GOOD = {"model_args": {"n_layer": 1}, "model": {"w": torch.ones(2)}, "config": {
 def test_entries_of_the_wrong_kind_are_refused(tmp_path, spoil):
     checkpoint.save(tmp_path / "good.pt", GOOD)
     checkpoint.load(tmp_path / "good.pt")
-    checkpoint.save(tmp_path / "bad.pt", {**GOOD, **spoil})
+    checkpoint.save(tmp_path / "bad.pt", dataclasses.replace(GOOD, **spoil))
     with pytest.raises(UserError, match=r"bad\.pt is no checkpoint"):
         checkpoint.load(tmp_path / "bad.pt")
 
@@ -122,11 +123,29 @@ def test_other_files_are_refused_in_one_sentence(tmp_path):
         checkpoint.load(tmp_path / "missing.pt")
 
 
+def test_a_checkpoint_of_another_contract_is_refused_with_both_named(trained, tmp_path, cli):
+    path = tmp_path / "other.pt"
+    checkpoint.save(path, dataclasses.replace(checkpoint.load(trained), contract="spikesink-model-0"))
+    for command in (["detect.py", path], ["train.py", f"--init_from={path}", f"--out_dir={tmp_path / 'o'}"]):
+        code, _, err = cli(*command)
+        assert code == 2 and err.count("\n") == 1
+        assert "'spikesink-model-0'" in err and "'spikesink-model-1'" in err
+    checkpoint.save(path, dataclasses.replace(checkpoint.load(trained), contract=None))  # as older versions wrote them
+    assert cli("detect.py", path, "--seq_len=16", "--nulls=0")[0] == 0
+
+
+def test_nanogpts_own_file(tmp_path):
+    torch.save({"model_args": {}, "model": {"_orig_mod.w": torch.ones(2)}, "iter_num": 7, "best": 1}, tmp_path / "n.pt")
+    found = checkpoint.load(tmp_path / "n.pt")
+    assert (found.maker, found.step, found.contract, found.optimizer) == ("nanoGPT", 7, None, None)
+    assert list(found.model) == ["w"] and found.extra == {"iter_num": 7}
+
+
 # ------------------------------------------------------------------------------------------------- those of a run
 
 
 def content(step):
-    return {**GOOD, "step": step, "model": {"w": torch.full((50,), float(step))}}
+    return dataclasses.replace(GOOD, step=step, model={"w": torch.full((50,), float(step))})
 
 
 def names(folder):
@@ -139,8 +158,8 @@ def test_rotation_keeps_the_last_the_best_and_every_nth(tmp_path):
         kept.save(content(step), best=step == 30)
     steps = [30, 40, 80, 90]
     assert names(tmp_path) == ["best.pt", *(f"ckpt-{step:08d}.pt" for step in steps), "ckpt.pt"]
-    assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 90
-    assert checkpoint.load(tmp_path / "best.pt")["step"] == 30
+    assert checkpoint.load(tmp_path / "ckpt.pt").step == 90
+    assert checkpoint.load(tmp_path / "best.pt").step == 30
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -160,7 +179,7 @@ def test_a_save_that_fails_leaves_what_there_was(tmp_path, monkeypatch, asynchro
     assert names(tmp_path) == ["ckpt-00000001.pt", "ckpt.pt"]
     kept.save(content(3))
     kept.wait()
-    assert kept.newest()[0]["step"] == 3
+    assert kept.newest()[0].step == 3
 
 
 def test_async_saves_keep_their_order_and_the_state_they_were_given(tmp_path, monkeypatch):
@@ -171,17 +190,17 @@ def test_async_saves_keep_their_order_and_the_state_they_were_given(tmp_path, mo
         assert threading.current_thread() is not main
         time.sleep(0.3 if not order else 0)
         write(path, whole)
-        order.append(whole["step"])
+        order.append(whole.step)
 
     monkeypatch.setattr(checkpoints, "save", slow)
     kept, weights = checkpoints.Checkpoints(tmp_path, asynchronous=True), content(1)
     kept.save(weights)
-    weights["model"]["w"].zero_()  # training goes on
+    weights.model["w"].zero_()  # training goes on
     kept.save(content(2))
     kept.wait()
     assert order == [1, 2]
-    assert checkpoint.load(tmp_path / "ckpt-00000001.pt")["model"]["w"].eq(1).all()
-    assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 2
+    assert checkpoint.load(tmp_path / "ckpt-00000001.pt").model["w"].eq(1).all()
+    assert checkpoint.load(tmp_path / "ckpt.pt").step == 2
 
 
 def test_rotation_never_deletes_the_only_good_one(tmp_path):
@@ -192,12 +211,12 @@ def test_rotation_never_deletes_the_only_good_one(tmp_path):
     for step in (2, 3):
         os.truncate(tmp_path / f"ckpt-{step:08d}.pt", 100)
     again = checkpoints.Checkpoints(tmp_path, keep_last=1)
-    assert again.newest()[0]["step"] == 1
+    assert again.newest()[0].step == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError):
             again.save(content(4))
-    assert again.newest()[0]["step"] == 1
+    assert again.newest()[0].step == 1
 
 
 # --------------------------------------------------------------------------------------------------- hostile files
@@ -279,9 +298,9 @@ plain = st.recursive(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(key=st.sampled_from([*GOOD, "val_loss", "best", "given"]), value=plain)
+@given(key=st.sampled_from([field.name for field in dataclasses.fields(GOOD) if field.name != "extra"]), value=plain)
 def test_a_checkpoint_with_odd_entries_is_read_or_refused(tmp_path, key, value):
     """Sound archives with right hashes, as an attacker can write them."""
-    checkpoint.save(tmp_path / "odd.pt", {**GOOD, key: value})
+    checkpoint.save(tmp_path / "odd.pt", dataclasses.replace(GOOD, **{key: value}))
     found = content_or_refusal(tmp_path / "odd.pt")
-    assert "odd.pt" in found if isinstance(found, str) else isinstance(found["model"], dict)
+    assert "odd.pt" in found if isinstance(found, str) else isinstance(found.model, dict)

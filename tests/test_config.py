@@ -136,6 +136,20 @@ def test_files_compose_left_to_right_and_flags_win(tmp_path):
     assert (values["dropout"], values["bos"], values["compile"], values["learning_rate"]) == (0.5, True, False, 1.0)
 
 
+@pytest.mark.parametrize("argv", ["--n_layer 3 --bos --no-compile", "--n_layer=3 --bos=true --compile=false"])
+def test_flags_are_written_in_both_ways(argv):
+    values = flat("scale/nano", *argv.split())
+    assert (values["n_layer"], values["bos"], values["compile"]) == (3, True, False)
+
+
+def test_a_word_after_a_key_is_its_value_and_after_a_switch_a_config():
+    values = flat("--dataset", "postnorm")
+    assert (values["dataset"], values["norm_place"]) == ("postnorm", "pre")
+    assert flat("--bos", "postnorm")["norm_place"] == "post"
+    assert flat("--bos", "--no-bos")["bos"] is False and flat("--no-bos", "--bos")["bos"] is True
+    assert flat("--out_dir", "a=b")["out_dir"] == "a=b" and flat("--dataset", "-x")["dataset"] == "-x"
+
+
 def test_an_arm_keeps_what_it_says_at_every_size(tmp_path):
     assert flat("sgd", "scale/nano")["learning_rate"] == flat("scale/nano", "sgd")["learning_rate"] == 0.1
     assert flat("sgd", "scale/nano")["n_embd"] == 128
@@ -160,6 +174,10 @@ def test_an_arm_keeps_what_it_says_at_every_size(tmp_path):
         (["--n_layer=2.0"], "not of type int"),
         (["--compile=maybe"], "compile='maybe' is not of type bool"),
         (["--max_iters"], "--max_iters needs a value"),
+        (["--max_iters", "--bos"], "--max_iters needs a value"),
+        (["--grad_clip", "-1"], "grad_clip=-1.0 must be 0 or more"),
+        (["--bos", "true"], "--bos true: write --bos=true"),
+        (["--learning_rat", "1"], "unknown key 'learning_rat' .did you mean learning_rate"),
         (["--norm_place=prenorm"], "norm_place='prenorm' is not one of: pre, post"),
         (["--lr_schedule=step"], "lr_schedule"),
         (["--batch_size=0"], "batch_size=0 must be at least 1"),

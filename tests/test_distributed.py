@@ -43,7 +43,8 @@ def saved_like(world, other):
     """True if two runs ended with the same bits."""
     ours, theirs = (checkpoint.load(one.out) for one in (world, other))
     keys = ("step", "model", "optimizer", "val_loss", "best", "loss_watch")
-    return all(same(ours[key], theirs[key]) for key in keys) and log_of(world.out) == log_of(other.out)
+    assert all(same(getattr(ours, key), getattr(theirs, key)) for key in keys)
+    return log_of(world.out) == log_of(other.out)
 
 
 def assert_close(world, other):
@@ -51,7 +52,7 @@ def assert_close(world, other):
     for ours, theirs in zip(log_of(world.out), log_of(other.out), strict=True):
         numbers = lambda row: {key: value for key, value in row.items() if value is not None}
         assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-5)
-    ours, theirs = (checkpoint.load(one.out)["model"] for one in (world, other))
+    ours, theirs = (checkpoint.load(one.out).model for one in (world, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
@@ -70,7 +71,7 @@ def test_two_ranks_train_like_one(fresh, one_rank, parallel):
     world = fresh(parallel)
     assert world.run_ranks("--dropout=0", "--eval_iters=3", f"--parallel={parallel}") == ""
     assert_close(world, one_rank)
-    model = checkpoint.load(world.out)["model"]
+    model = checkpoint.load(world.out).model
     assert model["lm_head.weight"].data_ptr() == model["transformer.wte.weight"].data_ptr()  # shared in the file too
 
 
@@ -95,7 +96,7 @@ def test_rank_0_looks_at_its_first_micro_batch_and_changes_nothing(fresh, whole,
     assert all(look["attention"] and len(look["layers"]) == 3 for look in looks if look)
     keys = ("model", "optimizer", "val_loss", "loss_watch")
     ours, theirs = (checkpoint.load(it.out) for it in (world, whole[parallel]))
-    assert all(same(ours[key], theirs[key]) for key in keys)
+    assert all(same(getattr(ours, key), getattr(theirs, key)) for key in keys)
     first = fresh(f"first-{parallel}")
     assert first.run_ranks(f"--parallel={parallel}", "--dropout=0", "--monitor=1", "--max_iters=1") == ""
     ours, theirs = (log_of(it.out)[0]["monitor"] for it in (first, one))
@@ -118,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(fresh, whole, parallel)
     harm = BeforeStep(7, signal.raise_signal, (signal.SIGTERM,))
     err = world.run_ranks(f"--parallel={parallel}", harms=(None, harm), code=130)
     world.says(err, "SIGTERM at step 7: saved")
-    assert checkpoint.load(world.out)["step"] == 7
+    assert checkpoint.load(world.out).step == 7
     world.run_ranks(f"--parallel={parallel}", "--resume")
     assert saved_like(world, whole[parallel])
 
@@ -163,7 +164,7 @@ def test_the_readmes_example_works_as_typed(tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ON_PATH, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 ranks (ddp)" in done.stdout
-    assert checkpoint.load(tmp_path / "two")["step"] == 20
+    assert checkpoint.load(tmp_path / "two").step == 20
 
 
 def test_errors_of_two_ranks(fresh):

@@ -43,7 +43,7 @@ words = (
 @given(st.lists(st.tuples(st.sampled_from(KEYS), words), max_size=4))
 def test_any_command_line_is_a_run_or_one_clear_error(tmp_path, options):
     try:
-        values, _ = config.given(SCHEMAS, [f"--{key}={value}" for key, value in options], tmp_path)
+        values, _ = config.parse_argv(SCHEMAS, [f"--{key}={value}" for key, value in options], tmp_path)
         config.build(SCHEMAS, values)
     except UserError:
         pass
@@ -56,7 +56,7 @@ def test_any_values_of_a_config_file_are_a_run_or_one_clear_error(tmp_path, valu
     source = "".join(f"{key} = {value!r}\n" for key, value in values.items() if key.isidentifier())
     path.write_text(f"nan, inf = float('nan'), float('inf')\n{source}del nan, inf\n")
     with contextlib.suppress(UserError):
-        config.build(SCHEMAS, config.given(SCHEMAS, [str(path)], tmp_path)[0])
+        config.build(SCHEMAS, config.parse_argv(SCHEMAS, [str(path)], tmp_path)[0])
 
 
 @many

@@ -81,8 +81,8 @@ def test_end_to_end(mitigate, source, tmp_path):
     base = checkpoint.load(source)
     own = {"none": set(), "clip": {"stream_clip"}, "penalty": {"penalty", "penalty_weight"}, "gate": {"gate"}}
     for (name, seed), content in saved.items():
-        assert (content["step"], content["config"]["seed"], content["config"]["learning_rate"]) == (3, seed, 3e-3)
-        everything, was = (of["model_args"] | of["config"] for of in (content, base))
+        assert (content.step, content.config["seed"], content.config["learning_rate"]) == (3, seed, 3e-3)
+        everything, was = (of.model_args | of.config for of in (content, base))
         assert {key for key in everything if everything[key] != was[key]} == own[name] | SCHEDULE
         changes = next(arm["changes"] for arm in found["arms"] if arm["name"] == name)
         assert changes.items() <= everything.items() and set(changes) == set(own[name])
@@ -119,11 +119,11 @@ def test_what_is_trained_is_not_trained_again_and_the_rest_goes_on(mitigate, sou
 
     update, steps = train.Run.update, []
 
-    def counted(self, model):
+    def counted(self):
         steps.append((self.out_dir.name, self.step))
         if len(steps) == stop:
-            self._stop(2, None)
-        return update(self, model)
+            self.signals.receive(2)
+        return update(self)
 
     monkeypatch.setattr(train.Run, "update", counted)
     stop = 5  # in the second of three steps of the second run
@@ -134,7 +134,7 @@ def test_what_is_trained_is_not_trained_again_and_the_rest_goes_on(mitigate, sou
     code, out, err, found = mitigate("--arms", "gate")
     assert code == 0, err
     assert steps[half:] == [("gate-seed1", 2)] and "none, seed 1: trained already" in out
-    whole = checkpoint.load(source.with_name("mitigate") / "gate-seed1" / "ckpt.pt")["model"]
+    whole = checkpoint.load(source.with_name("mitigate") / "gate-seed1" / "ckpt.pt").model
     code, out, _, again = mitigate("--arms", "gate", seeds=2)
     assert code == 0 and out.count("trained already") == 2 and len(steps) == half + 1 + 2 * 3
     assert again["arms"][1]["runs"][0] == found["arms"][1]["runs"][0]
@@ -142,14 +142,14 @@ def test_what_is_trained_is_not_trained_again_and_the_rest_goes_on(mitigate, sou
     assert code == 2 and "max_iters=3, not 4" in err and "--overwrite" in err and err.count("\n") == 1
     code, out, _, _ = mitigate("--arms", "gate", "--overwrite")
     assert code == 0 and "trained already" not in out
-    uninterrupted = checkpoint.load(source.with_name("mitigate") / "gate-seed1" / "ckpt.pt")["model"]
+    uninterrupted = checkpoint.load(source.with_name("mitigate") / "gate-seed1" / "ckpt.pt").model
     assert all(torch.equal(whole[name], value) for name, value in uninterrupted.items())
 
 
 def test_runs_of_another_checkpoint_are_not_taken_for_its_own(mitigate, source):
     assert mitigate("--arms", "clip", steps=1)[0] == 0
     content = checkpoint.load(source)
-    checkpoint.save(source, {**content, "step": content["step"] + 1})
+    checkpoint.save(source, dataclasses.replace(content, step=content.step + 1))
     code, _, err, _ = mitigate("--arms", "clip", steps=1)
     assert code == 2 and "init_from=" in err and "--overwrite" in err
 
@@ -173,12 +173,12 @@ def test_checkpoints_that_cannot_be_tuned(cli, source, tmp_path):
     content = checkpoint.load(source)
     for name, changed, words in (
         ("unknown", {"config": {}}, "does not say what it was trained on"),
-        ("rate", {"config": {**content["config"], "min_lr": 0.0}}, "say which --learning_rate"),
-        ("data", {"config": {**content["config"], "dataset": "nothing"}}, "no dataset 'nothing'"),
+        ("rate", {"config": {**content.config, "min_lr": 0.0}}, "say which --learning_rate"),
+        ("data", {"config": {**content.config, "dataset": "nothing"}}, "no dataset 'nothing'"),
         ("model", {"model_args": {"n_layers": 3}}, "does not hold a model of this version"),
-        ("clipped", {"model_args": {**content["model_args"], "stream_clip": 3.0}}, "leave clip out of --arms"),
+        ("clipped", {"model_args": {**content.model_args, "stream_clip": 3.0}}, "leave clip out of --arms"),
     ):
-        checkpoint.save(tmp_path / f"{name}.pt", {**content, **changed})
+        checkpoint.save(tmp_path / f"{name}.pt", dataclasses.replace(content, **changed))
         code, _, err = cli("studies.mitigate", tmp_path / f"{name}.pt", "--seq_len=16", "--steps=1")
         assert code == 2 and words in err and err.count("\n") == 1, err
     (tmp_path / "config.json").write_text("{}")
@@ -194,7 +194,7 @@ def test_nanogpts_settings_are_taken_where_they_mean_something_here():
     theirs = {"dataset": "shakespeare", "dtype": "float16", "device": "cuda", "compile": True, "grad_clip": 1}
     theirs |= {"min_lr": 6e-5, "weight_decay": 1e-1, "backend": "nccl", "warmup_iters": 2000, "max_iters": 600000}
     asked = mitigate.Asked(Path("nano.pt"), Options(device="cpu"), steps=50)
-    cfg = mitigate.base_of({"config": theirs}, asked)
+    cfg = mitigate.base_of(checkpoint.Checkpoint({}, {}, config=theirs), asked)
     assert (cfg.dataset, cfg.dtype, cfg.device, cfg.compile) == ("shakespeare", "auto", "cpu", False)
     assert (cfg.grad_clip, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (1, 0.1, 6e-5, 6e-5)
     assert (cfg.max_iters, cfg.warmup_iters, cfg.lr_schedule) == (50, 5, "constant")

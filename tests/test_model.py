@@ -61,7 +61,7 @@ def test_nanogpt_checkpoint_loads():
              for k, v in source.state_dict().items()}  # fmt: skip
     names["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()  # nanoGPT's causal-mask buffer
     args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "bias": True, "vocab_size": 64, "dropout": 0.0}
-    ours = GPT.from_checkpoint(convert.from_nanogpt({"model_args": args, "model": names})).eval()
+    ours = GPT.from_checkpoint(convert.Weights(args, convert.from_nanogpt(names))).eval()
     # nanoGPT computes exact GELU where GPT-2 has the tanh approximation
     torch.testing.assert_close(ours(IDS)[0], source(IDS).logits, atol=5e-3, rtol=0)
 
@@ -246,13 +246,13 @@ def test_too_long_a_sequence_is_refused():
 def test_compiles_without_breaks(arm):
     torch.compiler.reset()
     model, compiled = tiny(**arm), tiny(**arm)
-    compiled.compile(fullgraph=True, backend="eager")
+    compiled.compile_sublayers(fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(IDS, IDS)[1], model(IDS, IDS)[1])
 
 
 @pytest.mark.parametrize("arm", [{}, {"tie": False}, {"logit_cap": 5.0}], ids=str)
 def test_chunked_loss_and_its_gradients_are_those_of_whole_logits(arm, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * TINY["vocab_size"] * 7)  # at most 7 rows at a time
+    monkeypatch.setitem(model_module.MAX_LOGITS_BYTES, "cpu", 4 * TINY["vocab_size"] * 7)  # at most 7 rows at a time
     targets = IDS.clone()
     targets[:, :3] = -1
     chunked, whole = tiny(**arm), tiny(**arm)
@@ -265,11 +265,34 @@ def test_chunked_loss_and_its_gradients_are_those_of_whole_logits(arm, monkeypat
         torch.testing.assert_close(p.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_loss_can_take_the_place_of_cross_entropy(compiled):
+    """Overridden in a subclass: label smoothing, whose gradients are those of the loss of whole logits."""
+
+    class Smoothed(GPT):
+        @staticmethod
+        def loss_of_rows(logits, targets):
+            return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum", label_smoothing=0.1)
+
+    torch.compiler.reset()
+    model, whole = Smoothed(tiny().config), tiny()
+    model.load_state_dict(whole.state_dict())
+    if compiled:
+        model.compile_sublayers(backend="eager")
+    loss = model(IDS, IDS)[1]
+    explicit = F.cross_entropy(whole(IDS)[0].flatten(0, 1), IDS.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, explicit)
+    loss.backward()
+    explicit.backward()
+    for (name, p), reference in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, reference.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("arm", [{}, {"n_kv_head": 2, "position": "alibi"}, {"window": 5}, {"n_register": 3}], ids=str)
 def test_compiled_training_on_a_cpu_is_eager_training(arm):
     torch.compiler.reset()
     eager, compiled = tiny(**arm).train(), tiny(**arm).train()
-    compiled.compile()
+    compiled.compile_sublayers()
     for model in (eager, compiled):
         model(IDS, IDS)[1].backward()
     for (name, p), reference in zip(compiled.named_parameters(), eager.parameters(), strict=True):
@@ -280,7 +303,7 @@ def test_layers_of_a_kind_share_one_compilation():
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
     model = tiny(n_layer=6, residual_scale="inv_sqrt_2L", qk_norm="head").train()
-    model.compile(backend=counter)
+    model.compile_sublayers(backend=counter)
     for _ in range(2):
         model(IDS, IDS)[1].backward()
     assert counter.frame_count == 3  # attention, FFN, loss

@@ -88,7 +88,7 @@ def test_a_model_in_memory_reads_text_with_its_tokenizer():
 
 def test_a_gpt_of_model_py_in_memory(tmp_path):
     model = tiny(dropout=0.1)
-    content = {"model_args": dataclasses.asdict(model.config), "model": model.state_dict(), "step": 3}
+    content = checkpoint.Checkpoint(dataclasses.asdict(model.config), model.state_dict(), step=3)
     checkpoint.save(tmp_path / "ckpt.pt", content)
     model.train()
     with (

@@ -68,7 +68,7 @@ def test_detection_loss_is_the_models_own(detected, trained):
     from model import GPT
 
     content = checkpoint.load(trained)
-    data = Tokens(content["config"]["dataset"], "val", 16, bos=True)
+    data = Tokens(content.config["dataset"], "val", 16, bos=True)
     x, _ = data.read(np.linspace(0, data.n_windows - 1, 20).astype(int))
     model = GPT.from_checkpoint(content).eval()
     assert detected("--n_seq=20")[0]["data"]["loss"] == pytest.approx(model(x[:, :-1], x[:, 1:])[1].item(), rel=1e-5)
@@ -138,7 +138,7 @@ def test_ablate_probes_a_model_that_reads_text(cli, tmp_path, monkeypatch):
     args = dataclasses.asdict(model.config)
     data = {"tokenizer": "byte", "vocab_size": 257, "bos_id": 256, "dtype": "uint16"}
     config = {"dataset": "stdlib", "bos": True}
-    content = {"model_args": args, "model": model.state_dict(), "config": config, "data": data, "step": 1}
+    content = checkpoint.Checkpoint(args, model.state_dict(), config=config, data=data, step=1)
     checkpoint.save(tmp_path / "ckpt.pt", content)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     rows = [
@@ -231,8 +231,8 @@ def test_mistakes_are_one_line_and_exit_2(cli, trained, tmp_path, mistake, scrip
 def test_broken_weights_are_named(cli, trained, tmp_path):
     content = checkpoint.load(trained)
     for name, value in (("nan", torch.nan), ("zero", 0.0)):
-        model = {key: torch.full_like(weight, value) for key, weight in content["model"].items()}
-        checkpoint.save(tmp_path / f"{name}.pt", {**content, "model": model})
+        model = {key: torch.full_like(weight, value) for key, weight in content.model.items()}
+        checkpoint.save(tmp_path / f"{name}.pt", dataclasses.replace(content, model=model))
     code, _, err = cli("detect.py", tmp_path / "nan.pt", "--seq_len=16")
     assert code == 2
     assert "not finite" in err

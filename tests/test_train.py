@@ -1,5 +1,6 @@
 """The loop: exact resume, the non-finite guard, ranks, and what it leaves behind."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -38,8 +39,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(train, tmp_path, extra):
         log.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')  # what a killed run leaves
     assert train(halves, *extra, "--resume")[0] == 0
     one, two = checkpoint.load(whole), checkpoint.load(halves)
-    assert one["step"] == two["step"] == 8
-    assert same(one["model"], two["model"]) and same(one["optimizer"], two["optimizer"])
+    assert one.step == two.step == 8
+    assert same(one.model, two.model) and same(one.optimizer, two.optimizer)
     timing = "tokens_per_s"
     assert [{**row, timing: 0} for row in rows(whole)] == [{**row, timing: 0} for row in rows(halves)]
 
@@ -48,6 +49,15 @@ def test_dropout_noise_is_used_and_differs_between_steps(train, tmp_path):
     train(tmp_path / "a", "--max_iters=1", "--dropout=0.5")
     train(tmp_path / "b", "--max_iters=1")
     assert rows(tmp_path / "a")[0]["loss"] != rows(tmp_path / "b")[0]["loss"]
+
+
+def test_noise_is_a_function_of_seed_step_and_rank():
+    from train import noise_seed
+
+    triples = list(itertools.product(range(3), range(40), range(4)))
+    assert [noise_seed(*triple) for triple in triples] == [noise_seed(*triple) for triple in triples]
+    assert len({noise_seed(*triple) for triple in triples}) == len(triples)
+    assert noise_seed(1337, 0, 0) == 13582406009521608908  # on every machine, in every version
 
 
 def test_log_and_checkpoint_hold_what_they_should(train, tmp_path):
@@ -60,8 +70,9 @@ def test_log_and_checkpoint_hold_what_they_should(train, tmp_path):
     assert log[-1]["tokens"] == 8 * 4 * 2 * 16
     assert log[-1]["loss"] < log[0]["loss"]
     saved = checkpoint.load(tmp_path / "o" / "ckpt.pt")
-    assert saved["model_args"]["vocab_size"] == 64 and saved["config"]["seed"] == 1337
-    assert saved["val_loss"] == log[-1]["val_loss"]
+    assert saved.model_args["vocab_size"] == 64 and saved.config["seed"] == 1337
+    assert saved.val_loss == log[-1]["val_loss"] and saved.tokens == log[-1]["tokens"]
+    assert (saved.maker, saved.contract) == ("spikesink", "spikesink-model-1")
     assert json.loads((tmp_path / "o" / "config.json").read_text())["given"]["n_layer"] == 1
 
 
@@ -94,13 +105,13 @@ def test_non_finite_gradient_stops_before_the_update(train, tmp_path, monkeypatc
 
     update = script.Run.update
 
-    def poison(self, model):
+    def poison(self):
         if self.step == 5:
             weight = self.model.transformer.h[0].mlp.f.c_fc.weight
             weight.register_hook(lambda gradient: gradient * torch.nan)
             self.poisoned = weight.detach().clone(), weight
         try:
-            return update(self, model)
+            return update(self)
         finally:
             if self.step == 5 and hasattr(self, "poisoned"):
                 assert torch.equal(*self.poisoned)  # the weights are those before the step
@@ -109,14 +120,14 @@ def test_non_finite_gradient_stops_before_the_update(train, tmp_path, monkeypatc
     code, _, err = train(tmp_path)
     assert code == 3 and "step 6" in err and "gradient norm nan" in err and str(tmp_path / "ckpt.pt") in err
     assert rows(tmp_path)[-1]["step"] == 5
-    assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 4
+    assert checkpoint.load(tmp_path / "ckpt.pt").step == 4
 
 
 def test_a_run_started_again_leaves_no_old_checkpoint_behind(train, tmp_path, monkeypatch):
     import train as script
 
     train(tmp_path, "--max_iters=2")
-    monkeypatch.setattr(script.Run, "update", lambda self, model: (_ for _ in ()).throw(script.StoppedError("step 1")))
+    monkeypatch.setattr(script.Run, "update", lambda self: (_ for _ in ()).throw(script.StoppedError("step 1")))
     assert train(tmp_path, "--overwrite", "--seed=2")[0] == 3
     assert not (tmp_path / "ckpt.pt").exists()
 
@@ -180,8 +191,8 @@ def test_every_optimiser_learns_and_resumes_bitwise(train, tmp_path, optimizer):
     train(tmp_path / "halves", *extra, "--resume")
     assert rows(tmp_path / "whole")[-1]["val_loss"] < rows(tmp_path / "whole")[3]["val_loss"]
     one, two = (checkpoint.load(tmp_path / name) for name in ("whole", "halves"))
-    assert same(one["model"], two["model"])
-    assert same(one["optimizer"], two["optimizer"])
+    assert same(one.model, two.model)
+    assert same(one.optimizer, two.optimizer)
 
 
 def test_loss_range_counts_the_positions_it_says(train, tmp_path):
@@ -220,7 +231,7 @@ def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, pe
     assert measured["3.0"] < measured["0.0"] * 0.97
     # with no weight it is the run without a penalty, bit by bit: the penalty only adds its own gradient
     train(tmp_path / "plain", "--max_iters=30")
-    assert same(checkpoint.load(tmp_path / "plain")["model"], checkpoint.load(tmp_path / "0.0")["model"])
+    assert same(checkpoint.load(tmp_path / "plain").model, checkpoint.load(tmp_path / "0.0").model)
 
 
 # ------------------------------------------------------------------------------------------------------ init_from
@@ -245,14 +256,14 @@ def test_init_from_a_hugging_face_folder_and_a_checkpoint(train, tmp_path, cli, 
     x, y = Tokens(str(toy_data), "train", 16, False, 1337).batch(0, 4)
     loss = torch.nn.functional.cross_entropy(source(x).logits.transpose(1, 2), y).item()
     assert rows(tmp_path / "a")[0]["loss"] == pytest.approx(loss, rel=1e-4)
-    saved = checkpoint.load(tmp_path / "a")["model_args"]
+    saved = checkpoint.load(tmp_path / "a").model_args
     assert (saved["n_embd"], saved["vocab_size"], saved["activation"]) == (32, 70, "gelu_tanh")
 
     code, _, err = cli(
         "train.py", *common, f"--init_from={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}", "--logit_cap=30"
     )
     assert code == 0, err
-    assert checkpoint.load(tmp_path / "b")["model_args"]["logit_cap"] == 30
+    assert checkpoint.load(tmp_path / "b").model_args["logit_cap"] == 30
 
     for extra, words in (
         ([f"--init_from={tmp_path / 'a'}", "--ffn_hidden=100"], "does not fit the architecture that was given"),
@@ -293,14 +304,14 @@ def test_a_signal_saves_at_the_end_of_the_step_and_resume_is_exact(train, tmp_pa
         time.sleep(0.1)
     running.send_signal(getattr(signal, number))
     err = running.communicate()[1]
-    step = checkpoint.load(out)["step"]
+    step = checkpoint.load(out).step
     assert running.returncode == 130
     assert f"{number} at step {step}: saved {out}/ckpt.pt; go on with --resume" in err
     assert err.count("\n") == 1
     more = ["--lr_decay_iters=3000", "--save_interval=100000", "--eval_interval=100000", f"--max_iters={step + 3}"]
     assert train(out, *more, "--resume")[0] == 0
     assert train(tmp_path / "whole", *more)[0] == 0
-    assert same(checkpoint.load(out)["model"], checkpoint.load(tmp_path / "whole")["model"])
+    assert same(checkpoint.load(out).model, checkpoint.load(tmp_path / "whole").model)
 
 
 def test_resume_notices_other_data_and_says_what_changed(train, tmp_path, toy_data):
@@ -348,7 +359,7 @@ def test_replay_names_the_window_that_spoils_a_batch(train, tmp_path, toy_data):
 
     import numpy as np
 
-    from train import Machine, open_run
+    from train import Machine, Run, replay
 
     data = tmp_path / "data"
     shutil.copytree(toy_data, data)
@@ -358,11 +369,11 @@ def test_replay_names_the_window_that_spoils_a_batch(train, tmp_path, toy_data):
     tokens[spoiled * 16 : spoiled * 16 + 17] = np.random.default_rng(0).integers(0, 64, 17)
     tokens.tofile(data / "train.bin")
     train(tmp_path / "o", f"--dataset={data}", "--max_iters=220", "--save_interval=50", "--eval_interval=220")
-    found = open_run({"replay": step}, str(tmp_path / "o"), Machine.find("cpu")).replay()
-    assert found["windows"][0][0] == spoiled
+    found = replay(Run.open({"replay": step}, tmp_path / "o", Machine.find("cpu")))
+    assert found.windows[0][0] == spoiled
     windows = Tokens(str(data), "train", 16, False, 1337).windows(step - 1, n)
-    assert sorted(window for window, _, _ in found["windows"]) == sorted(windows)
-    assert sum(share for _, share in found["shares"]) == pytest.approx(1)
+    assert sorted(window for window, _, _ in found.windows) == sorted(windows)
+    assert sum(share for _, share in found.shares) == pytest.approx(1)
 
 
 def test_a_loss_that_stands_out_is_noted_with_its_windows():
@@ -387,9 +398,8 @@ def test_a_spike_of_the_loss_is_written_with_what_replays_it(train, tmp_path, mo
 
     gradients = script.Run.gradients
 
-    def jumping(run, model):
-        loss, norm = gradients(run, model)
-        return loss + 9 * (run.step == 59), norm
+    def jumping(run):
+        return gradients(run) + 9 * (run.step == 59)
 
     monkeypatch.setattr(script.Run, "gradients", jumping)
     train(tmp_path, "--max_iters=70", "--eval_interval=70", "--save_interval=70")
@@ -404,8 +414,8 @@ def test_best_is_the_best_over_both_parts_of_a_run(train, tmp_path):
     assert train(tmp_path, "--resume", "--learning_rate=30", "--keep_last=1")[0] == 0
     log = rows(tmp_path)
     assert log[-1]["val_loss"] > log[3]["val_loss"]
-    assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
-    assert checkpoint.load(tmp_path)["step"] == 8
+    assert checkpoint.load(tmp_path / "best.pt").step == 4
+    assert checkpoint.load(tmp_path).step == 8
 
 
 def test_tensorboard_holds_the_log(train, tmp_path):
@@ -455,7 +465,7 @@ def test_paths_in_a_checkpoint_do_not_decide_where_anything_is_written(train, tm
     """A checkpoint that was given to us says out_dir=elsewhere; what is written stays beside it."""
     train(tmp_path / "o", "--max_iters=4")
     content = checkpoint.load(tmp_path / "o")
-    content["config"]["out_dir"] = content["given"]["out_dir"] = str(tmp_path / "elsewhere")
+    content.config["out_dir"] = content.given["out_dir"] = str(tmp_path / "elsewhere")
     path = (tmp_path / "o" / "ckpt.pt").resolve()
     checkpoint.save(path, content)
     for command in (
@@ -481,7 +491,7 @@ def test_a_compiled_run_resumes_bitwise(tmp_path, toy_data):
         (tmp_path / "halves" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     train(tmp_path / "halves", "--resume")
     one, two = (checkpoint.load(tmp_path / name) for name in ("whole", "halves"))
-    assert same(one["model"], two["model"]) and same(one["optimizer"], two["optimizer"])
+    assert same(one.model, two.model) and same(one.optimizer, two.optimizer)
 
 
 def test_deterministic_asks_torch_for_it(train, tmp_path):

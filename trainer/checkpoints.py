@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spikesink.errors import UserError
 from spikesink.files import link_atomic
-from spikesink.models.checkpoint import load, save
+from spikesink.models.checkpoint import Checkpoint, load, save
 
 
 class Checkpoints:
@@ -22,30 +22,31 @@ class Checkpoints:
 
     NAME = re.compile(r"ckpt-(\d{8,})\.pt")
 
-    def __init__(self, folder, keep_last=2, keep_every=0, asynchronous=False):
+    def __init__(self, folder: str | Path, keep_last: int = 2, keep_every: int = 0, asynchronous: bool = False) -> None:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
         self.asynchronous = asynchronous
-        self.damaged = set()  # neither counted nor deleted
-        self._thread = self._error = None
+        self.damaged: set[Path] = set()  # neither counted nor deleted
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
 
     @property
-    def path(self):
+    def path(self) -> Path:
         """What users open: the newest."""
         return self.folder / "ckpt.pt"
 
-    def all(self):
+    def all(self) -> dict[int, Path]:
         """{step: path}, oldest first."""
-        found = {}
+        found: dict[int, Path] = {}
         if self.folder.is_dir():
             found = {int(m[1]): p for p in self.folder.iterdir() if (m := self.NAME.fullmatch(p.name)) and p.is_file()}
         return dict(sorted(found.items()))
 
-    def any(self):
+    def any(self) -> bool:
         """True if there is a checkpoint, sound or not."""
         return os.path.lexists(self.path) or bool(self.all())
 
-    def newest(self, before=None):
-        """(content, path) of the newest sound checkpoint, of a step less than `before` if that is given.
+    def newest(self, before: int | None = None) -> tuple[Checkpoint, Path]:
+        """(checkpoint, path) of the newest sound checkpoint, of a step less than `before` if that is given.
 
         One line on stderr names the damaged ones that were passed over. Raises UserError if there is none.
         """
@@ -63,15 +64,15 @@ class Checkpoints:
                 reasons.append(str(error))
                 self.damaged.add(path)
                 continue
-            if before is not None and content.get("step", 0) >= before:
+            if before is not None and (content.step or 0) >= before:
                 continue
             if reasons:
                 print(f"warning: {'; '.join(reasons)}; going on from {path}", file=sys.stderr)
             return content, path
         raise UserError(f"no checkpoint in {self.folder} can be read: {'; '.join(reasons)}")
 
-    def save(self, content, best=False):
-        """Writes `content`, of step content["step"], and then lets go of old ones. Raises OSError."""
+    def save(self, content: Checkpoint, best: bool = False) -> None:
+        """Writes the checkpoint of its step, and then lets go of old ones. Raises OSError."""
         self.wait()
         if not self.asynchronous:
             self._write(content, best)
@@ -80,7 +81,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._try, args=(content, best), daemon=True)
         self._thread.start()
 
-    def wait(self):
+    def wait(self) -> None:
         """Until all is written. Raises OSError if something could not be."""
         if self._thread is not None:
             self._thread.join()
@@ -89,21 +90,21 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def _try(self, content, best):
+    def _try(self, content: Checkpoint, best: bool) -> None:
         try:
             self._write(content, best)
         except OSError as error:
             self._error = error
 
-    def _write(self, content, best):
-        path = self.folder / f"ckpt-{content['step']:08d}.pt"
+    def _write(self, content: Checkpoint, best: bool) -> None:
+        path = self.folder / f"ckpt-{content.step:08d}.pt"
         save(path, content)
         self.damaged.discard(path)
         for link in ("ckpt.pt", "best.pt") if best else ("ckpt.pt",):
             link_atomic(self.folder / link, path.name)
         self._let_go(path)
 
-    def _let_go(self, written):
+    def _let_go(self, written: Path) -> None:
         sound = {step: path for step, path in self.all().items() if path not in self.damaged}
         best = self.folder / "best.pt"
         kept = {written, *list(sound.values())[-self.keep_last :]}
@@ -112,12 +113,12 @@ class Checkpoints:
             if path not in kept and not (self.keep_every and step % self.keep_every == 0):
                 path.unlink()
 
-    def clear(self):
+    def clear(self) -> None:
         """Deletes every checkpoint."""
         for path in (*self.all().values(), self.path, self.folder / "best.pt"):
             path.unlink(missing_ok=True)
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Deletes what writers that were killed left half-written."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)

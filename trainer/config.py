@@ -1,49 +1,31 @@
-"""dataclasses <- config files <- --key=value; typed, and typos are refused with the nearest name.
+"""dataclasses <- config files <- --key value; typed, and typos are refused with the nearest name.
 
 A config file is Python: a list of `key = value` lines (it is executed: run only files you trust). `config/x.py`,
 `configs/x.py` and `x` name the same file. Sizes (scale/) are taken first, then the other files left to right, then the
-command line: an arm keeps what it says at every size.
+command line: an arm keeps what it says at every size. Keys are written `--key value` or `--key=value`, `--flag` and
+`--no-flag`.
 """
 
 import dataclasses
 import inspect
-import itertools
 import math
 import re
 import runpy
 import shutil
 import textwrap
 import types
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spikesink.errors import UserError, nearest
 
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-# what other trainers call our keys: a hint for those who try, not a second name
-ELSEWHERE = {
-    **dict.fromkeys(("lr", "max_lr", "peak_lr"), "learning_rate"),
-    **dict.fromkeys(("steps", "max_steps", "num_steps", "iters", "iterations", "n_steps", "epochs"), "max_iters"),
-    **dict.fromkeys(("bs", "micro_batch_size", "device_batch_size"), "batch_size"),
-    **dict.fromkeys(("grad_accum", "accumulate", "accumulation_steps"), "gradient_accumulation_steps"),
-    **dict.fromkeys(("warmup", "warmup_steps"), "warmup_iters"),
-    **dict.fromkeys(("layers", "depth", "num_layers", "n_layers"), "n_layer"),
-    **dict.fromkeys(("heads", "num_heads", "n_heads"), "n_head"),
-    **dict.fromkeys(("dim", "d_model", "width", "hidden_size"), "n_embd"),
-    **dict.fromkeys(("seq_len", "context", "context_length", "max_seq_len"), "block_size"),
-    **dict.fromkeys(("out", "outdir", "output", "output_dir"), "out_dir"),
-    **dict.fromkeys(("wd", "decay"), "weight_decay"),
-    **dict.fromkeys(("act", "activation_function"), "activation"),
-    **dict.fromkeys(("pos", "pos_emb", "positions"), "position"),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "lr_schedule"),
-    **dict.fromkeys(("checkpoint", "ckpt", "finetune_from"), "init_from"),
-    "data": "dataset",
-    "opt": "optimizer",
-    "placement": "norm_place",
-    "random_seed": "seed",
-}
+Schemas = Sequence[type[Any]]  # dataclasses whose keys are flat: a key belongs to the one that has it
+Values = dict[str, Any]  # {key: value}
 
 
-def find_config(name, root):
+def find_config(name: str, root: Path) -> Path:
     """The path of a config given as a path, as config/x.py, configs/x.py, configs/x or x. Raises UserError."""
     path = Path(name)
     if not path.parts:
@@ -73,7 +55,7 @@ def find_config(name, root):
     raise UserError(f"there is no config {name!r}{hint}")
 
 
-def read_config(path):
+def read_config(path: str | Path) -> Values:
     """{key: value} assigned by a config file. Raises UserError if the file does not run."""
     try:
         names = runpy.run_path(str(path))
@@ -83,7 +65,7 @@ def read_config(path):
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, hidden)}
 
 
-def typed(key, value, kind, origin):
+def typed(key: str, value: Any, kind: Any, origin: str | Path) -> Any:
     """`value` as `kind` (int, float, bool or str), read from text where it came from the command line."""
     text = isinstance(value, str)
     try:
@@ -102,7 +84,7 @@ def typed(key, value, kind, origin):
     return value
 
 
-def _as_written(value, kind):
+def _as_written(value: Any, kind: Any) -> str:
     """How a value of the wrong type would be written, or ''."""
     if kind is bool:
         return ": true or false"
@@ -113,61 +95,72 @@ def _as_written(value, kind):
     return f": write {int(number)}" if kind is int and number.is_integer() else ""
 
 
-def fields_of(schemas):
-    """{key: field} of dataclasses whose keys are flat: a key belongs to the one that has it."""
+def fields_of(schemas: Schemas) -> dict[str, dataclasses.Field[Any]]:
+    """{key: field} of all schemas."""
     return {f.name: f for schema in schemas for f in dataclasses.fields(schema)}
 
 
-def given(schemas, argv, root):
-    """({key: value} of all that the config files and `--key=value` in `argv` say, names of the config files).
+def split_argv(argv: Sequence[str], fields: Mapping[str, dataclasses.Field[Any]]) -> tuple[list[str], Values]:
+    """(words that are no flags, {key: value as text, or a bool}) of a command line. The last of a key counts.
+
+    Raises UserError for a key that is not one of `fields`, or has no value.
+    """
+    names: list[str] = []
+    values: Values = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        no_key = key.removeprefix("no-")
+        if not word.startswith("--"):
+            names.append(word)
+        elif not equals and no_key != key and no_key in fields and fields[no_key].type is bool:
+            values[no_key] = False
+        elif key not in fields:
+            raise UserError(f"command line: unknown key {key!r}{_known_as(key, fields)}")
+        elif equals:
+            values[key] = value
+        elif fields[key].type is bool:
+            if words and words[0].lower() in TRUTH:
+                raise UserError(f"{word} {words[0]}: write {word}={words[0]}")
+            values[key] = True
+        elif words and not words[0].startswith("--"):
+            values[key] = words.pop(0)
+        else:
+            raise UserError(f"--{key} needs a value: --{key}={fields[key].default}")
+    return names, values
+
+
+def parse_argv(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[Values, list[str]]:
+    """({key: value} of all that the config files and the flags in `argv` say, names of the config files).
 
     Raises UserError for an unknown key or a wrong type.
     """
-    fields, values = fields_of(schemas), {}
-
-    def take(key, value, origin):
-        if key not in fields:
-            raise UserError(f"{origin}: unknown key {key!r}{_known_as(key, fields)}")
-        values[key] = typed(key, value, fields[key].type, origin)
-
-    options = [arg for arg in argv if arg.startswith("--")]
-    for option, value in itertools.pairwise(argv):
-        key = option.removeprefix("--")
-        if option == key or key not in fields or value.startswith("-") or "=" in value:
-            continue
-        if value.lower() in TRUTH if fields[key].type is bool else not _is_config(value, root):
-            raise UserError(f"{option} {value}: write {option}={value}")
-    paths = [find_config(arg, root) for arg in argv if not arg.startswith("--")]
+    fields = fields_of(schemas)
+    names, flags = split_argv(argv, fields)
+    paths = [find_config(name, root) for name in names]
+    values: Values = {}
     for path in sorted(paths, key=lambda path: path.parent.name != "scale"):
         for key, value in read_config(path).items():
-            take(key, value, str(path))
-    for option in options:
-        key, equals, value = option[2:].partition("=")
-        if not equals and key in fields and fields[key].type is not bool:
-            raise UserError(f"--{key} needs a value: --{key}={fields[key].default}")
-        take(key, value if equals else True, "command line")
+            if key not in fields:
+                raise UserError(f"{path}: unknown key {key!r}{_known_as(key, fields)}")
+            values[key] = typed(key, value, fields[key].type, path)
+    values |= {key: typed(key, value, fields[key].type, "command line") for key, value in flags.items()}
     return values, [path.stem for path in paths]
 
 
-def _is_config(name, root):
-    try:
-        return bool(find_config(name, root))
-    except UserError:
-        return False
-
-
-def _known_as(key, fields):
+def _known_as(key: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
     """What to do about an unknown key."""
     plain = key.lower().replace("-", "_")
+    switched = plain.removeprefix("no_")
     if plain == "config":
         return ": name a config without a flag, as in: python train.py prenorm scale/nano"
-    if plain.removeprefix("no_") in fields and fields[plain.removeprefix("no_")].type is bool:
-        return f": write --{plain.removeprefix('no_')}=false"
-    known = plain if plain in fields else ELSEWHERE.get(plain)
-    return (f" (did you mean {known}?)" if known else nearest(key, fields)) or "; --help lists them"
+    if switched != plain and switched in fields and fields[switched].type is bool:
+        return f": write --no-{switched}"
+    return (f" (did you mean {plain}?)" if plain in fields else nearest(key, fields)) or "; --help lists them"
 
 
-def build(schemas, values):
+def build(schemas: Schemas, values: Mapping[str, Any]) -> list[Any]:
     """Instances of the dataclasses `schemas` from {key: value}. Raises UserError for an impossible value."""
     try:
         return [s(**{f.name: values[f.name] for f in dataclasses.fields(s) if f.name in values}) for s in schemas]
@@ -175,13 +168,13 @@ def build(schemas, values):
         raise UserError(str(error)) from None
 
 
-def load(schemas, argv, root):
+def load(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[list[Any], Values, list[str]]:
     """(instances of `schemas`, all that was given as a dict, names of the config files). Raises UserError."""
-    values, names = given(schemas, argv, root)
+    values, names = parse_argv(schemas, argv, root)
     return build(schemas, values), values, names
 
 
-def describe(schemas, choices=None, width=None):
+def describe(schemas: Schemas, choices: Mapping[str, Collection[str]] | None = None, width: int | None = None) -> str:
     """Help text: every key, its default and the comment beside it in the source, as wide as the terminal.
 
     A comment line between the fields of a dataclass heads those below it. `choices`: {key: its table}; names that a
@@ -192,9 +185,9 @@ def describe(schemas, choices=None, width=None):
     fold = lambda text, indent: textwrap.wrap(
         text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
-    lines = []
+    lines: list[str] = []
     for schema in schemas:
-        about = inspect.getdoc(schema).splitlines()[0].partition(" Raises ")[0]
+        about = (inspect.getdoc(schema) or "").splitlines()[0].partition(" Raises ")[0]
         lines += ["", *fold(f"{schema.__name__}: {about}", "")]
         fields = fields_of([schema])
         for line in inspect.getsource(schema).splitlines():

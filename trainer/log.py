@@ -1,22 +1,30 @@
-"""Rows of numbers -> log.jsonl, TensorBoard, wandb or trackio. None stops a training run: what cannot be written waits
-for the next time, or is given up with a warning."""
+"""Rows of numbers -> log.jsonl, the terminal, TensorBoard, wandb or trackio. None stops a training run.
+
+What cannot be written waits for the next time, or is given up with a warning.
+"""
 
 import contextlib
 import importlib
 import json
 import math
 import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from spikesink import files
 from spikesink.errors import UserError
 from spikesink.files import step_of
-from spikesink.measure.monitor import flat, headline
+from spikesink.measure.monitor import flat, headline, words
+
+Row = Mapping[str, Any]  # a line of log.jsonl
+Look = tuple[int, Mapping[str, Any]]  # a step and what the monitor saw there
 
 
-def warn(text):
+def warn(text: str) -> None:
     """One line on stderr."""
     tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
@@ -24,16 +32,16 @@ def warn(text):
 class JsonLines:
     """A file of one JSON object per line. Rows that cannot be written (a full disk) wait for the next one."""
 
-    def __init__(self, path, step=0):
+    def __init__(self, path: str | Path, step: int = 0) -> None:
         """Opens `path`, without the rows of steps after `step`, which a resumed run writes again. Raises OSError."""
         self.path, self.waiting, self.failing = Path(path), b"", False
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = b"".join(line for line in lines if line.endswith(b"\n") and step_of(line) <= step)
         files.write_atomic(self.path, lambda file: file.write(kept))
         self.size = len(kept)
-        self.file = open(self.path, "r+b", buffering=0)
+        self.file: Any = open(self.path, "r+b", buffering=0)
 
-    def write(self, row):
+    def write(self, row: Row) -> None:
         """Appends a dict."""
         self.waiting += json.dumps(row).encode() + b"\n"
         try:
@@ -49,21 +57,74 @@ class JsonLines:
         self.size += len(self.waiting)
         self.waiting, self.failing = b"", False
 
-    def close(self):
+    def close(self) -> None:
         """Closes the file; lines that still wait are lost."""
         if self.waiting:
             warn(f"{self.waiting.count(10)} lines of {self.path} could not be written")
         self.file.close()
 
 
-def numbers(row):
+class Log(Protocol):
+    """Where rows go."""
+
+    def write(self, row: Row) -> None:
+        """Takes the row of a step."""
+
+    def close(self) -> None:
+        """Says that there are no more."""
+
+
+class Progress:
+    """The terminal: a bar of steps with the last loss, and a line for every row that has a validation loss."""
+
+    def __init__(self, steps: int, first: int = 0, name: str = "", hidden: bool = False) -> None:
+        """`name`: what the bar and its lines call the run. The bar is hidden where stderr is no terminal, too."""
+        self.label, self.looked = f"{name}: " if name else "", ""
+        self.bar = tqdm(total=steps, initial=first, unit="step", desc=name or None, disable=True if hidden else None)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def write(self, row: Row) -> None:
+        """Shows the row of a step."""
+        if "monitor" in row:
+            self.looked = words(row["monitor"])
+        self.bar.set_postfix_str(", ".join(filter(None, (f"loss={row['loss']:.3f}", self.looked))), refresh=False)
+        if row["val_loss"] is not None:
+            said = f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+            said = ", ".join(filter(None, (said, self.looked)))
+            self.bar.write(f"{self.label}step {row['step']}: {said}", file=sys.stdout)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self.bar.close()
+
+
+class Speed:
+    """Tokens a second since the last `start`."""
+
+    def __init__(self, tokens_per_step: int, step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.start(step)
+
+    def start(self, step: int) -> None:
+        """Time runs from here."""
+        self.since, self.first = time.perf_counter(), step
+
+    def at(self, step: int) -> float:
+        """Tokens a second up to now, after step `step`."""
+        return (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.since)
+
+
+def numbers(row: Row) -> dict[str, float]:
     """{name: number} of a row, with those of its look at spikes and sinks as `flat` names them; without its step."""
     own = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
     return own | (flat(row["monitor"]) if "monitor" in row else {})
 
 
 # what is drawn over layers and steps -> (where a row has it, its key there, whether its logarithm is shown)
-HEATMAPS = {
+HEATMAPS: dict[str, tuple[str, str, bool]] = {
     "spike/ratio": ("layers", "ratio", True),
     "spike/kurtosis": ("layers", "kurtosis", True),
     "sink/rate": ("attention", "sink_rate", False),
@@ -74,7 +135,7 @@ class TensorBoard:
     """Rows in TensorBoard, by step: numbers as scalars; at the end heatmaps of layers and steps, and the run's line in
     the HParams view. Given up with one warning if it cannot be written."""
 
-    def __init__(self, folder, step=0, arm=(), rows=()):
+    def __init__(self, folder: Path, step: int = 0, arm: Row | None = None, rows: Iterable[Row] = ()) -> None:
         """`arm`: the settings that tell this run from others; `rows`: those up to `step`, of a run that goes on.
 
         Raises UserError if the package is not installed.
@@ -83,42 +144,44 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-        self.folder, self.arm, self.writer = folder, dict(arm), None
-        self.val_loss, self.looks = None, []  # (step, what the monitor saw)
+        self.folder, self.arm = folder, dict(arm or {})
+        self.writer: Any = None
+        self.val_loss: float | None = None
+        self.looks: list[Look] = []
         for row in rows:
             self._keep(row)
         self._try(lambda: setattr(self, "writer", SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)))
 
-    def _keep(self, row):
+    def _keep(self, row: Row) -> None:
         self.val_loss = self.val_loss if row.get("val_loss") is None else row["val_loss"]
         if "monitor" in row:
             self.looks.append((row["step"], row["monitor"]))
 
-    def write(self, row):
+    def write(self, row: Row) -> None:
         """Appends the numbers of a dict that has a `step`."""
         self._keep(row)
         for key, value in numbers(row).items():
             if self.writer:
                 self._try(self.writer.add_scalar, key, value, row["step"])
 
-    def close(self):
+    def close(self) -> None:
         """Adds what the whole run is needed for, and closes the files."""
         if self.writer:
             self._try(self._finish, self.writer)
 
-    def _finish(self, writer):
-        ends = {"val_loss": self.val_loss}
+    def _finish(self, writer: Any) -> None:
+        ends: dict[str, float | None] = {"val_loss": self.val_loss}
         with contextlib.closing(writer):
             if self.looks:
                 step, row = self.looks[-1]
-                ends |= headline(row)
-                for name, (where, *drawn) in HEATMAPS.items():
+                ends |= headline(dict(row))
+                for name, (where, key, log) in HEATMAPS.items():
                     if row[where]:
-                        writer.add_figure(f"heatmap/{name}", heatmap(self.looks, where, *drawn), step)
+                        writer.add_figure(f"heatmap/{name}", heatmap(self.looks, where, key, log), step)
             ends = {f"hparam/{key}": value for key, value in ends.items() if value is not None}
             writer.add_hparams(self.arm, ends, run_name=".")
 
-    def _try(self, call, *args):
+    def _try(self, call: Callable[..., object], *args: Any) -> None:
         try:
             call(*args)
         except Exception as error:  # whatever TensorBoard's own thread ran into
@@ -126,8 +189,8 @@ class TensorBoard:
             warn(f"no TensorBoard in {self.folder}: {error}; training goes on")
 
 
-def heatmap(looks, where, key, log):
-    """A figure of one number over layers (down) and steps, from [(step, the monitor's row)]."""
+def heatmap(looks: list[Look], where: str, key: str, log: bool) -> Any:
+    """A figure of one number over layers (down) and steps."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -138,15 +201,15 @@ def heatmap(looks, where, key, log):
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=LogNorm() if log else None)
     axes.set_yticks(range(len(names)), names)
-    shown = range(0, len(steps), -(-len(steps) // 8))
-    axes.set_xticks(shown, [steps[i] for i in shown])
+    places = range(0, len(steps), -(-len(steps) // 8))
+    axes.set_xticks(places, [str(steps[i]) for i in places])
     axes.set_xlabel("step")
     figure.colorbar(image, label=key.replace("_", " "))
     return figure
 
 
 # name -> the module of that name, which has init, log and finish alike
-TRACKERS = {"none": None, "wandb": "wandb", "trackio": "trackio"}
+TRACKERS: dict[str, str | None] = {"none": None, "wandb": "wandb", "trackio": "trackio"}
 
 
 class Tracker:
@@ -155,27 +218,28 @@ class Tracker:
     wandb, which takes no step twice, keeps what it has of the steps that a resumed run does again.
     """
 
-    def __init__(self, name, run, arm):
+    def __init__(self, name: str, run: str, arm: Row) -> None:
         """`run`: what the run is called there; `arm`: its settings. Raises UserError if the package is not there."""
-        self.name, self.module = name, None
+        self.name = name
+        self.module: Any = None
         try:
-            module = importlib.import_module(TRACKERS[name])
+            module: Any = importlib.import_module(TRACKERS[name] or "")
         except ImportError:
             raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
         if self._try(module.init, project="spikesink", name=run, config=dict(arm), resume="allow"):
             self.module = module
 
-    def write(self, row):
+    def write(self, row: Row) -> None:
         """Appends the numbers of a dict that has a `step`."""
         if self.module:
             self._try(self.module.log, numbers(row), step=row["step"])
 
-    def close(self):
+    def close(self) -> None:
         """Ends the run there."""
         if self.module:
             self._try(self.module.finish)
 
-    def _try(self, call, *args, **kwargs):
+    def _try(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
         """True if the call did not fail."""
         try:
             call(*args, **kwargs)
@@ -195,15 +259,15 @@ class LossWatch:
 
     DECAY, SIGMAS, FIRST = 0.98, 6.0, 50  # FIRST: steps before it says anything
 
-    def __init__(self, state=(0, 0.0, 0.0)):
+    def __init__(self, state: Sequence[float] = (0, 0.0, 0.0)) -> None:
         self.n, self.mean, self.variance = state
 
     @property
-    def state(self):
+    def state(self) -> list[float]:
         """[steps seen, mean, variance]."""
         return [self.n, self.mean, self.variance]
 
-    def stands_out(self, loss):
+    def stands_out(self, loss: float) -> tuple[bool, float, float]:
         """(whether a finite loss stands out, the mean before it, the standard deviation before it); takes it in."""
         mean, sd = self.mean, math.sqrt(self.variance)
         found = self.n >= self.FIRST and loss > mean + self.SIGMAS * sd

@@ -13,7 +13,7 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 
 from data.archive import members
 from spikesink.errors import Flags, UserError, cli
-from spikesink.files import write_atomic
+from spikesink.files import save_bytes
 
 URL = "https://github.com/UniversalDependencies/UD_English-EWT/archive/refs/heads/master.zip"
 SPLITS = ("train", "dev", "test")
@@ -35,8 +35,7 @@ def prepare(folder: Path, archive: str | None = None) -> None:
     for name, content in files.items():
         check(name, content)
     for split in SPLITS:
-        content = files[f"en_ewt-ud-{split}.conllu"]
-        write_atomic(Path(folder) / f"{split}.conllu", lambda file, content=content: file.write(content))
+        save_bytes(Path(folder) / f"{split}.conllu", files[f"en_ewt-ud-{split}.conllu"])
 
 
 def main() -> None:

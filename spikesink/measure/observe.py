@@ -303,10 +303,16 @@ def _observe_batch(
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
     obs.share[rows, :T] = share / (len(subject.attends) * subject.n_head * n_queries)
     obs.max_alpha[rows, :T], obs.sink_heads[rows, :T], obs.ratio[rows, :T] = max_alpha, sink_heads, ratio
-    hits = {
-        rule: _marked_often(entries, max(1, math.ceil(rule.persistence * len(obs.streams))))
-        for rule, entries in marked.items()
-    }
+    needed = lambda rule: max(1, math.ceil(rule.persistence * len(obs.streams)))
+    hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in marked.items()}
+    _take_hits(obs, hits, rows, (B, T, C))
+
+
+def _take_hits(
+    obs: Observation, hits: dict[SpikeRule, torch.Tensor], rows: torch.Tensor, shape: tuple[int, int, int]
+) -> None:
+    """Fills in what the rules mark in these sequences: entries of their streams of a `shape` (B, T, C), as indices."""
+    B, T, C = shape
     for name, rule in SPIKE_RULES.items():
         obs.spikes[name][rows, :T] = _tokens_of(hits[rule], B, T, C)
         obs.spike_channels[name] = obs.spike_channels[name] + (hits[rule] % C).bincount(minlength=C)

@@ -3,8 +3,11 @@
 The content hash lies inside the file, so that one rename is the whole commit: there is no second file to lose.
 """
 
+import dataclasses
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,39 +18,101 @@ from . import convert
 FORMAT = "spikesink-checkpoint-1"
 
 
-def save(path, content):
-    """Writes the dict `content` (tensors and plain Python) to `path`, with its hash, atomically."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: a model, what it was trained on, and all that is needed to train it further.
+
+    None, or an empty dict, where a file does not say. `extra`: entries that only a reader of their own knows, among
+    them the versions that wrote the file.
+    """
+
+    model_args: dict[str, Any]  # fields of GPTConfig
+    model: dict[str, torch.Tensor]  # state dict
+    optimizer: dict[str, Any] | None = None  # state by parameter name
+    config: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig
+    given: dict[str, Any] | None = None  # the keys of both that were asked for
+    data: dict[str, Any] = field(default_factory=dict)  # meta.json of the dataset
+    data_sample: str | None = None  # TokenFile.sample of the training split
+    step: int | None = None  # updates done
+    tokens: int | None = None  # trained on
+    val_loss: float | None = None  # the last one, in nats per token
+    best: float | None = None  # the lowest val_loss
+    loss_watch: list[float] | None = None  # LossWatch.state
+    contract: str | None = None  # of the model.py that made it
+    maker: str = "spikesink"  # or "nanoGPT"; not in the file
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        """The dict that is written, and hashed."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("maker", "extra")}
+        return own | self.extra
+
+    def check_contract(self, contract: str, path: str | Path) -> None:
+        """Raises UserError if the model.py at hand, of this contract, is not one that made the checkpoint `path`."""
+        if self.contract is not None and self.contract != contract:
+            raise UserError(
+                f"{path} was made by a model.py of contract {self.contract!r}, and the model.py here states "
+                f"{contract!r}: use the clone that made it"
+            )
+
+
+# what an entry must be where it is there
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "model_args": dict,
+    "optimizer": dict,
+    "config": dict,
+    "given": dict,
+    "data": dict,
+    "data_sample": str,
+    "step": int,
+    "tokens": int,
+    "val_loss": (int, float),
+    "best": (int, float),
+    "loss_watch": list,
+    "contract": str,
+}
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint to `path`, with the hash of its content, atomically. Raises OSError."""
+    content = checkpoint.content()
     whole = {"format": FORMAT, "sha256": content_hash(content), "content": content}
     write_atomic(path, lambda file: torch.save(whole, file))
 
 
-def checked(content, path):
-    """The content of a checkpoint, if every entry is what its readers take it for. Raises UserError."""
-    kinds = {"model": dict, "model_args": dict, "config": dict, "data": dict, "step": int}
-    for key, kind in kinds.items():
-        if key in ("model", "model_args") or content.get(key) is not None:
-            if not isinstance(content.get(key), kind):
-                raise UserError(f"{path} is no checkpoint: its entry {key} is not a {kind.__name__}")
-        else:
-            content.pop(key, None)
-    for name, tensor in content["model"].items():
+def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
+    """The Checkpoint of a file's dict, if every entry is what its readers take it for. Raises UserError."""
+    known = {key: content[key] for key in KINDS if content.get(key) is not None}
+    for key, kind in KINDS.items():
+        if not isinstance(known.get(key), kind) and (key in known or key in ("model", "model_args")):
+            name = kind.__name__ if isinstance(kind, type) else "number"
+            raise UserError(f"{path} is no checkpoint: its entry {key} is not a {name}")
+    for name, tensor in known["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{path} is no checkpoint: its weight {name!r} is not a plain tensor")
-    dataset, data = content.get("config", {}).get("dataset", ""), content.get("data", {})
-    known = {"tokenizer": (str, type(None)), "bpe": (str, type(None)), "chars": str, "vocab_size": int, "bos_id": int}
-    wrong = [key for key, kind in known.items() if key in data and not isinstance(data[key], kind)]
+    dataset, data = known.get("config", {}).get("dataset", ""), known.get("data", {})
+    meta: dict[str, type | tuple[type, ...]] = {
+        "tokenizer": (str, type(None)),
+        "bpe": (str, type(None)),
+        "chars": str,
+        "vocab_size": int,
+        "bos_id": int,
+    }
+    wrong = [key for key, kind in meta.items() if key in data and not isinstance(data[key], kind)]
     if wrong or not isinstance(dataset, str) or (data and "vocab_size" not in data):
         raise UserError(f"{path} is no checkpoint: its description of the data does not make sense")
-    return content
+    return Checkpoint(**known, extra={key: value for key, value in content.items() if key not in KINDS})
 
 
-def is_ours(content):
-    """True for the content of a checkpoint of train.py."""
-    return content.get("maker") != "nanoGPT"
+def _of_nanogpt(content: dict[str, Any], path: Path) -> Checkpoint:
+    """The Checkpoint of nanoGPT's dict, its weights by our names. Raises UserError."""
+    found = _checked({"step": content.get("iter_num"), **content}, path)
+    return dataclasses.replace(found, model=convert.from_nanogpt(found.model), maker="nanoGPT")
 
 
-def load(path):
-    """The dict written by `save`, or nanoGPT's own dict, on the CPU.
+def load(path: str | Path) -> Checkpoint:
+    """The Checkpoint in a file, or in the ckpt.pt of a folder, written by `save` or by nanoGPT; on the CPU.
 
     Never executes what the file holds (`weights_only=True`). Raises UserError if it is missing, not a checkpoint,
     damaged, or holds anything but tensors and plain Python.
@@ -68,7 +133,7 @@ def load(path):
     if isinstance(whole, dict) and whole.get("format") == FORMAT and isinstance(whole.get("content"), dict):
         if content_hash(whole["content"]) != whole.get("sha256"):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")
-        return checked(whole["content"], path)
+        return _checked(whole["content"], path)
     if isinstance(whole, dict) and {"model", "model_args"} <= whole.keys():
-        return {**convert.from_nanogpt(checked(whole, path)), "maker": "nanoGPT"}
+        return _of_nanogpt(whole, path)
     raise UserError(f"{path} is neither a checkpoint of train.py nor of nanoGPT")

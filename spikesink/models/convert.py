@@ -1,12 +1,23 @@
-"""Other people's weights: nanoGPT, GPT-2 and Llama <-> ours, as plain dicts.
-
-A model here is {"model_args": the fields of GPTConfig that differ from its defaults, "model": state dict}.
-"""
+"""Other people's weights: nanoGPT, GPT-2 and Llama <-> ours."""
 
 import functools
 import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
+Args = Mapping[str, Any]  # fields of GPTConfig
+State = Mapping[str, Tensor]  # a state dict
+
+
+class Weights(NamedTuple):
+    """A model of ours: the fields of GPTConfig that differ from its defaults, and its state dict."""
+
+    model_args: dict[str, Any]
+    model: dict[str, Tensor]
+
 
 GPT2_NAMES = {
     ".attn.norm_before.": ".ln_1.",
@@ -44,12 +55,12 @@ ACTIVATIONS = {
 SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 
 
-def rename(name, table):
+def rename(name: str, table: Mapping[str, str]) -> str:
     """`name` with every key of `table` replaced by its value."""
     return functools.reduce(lambda text, pair: text.replace(*pair), table.items(), name)
 
 
-def activation_of(name):
+def activation_of(name: str) -> str:
     """Our name of a transformers activation. Raises ValueError."""
     known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | SAME_ACTIVATION
     if name not in known:
@@ -60,15 +71,14 @@ def activation_of(name):
 # --------------------------------------------------------------------------------------------- theirs -> ours
 
 
-def from_nanogpt(content):
-    """A checkpoint of nanoGPT, or one of ours as it is."""
+def from_nanogpt(state: State) -> dict[str, Tensor]:
+    """A state dict of nanoGPT by our names; one of ours as it is."""
     ours = {theirs: ours for ours, theirs in GPT2_NAMES.items()} | {"_orig_mod.": ""}
     masks = (".attn.bias", ".attn.masked_bias")  # causal-mask buffers
-    state = {rename(k, ours): v for k, v in content["model"].items() if not k.endswith(masks)}
-    return {**content, "model": state}
+    return {rename(k, ours): v for k, v in state.items() if not k.endswith(masks)}
 
 
-def from_gpt2(config, state):
+def from_gpt2(config: Any, state: State) -> Weights:
     """A model from a transformers GPT-2. Raises ValueError."""
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise ValueError("this GPT-2 changes the attention scaling, which has no counterpart here")
@@ -84,10 +94,10 @@ def from_gpt2(config, state):
         "ffn_hidden": config.n_inner or 0,
         "activation": activation_of(config.activation_function),
     }
-    return from_nanogpt({"model_args": args, "model": {k: v.T if CONV1D.search(k) else v for k, v in state.items()}})
+    return Weights(args, from_nanogpt({k: v.T if CONV1D.search(k) else v for k, v in state.items()}))
 
 
-def from_llama(config, state):
+def from_llama(config: Any, state: State) -> Weights:
     """A model from a transformers Llama. Raises ValueError."""
     rope = config.rope_parameters
     if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
@@ -115,30 +125,31 @@ def from_llama(config, state):
             model[f"transformer.h.{i}.{ours}.weight"] = torch.cat(
                 [state[f"model.layers.{i}.{p}.weight"] for p in parts]
             )
-    return {"model_args": args, "model": model}
+    return Weights(args, model)
 
 
-FAMILIES = {"gpt2": from_gpt2, "llama": from_llama}
+FAMILIES: dict[str, Callable[[Any, State], Weights]] = {"gpt2": from_gpt2, "llama": from_llama}
 
 
-def from_hf(source):
+def from_hf(source: nn.Module) -> Weights:
     """A model from a transformers GPT2LMHeadModel or LlamaForCausalLM. Raises ValueError for any other."""
-    kind = source.config.model_type
+    config: Any = source.config
+    kind = config.model_type
     if kind not in FAMILIES:
         raise ValueError(f"a {kind} model has no counterpart here; known: {', '.join(FAMILIES)}")
-    return FAMILIES[kind](source.config, source.state_dict())
+    return FAMILIES[kind](config, source.state_dict())
 
 
 # ----------------------------------------------------------------------------------------------- ours -> ours
 
 
-def with_gates(state, wanted):
+def with_gates(state: State, wanted: State) -> dict[str, Tensor]:
     """A state dict for a model that differs only in gates on its attention outputs: the same function of the tokens.
 
     `wanted`: that model's own state dict. With weights of 0 a gate of any kind is sigmoid(0) = 1/2, and twice the
     weight of the projection behind it (its bias comes later) undoes that exactly.
     """
-    new = {name: torch.zeros_like(value) for name, value in wanted.items() if ".gate.c_gate." in name} | state
+    new = {name: torch.zeros_like(value) for name, value in wanted.items() if ".gate.c_gate." in name} | dict(state)
     for name in wanted.keys() - state.keys():
         prefix, gate, kind = name.partition("gate.c_gate")
         if gate and kind == ".weight" and f"{prefix}c_proj.weight" in state:
@@ -149,9 +160,9 @@ def with_gates(state, wanted):
 # --------------------------------------------------------------------------------------------- ours -> theirs
 
 # what a model must be for the family to compute it: key -> value
-GPT2_NEEDS = {"position": "learned", "norm": "layernorm", "ffn": "plain", "n_kv_head": 0, "head_dim": 0}
-LLAMA_NEEDS = {"position": "rope", "norm": "rmsnorm", "ffn": "gated", "bias": False}
-BOTH_NEED = {
+GPT2_NEEDS: dict[str, Any] = {"position": "learned", "norm": "layernorm", "ffn": "plain", "n_kv_head": 0, "head_dim": 0}
+LLAMA_NEEDS: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "ffn": "gated", "bias": False}
+BOTH_NEED: dict[str, Any] = {
     "norm_place": "pre",
     "norm_gain": True,
     "qk_norm": "none",
@@ -165,16 +176,25 @@ BOTH_NEED = {
 }
 
 
-DEFAULTS = {"activation": "gelu", "norm_eps": 1e-5, "ffn_hidden": 0, "tie": True, "bias": False, "dropout": 0.0}
+DEFAULTS: dict[str, Any] = {
+    "activation": "gelu",
+    "norm_eps": 1e-5,
+    "ffn_hidden": 0,
+    "tie": True,
+    "bias": False,
+    "dropout": 0.0,
+}
 
 
-def to_gpt2(args, state):
+def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     """(transformers config, state dict) of a GPT-2 that computes the same logits."""
     from transformers import GPT2Config
 
-    shape = {key: args[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    same = ("n_layer", "n_head", "n_embd", "vocab_size")
+    dropout = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    settings: dict[str, Any] = {key: args[key] for key in same} | dict.fromkeys(dropout, args["dropout"])
     config = GPT2Config(
-        **shape,
+        **settings,
         n_positions=args["block_size"],
         n_inner=args["ffn_hidden"] or None,
         activation_function=ACTIVATIONS[args["activation"]],
@@ -182,7 +202,6 @@ def to_gpt2(args, state):
         eos_token_id=None,
         layer_norm_epsilon=args["norm_eps"],
         tie_word_embeddings=args["tie"],
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args["dropout"]),
     )
     model = {rename(k, GPT2_NAMES): v.T.contiguous() if CONV1D.search(k) else v for k, v in state.items()}
     for name in [name for name in model if name.endswith(".weight") and not args["bias"]]:
@@ -192,7 +211,7 @@ def to_gpt2(args, state):
     return config, model
 
 
-def to_llama(args, state):
+def to_llama(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     """(transformers config, state dict) of a Llama that computes the same logits."""
     from transformers import LlamaConfig
 
@@ -225,7 +244,7 @@ def to_llama(args, state):
     return config, model
 
 
-def to_hf(args, state):
+def to_hf(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     """(transformers config, state dict) of the GPT-2 or Llama with the same logits.
 
     `args` are GPTConfig's fields; those that nanoGPT does not have are GPT-2's. Raises ValueError naming what neither

@@ -1,19 +1,19 @@
 """A checkpoint as a Hugging Face folder: config.json, model.safetensors and, where it has one, the tokenizer.
 
-  python -m spikesink.export out/quickstart/ckpt.pt DIR [--bpe=gpt2.tiktoken]
-
 For the arms that GPT-2 or Llama compute; others are refused with the reason. Logits are the same.
 """
 
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from ..errors import Flags, UserError, cli
-from . import checkpoint, convert, hf
+from ..errors import UserError
+from . import convert, hf
+from .checkpoint import Checkpoint
 
 
-def byte_tokenizer():
+def byte_tokenizer() -> Any:
     """A transformers tokenizer of 256 bytes and <bos>, id 256."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -25,29 +25,33 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>")
 
 
-def bytes_to_characters():
+def bytes_to_characters() -> list[str]:
     """The character that byte-level BPE shows for each of the 256 bytes (Radford et al. 2019)."""
     shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
     hidden = iter(range(256, 512))
     return [chr(b) if b in shown else chr(next(hidden)) for b in range(256)]
 
 
-def gpt2_tokenizer(bpe, size, folder):
+def gpt2_tokenizer(bpe: str | Path, size: int, folder: Path) -> Any:
     """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
     from tiktoken.load import load_tiktoken_bpe
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2Tokenizer
 
     ranks = {token: rank for token, rank in load_tiktoken_bpe(str(bpe)).items() if rank < size - 1}
     show = bytes_to_characters()
     text = lambda token: "".join(show[b] for b in token)
     vocabulary = {**{text(token): rank for token, rank in ranks.items()}, "<|endoftext|>": len(ranks)}
-    merges = [" ".join(map(text, halves(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [
+        " ".join(map(text, halves(token, ranks)))
+        for token in sorted(ranks, key=lambda token: ranks[token])
+        if len(token) > 1
+    ]
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    return GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
 
 
-def halves(token, ranks):
+def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens that BPE joined last to make `token`: it merges pairs of lower rank until two are left."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
@@ -56,8 +60,8 @@ def halves(token, ranks):
     return parts
 
 
-def export(content, folder, bpe=None):
-    """Writes the folder, whole or not at all. `content` is a checkpoint's dict.
+def export(content: Checkpoint, folder: str | Path, bpe: str | Path | None = None) -> str:
+    """Writes the folder, whole or not at all. Returns what became of the tokenizer, in words.
 
     Raises UserError for an arm that neither family computes, or a file of ranks that is not there.
     """
@@ -65,12 +69,12 @@ def export(content, folder, bpe=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    meta = content.get("data", {})
+    meta = content.data
     bpe = bpe or meta.get("bpe")
     if bpe and not Path(bpe).is_file():
         raise UserError(f"there is no file of BPE ranks {bpe}")
     try:
-        config, state = convert.to_hf(content["model_args"], content["model"])
+        config, state = convert.to_hf(content.model_args, content.model)
     except ValueError as error:
         raise UserError(f"cannot export: {error}") from None
     config.bos_token_id = config.eos_token_id = meta.get("bos_id")
@@ -90,20 +94,3 @@ def export(content, folder, bpe=None):
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     return "with its tokenizer" if (folder / "tokenizer.json").exists() else "no tokenizer (give --bpe for GPT-2's)"
-
-
-def main():
-    """The command line."""
-    flags = Flags(prog="python -m spikesink.export", description=__doc__)
-    flags.add_argument("checkpoint", help="ckpt.pt of train.py")
-    flags.add_argument("folder", help="where the Hugging Face folder goes; must not exist")
-    flags.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
-    args = flags.parse_args()
-    if Path(args.folder).exists():
-        raise UserError(f"{args.folder} exists already; name a new folder")
-    done = export(checkpoint.load(args.checkpoint), args.folder, args.bpe)
-    print(f"{args.folder}: {done}; open it with transformers' from_pretrained, or detect it")
-
-
-if __name__ == "__main__":
-    cli(main)

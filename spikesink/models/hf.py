@@ -341,12 +341,12 @@ def found_in(model: nn.Module) -> Any:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
-def of_nanogpt(content: Mapping[str, Any]) -> Any:
+def of_nanogpt(model_args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
     """The GPT-2 of transformers that computes what a checkpoint of nanoGPT does. Raises ValueError."""
     with extra("hf"):
         from transformers import GPT2LMHeadModel
     config, state = convert.to_gpt2(
-        {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **content["model_args"]}, content["model"]
+        {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **model_args}, weights
     )
     return with_weights(GPT2LMHeadModel, config, state)
 

@@ -8,17 +8,17 @@ it, never beside the checkpoint: who gets a checkpoint from a stranger runs no c
 import ast
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
 from ..errors import UserError
 from ..text.sequences import Split, validation_split
 from ..text.token_files import TokenFile, Windows
+from .checkpoint import Checkpoint
 
 CONTRACT = "spikesink-model-1"  # what Subject and the converters rely on in a model.py
 
@@ -27,13 +27,14 @@ CONTRACT = "spikesink-model-1"  # what Subject and the converters rely on in a m
 class Lab:
     """What a clone adds to the library.
 
-    `build`: the dict of a checkpoint -> its model; raises what GPT raises. `split`: a dataset's validation split by
+    `build`: a checkpoint -> its model; raises what GPT raises. `split`: a dataset's validation split by
     name. `data`: the folder in which BLiMP and the treebank are prepared for ablate's probes.
     """
 
-    build: Callable[[Mapping[str, Any]], nn.Module]
+    build: Callable[[Checkpoint], nn.Module]
     split: Split = validation_split
     data: Path = Path("data")
+    contract: str = CONTRACT  # that the model.py states
 
 
 def contract_of(file: Path) -> str | None:

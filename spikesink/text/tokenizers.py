@@ -121,7 +121,7 @@ class CharTokenizer(NoTokenizer):
         return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
 
 
-# name -> the tokenizer of (file of ranks, number of ids)
+# name -> tokenizer, made from (file of ranks, number of ids)
 TOKENIZERS: dict[str, Callable[..., ByteTokenizer | GPT2Tokenizer]] = {
     "byte": lambda bpe, vocab_size: ByteTokenizer(),
     "gpt2": GPT2Tokenizer,

@@ -79,7 +79,7 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
             return
         files.save_json(job.folder / "job.json", {"job": job.id})
     since = time.perf_counter()
-    machine = Machine.find(device).at(job.cfg.dtype)
+    machine = Machine.find(device).with_dtype(job.cfg.dtype)
     machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, a run per rank
     row: Ended
     try:
@@ -141,22 +141,20 @@ def train_run(job: Job, machine: Machine) -> float:
     Raises Diverged, and InterruptedRunError after a signal.
     """
     going_on = checkpoints.Checkpoints(job.folder).any()
-    given = {**job.given, "resume": going_on, "overwrite": not going_on}
-    run_ = train.open_run(given, str(job.folder), machine)
-    run_.open_folder()
-    if run_.step == 0:
-        run_.save()
+    run = train.Run.open({**job.given, "resume": going_on, "overwrite": not going_on}, job.folder, machine)
+    if run.step == 0:
+        run.save()
     try:
-        train.carry_out(run_, job.name)
-        if not math.isfinite(run_.val_loss):
-            raise Diverged(run_.step, train.learning_rate(run_.step - 1, run_.cfg))
+        run.fit(job.name)
     except StoppedError:
-        raise Diverged(run_.step + 1, train.learning_rate(run_.step, run_.cfg)) from None
+        raise Diverged(run.step + 1, train.learning_rate(run.step, run.cfg)) from None
     except InterruptedRunError as stop:
         raise InterruptedRunError(str(stop).replace("go on with --resume", "the same command goes on")) from None
     finally:
         torch._dynamo.reset()  # what was compiled for one arm is of no use to the next
-    return run_.val_loss
+    if run.val_loss is None or not math.isfinite(run.val_loss):
+        raise Diverged(run.step, train.learning_rate(run.step - 1, run.cfg))
+    return run.val_loss
 
 
 def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
@@ -183,7 +181,7 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
         status=DONE,
         lr=None,
         loss=loss,
-        weights=files.content_hash(checkpoint.load(path)["model"])[:16],
+        weights=files.content_hash(checkpoint.load(path).model)[:16],
         verdicts=found.verdicts.words,
         measures=numbers,
         ablations=schema.from_json(Ablations, ablations),

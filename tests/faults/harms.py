@@ -78,10 +78,10 @@ class BeforeStep:
     def __call__(self):
         update = train.Run.update
 
-        def with_harm(run, model):
+        def with_harm(run):
             if run.step + 1 == self.step:
                 self.do(*self.args)
-            return update(run, model)
+            return update(run)
 
         train.Run.update = with_harm
 
@@ -118,8 +118,8 @@ def poison_weights():
         if x.requires_grad:
             x.register_hook(lambda gradient: gradient * float("nan"))
 
-    def poisoned(run, model):
+    def poisoned(run):
         run.model.transformer.h[0].register_forward_hook(hook)
-        return gradients(run, model)
+        return gradients(run)
 
     train.Run.gradients = poisoned

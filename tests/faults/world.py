@@ -62,7 +62,7 @@ def _main(arguments, err, harm, environment):
     if harm is not None:
         harm()
     sys.argv = ["train.py", *map(str, arguments)]
-    importlib.import_module("spikesink.errors").run(script.main)
+    importlib.import_module("spikesink.errors").cli(script.main)
     sys.stdout.flush()
 
 
@@ -140,7 +140,7 @@ class World:
         """Asserts that weights, optimiser, loss watch and log are bitwise those of the undisturbed run."""
         ours, theirs = checkpoint.load(self.out), checkpoint.load(self.reference)
         for key in ("step", "model", "optimizer", "val_loss", "best", "loss_watch", "tokens"):
-            assert same(ours[key], theirs[key]), f"{key} differs from the undisturbed run"
+            assert same(getattr(ours, key), getattr(theirs, key)), f"{key} differs from the undisturbed run"
         assert log_of(self.out) == log_of(self.reference), "log.jsonl differs from the undisturbed run"
         assert not list(self.out.glob(".*.tmp")), "half-written files are left"
 
