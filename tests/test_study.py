@@ -351,7 +351,8 @@ def test_one_grammar():
     assert (args.study, str(args.out), args.extend, args.keep_code, args.dry) == ("x.py", "o", True, True, False)
     assert of_study == {"seeds": [1, 2], "probes": True} and of_runs == {"compile": "false", "max_iters": "3"}
     assert command == "python study.py x.py --seeds=1,2 --probes=true --compile=false --max_iters=3 --keep_code"
-    assert study.parse_argv(["x.py", "--probes", "no", "--compile", "1"])[1:3] == ({"probes": False}, {"compile": "1"})
+    with pytest.raises(UserError, match="--probes no: write --probes=no"):
+        study.parse_argv(["x.py", "--probes", "no"])
 
 
 @pytest.mark.parametrize(
