@@ -263,7 +263,8 @@ def test_the_hash_of_the_code_is_of_the_folders_that_numbers_depend_on(clone, fi
 
 
 def test_the_hash_of_the_code_is_of_all_that_a_run_imports():
-    """The imports at the head of modules, followed from what trains and measures a run."""
+    """The imports at the head of modules, followed from what trains and measures a run, but for those of the commands,
+    which print what they find: detect.py is asked for its LAB alone."""
     hashed = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in jobs.hashed_files()}
     hashed = {name.removesuffix(".__init__") for name in hashed}
     seen, left = set(), ["studies.runs.run"]
@@ -271,7 +272,7 @@ def test_the_hash_of_the_code_is_of_all_that_a_run_imports():
         name = left.pop()
         if name not in seen:
             seen.add(name)
-            left += imports_of(name, MODULES[name].body)
+            left += imports_of(name, MODULES[name].body) if name != "spikesink.commands" else []
     assert len(seen) > 30 and {"model", "data.loader", "spikesink.measure.metrics"} <= seen <= hashed
 
 
@@ -350,7 +351,8 @@ def test_one_grammar():
     assert (args.study, str(args.out), args.extend, args.keep_code, args.dry) == ("x.py", "o", True, True, False)
     assert of_study == {"seeds": [1, 2], "probes": True} and of_runs == {"compile": "false", "max_iters": "3"}
     assert command == "python study.py x.py --seeds=1,2 --probes=true --compile=false --max_iters=3 --keep_code"
-    assert study.parse_argv(["x.py", "--probes", "no", "--compile", "1"])[1:3] == ({"probes": False}, {"compile": "1"})
+    with pytest.raises(UserError, match="--probes no: write --probes=no"):
+        study.parse_argv(["x.py", "--probes", "no"])
 
 
 @pytest.mark.parametrize(
