@@ -248,13 +248,18 @@ def parser() -> Flags:
 
 
 def with_equals(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
-    """`--key value` as `--key=value`, for the keys in `kinds`; of a switch, --key as --key=true, --no-key as =false."""
+    """`--key value` as `--key=value`, for the keys in `kinds`; of a switch, --key as --key=true, --no-key as =false.
+
+    Raises UserError for `--key true`, which is no way to write it.
+    """
     made, rest = [], list(argv)
     while rest:
         option = rest.pop(0)
         key = option.removeprefix("--") if option.startswith("--") else ""
         if kinds.get(key) is bool:
-            option = f"--{key}={rest.pop(0) if rest and rest[0].lower() in config.TRUTH else 'true'}"
+            if rest and rest[0].lower() in config.TRUTH:
+                raise UserError(f"{option} {rest[0]}: write {option}={rest[0]}")
+            option = f"--{key}=true"
         elif key in kinds and rest and not rest[0].startswith("--"):
             option = f"--{key}={rest.pop(0)}"
         elif kinds.get(key.removeprefix("no-")) is bool:

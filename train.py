@@ -231,7 +231,7 @@ def cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def provenance() -> dict[str, str]:
+def provenance() -> dict[str, Any]:
     """Versions and git commit, for the checkpoint."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {

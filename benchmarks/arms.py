@@ -17,8 +17,8 @@ from tqdm import tqdm
 from data.loader import Tokens
 from model import GPT, GPTConfig
 from spikesink.errors import Flags, cli
-from spikesink.measure import findings
 from spikesink.measure.observe import observe
+from spikesink.measure.summarise import summarise
 from spikesink.models.subject import Subject
 from spikesink.show.text import grid
 from train import Run, TrainConfig
@@ -64,15 +64,15 @@ def try_arm(name: str, steps: int, dataset: str) -> dict[str, Any]:
             loss = trial.update().loss
         data = Tokens(dataset, "val", 64, trial.cfg.bos)
         subject = Subject.of_gpt(trial.model, str)
-        found = findings.detection(subject, observe(subject, data.read(range(16))[0], progress=False), {}, {}, {})
+        found = summarise(subject, observe(subject, data.read(range(16))[0], progress=False))
     return {
         "arm": name,
         "params": large.num_params(),
         "flops": large.flops_per_token(full.block_size),
         "loss": loss,
-        "val_loss": found["data"]["loss"],
-        "spike": max(map(findings.ratio_of, found["layers"])),
-        "sink": found["sinks"]["gu"]["0.3"]["first"],
+        "val_loss": found.data.loss,
+        "spike": found.largest_ratio,
+        "sink": found.sinks.first,
     }
 
 

@@ -24,13 +24,13 @@ from model import GPT, GPTConfig
 from spikesink.errors import Flags, cli
 from spikesink.files import save_json, save_text
 from spikesink.measure import calibrate, planted
+from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import observe
 from spikesink.measure.spikes import SPIKE_RULES
-from spikesink.models.subject import Subject
+from spikesink.models.subject import Subject, sub_layers_of
 
 ROOT = Path(__file__).resolve().parents[1]
 N, H = 100, 4  # sequences, heads
-RULES = (*SPIKE_RULES, "percentile")
 Row = dict[str, Any]
 
 
@@ -55,8 +55,10 @@ def subject_of(C: int, T: int, seed: int) -> Subject:
     torch.manual_seed(seed)
     model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=C, block_size=T, vocab_size=256))
     with torch.no_grad():
-        for block in model.transformer.h:
-            qk = block.attn.f.c_attn.weight[: 2 * C]
+        for _, kind, sub_layer in sub_layers_of(model):
+            if kind != "attn":
+                continue
+            qk = sub_layer.f.c_attn.weight[: 2 * C]
             qk.mul_(1 / (0.02 * C**0.5))  # q and k of normalised input: entries of variance 1
     return Subject.of_gpt(model, str)
 
@@ -77,7 +79,7 @@ def spike_curve(plan: Plan, C: int, T: int) -> list[Row]:
     """A row per size and rule, averaged over seeds."""
     rows = []
     for size in plan.sizes:
-        found: dict[str, list[tuple[float, float]]] = {rule: [] for rule in RULES}
+        found: dict[str, list[tuple[float, float]]] = {rule: [] for rule in SPIKE_RULES}
         for seed in range(plan.seeds):
             draw = torch.Generator().manual_seed(seed)
             subject, tokens = subject_of(C, T, seed), one_each(T, T, draw)
@@ -125,8 +127,8 @@ def verdict_of(n: int, prevalence: float, seed: int) -> str:
     ids = torch.randint(256, (n, 64), generator=draw)
     with planted.spikes(subject, tokens, channel=3, size=100):
         obs = observe(subject, ids, batch_size=n, progress=False)
-    null = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
-    return calibrate.verdicts(obs, null, {}, subject.heads, {"parameters": 125e6}, None, None)["spike"]["verdict"]
+    null: Nulls = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
+    return calibrate.spike_verdict(obs, null, calibrate.weakness(n, 125e6, None, None)).verdict
 
 
 def verdict_table(plan: Plan) -> list[Row]:
@@ -166,7 +168,7 @@ def markdown(plan: Plan, found: dict[str, Any]) -> str:
     """results/power.md."""
     of_spikes, of_sinks, of_verdicts = [], [], []
     for C, T in plan.shapes:
-        for rule in RULES:
+        for rule in SPIKE_RULES:
             rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
             alarms = [f"{r['false_alarms']:.2%}" for r in rows if r["size"] in (5, 100)]
             of_spikes.append([str(C), str(T), rule, *(f"{r['power']:.0%}" for r in rows), *alarms])

@@ -18,12 +18,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from spikesink.measure.findings import Findings, Skipped
 from spikesink.models import disk_weights, hf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def plain(folder: str, tokens: str, max_memory: int) -> None:
 def report(
     args: argparse.Namespace,
     rows: list[tuple[str, float, float, float]],
-    found: dict[str, Any],
+    found: Findings,
     size: int,
     command: str,
 ) -> str:
@@ -134,10 +134,10 @@ def report(
     import transformers
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
-    dissected = found["anatomy"]
-    step, channel, form = dissected["step_up"], dissected["channels"][0], dissected["quadratic_form"]["channels"][0]
-    why = found["nulls"]["init"].get("skipped")
-    left_out = f", of which\n`init` is left out: {why}" if why else ""
+    dissected, init = found.anatomy, found.nulls["init"]
+    assert dissected and dissected.quadratic_form
+    step, channel, form = dissected.step_up, dissected.channels[0], dissected.quadratic_form.channels[0]
+    left_out = f", of which\n`init` is left out: {init.skipped}" if isinstance(init, Skipped) else ""
     table = "\n".join(f"| {name} | {s:.0f} | {own:.2f} | {peak:.2f} |" for name, s, own, peak in rows)
     return f"""# detect.py at the shape of a 7B model
 
@@ -145,7 +145,7 @@ def report(
 
 Commit {commit.decode().strip()}, torch {torch.__version__}, transformers {transformers.__version__}, {args.machine}.
 A Llama of {args.layers} layers, width {args.hidden}, FFN {args.ffn}, vocabulary {args.vocab}:
-{found["model"]["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
+{found.model["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
 Random weights with a planted spike; {N_SEQ} sequences of {SEQ_LEN} tokens.
 
 | run | seconds | peak memory, GiB | with pages of mapped files, GiB |
@@ -156,10 +156,10 @@ Every pass reads the weights from their files and turns them into float32, a mod
 over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls{left_out}.
 Its seconds include the SHA-256 of the weights.
 
-Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel["channel"]}, by {step["kind"]} \
-{step["layer"]} for {step["tokens"]:.0%} of {dissected["tokens"]} tokens, |h| {abs(channel["value"]):.0f};
-the FFN's quadratic form of that channel is {form["norm"]:.3g} times the median one,
-and {form["dominance"]:.0%} of it is of rank one.
+Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel.channel}, by {step.kind} \
+{step.layer} for {step.tokens:.0%} of {dissected.tokens} tokens, |h| {abs(channel.value):.0f};
+the FFN's quadratic form of that channel is {form.norm:.3g} times the median one,
+and {form.dominance:.0%} of it is of rank one.
 """
 
 
@@ -191,7 +191,7 @@ def main() -> None:
         rows = [("opening, and a forward pass that nothing observes", seconds, own, peak)]
         rows += [("the forward pass alone", float(out), own, peak)]
         rows += [("`detect.py`", *measured(detect)[:3])]
-        found = json.loads((folder / "detect.json").read_text())
+        found = Findings.load(folder / "detect.json")
     text = report(args, rows, found, size, f"python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}")
     args.out.write_text(text)
     print(text)

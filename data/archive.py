@@ -23,7 +23,7 @@ def fetch(url: str) -> bytes:
         raise UserError(f"cannot fetch {url} ({error}); copy the release here and give --archive=FILE") from None
 
 
-def members(archive: str | Path | None, pattern: str, url: str) -> dict[str, bytes]:
+def members(archive: str | None, pattern: str, url: str) -> dict[str, bytes]:
     """{file name: bytes} of every file whose name matches `pattern`, from `archive` or, without one, from `url`.
 
     Folders inside an archive do not matter, and never become paths here. Raises UserError.
@@ -54,9 +54,8 @@ def _zip(content: io.BytesIO, pattern: str) -> dict[str, bytes]:
 def _tar(content: io.BytesIO, pattern: str) -> dict[str, bytes]:
     content.seek(0)
     with tarfile.open(fileobj=content) as archive:
-        wanted = [member for member in archive if member.isfile() and matches(member.name, pattern)]
-        opened = {PurePosixPath(member.name).name: archive.extractfile(member) for member in wanted}
-        return {name: file.read() for name, file in opened.items() if file}
+        found = ((m.name, archive.extractfile(m)) for m in archive if m.isfile() and matches(m.name, pattern))
+        return {PurePosixPath(name).name: file.read() for name, file in found if file}
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -64,18 +64,18 @@ class Tokens(TokenFile):
     def __init__(self, dataset: str, split: str, block_size: int, bos: bool = False, seed: int = 0) -> None:
         super().__init__(folder(dataset), split, block_size, bos)
         self.seed = seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # (epoch, permutation of the windows)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # the windows of this epoch, in its order
 
     def _window(self, sample: int) -> int:
         """The window that sample number `sample` of the endless, epoch by epoch shuffled, sequence falls on."""
         epoch, place = divmod(sample, self.n_windows)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows))
-        return self._order[1][place]
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
+        return int(self._order[place])
 
     def windows(self, step: int, n: int) -> list[int]:
         """The windows of `step`, which takes n sequences over all micro-batches and ranks."""
-        return [int(self._window(sample)) for sample in range(step * n, (step + 1) * n)]
+        return [self._window(sample) for sample in range(step * n, (step + 1) * n)]
 
     def batch(
         self, step: int, batch_size: int, micro: int = 0, n_micro: int = 1, *, rank: int = 0, world: int = 1

@@ -3,9 +3,9 @@
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,8 +14,6 @@ from spikesink.errors import UserError
 from spikesink.files import write_atomic
 from spikesink.text.tokenizers import ByteTokenizer, GPT2Tokenizer
 
-T = TypeVar("T")
-Encoder = ByteTokenizer | GPT2Tokenizer
 BATCH = 256  # documents encoded at a time
 
 
@@ -28,10 +26,14 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, folder: str | Path, tokenizer: Encoder, val_every: int, settings: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        tokenizer: ByteTokenizer | GPT2Tokenizer,
+        val_every: int,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
-        self.settings = settings or {}
+        self.settings = dict(settings or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.source = {"train": 0, "val": 0}, 0, 0
@@ -52,8 +54,8 @@ class DatasetWriter:
 
     def add(self, documents: Iterable[str], split: str | None = None) -> None:
         """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
-        documents = iter(documents)
-        while batch := list(itertools.islice(documents, BATCH)):
+        rest = iter(documents)
+        while batch := list(itertools.islice(rest, BATCH)):
             for ids in self.tokenizer.encode(batch):
                 to = split or ("val" if self.documents % self.val_every == 0 else "train")
                 self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype("<u2").tobytes())
@@ -95,7 +97,7 @@ class DatasetWriter:
         self.progress_file.unlink(missing_ok=True)
 
 
-def finish_dataset(folder: Path, meta: dict[str, Any], tokens: dict[str, int]) -> None:
+def finish_dataset(folder: Path, meta: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
     """Writes meta.json with the token counts, then {split}.bin.part -> {split}.bin: no file is ever misread."""
     meta = {**meta, **{f"{split}_tokens": count for split, count in tokens.items()}}
     write_atomic(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -105,6 +107,6 @@ def finish_dataset(folder: Path, meta: dict[str, Any], tokens: dict[str, int]) -
     print(f"{shown}: {', '.join(f'{count:,} {split} tokens' for split, count in tokens.items())}")
 
 
-def progress(items: Iterable[T], **kwargs: Any) -> Iterable[T]:
+def progress(items: Iterable[Any], **kwargs: Any) -> tqdm:
     """A progress bar that is quiet where the output is not a terminal."""
     return tqdm(items, disable=None, **kwargs)

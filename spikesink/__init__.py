@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 # of api.py, which is imported when one of these is first asked for
-__all__ = ["Look", "Options", "ablate", "detect", "edited", "open"]
+__all__ = ["Look", "Monitor", "MonitorCallback", "Options", "ablate", "detect", "edited", "figures", "open", "page"]
 __all__ += ["spike_clip", "spike_constant", "spike_mean", "spike_project", "spike_stepup", "spike_zero"]
 __all__ += ["bos_remove", "remove_sink_heads", "remove_step_up", "sink_damp", "sink_mask", "sink_null", "sink_relocate"]
 
 if TYPE_CHECKING:
     from .api import (
         Look,
+        Monitor,
+        MonitorCallback,
         Options,
         ablate,
         bos_remove,
         detect,
         edited,
+        figures,
         open,
+        page,
         remove_sink_heads,
         remove_step_up,
         sink_damp,

@@ -26,11 +26,14 @@ from .edit.clean_pass import Reference
 from .edit.findings import Ablation
 from .errors import UserError
 from .files import file_hash
-from .measure import findings, history
+from .measure import history
 from .measure.anatomy import anatomy
 from .measure.calibrate import nulls
 from .measure.examples import Examples
+from .measure.findings import CheckpointEntry, Findings, TextEntry
+from .measure.monitor import Monitor, MonitorCallback  # noqa: F401, names of the API
 from .measure.observe import observe
+from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
 from .models.lab import Lab, open_lab
 from .models.subject import Subject, gpt_in
@@ -52,7 +55,7 @@ class Loaded:
 
     subjects: list[Subject]  # one, or the parts of an encoder-decoder: decoder, encoder, cross
     reader: Reader  # how it reads text
-    checkpoint: dict[str, Any]  # the findings' entry: path, sha256, step, tokens of training
+    checkpoint: CheckpointEntry
     model: dict[str, Any]  # the findings' entry: its architecture
     probe_data: Path  # where BLiMP and the treebank are prepared
 
@@ -94,13 +97,9 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     trained, meta, args = content.config, content.data or NANOGPT_META, content.model_args
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
-    prefix_ids = (getattr(tokenizer, "bos_id", meta.get("bos_id")),) if trained.get("bos", False) else ()
-    about = {
-        "path": str(path),
-        "sha256": file_hash(path),
-        "step": content.step,
-        "tokens": content.tokens,  # of training; None where unknown
-    }
+    bos_id = getattr(tokenizer, "bos_id", meta.get("bos_id"))
+    prefix_ids: tuple[Any, ...] = (bos_id,) if trained.get("bos", False) else ()
+    about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
         split, config = lab.split, model.config
         subjects = [Subject.of_gpt(model, tokenizer.decode)]
@@ -124,11 +123,11 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
 def _transformers(name: str, options: Options) -> Loaded:
     """A model of the Hugging Face hub or of a folder; its default text is Python's own documentation."""
     model = hf.open_model(name, options.device, disk_weights.free_bytes(options.max_memory))
-    about = {"path": name, "sha256": hf.weights_hash(name), "step": None, "tokens": None}
+    about = CheckpointEntry(path=name, sha256=hf.weights_hash(name))
     return _of_transformers(model, hf.Tokenizer.of(name) or NoTokenizer(), about)
 
 
-def _of_transformers(model: Any, tokenizer: TextTokenizer, about: dict[str, Any]) -> Loaded:
+def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntry) -> Loaded:
     config = model.config
     prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
     shown = [
@@ -152,7 +151,7 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: dict[str, Any]
 def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     """A model that the caller holds: a GPT of a model.py, or one of transformers, on the device where it is."""
     wrapped: TextTokenizer = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
-    about = {"path": f"a {type(model).__name__} in memory", "sha256": None, "step": None, "tokens": None}
+    about = CheckpointEntry(path=f"a {type(model).__name__} in memory")
     gpt, transformer = gpt_in(model), hf.found_in(model)
     if gpt is None and transformer is None:
         raise UserError(f"{type(model).__name__} is neither a model of transformers nor a GPT of a model.py")
@@ -175,7 +174,7 @@ class Look:
     loaded: Loaded
     options: Options
     ids: torch.Tensor
-    data: dict[str, Any]  # the findings' entry: which text, how much, whether BOS starts each sequence
+    data: TextEntry
     edits: list[outcomes.Condition] = field(default_factory=list)
     _other_ids: torch.Tensor | None = None
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -271,37 +270,36 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
     ids, other_ids = (read.ids[::2], read.ids[1::2]) if calibration else (read.ids, None)
     if other_ids is not None and len(other_ids) == 0:
         raise UserError(f"{read.name} has {len(ids)} sequence; means are taken on other text, so at least 2 are needed")
-    data = {
-        "name": str(read.name),
-        "n_seq": len(ids),
-        "seq_len": ids.size(1),
-        "tokens": int((ids != PADDING).sum()),
-        "bos": read.bos,
-        "dtype": loaded.subjects[0].dtype,
-    }
+    data = TextEntry(
+        name=str(read.name),
+        n_seq=len(ids),
+        seq_len=ids.size(1),
+        tokens=int((ids != PADDING).sum()),
+        bos=read.bos,
+        dtype=loaded.subjects[0].dtype,
+    )
     return Look(loaded, options, ids, data, _other_ids=other_ids)
 
 
 # ------------------------------------------------------------------------------------------------------- detect
 
 
-def detect(look: Look) -> dict:
+def detect(look: Look) -> Findings:
     """Findings of an open model; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
     first, *others = (_detect_part(subject, look) for subject in look.subjects)
-    path, step = look.loaded.checkpoint["path"], look.loaded.checkpoint["step"]
-    if step is not None:  # a run of ours: its log lies beside it
-        first["history"] = history.of_log(folder_of(path) / "log.jsonl", step)
-    return {**first, "parts": {found["part"]: found for found in others}} if others else first
+    path, step = first.checkpoint.path, first.checkpoint.step
+    rows = None if step is None else history.of_log(folder_of(path) / "log.jsonl", step)  # of a run of train.py
+    return dataclasses.replace(first, history=rows, parts={found.part: found for found in others} or None)
 
 
-def _detect_part(subject: Subject, look: Look) -> dict:
+def _detect_part(subject: Subject, look: Look) -> Findings:
     """Findings of one Subject: the observation, its nulls, its anatomy."""
     options = look.options
     observation = observe(subject, look.ids, options.batch_size, examples=Examples())
     no_init = disk_weights.why_no_second_copy(subject.model, disk_weights.free_bytes(options.max_memory))
     null = nulls(subject, look.ids, look.vocab_size, options.nulls, options.batch_size, no_init=no_init)
     parts = anatomy(subject, look.ids, observation, options.batch_size)
-    return findings.detection(subject, observation, **look.about, null=null, anatomy=parts)
+    return summarise(subject, observation, **look.about, null=null, anatomy=parts)
 
 
 def folder_of(path: str | Path) -> Path:
@@ -336,6 +334,30 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
     return dataclasses.replace(first, parts={found.part: found for found in others}) if others else first
 
 
+# -------------------------------------------------------------------------------------------------------- pages
+
+
+def page(path: str | Path, findings: Findings, ablation: Ablation | None = None) -> None:
+    """Writes one HTML file that needs no network: the findings, and what ablate found if that is given.
+
+    Needs the extra `pages`. Raises UserError.
+    """
+    from .show.page import detection_page
+
+    detection_page(path, findings, ablation)
+
+
+def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = None) -> str:
+    """Writes every figure as SVG and PNG, in a paper's style, and captions.txt; returns which in a line.
+
+    Needs the extra `pages`. Raises UserError.
+    """
+    from .show import page
+
+    of_ablation = [(page.ablation_figures.ABLATION, ablation.all_parts)] if ablation else []
+    return page.figure_files(folder, (page.figures.DETECTION, findings.all_parts), *of_ablation)
+
+
 # -------------------------------------------------------------------------------------------------------- edits
 
 
@@ -347,8 +369,8 @@ def edited(look: Look, name: str, control: str | None = None) -> contextlib.Abst
     remove, and where an edit needs other text and there is none.
     """
     one = interventions.intervention_named(name, control)
-    if one.kind == "bos" and not has_bos(look.subjects[0], look.data["bos"]):
-        raise UserError(f"{name}: the sequences of {look.data['name']} do not start with BOS")
+    if one.kind == "bos" and not has_bos(look.subjects[0], look.data.bos):
+        raise UserError(f"{name}: the sequences of {look.data.name} do not start with BOS")
     reference = look.references[0] if one.needs_reference else None
     return _within(look, functools.partial(one.edit, reference=reference, control=control))
 

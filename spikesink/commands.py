@@ -4,21 +4,28 @@ A clone's detect.py and ablate.py are these with the clone's own model and datas
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from tqdm import tqdm
 
-from . import api
+from . import api, schema
 from .api import folder_of
 from .edit import interventions
 from .errors import Flags, UserError
-from .files import check_writable, save_json
-from .measure import findings, prompt
+from .files import check_writable
+from .measure import prompt
+from .measure.findings import Comparison
 from .models import checkpoint
 from .models.lab import Lab
 from .options import Options, add_flags, from_flags, option
+from .show import report
+from .show.text import grid
+
+NO_PAGE = "none: it needs pip install 'spikesink[pages]'"
 
 
 @dataclass(frozen=True)
@@ -76,71 +83,87 @@ def detect(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         paths = _compare(([args.checkpoint] if args.checkpoint else []) + args.compare, options, outputs, lab)
     else:
         paths = _detect(args.checkpoint, args.vocab, options, outputs, lab)
-    print(f"\nfindings: {paths[0]}\npage:     {paths[1]}")
+    print(written(*paths))
 
 
-def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path]:
+def pages(outputs: Outputs) -> ModuleType | None:
+    """show.page; None where the packages that it needs are missing. Raises UserError if figures are wanted then."""
+    try:
+        from .show import page
+    except UserError:
+        if outputs.figures:
+            raise
+        return None
+    return page
+
+
+def written(json_path: Path, html_path: Path | None) -> str:
+    """What a command says at its end: where its files are."""
+    return f"\nfindings: {json_path}\npage:     {html_path or NO_PAGE}"
+
+
+def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
     """One checkpoint on many sequences; with `vocab`, every token of its vocabulary too."""
-    from .show import figures, report
-
+    page = pages(outputs)
     with api.open(target, options, lab=lab) as look:
-        json_path, html_path = outputs.paths(look.loaded.checkpoint["path"], "detect.json", "detect.html")
+        json_path, html_path = outputs.paths(look.loaded.checkpoint.path, "detect.json", "detect.html")
         found = api.detect(look)
         if vocab:
             encoder = next((subject for subject in look.subjects if subject.part == "encoder"), look.subjects[0])
-            of_part = dict(report.parts_of(found))[encoder.part]
-            found["vocabulary"] = prompt.vocabulary(encoder, of_part, look.ids, look.vocab_size)
-    save_json(json_path, found)
-    report.page(html_path, found)
+            of_part = dict(found.all_parts)[encoder.part]
+            probed = prompt.vocabulary(encoder, of_part, look.ids, look.vocab_size)
+            found = dataclasses.replace(found, vocabulary=probed)
+    found.save(json_path)
+    if page:
+        page.detection_page(html_path, found)
     print(report.terminal(found))
-    if vocab:
-        print(f"\n{report.vocabulary_terminal(found['vocabulary'])}")
-    if outputs.figures:
-        print(f"\n{report.figure_files(outputs.figures, (figures.DETECTION, found))}")
-    return json_path, html_path
+    if found.vocabulary:
+        print(f"\n{report.vocabulary_terminal(found.vocabulary)}")
+    if page and outputs.figures:
+        print(f"\n{page.figure_files(outputs.figures, (page.figures.DETECTION, found.all_parts))}")
+    return json_path, html_path if page else None
 
 
-def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path]:
+def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
     """--prompt: one text, token by token."""
-    from .show import figures, report
-
+    page = pages(outputs)
     given = [flag for flag in ("data", "text", "tokens") if getattr(options, flag) is not None]
     if given:
         raise UserError(f"--prompt is the text; --{given[0]} is another")
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
-    json_path, html_path = outputs.paths(loaded.checkpoint["path"], "prompt.json", "prompt.html")
-    looked = [prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects]
-    found = {**looked[0], **({"parts": {one["part"]: one for one in looked[1:]}} if looked[1:] else {})}
-    save_json(json_path, found)
-    report.prompt_page(html_path, found)
+    json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
+    first, *others = (prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects)
+    found = dataclasses.replace(first, parts={part.part: part for part in others} or None)
+    schema.save(json_path, found)
+    if page:
+        page.prompt_page(html_path, found)
     print(report.prompt_terminal(found))
-    if outputs.figures:
-        print(f"\n{report.figure_files(outputs.figures, (figures.PROMPT, found))}")
-    return json_path, html_path
+    if page and outputs.figures:
+        print(f"\n{page.figure_files(outputs.figures, (page.figures.PROMPT, found.all_parts))}")
+    return json_path, html_path if page else None
 
 
-def _compare(targets: list[str], options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path]:
+def _compare(targets: list[str], options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
     """--compare: several checkpoints side by side, each on the text that its flags give."""
-    from .show import figures, report
-    from .show.text import grid
-
+    page = pages(outputs)
     json_path, html_path = outputs.paths("", "compare.json", "compare.html")
     found = []
     for target in tqdm(targets, desc="checkpoints", disable=None, leave=False):
         with api.open(target, options, lab=lab) as look:
-            found.append({**api.detect(look), "examples": {}})  # of one checkpoint, for its own page
+            found.append(dataclasses.replace(api.detect(look), examples=None))  # of one checkpoint, for its own page
     names = short_names(targets)
-    save_json(json_path, {"schema": findings.COMPARISON_SCHEMA, "names": names, "findings": found})
-    report.comparison_page(html_path, names, found)
-    print(grid(*report.comparison_rows(names, found)))
-    header, rows = report.architecture_rows(names, found)
-    if rows:
-        print("\nwhat differs in their architecture\n" + grid(header, rows))
-    if outputs.figures:
+    schema.save(json_path, Comparison(names=names, findings=found))
+    if page:
+        page.comparison_page(html_path, names, found)
+    print(grid(*report.comparison_table(names, found)))
+    differs = report.architecture_table(names, found)
+    if differs.rows:
+        print("\nwhat differs in their architecture\n" + grid(*differs))
+    if page and outputs.figures:
         pairs = list(zip(names, found, strict=True))
-        print(f"\n{report.figure_files(outputs.figures, (figures.COMPARISON, pairs))}")
-    return json_path, html_path
+        print(f"\n{page.figure_files(outputs.figures, (page.figures.COMPARISON, [('', pairs)]))}")
+    return json_path, html_path if page else None
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -157,8 +180,6 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> None:
     """The command `ablate`. Raises UserError."""
-    from .show import ablation_figures, figures, report
-
     parser = parser_of(description)
     names = [*interventions.INTERVENTIONS, *interventions.REMOVALS]
     part = parser.add_argument_group("some of it")
@@ -170,19 +191,22 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
+    page = pages(outputs)
     with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
-        path = look.loaded.checkpoint["path"]
+        path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
         found = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes)
-    save_json(folder_of(path) / "detect.json", found)
+    found.save(folder_of(path) / "detect.json")
     ablation.save(json_path)
-    report.page(html_path, found, ablation)
-    print(f"measured on {report.conditions(found)}\n\n{report.ablation_terminal(ablation)}")
-    if outputs.figures:
-        tables = (figures.DETECTION, found), (ablation_figures.ABLATION, ablation)
-        print(f"\n{report.figure_files(outputs.figures, *tables)}")
-    print(f"\nfindings: {json_path}\npage:     {html_path}")
+    if page:
+        page.detection_page(html_path, found, ablation)
+    conditions = report.conditions(found.checkpoint, found.data)
+    print(f"measured on {conditions}\n\n{report.ablation_terminal(ablation)}")
+    if page and outputs.figures:
+        drawn = (page.figures.DETECTION, found.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
+        print(f"\n{page.figure_files(outputs.figures, *drawn)}")
+    print(written(json_path, html_path if page else None))
 
 
 # ------------------------------------------------------------------------------------------------------- export

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import io
 import os
 import sys
 import traceback
@@ -80,7 +81,8 @@ class Flags(argparse.ArgumentParser):
 
 def cli(main: Callable[[], None]) -> None:
     """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
     one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = exit_code(main)

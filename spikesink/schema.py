@@ -1,11 +1,11 @@
 """Dataclasses <-> JSON: what is written at the edge, and what is read back is checked against.
 
-    @dataclass(frozen=True)
-    class Findings:
+    class Findings(Record):
         schema: str
         layers: list[Layer]
         curve: list[Point] = keyed("at")          # {"0.3": {...}, "0.5": {...}} in the file
         history: list[Row] | None = sometimes()   # not in the file where it is None
+        anatomy: Anatomy | None = or_empty()      # {} in the file where it is None
 
 nan and infinity are null in a file; a null that is read where a float stands is nan.
 """
@@ -14,13 +14,22 @@ import dataclasses
 import json
 import math
 import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 from .files import save_text
 
 T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Record:
+    """A base whose every subclass is a frozen dataclass of keyword arguments."""
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 def keyed(key: str) -> Any:
@@ -33,12 +42,17 @@ def sometimes() -> Any:
     return dataclasses.field(default=None, metadata={"sometimes": True})
 
 
+def or_empty() -> Any:
+    """A field whose None is an empty object in the file."""
+    return dataclasses.field(default=None, metadata={"or_empty": True})
+
+
 def to_json(value: Any) -> Any:
     """A value as dicts, lists and plain values, nan and infinity as None: valid JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {
-            field.name: _by_key(item, field.metadata["keyed"]) if "keyed" in field.metadata else to_json(item)
+            field.name: _entry(item, field.metadata)
             for field, item in fields
             if not (item is None and "sometimes" in field.metadata)
         }
@@ -49,9 +63,11 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _by_key(items: list[Any], key: str) -> dict[str, Any]:
-    rows = [to_json(item) for item in items]
-    return {str(row.pop(key)): row for row in rows}
+def _entry(item: Any, about: Mapping[str, Any]) -> Any:
+    if item is None and "or_empty" in about:
+        return {}
+    entry = to_json(item)
+    return {str(row.pop(about["keyed"])): row for row in entry} if "keyed" in about else entry
 
 
 class Misfit(Exception):
@@ -117,6 +133,8 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
                 raise Misfit(f"{place} is missing")
             continue
         entry = value[name]
+        if "or_empty" in field.metadata and entry == {}:
+            continue
         if "keyed" in field.metadata:
             key, item = field.metadata["keyed"], get_args(hints[name])[0]
             kind_of_key = get_type_hints(item)[key]

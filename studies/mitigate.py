@@ -12,7 +12,10 @@ import argparse
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,16 +23,20 @@ from tqdm import tqdm
 
 from data.loader import Tokens
 from detect import LAB
-from model import GPTConfig
+from model import GPT, GPTConfig
 from spikesink import api, files, schema
 from spikesink.commands import Outputs, parser_of
 from spikesink.edit import quantise
 from spikesink.errors import InterruptedRunError, UserError, cli
 from spikesink.hooks import on_streams
 from spikesink.measure import metrics
-from spikesink.measure.findings import ratio_of
+from spikesink.measure.findings import Findings
+from spikesink.measure.sinks import PRIMARY_SINK_RULE
+from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.models import checkpoint
+from spikesink.models.checkpoint import Checkpoint
 from spikesink.models.hf import device_named
+from spikesink.models.subject import Subject
 from spikesink.options import Options, from_flags, whole
 from studies import report
 from train import Run, TrainConfig, saved_run
@@ -38,20 +45,37 @@ from trainer.machine import DTYPES, Machine
 
 SCHEMA = "spikesink-mitigation-1"
 
-# name -> what is added, and as which keys, given the clipping limit and the flags
-ARMS = {
-    "none": ("nothing: fine-tuning alone", lambda limit, args: {}),
+
+@dataclass(frozen=True)
+class Asked:
+    """Which checkpoint is fine-tuned how, and how it is looked at."""
+
+    checkpoint: Path
+    options: Options
+    arms: tuple[str, ...] = ("clip", "penalty", "gate")  # beside `none`
+    steps: int = 600
+    seeds: int = 3
+    learning_rate: float | None = None  # None: the run's min_lr
+    clip: float = 10.0  # in largest medians of |h|
+    penalty_weight: float = 0.01
+    out_dir: Path | None = None  # None: mitigate/ beside the checkpoint
+    overwrite: bool = False
+
+
+# name -> what is added, and as which keys, given the clipping limit and what was asked for
+ARMS: dict[str, tuple[str, Callable[[float, Asked], dict[str, Any]]]] = {
+    "none": ("nothing: fine-tuning alone", lambda limit, asked: {}),
     "clip": (
         "a clamp on the stream after every sub-layer, for good",
-        lambda limit, args: {"stream_clip": limit},
+        lambda limit, asked: {"stream_clip": limit},
     ),
     "penalty": (
         "the stream's kurtosis (He et al. 2405.19279) to the training loss",
-        lambda limit, args: {"penalty": "kurtosis", "penalty_weight": args.penalty_weight},
+        lambda limit, asked: {"penalty": "kurtosis", "penalty_weight": asked.penalty_weight},
     ),
     "gate": (
         "a gate per head on the attention output (Qiu et al. 2505.06708)",
-        lambda limit, args: {"gate": "head"},
+        lambda limit, asked: {"gate": "head"},
     ),
 }
 NOTE = (
@@ -64,7 +88,7 @@ NOTE = (
 QUIET = ("out_dir", "device", "resume", "overwrite")  # what does not make it another run
 
 
-def positive(text):
+def positive(text: str) -> float:
     """A number above 0."""
     try:
         value = float(text)
@@ -75,29 +99,29 @@ def positive(text):
     return value
 
 
-def base_of(path, content, args):
+def base_of(content: Checkpoint, asked: Asked) -> TrainConfig:
     """The TrainConfig of plain fine-tuning: the checkpoint's own, at a constant learning rate. Raises UserError."""
-    stored = content.config
+    path, stored = asked.checkpoint, content.config
     if "dataset" not in stored:
         raise UserError(f"{path} does not say what it was trained on, so it cannot be trained further on the same")
     kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    numbers = lambda kind: (int, float) if kind is float else (kind,)
-    kept = {key: stored[key] for key, kind in kinds.items() if type(stored.get(key)) in numbers(kind)}
-    rate = args.learning_rate or kept.get("min_lr", TrainConfig.min_lr)
+    fits = lambda value, kind: type(value) is kind or (kind is float and type(value) is int)
+    kept = {key: stored[key] for key, kind in kinds.items() if key in stored and fits(stored[key], kind)}
+    rate = asked.learning_rate or kept.get("min_lr", TrainConfig.min_lr)
     if not rate:
         raise UserError(f"{path} was trained with min_lr=0: say which --learning_rate")
     settings = {
-        "init_from": str(Path(path).resolve()),
+        "init_from": str(path.resolve()),
         "dtype": kept["dtype"] if kept.get("dtype") in DTYPES else "auto",  # nanoGPT's float16
         "learning_rate": rate,
         "min_lr": rate,
         "lr_schedule": "constant",
         "lr_decay_iters": 0,
-        "warmup_iters": args.steps // 10,  # the optimiser's state is new
-        "max_iters": args.steps,
-        "eval_interval": args.steps,
-        "save_interval": max(1, args.steps // 5),
-        "device": device_named(args.options.device),
+        "warmup_iters": asked.steps // 10,  # the optimiser's state is new
+        "max_iters": asked.steps,
+        "eval_interval": asked.steps,
+        "save_interval": max(1, asked.steps // 5),
+        "device": device_named(asked.options.device),
         "compile": False,
         "resume": False,
         "overwrite": False,
@@ -108,28 +132,29 @@ def base_of(path, content, args):
         raise UserError(str(error)) from None
 
 
-def largest_median(subject, cfg):
+def largest_median(subject: Subject, cfg: TrainConfig) -> float:
     """The largest median |h| of any tap of the stream, on 16 validation windows: what clipping must leave alone."""
-    data = Tokens(cfg.dataset, "val", subject.model.config.block_size, cfg.bos)
-    ids, medians = data.read(np.linspace(0, data.n_windows - 1, 16).astype(int))[0], []
+    data = Tokens(cfg.dataset, "val", cast(GPT, subject.model).config.block_size, cfg.bos)
+    ids = data.read(np.linspace(0, data.n_windows - 1, 16).astype(int))[0]
+    medians: list[float] = []
     record = lambda x: medians.append(metrics.median_magnitude(x.float()).mean().item())
     with on_streams(subject.streams, [record] * len(subject.streams)):
         subject.losses(ids)
     return max(medians)
 
 
-def changes_of(name, path, limit, args, content):
+def changes_of(name: str, limit: float, asked: Asked, content: Checkpoint) -> dict[str, Any]:
     """The keys that an arm sets. Raises UserError where the checkpoint has what the arm would add."""
-    changes = ARMS[name][1](limit, args)
+    changes = ARMS[name][1](limit, asked)
     had = {**content.model_args, **content.config}
     defaults = dataclasses.asdict(GPTConfig()) | dataclasses.asdict(TrainConfig())
     key = next(iter(changes), None)
     if key and had.get(key, defaults[key]) != defaults[key]:
-        raise UserError(f"{path} has {key}={had[key]} already: leave {name} out of --arms")
+        raise UserError(f"{asked.checkpoint} has {key}={had[key]} already: leave {name} out of --arms")
     return changes
 
 
-def fine_tune(name, cfg, changes, digest, overwrite):
+def fine_tune(name: str, cfg: TrainConfig, changes: dict[str, Any], digest: str, overwrite: bool) -> Path:
     """The checkpoint of one arm with one seed in cfg.out_dir: trained, gone on with, or found done. Raises UserError.
 
     `digest`: of the checkpoint that it starts from; it is kept beside the run.
@@ -164,31 +189,31 @@ def fine_tune(name, cfg, changes, digest, overwrite):
     return path
 
 
-def read(path):
+def read(path: Path) -> str | None:
     """A text file; None where there is none."""
     return path.read_text() if path.is_file() else None
 
 
-def measure(path, args):
+def measure_model(path: Path, options: Options) -> tuple[dict[str, Any], torch.Tensor, Findings]:
     """(What detect and int8 give of a checkpoint, its loss on each sequence (N,), detect's findings)."""
-    look = api.open(path, args.options, lab=LAB, calibration=True)
-    found, subject, batch_size = api.detect(look), look.subjects[0], args.options.batch_size
+    look = api.open(path, options, lab=LAB, calibration=True)
+    found, subject, batch_size = api.detect(look), look.subjects[0], options.batch_size
     losses = look.losses()
     measured = {
         "loss": losses.mean().item(),
         "ppl": losses.mean().exp().item(),
-        "top1_over_median": max(map(ratio_of, found["layers"])),
-        "kurtosis": max(layer["kurtosis"] for layer in found["layers"]),
-        "spike_sequences": found["measures"]["rules"]["ratio"]["sequences"],
-        "sink_sequences": found["measures"]["rules"]["gu"]["best_head"],
-        "sink_1": found["sinks"]["gu"]["0.3"]["first"],
-        "verdicts": {name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
+        "top1_over_median": found.largest_ratio,
+        "kurtosis": found.largest_kurtosis,
+        "spike_sequences": found.measures.rules[PRIMARY_SPIKE_RULE].sequences,
+        "sink_sequences": found.measures.rules[PRIMARY_SINK_RULE].best_head,
+        "sink_1": found.sinks.first,
+        "verdicts": found.verdicts.words,
         "int8": schema.to_json(quantise.quantised_losses(subject, look.ids, look.other_ids, batch_size)),
     }
     return measured, losses, found
 
 
-def over_seeds(runs):
+def over_seeds(runs: list[Any]) -> Any:
     """Mean, lowest and highest over the runs of every number, nested as in a run; how often each verdict."""
     if isinstance(runs[0], dict):
         return {key: over_seeds([of[key] for of in runs]) for key in runs[0] if key not in ("ci95", "seed", "path")}
@@ -197,35 +222,36 @@ def over_seeds(runs):
     return {"mean": sum(runs) / len(runs), "lowest": min(runs), "highest": max(runs)}
 
 
-def mitigate(args):
+def mitigate(asked: Asked) -> dict[str, Any]:
     """The findings: the checkpoint, and every arm after fine-tuning."""
-    path = Path(args.checkpoint)
-    content = checkpoint.load(path)
-    cfg, folder = base_of(path, content, args), Path(args.out_dir or api.folder_of(path) / "mitigate")
-    limit = float(f"{args.clip * largest_median(api.load(path, args.options, lab=LAB).subjects[0], cfg):.4g}")
-    arms = {name: changes_of(name, path, limit, args, content) for name in ("none", *dict.fromkeys(args.arms))}
-    before, clean, found = measure(path, args)
-    digest = found["checkpoint"]["sha256"]
-    rows = {name: [] for name in arms}
-    losses = {name: [] for name in arms}
-    each = [(name, seed) for seed in range(1, args.seeds + 1) for name in arms]
+    path, content = asked.checkpoint, checkpoint.load(asked.checkpoint)
+    cfg, folder = base_of(content, asked), asked.out_dir or api.folder_of(path) / "mitigate"
+    limit = float(f"{asked.clip * largest_median(api.load(path, asked.options, lab=LAB).subjects[0], cfg):.4g}")
+    arms = {name: changes_of(name, limit, asked, content) for name in ("none", *dict.fromkeys(asked.arms))}
+    before, clean, found = measure_model(path, asked.options)
+    digest = found.checkpoint.sha256 or ""  # of a file it is known
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in arms}
+    each = [(name, seed) for seed in range(1, asked.seeds + 1) for name in arms]
     for name, seed in tqdm(each, desc="runs", disable=None, leave=False):
         where = folder / f"{name}-seed{seed}"
         of_run = dataclasses.replace(cfg, seed=seed, out_dir=str(where))
-        tuned = fine_tune(f"{name}, seed {seed}", of_run, arms[name], digest, args.overwrite)
-        measured, of_sequences, _ = measure(tuned, args)
+        tuned = fine_tune(f"{name}, seed {seed}", of_run, arms[name], digest, asked.overwrite)
+        measured, of_sequences, _ = measure_model(tuned, asked.options)
         rows[name].append({"seed": seed, "path": str(tuned), **measured})
         losses[name].append(of_sequences)
     mean = {name: torch.stack(of).mean(0) for name, of in losses.items()}
     return {
         "schema": SCHEMA,
-        **{key: found[key] for key in ("checkpoint", "model", "data")},
+        "checkpoint": found.checkpoint,
+        "model": found.model,
+        "data": found.data,
         "training": {
             "steps": cfg.max_iters,
-            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found["model"]["block_size"],
-            "seeds": args.seeds,
+            "tokens_per_step": cfg.batch_size * cfg.gradient_accumulation_steps * found.model["block_size"],
+            "seeds": asked.seeds,
             **{key: getattr(cfg, key) for key in ("learning_rate", "warmup_iters", "dataset", "optimizer", "dtype")},
-            "clip": args.clip,
+            "clip": asked.clip,
         },
         "note": NOTE + quantise.NOTE,
         "before": over_seeds([before]),
@@ -244,36 +270,49 @@ def mitigate(args):
     }
 
 
-def main():
-    parser = parser_of(__doc__)
-    tried = [name for name in ARMS if name != "none"]
+def checkpoint_file(name: str | None) -> Path:
+    """The ckpt.pt that was named, or that is in the folder that was. Raises UserError."""
+    if not name:
+        raise UserError("which checkpoint? Give a ckpt.pt of train.py or nanoGPT, or its folder")
+    path = Path(name)
+    if path.suffix == ".pt" or path.is_file():
+        return path
+    if not (path / "ckpt.pt").is_file():
+        raise UserError(
+            f"{path} is no checkpoint of train.py or nanoGPT; of a Hugging Face GPT-2 or Llama, train.py "
+            f"--init_from={path} makes one"
+        )
+    return path / "ckpt.pt"
+
+
+def main() -> None:
+    parser, tried = parser_of(__doc__), Asked.arms
     parser.add_argument(
         "--arms", nargs="+", choices=tried, default=tried, metavar="ARM", help=f"of {', '.join(tried)} (default: all)"
     )
-    parser.add_argument("--steps", type=whole, default=600, metavar="N", help="optimiser steps (default: 600)")
-    parser.add_argument("--seeds", type=whole, default=3, metavar="N", help="runs of each arm (default: 3)")
+    parser.add_argument("--steps", type=whole, default=Asked.steps, metavar="N", help="optimiser steps (default: 600)")
+    parser.add_argument("--seeds", type=whole, default=Asked.seeds, metavar="N", help="runs of each arm (default: 3)")
     parser.add_argument("--learning_rate", type=positive, metavar="X", help="default: the run's min_lr")
     parser.add_argument(
-        "--clip", type=positive, default=10.0, metavar="K", help="clamp at K x the largest median |h| (default: 10)"
+        "--clip",
+        type=positive,
+        default=Asked.clip,
+        metavar="K",
+        help="clamp at K x the largest median |h| (default: 10)",
     )
-    parser.add_argument("--penalty_weight", type=positive, default=0.01, metavar="X", help="default: 0.01")
-    parser.add_argument("--out_dir", metavar="DIR", help="of the runs (default: mitigate/ beside the checkpoint)")
+    parser.add_argument(
+        "--penalty_weight", type=positive, default=Asked.penalty_weight, metavar="X", help="default: 0.01"
+    )
+    parser.add_argument("--out_dir", type=Path, metavar="DIR", help="of the runs (default: mitigate/ beside it)")
     parser.add_argument("--overwrite", action="store_true", help="train again what is trained already")
     args = parser.parse_args()
-    args.options = from_flags(Options, args)
-    if not args.checkpoint:
-        raise UserError("which checkpoint? Give a ckpt.pt of train.py or nanoGPT, or its folder")
-    path = Path(args.checkpoint)
-    if path.suffix != ".pt" and not path.is_file():
-        args.checkpoint = str(path / "ckpt.pt")
-        if not Path(args.checkpoint).is_file():
-            raise UserError(
-                f"{path} is no checkpoint of train.py or nanoGPT; of a Hugging Face GPT-2 or Llama, train.py "
-                f"--init_from={path} makes one"
-            )
-    json_path, html_path = from_flags(Outputs, args).paths(args.checkpoint, "mitigate.json", "mitigate.html")
-    found = mitigate(args)
-    files.save_json(json_path, found)
+    path, options = checkpoint_file(args.checkpoint), from_flags(Options, args)
+    flags = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(Asked) if f.name not in ("checkpoint", "options")
+    }
+    json_path, html_path = from_flags(Outputs, args).paths(path, "mitigate.json", "mitigate.html")
+    found = mitigate(Asked(path, options, **{**flags, "arms": tuple(args.arms)}))
+    schema.save(json_path, found)
     report.mitigation_page(html_path, found)
     print(f"\n{report.mitigation_terminal(found)}\n\nfindings: {json_path}\npage:     {html_path}")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from spikesink.show import drawing, report
+from spikesink.show import drawing, page, report
 from spikesink.show.text import grid, interval, number
 from studies import figures, mitigation_figures, tables
 from studies.table import Table
@@ -87,11 +87,16 @@ def fine_tuning(mitigation: Json) -> list[str]:
     ]
 
 
+def conditions(mitigation: Json) -> str:
+    """Under what conditions the checkpoint was measured."""
+    return report.conditions(mitigation["checkpoint"], mitigation["data"])
+
+
 def mitigation_terminal(mitigation: Json) -> str:
     """A mitigation's findings as text."""
     return "\n\n".join(
         [
-            f"measured on {report.conditions(mitigation)}",
+            f"measured on {conditions(mitigation)}",
             " ".join(fine_tuning(mitigation)),
             grid(*mitigation_rows(mitigation)),
             grid(*phenomena_rows(mitigation)),
@@ -103,12 +108,12 @@ def mitigation_terminal(mitigation: Json) -> str:
 
 def mitigation_page(path: str | Path, mitigation: Json) -> None:
     """Writes the page of a mitigation."""
-    report.write_page(
+    page.write_page(
         path,
         "mitigate.html",
         templates=PAGES,
         found=mitigation,
-        conditions=report.conditions(mitigation),
+        conditions=conditions(mitigation),
         fine_tuning=fine_tuning(mitigation),
         rows=mitigation_rows(mitigation),
         phenomena=phenomena_rows(mitigation),
@@ -120,7 +125,7 @@ def mitigation_page(path: str | Path, mitigation: Json) -> None:
 def study_page(folder: str | Path, table: Table) -> None:
     """Writes a study's page, and its figures for a paper."""
     folder = Path(folder)
-    report.write_page(
+    page.write_page(
         folder / "index.html",
         "study.html",
         templates=PAGES,
@@ -133,4 +138,4 @@ def study_page(folder: str | Path, table: Table) -> None:
         differs=tables.DIFFERS,
         drawn=drawing.for_page(figures.STUDY, table),
     )
-    report.figure_files(folder / "figures", (figures.STUDY, table))
+    page.figure_files(folder / "figures", (figures.STUDY, [("", table)]))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from spikesink.measure import anatomy
+from spikesink.measure.findings import Place, QuadraticForm
 from spikesink.measure.observe import observe
 from spikesink.models import subject
 from spikesink.models.subject import Tap
@@ -18,18 +19,18 @@ from .test_observe import marked_ids, planted  # noqa: F401
 def test_planted_spike_rises_at_its_ffn_in_its_channel(marked_ids):  # noqa: F811
     of = subject_of(planted(size=-300.0))
     found = anatomy.anatomy(of, marked_ids, observe(of, marked_ids, progress=False))
-    assert found["of"] == "tokens that the primary rule marks"
-    assert (found["tokens"], found["n_seq"], found["distinct_tokens"]) == (6, 6, 6)
-    assert (found["step_up"]["layer"], found["step_up"]["kind"]) == (0, "ffn")
-    assert found["step_up"]["tokens"] == 1
-    assert found["step_up"]["part_of_peak"] == pytest.approx(1, abs=0.01)
-    assert found["step_down"] is None
-    top = found["channels"][0]
-    assert (top["channel"], top["same_sign"], top["ratio"]) == (7, 1, -1)
-    assert top["value"] == pytest.approx(-300, rel=0.01)
-    outputs = found["inner"]["output"]
-    assert max(outputs, key=lambda row: row["top1"])["index"] == 1  # ffn 0 writes it, nobody else
-    assert outputs[1]["top1"] == pytest.approx(300, rel=0.01)
+    assert found.of == "tokens that the primary rule marks"
+    assert (found.tokens, found.n_seq, found.distinct_tokens) == (6, 6, 6)
+    assert (found.step_up.layer, found.step_up.kind) == (0, "ffn")
+    assert found.step_up.tokens == 1
+    assert found.step_up.part_of_peak == pytest.approx(1, abs=0.01)
+    assert found.step_down is None
+    top = found.channels[0]
+    assert (top.channel, top.same_sign, top.ratio) == (7, 1, -1)
+    assert top.value == pytest.approx(-300, rel=0.01)
+    outputs = found.inner["output"]
+    assert max(outputs, key=lambda row: row.top1).index == 1  # ffn 0 writes it, nobody else
+    assert outputs[1].top1 == pytest.approx(300, rel=0.01)
 
 
 def test_step_down_is_where_the_entry_is_cancelled():
@@ -38,11 +39,11 @@ def test_step_down_is_where_the_entry_is_cancelled():
     path[2:5, :, 9] = -20.0
     taps = [Tap(i // 2, ("ffn", "attn")[i % 2], nn.Identity()) for i in range(6)]
     found = anatomy.step_up_and_down(path, taps)
-    assert (found["step_up"]["index"], found["step_down"]["index"]) == (2, 5)
-    assert found["step_down"]["part_of_peak"] == pytest.approx(-1, abs=0.02)
-    assert [row["channel"] for row in found["channels"][:2]] == [3, 9]
-    assert found["channels"][1]["ratio"] == pytest.approx(-0.4, abs=0.02)
-    assert found["path"]["3"][2] == pytest.approx(50)
+    assert (found.step_up.index, found.step_down.index) == (2, 5)
+    assert found.step_down.part_of_peak == pytest.approx(-1, abs=0.02)
+    assert [row.channel for row in found.channels[:2]] == [3, 9]
+    assert found.channels[1].ratio == pytest.approx(-0.4, abs=0.02)
+    assert found.path["3"][2] == pytest.approx(50)
 
 
 def test_mean_cosine_is_that_of_all_pairs():
@@ -58,8 +59,8 @@ def test_equal_first_tokens_count_once():
     ids = torch.randint(62, (6, 32), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 63
     found = anatomy.anatomy(of, ids, observe(of, ids, progress=False))
-    assert (found["tokens"], found["distinct_tokens"]) == (6, 1)
-    assert all(row["spikes"] is None for row in found["normed_cosine"])
+    assert (found.tokens, found.distinct_tokens) == (6, 1)
+    assert all(row.spikes is None for row in found.normed_cosine)
 
 
 def test_what_a_state_depends_on():
@@ -77,10 +78,10 @@ def test_key_subspace_counts_dimensions():
     sinks = [(0, (i, 5), line * (i + 1)) for i in range(6)] + [(1, (0, 2), line)]
     others = [(0, (i, 9), key) for i, key in enumerate(torch.eye(8)[:6])]
     rows = anatomy.key_subspace(sinks, others, 2)
-    assert (rows[0]["keys"], rows[0]["dims95"], rows[0]["others_dims95"]) == (6, 1, 6)
-    assert rows[0]["participation"] == pytest.approx(1)
-    assert rows[0]["others_participation"] == pytest.approx(6)
-    assert (rows[1]["keys"], rows[1]["dims95"]) == (1, None)
+    assert (rows[0].keys, rows[0].dims95, rows[0].others_dims95) == (6, 1, 6)
+    assert rows[0].participation == pytest.approx(1)
+    assert rows[0].others_participation == pytest.approx(6)
+    assert (rows[1].keys, rows[1].dims95) == (1, None)
 
 
 def test_quadratic_form_is_the_matrix_written_out():
@@ -103,16 +104,15 @@ def test_quadratic_form_is_the_matrix_written_out():
 
 
 def test_gated_models_have_a_quadratic_form_and_the_rest_do_not():
-    for ffn, expected in (("gated", dict), ("plain", type(None))):
+    for ffn, expected in (("gated", QuadraticForm), ("plain", type(None))):
         of = subject_of(tiny(ffn=ffn, norm="rmsnorm", activation="silu"))
-        steps = {"step_up": {"layer": 0, "kind": "ffn"}, "channels": [{"channel": k} for k in range(4)]}
-        form = anatomy.quadratic_form(of, steps, torch.Generator().manual_seed(0))
+        spiking = [0, 1, 2, 3]
+        form = anatomy.quadratic_form(of, Place(layer=0, kind="ffn"), spiking, torch.Generator().manual_seed(0))
         assert isinstance(form, expected)
-        steps["step_up"]["kind"] = "attn"
-        assert anatomy.quadratic_form(of, steps, torch.Generator()) is None
+        assert anatomy.quadratic_form(of, Place(layer=0, kind="attn"), spiking, torch.Generator()) is None
         if form:
-            assert len(form["channels"]) == len(form["others"]) == 4
-            assert all(0 < row["dominance"] <= 1.001 for row in form["channels"])
+            assert len(form.channels) == len(form.others) == 4
+            assert all(0 < row.dominance <= 1.001 for row in form.channels)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6), nn.Identity()])

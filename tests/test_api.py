@@ -1,5 +1,6 @@
 """The API's edits: losses of an open model under any interventions are those of the interventions themselves."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from spikesink.edit.findings import Ablation, Unavailable
 from spikesink.edit.interventions import INTERVENTIONS, REMOVALS, Intervention
 from spikesink.errors import UserError
 from spikesink.options import Options
-from spikesink.show import report
+from spikesink.show import page, report
 
 from .conftest import tiny
 from .test_observe import planted
@@ -39,7 +40,7 @@ def both_matter():
 @pytest.fixture
 def look():
     with looking(both_matter()) as opened:
-        opened.data["bos"] = True  # as if the first token were one
+        opened.data = dataclasses.replace(opened.data, bos=True)  # as if the first token were one
         yield opened
 
 
@@ -105,7 +106,7 @@ def test_what_there_is_not_is_refused_when_it_is_asked_for(look, ask, words):
 
 
 def test_there_must_be_a_bos_to_remove(look):
-    look.data["bos"] = False
+    look.data = dataclasses.replace(look.data, bos=False)
     with pytest.raises(UserError, match="do not start with BOS"):
         spikesink.bos_remove(look)
 
@@ -160,8 +161,8 @@ def test_an_intervention_of_the_table_is_everywhere_by_itself(look, tmp_path, mo
     assert ablation.changed_conditions(found.interventions)[-1] == "spike_halve/random_channels"  # probes run it
     row = next(line for line in report.ablation_terminal(found).splitlines() if line.startswith("spike_halve"))
     assert f"{entry.delta_loss:+.4f}" in row
-    report.page(tmp_path / "report.html", spikesink.detect(look), found)
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("spike_halve") >= 3  # the table, the classes of tokens, the figure
+    page.detection_page(tmp_path / "report.html", spikesink.detect(look), found)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("spike_halve") >= 3  # the table, the classes of tokens, the figure
     found.save(tmp_path / "a.json")
     assert Ablation.load(tmp_path / "a.json") == found

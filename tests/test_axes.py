@@ -201,13 +201,13 @@ def test_registers_stand_in_front_and_shift_nothing_but_rotary_positions():
 
 
 def test_what_goes_to_a_slot_is_reported(ids):
-    from spikesink.measure import findings
+    from spikesink.measure.summarise import summarise
 
     torch.manual_seed(0)
     fresh = GPT(GPTConfig(**TINY, attention="softmax1")).eval()  # logits near 0: each of t + 2 takes a share
-    found = findings.detection(subject_of(fresh), observe(subject_of(fresh), ids, progress=False), {}, {}, {})
+    found = summarise(subject_of(fresh), observe(subject_of(fresh), ids, progress=False))
     expected = sum(1 / (t + 2) for t in range(32)) / 32
-    assert torch.tensor(found["sinks"]["slot_share"]).flatten().tolist() == pytest.approx([expected] * 4, abs=0.01)
+    assert torch.tensor(found.sinks.slot_share).flatten().tolist() == pytest.approx([expected] * 4, abs=0.01)
 
 
 def test_flops_and_parameters_of_gpt2_small():

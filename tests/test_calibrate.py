@@ -5,6 +5,7 @@ import torch
 
 from model import GPT, GPTConfig
 from spikesink.measure import calibrate, metrics, planted
+from spikesink.measure.findings import Overlap, OverlapIntervals, Skipped, Verdict
 from spikesink.measure.observe import observe
 from spikesink.measure.sinks import queries_per_key, uniform_share
 from spikesink.text.sequences import PADDING
@@ -12,7 +13,11 @@ from spikesink.text.sequences import PADDING
 from .conftest import TINY, subject_of
 
 HEADS = ["0.0", "0.1", "1.0", "1.1"]
-LARGE = (HEADS, {"parameters": 125e6}, None, None)  # as if the model were a large trained one
+
+
+def weak(obs, parameters=125e6, step=None, tokens=None):
+    """Of a large trained model, unless said otherwise."""
+    return calibrate.weakness(len(obs.ids), parameters, step, tokens)
 
 
 def fresh(seed=0, **changes):
@@ -46,12 +51,12 @@ def test_verdict_on_planted_spikes(n, prevalence, expected):
         obs = observe(subject, ids, batch_size=n, progress=False)
     null = calibrate.nulls(subject, ids, 64, 16)
     assert torch.equal(obs.spikes["ratio"], tokens)
-    verdict = calibrate.verdicts(obs, null, {}, *LARGE)["spike"]
-    assert verdict["verdict"] == expected
+    verdict = calibrate.spike_verdict(obs, null, weak(obs))
+    assert verdict.verdict == expected
     if prevalence:
         # the model's own other tokens are at most some 10x, the planted ones 60x
-        assert (max(verdict["holds"]), obs.spike_channels["ratio"].argmax()) == (50, 5)
-    assert calibrate.verdicts(obs, null, {}, HEADS, {"parameters": 1e6}, None, None)["spike"]["verdict"] in (
+        assert (max(verdict.holds), obs.spike_channels["ratio"].argmax()) == (50, 5)
+    assert calibrate.spike_verdict(obs, null, weak(obs, 1e6)).verdict in (
         "present",
         "underpowered",
     )
@@ -66,25 +71,25 @@ def test_verdict_on_planted_sinks(alpha, expected):
         obs = observe(subject, ids, batch_size=64, progress=False)
         null = calibrate.nulls(fresh(), ids, 64, 16)
     assert obs.best_alpha[:, 1, 1] == pytest.approx(torch.full((64,), alpha), abs=0.02)  # logits of step 0 are ~0
-    verdict = calibrate.verdicts(obs, null, {}, *LARGE)["sink"]
-    assert verdict["verdict"] == expected
-    assert max(verdict["holds"], default=0) == pytest.approx(alpha if alpha > 0.3 else 0, abs=0.051)
+    verdict = calibrate.sink_verdict(obs, null, weak(obs), HEADS)
+    assert verdict.verdict == expected
+    assert max(verdict.holds, default=0) == pytest.approx(alpha if alpha > 0.3 else 0, abs=0.051)
     if alpha > 0.3:
         assert torch.equal(obs.sink_heads > 0, keys)
-        assert "head 1.1, the best of 4" in verdict["reason"]
+        assert "head 1.1, the best of 4" in verdict.reason
 
 
 def test_small_models_and_short_training_are_underpowered():
     obs = observe(fresh(), ids_of(64), progress=False)
     for given, words in (
-        (({"parameters": 1e6}, None, None), "1M parameters"),
-        (({"parameters": 1e9}, 10, 1e6), "1M tokens of training"),
-        (({"parameters": 1e9}, 0, None), "untrained"),
+        ((1e6, None, None), "1M parameters"),
+        ((1e9, 10, 1e6), "1M tokens of training"),
+        ((1e9, 0, None), "untrained"),
     ):
-        spike = calibrate.verdicts(obs, {}, {}, HEADS, *given)["spike"]
-        assert spike["verdict"] == "underpowered"
-        assert words in spike["reason"]
-    assert calibrate.verdicts(obs, {}, {}, *LARGE)["spike"]["verdict"] == "absent"
+        spike = calibrate.spike_verdict(obs, {}, weak(obs, *given))
+        assert spike.verdict == "underpowered"
+        assert words in spike.reason
+    assert calibrate.spike_verdict(obs, {}, weak(obs)).verdict == "absent"
 
 
 def test_nulls_keep_what_they_say_and_take_the_rest():
@@ -129,12 +134,12 @@ def test_nulls_are_the_named_five_and_leave_the_random_state_alone():
     null = calibrate.nulls(subject, ids, 64)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(null) == ["init", "shuffled_channels", "shuffled_positions", "random_tokens", "repeated_token"]
-    assert null["init"]["n_seq"] == 6
+    assert null["init"].n_seq == 6
     assert calibrate.nulls(subject, ids, 64, 0) == {}
     skipped = calibrate.nulls(subject, ids, 64, no_init="too large")
-    assert skipped["init"] == {"skipped": "too large"}
+    assert skipped["init"] == Skipped(skipped="too large")
     assert calibrate.false_positives(skipped, "ratio") is None
-    assert calibrate.false_positives(null, "percentile")["rate"] >= null["init"]["rules"]["percentile"]["sequences"]
+    assert calibrate.false_positives(null, "percentile").rate >= null["init"].rules["percentile"].sequences
 
 
 def test_padding_enters_no_statistic():
@@ -169,32 +174,37 @@ def test_what_position_explains():
     first = torch.zeros(n, T, dtype=torch.bool)
     first[:, 0] = True
     by_position = metrics.overlap(first, first)
-    assert by_position["explained_by_position"] == pytest.approx(1)
-    assert by_position["lift_anywhere"] == pytest.approx(T)
+    assert by_position.explained_by_position == pytest.approx(1)
+    assert by_position.lift_anywhere == pytest.approx(T)
     assert metrics.permutation_p(first, first) == 1
     anywhere = one_each(n, T, T)
     by_token = metrics.overlap(anywhere, anywhere)
-    assert by_token["explained_by_position"] < 0.15
+    assert by_token.explained_by_position < 0.15
     assert metrics.permutation_p(anywhere, anywhere) == pytest.approx(0.001)
     assert metrics.permutation_p(anywhere, one_each(n, T, T, seed=1)) > 0.05
 
 
 def test_co_occurrence_verdict_needs_both_and_says_what_position_explains():
-    present = {"verdict": "present"}
+    present, absent = (Verdict(verdict=word, reason="") for word in ("present", "absent"))
     n, T = 60, 16
     first = torch.zeros(n, T, dtype=torch.bool)
     first[:, 0] = True
-    ci = {"lift_anywhere": [15.0, 17.0], "lift": [1.0, 1.0]}
-    overlap = {**metrics.overlap(first, first), "p_permutation": 1.0, "ci95": ci}
-    both = calibrate._co_verdict(present, present, overlap, [])
-    assert both["verdict"] == "present"
-    assert "100% of the excess" in both["reason"] and "no more than that" in both["reason"]
-    assert calibrate._co_verdict(present, {"verdict": "absent"}, overlap, [])["verdict"] == "underpowered"
-    overlap["ci95"] = {**ci, "lift_anywhere": [0.2, 1.1]}
-    assert calibrate._co_verdict(present, present, overlap, [])["verdict"] == "absent"
-    assert calibrate._co_verdict(present, present, overlap, ["small"])["verdict"] == "underpowered"
-    overlap["ci95"] = {**ci, "lift_anywhere": [0.2, 7.7]}  # a failure to reject is no absence
-    assert calibrate._co_verdict(present, present, overlap, [])["verdict"] == "underpowered"
+    counts = {"spike_rule": "", "sink_rule": "", "spike_tokens": n, "sink_tokens": n, "both": n, "p_permutation": 1.0}
+
+    def overlap(low, high):
+        of = {"lift_anywhere": [low, high], "lift": [1.0, 1.0]}
+        unknown = ("p_sink_given_spike", "p_spike_given_sink", "jaccard", "expected", "explained_by_position")
+        ci = OverlapIntervals(**of, **dict.fromkeys(unknown))
+        return Overlap(**vars(metrics.overlap(first, first)), **counts, ci95=ci)
+
+    both = calibrate.co_verdict(present, present, overlap(15.0, 17.0), [])
+    assert both.verdict == "present"
+    assert "100% of the excess" in both.reason and "no more than that" in both.reason
+    assert calibrate.co_verdict(present, absent, overlap(15.0, 17.0), []).verdict == "underpowered"
+    assert calibrate.co_verdict(present, present, overlap(0.2, 1.1), []).verdict == "absent"
+    assert calibrate.co_verdict(present, present, overlap(0.2, 1.1), ["small"]).verdict == "underpowered"
+    # a failure to reject is no absence
+    assert calibrate.co_verdict(present, present, overlap(0.2, 7.7), []).verdict == "underpowered"
 
 
 def rejections(make, runs=200):
@@ -222,13 +232,14 @@ def test_bootstrap_of_the_lift_is_centred_on_it():
     draw = torch.Generator().manual_seed(0)
     spike = torch.rand(100, 64, generator=draw) < 0.01
     sink = spike & (torch.rand(100, 64, generator=draw) < 0.8)
-    lift = metrics.overlap(spike, sink)["lift"]
+    lift = metrics.overlap(spike, sink).lift
     low, high = metrics.bootstrap_ci(
-        lambda i: metrics.overlap(spike, sink, weights=i.bincount(minlength=100))["lift"], 100
+        lambda i: metrics.overlap(spike, sink, weights=i.bincount(minlength=100)).lift, 100
     )
     assert low < lift < high
     repeated = torch.arange(100).bincount(minlength=100)
-    assert metrics.overlap(spike, sink, weights=repeated) == pytest.approx(metrics.overlap(spike, sink), nan_ok=True)
+    once, again = metrics.overlap(spike, sink), metrics.overlap(spike, sink, weights=repeated)
+    assert vars(again) == pytest.approx(vars(once), nan_ok=True)
 
 
 def test_intervals_of_rates_have_a_width():
@@ -242,7 +253,7 @@ def test_a_verdict_is_only_said_to_hold_where_the_null_differs():
     with planted.spikes(subject, one_each(64, 32, 32), channel=5, size=60.0):
         obs = observe(subject, ids, batch_size=64, progress=False)
     null = calibrate.nulls(subject, ids, 64, 16)
-    holds = calibrate.verdicts(obs, null, {}, *LARGE)["spike"]["holds"]
-    own = {p["at"]: p["sequences"] for p in null["init"]["curves"]["ratio"]}
+    holds = calibrate.spike_verdict(obs, null, weak(obs)).holds
+    own = {p.at: p.sequences for p in null["init"].curves["ratio"]}
     assert own[5] > 0.8 and 5 not in holds  # nearly every untrained sequence has 5x the median
     assert min(holds) >= 10

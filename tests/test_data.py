@@ -181,7 +181,7 @@ def test_processes_make_a_dataset_once(tmp_path):
     folder = tmp_path / "backcopy"
     folder.mkdir()
     source = (ROOT / "data/backcopy/prepare.py").read_text()
-    source = source.replace("FOLDER.parents[1]", repr(str(ROOT))).replace("int = 200_000", "int = 20_000")
+    source = source.replace("FOLDER.parents[1]", repr(str(ROOT))).replace(" = 200_000, seed", " = 20_000, seed")
     (folder / "prepare.py").write_text(source)
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import loader; from pathlib import Path; " + (
         f"loader.make_once(Path({str(folder)!r})); print(len(loader.Tokens({str(folder)!r}, 'train', 64, True).tokens))"

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from data.loader import Tokens
 from model import GPTConfig
+from spikesink import schema
 from spikesink.errors import UserError
 from spikesink.files import rows_of
-from spikesink.show import report
+from spikesink.measure.findings import Findings
+from spikesink.show import page
 from train import TrainConfig
 from trainer import config
 from trainer.log import JsonLines
@@ -137,7 +139,7 @@ def test_token_text_never_becomes_part_of_the_page(detected, tmp_path):  # noqa:
         for sequence in changed["examples"]["sequences"]:
             sequence["texts"] = [next(endless) for _ in sequence["texts"]]
         changed["checkpoint"]["path"] = changed["data"]["name"] = "".join(texts)
-        report.page(tmp_path / "page.html", changed)
+        page.detection_page(tmp_path / "page.html", schema.from_json(Findings, changed))
         return (tmp_path / "page.html").read_text()
 
     found, _ = detected("--n_seq=20")

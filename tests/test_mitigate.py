@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,14 +189,12 @@ def test_checkpoints_that_cannot_be_tuned(cli, source, tmp_path):
 
 
 def test_nanogpts_settings_are_taken_where_they_mean_something_here():
-    import argparse
-
     from studies import mitigate
 
     theirs = {"dataset": "shakespeare", "dtype": "float16", "device": "cuda", "compile": True, "grad_clip": 1}
     theirs |= {"min_lr": 6e-5, "weight_decay": 1e-1, "backend": "nccl", "warmup_iters": 2000, "max_iters": 600000}
-    args = argparse.Namespace(steps=50, learning_rate=None, options=Options(device="cpu"))
-    cfg = mitigate.base_of("nano.pt", checkpoint.Checkpoint({}, {}, config=theirs), args)
+    asked = mitigate.Asked(Path("nano.pt"), Options(device="cpu"), steps=50)
+    cfg = mitigate.base_of(checkpoint.Checkpoint({}, {}, config=theirs), asked)
     assert (cfg.dataset, cfg.dtype, cfg.device, cfg.compile) == ("shakespeare", "auto", "cpu", False)
     assert (cfg.grad_clip, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (1, 0.1, 6e-5, 6e-5)
     assert (cfg.max_iters, cfg.warmup_iters, cfg.lr_schedule) == (50, 5, "constant")

@@ -40,8 +40,8 @@ def row_of(subject, ids):
     layers = []
     for tap, stats in zip(subject.streams, obs.streams, strict=True):
         found = stats.result()
-        of = {key: found[key] for key in ("top1", "median", "kurtosis")}
-        layers.append({"name": tap.name, **of, "ratio": found["top1"] / found["median"]})
+        of = {key: getattr(found, key) for key in ("top1", "median", "kurtosis")}
+        layers.append({"name": tap.name, **of, "ratio": found.top1 / found.median})
     attention = []
     for i, tap in enumerate(subject.attends):
         alpha = obs.attention[i].sums["alpha"].mean(0)  # (T,); the eligible keys are the first ones
@@ -56,7 +56,7 @@ def row_of(subject, ids):
         "attention": attention,
         "spike_tokens": spike.sum().item() / n,
         "sink_tokens": sink.sum().item() / n,
-        **{key: overlap[key] for key in ("p_sink_given_spike", "p_spike_given_sink")},
+        **{key: getattr(overlap, key) for key in ("p_sink_given_spike", "p_spike_given_sink")},
         "sequences": len(ids),
     }
 

@@ -7,19 +7,18 @@ import torch
 
 from model import GPT, GPTConfig
 from spikesink.hooks import hooked
-from spikesink.measure import findings, metrics
+from spikesink.measure import metrics
 from spikesink.measure.observe import observe
 from spikesink.measure.sinks import eligible_keys, queries_per_key, sink_alpha, uniform_share
 from spikesink.measure.spikes import SPIKE_RULES
+from spikesink.measure.summarise import summarise
 
 from .conftest import TINY, subject_of, tiny
-
-ABOUT = {"checkpoint": {}, "model": {}, "data": {}}
 
 
 def found_in(model, ids):
     subject = subject_of(model)
-    return findings.detection(subject, observe(subject, ids, batch_size=4, progress=False), **ABOUT)
+    return summarise(subject, observe(subject, ids, batch_size=4, progress=False))
 
 
 def explicit_maps(model, ids):
@@ -41,7 +40,7 @@ def explicit_maps(model, ids):
 def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, chunk_bytes):
     monkeypatch.setattr("spikesink.models.subject.CHUNK_BYTES", chunk_bytes)
     model, ids = planted(sink_logit=4.5), marked_ids
-    sinks = found_in(model, ids)["sinks"]
+    sinks = found_in(model, ids).sinks
     maps, norms = explicit_maps(model, ids)  # (L, N, H, T, T)
     L, N, H, T, _ = maps.shape
     alpha = torch.zeros(L, N, H, T)
@@ -50,36 +49,34 @@ def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, c
     torch.testing.assert_close(torch.stack([sink_alpha(m.sum(-2), queries_per_key(T)) for m in maps]), alpha)
     for epsilon in (0.2, 0.3, 0.5, 0.8):
         hits = (alpha > epsilon).float()
-        ours = sinks["gu"][str(epsilon)]
+        ours = sinks.at(epsilon)
         assert 0 < hits.mean() < 1 or epsilon == 0.8
-        assert ours["by_position"] == pytest.approx(hits.mean((0, 1, 2)).tolist())
-        assert ours["first"] == pytest.approx(hits[..., 0].mean().item())
-        assert ours["by_layer"] == pytest.approx(hits[..., 0].mean((1, 2)).tolist())
-        assert torch.tensor(ours["by_head"]).flatten().tolist() == pytest.approx(
-            hits[..., 0].mean(1).flatten().tolist()
-        )
-        assert ours["max_first_half"] == pytest.approx(hits[..., : T // 2].amax(-1).mean().item())
+        assert ours.by_position == pytest.approx(hits.mean((0, 1, 2)).tolist())
+        assert ours.first == pytest.approx(hits[..., 0].mean().item())
+        assert ours.by_layer == pytest.approx(hits[..., 0].mean((1, 2)).tolist())
+        assert torch.tensor(ours.by_head).flatten().tolist() == pytest.approx(hits[..., 0].mean(1).flatten().tolist())
+        assert ours.max_first_half == pytest.approx(hits[..., : T // 2].amax(-1).mean().item())
         late = maps[..., T // 2 :, 0].mean(-1)
-        assert ours["first_second_half_queries"] == pytest.approx((late > epsilon).float().mean().item())
+        assert ours.first_second_half_queries == pytest.approx((late > epsilon).float().mean().item())
     close = lambda ours, theirs: torch.testing.assert_close(
         torch.tensor(ours), theirs, atol=1e-5, rtol=1e-4, equal_nan=True
     )
-    close(sinks["alpha_first"], alpha[..., 0].mean(1))
-    close(sinks["share"], (maps.sum((0, 2, 3)) / maps.sum((0, 2, 3, 4))[:, None]).mean(0))
-    close(sinks["first_argmax"], (maps.argmax(-1) == 0).float().mean((1, 3)))
-    close(sinks["entropy"], -(maps * maps.clamp_min(1e-30).log()).sum(-1).mean((1, 3)))
+    close(sinks.alpha_first, alpha[..., 0].mean(1))
+    close(sinks.share, (maps.sum((0, 2, 3)) / maps.sum((0, 2, 3, 4))[:, None]).mean(0))
+    close(sinks.first_argmax, (maps.argmax(-1) == 0).float().mean((1, 3)))
+    close(sinks.entropy, -(maps * maps.clamp_min(1e-30).log()).sum(-1).mean((1, 3)))
     i, j = torch.arange(T)[:, None], torch.arange(T)
-    close(sinks["distance"], (maps * (i - j).abs()).sum((1, 3, 4)) / maps.sum((1, 3, 4)))
+    close(sinks.distance, (maps * (i - j).abs()).sum((1, 3, 4)) / maps.sum((1, 3, 4)))
     few = torch.arange(T, 0, -1) < T / 4
     is_sink = (alpha > 0.3) & ~few
     assert is_sink.any()
     others = maps * ~is_sink[..., None, :]
-    close(sinks["distance_without_sinks"], (others * (i - j).abs()).sum((1, 3, 4)) / others.sum((1, 3, 4)))
-    close(sinks["first_value_norm_ratio"], (norms[..., 0] / norms.mean(-1)).mean(1))
+    close(sinks.distance_without_sinks, (others * (i - j).abs()).sum((1, 3, 4)) / others.sum((1, 3, 4)))
+    close(sinks.first_value_norm_ratio, (norms[..., 0] / norms.mean(-1)).mean(1))
     relative = norms / norms.mean(-1, keepdim=True)
-    close(sinks["sink_value_norm_ratio"], (relative * is_sink).sum((1, 3)) / is_sink.sum((1, 3)))
-    close(sinks["any_sink_by_head"], is_sink.any(-1).float().mean(1))
-    assert sinks["rules"]["gu"]["tokens"] == int(is_sink.any(2).any(0).sum())
+    close(sinks.sink_value_norm_ratio, (relative * is_sink).sum((1, 3)) / is_sink.sum((1, 3)))
+    close(sinks.any_sink_by_head, is_sink.any(-1).float().mean(1))
+    assert sinks.rules["gu"].tokens == int(is_sink.any(2).any(0).sum())
 
 
 def test_layer_statistics_are_the_written_formulas(ids):
@@ -88,7 +85,7 @@ def test_layer_statistics_are_the_written_formulas(ids):
     taps = [tap.module for tap in subject_of(model).streams]
     with hooked([(tap, lambda m, a, k, out: streams.append(out.detach())) for tap in taps]), torch.no_grad():
         model(ids)
-    for x, layer in zip(streams, found_in(model, ids)["layers"], strict=True):
+    for x, layer in zip(streams, found_in(model, ids).layers, strict=True):
         ranked = x.abs().flatten(1).sort(descending=True).values  # (N, T*C)
         median = ranked.flip(1)[:, (ranked.size(1) - 1) // 2]
         s = x.square().mean((0, 1)).sqrt()
@@ -104,7 +101,7 @@ def test_layer_statistics_are_the_written_formulas(ids):
             "entry_kurtosis": (z**4).mean() / (z**2).mean() ** 2,
             "inf_norm": ranked[:, 0].mean(),
         }
-        assert {key: layer[key] for key in expected} == pytest.approx(
+        assert {key: getattr(layer, key) for key in expected} == pytest.approx(
             {k: v.item() for k, v in expected.items()}, rel=1e-4
         )
 
@@ -140,10 +137,10 @@ def test_step_0_model_has_neither(ids):
     for seed in range(3):
         torch.manual_seed(seed)
         found = found_in(GPT(GPTConfig(**{**TINY, "n_embd": 64})), ids)
-        assert found["spikes"]["rules"]["ratio"]["tokens"] == 0
-        assert found["spikes"]["rules"]["massive"]["tokens"] == 0
-        assert found["sinks"]["rules"]["gu"]["tokens"] == 0
-        assert found["co_occurrence"]["both"] == 0
+        assert found.spikes.rules["ratio"].tokens == 0
+        assert found.spikes.rules["massive"].tokens == 0
+        assert found.sinks.rules["gu"].tokens == 0
+        assert found.co_occurrence.both == 0
 
 
 MARK = 0.1  # how the planted token's embedding differs: too little for a spike of its own
@@ -194,42 +191,42 @@ def marked_ids(ids):
 @pytest.mark.parametrize("size", [300.0, -3000.0])
 def test_planted_spike_is_found_and_nothing_else(marked_ids, size):
     found = found_in(planted(size=size), marked_ids)
-    rule = found["spikes"]["rules"]["massive"]
-    assert (rule["tokens"], rule["channels"]) == (6, [7])
-    assert found["spikes"]["rules"]["ratio"]["tokens"] == 6
-    for token in found["spikes"]["tokens"][:6]:
-        assert (token["id"], token["channel"], token["position"] % 3) == (63, 7, 0)
-        assert token["magnitude"] == pytest.approx(abs(size), rel=0.01)
-    assert found["sinks"]["rules"]["gu"]["tokens"] == 0
-    ratios = [layer["top1"] / layer["median"] for layer in found["layers"]]
+    rule = found.spikes.rules["massive"]
+    assert (rule.tokens, rule.channels) == (6, [7])
+    assert found.spikes.rules["ratio"].tokens == 6
+    for token in found.spikes.tokens[:6]:
+        assert (token.id, token.channel, token.position % 3) == (63, 7, 0)
+        assert token.magnitude == pytest.approx(abs(size), rel=0.01)
+    assert found.sinks.rules["gu"].tokens == 0
+    ratios = [layer.ratio for layer in found.layers]
     assert max(ratios[:2]) < 100 < min(ratios[2:])  # nothing before ffn 0, everything after
 
 
 @pytest.mark.parametrize("sink_logit", [5.0, 10.0])
 def test_planted_sink_is_found_and_nothing_else(marked_ids, sink_logit):
     found = found_in(planted(sink_logit=sink_logit), marked_ids)
-    sinks = found["sinks"]
-    assert sinks["rules"]["gu"]["tokens"] == 6
-    assert {(token["id"], token["heads"]) for token in sinks["tokens"][:6]} == {(63, 2)}
+    sinks = found.sinks
+    assert sinks.rules["gu"].tokens == 6
+    assert {(token.id, token.heads) for token in sinks.tokens[:6]} == {(63, 2)}
     # the closed form: the mark's weight among t + 1 keys, averaged over the queries that see it
     p, strength = 0, math.exp(sink_logit)
     expected = sum(strength / (strength + t) for t in range(p, 32)) / 32
-    assert sinks["tokens"][0]["alpha"] >= expected - 0.02
-    assert found["spikes"]["rules"]["massive"]["tokens"] == 0
-    assert sinks["gu"]["0.3"]["by_layer"][0] == 0
+    assert sinks.tokens[0].alpha >= expected - 0.02
+    assert found.spikes.rules["massive"].tokens == 0
+    assert sinks.at(0.3).by_layer[0] == 0
 
 
 def test_co_occurrence_of_planted_both(marked_ids):
-    both = found_in(planted(size=300.0, sink_logit=10.0), marked_ids)["co_occurrence"]
-    assert (both["p_sink_given_spike"], both["p_spike_given_sink"], both["jaccard"]) == (1, 1, 1)
-    assert both["lift"] == pytest.approx(6)  # six sequences, each position once: 6 / (6 x 1 x 1 / 6)
+    both = found_in(planted(size=300.0, sink_logit=10.0), marked_ids).co_occurrence
+    assert (both.p_sink_given_spike, both.p_spike_given_sink, both.jaccard) == (1, 1, 1)
+    assert both.lift == pytest.approx(6)  # six sequences, each position once: 6 / (6 x 1 x 1 / 6)
 
 
 def test_lift_is_one_when_position_explains_everything():
     first = torch.zeros(50, 32, dtype=torch.bool)
     first[:, 0] = True
-    assert metrics.overlap(first, first)["lift"] == pytest.approx(1)
-    assert math.isnan(metrics.overlap(first, first & False)["p_spike_given_sink"])
+    assert metrics.overlap(first, first).lift == pytest.approx(1)
+    assert math.isnan(metrics.overlap(first, first & False).p_spike_given_sink)
 
 
 def test_lift_matches_a_permutation():
@@ -240,7 +237,7 @@ def test_lift_matches_a_permutation():
     for _ in range(2000):
         permuted = torch.stack([sink[torch.randperm(40, generator=generator), t] for t in range(8)], dim=1)
         drawn.append((spike & permuted).sum().item())
-    assert metrics.overlap(spike, sink)["lift"] == pytest.approx(
+    assert metrics.overlap(spike, sink).lift == pytest.approx(
         (spike & sink).sum().item() / (sum(drawn) / 2000), rel=0.02
     )
 
@@ -287,4 +284,4 @@ def test_overlap_under_weights_pairs_different_sequences():
         own = (weights * (spike & sink)[:, t]).sum() / 7
         expected += 6 * other + own
     both = (weights[:, None] * (spike & sink)).sum()
-    assert metrics.overlap(spike, sink, weights=weights)["lift"] == pytest.approx((both / expected).item())
+    assert metrics.overlap(spike, sink, weights=weights).lift == pytest.approx((both / expected).item())

@@ -121,7 +121,7 @@ def test_a_nanogpt_checkpoint_is_the_same_with_and_without_a_model_py(tmp_path):
         spikesink.open(tmp_path / "nano.pt", model=ROOT / "model.py", **HOW) as ours,
     ):
         assert torch.allclose(alone.losses(), ours.losses(), atol=1e-6)
-        assert alone.loaded.checkpoint["step"] == ours.loaded.checkpoint["step"] == 7
+        assert alone.loaded.checkpoint.step == ours.loaded.checkpoint.step == 7
         first = [numbers(look)[0][-1] for look in (alone, ours)]
         assert first[0]["top1"] == pytest.approx(first[1]["top1"], rel=1e-5)
 
@@ -183,5 +183,5 @@ def test_no_code_beside_a_checkpoint_is_run(tmp_path, monkeypatch, trained):
 def test_a_clone_is_found_from_within_and_said(trained, monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "docs")
     with spikesink.open(trained, seq_len=16, n_seq=4, nulls=0) as look:
-        assert look.data["n_seq"] == 4
+        assert look.data.n_seq == 4
     assert f"running {ROOT / 'model.py'}" in capsys.readouterr().err

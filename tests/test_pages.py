@@ -7,8 +7,12 @@ import shutil
 
 import pytest
 
+from spikesink import files, schema
 from spikesink.measure import history
-from spikesink.show import figures, report
+from spikesink.measure.examples import unpacked
+from spikesink.measure.findings import Findings
+from spikesink.show import figures, page
+from spikesink.show.text import visible
 
 from .conftest import SMALL_RUN
 
@@ -37,7 +41,7 @@ def with_monitor(path):
                 "p_spike_given_sink": None,
             },
         }
-        for row in history.rows_of(path)
+        for row in files.rows_of(path)
     ]
     assert len(rows) > 1
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,7 +83,7 @@ def made(tmp_path_factory):
     for token in (*found["spikes"]["tokens"], *found["sinks"]["tokens"]):
         token["text"] = token["before"] = HOSTILE
     found["checkpoint"]["path"] = HOSTILE
-    report.page(out / "hostile.html", found)
+    page.detection_page(out / "hostile.html", schema.from_json(Findings, found))
     return out
 
 
@@ -162,7 +166,7 @@ def test_text_answers(show, width):
     figure = live(page, "text")
     tokens = figure.locator(".text span")
     shades = lambda: tokens.evaluate_all("all => all.map(s => getComputedStyle(s).backgroundColor)")
-    assert tokens.first.text_content() == report.visible(HOSTILE)
+    assert tokens.first.text_content() == visible(HOSTILE)
     assert "spike" in tokens.first.get_attribute("class") and "sink" in tokens.first.get_attribute("class")
     how = figure.locator("select").last
     before, choices = shades(), how.locator("option").all_text_contents()
@@ -187,8 +191,8 @@ def test_magnitudes_answer(show, made):
     figure = live(page, "matrix")
     page.wait_for_selector(".plot .main-svg")
     peak = lambda: page.evaluate("Math.max(...document.querySelector('.plot').data[0].z.flat())")
-    found = json.loads((made / "detect.json").read_text())
-    matrices = {m["layer"]: figures.unpacked(m["values"]).max() for m in found["examples"]["matrices"]}
+    found = Findings.load(made / "detect.json")
+    matrices = {m.layer: unpacked(m.values).max() for m in found.examples.matrices}
     assert list(matrices) == ["embedding", "attn 0", "ffn 0"]
     for layer, expected in matrices.items():
         figure.locator("select").select_option(label=layer)
@@ -224,7 +228,7 @@ def test_history_skips_what_the_monitor_did_not_see(tmp_path):
     assert history.of_log(tmp_path / "log.jsonl") == []
     with_monitor(tmp_path / "log.jsonl")
     rows = history.of_log(tmp_path / "log.jsonl", 800)
-    assert len(rows) == history.ROWS and (rows[0]["step"], rows[-1]["step"]) == (0, 800)
+    assert len(rows) == history.ROWS and (rows[0].step, rows[-1].step) == (0, 800)
 
 
 def test_figures_for_a_paper(made):

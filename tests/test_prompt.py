@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from spikesink.measure import findings, prompt
+from spikesink.measure import prompt
+from spikesink.measure.findings import COMPARISON_SCHEMA, CheckpointEntry, LookedAt
 from spikesink.measure.observe import observe
 from spikesink.measure.spikes import SPIKE_RULES
+from spikesink.measure.summarise import summarise
 
 from .conftest import SMALL_RUN, subject_of, tiny
 from .test_observe import explicit_maps, planted
@@ -16,46 +18,44 @@ from .test_observe import explicit_maps, planted
 def test_prompt_is_what_explicit_maps_say():
     model, ids = planted(size=300.0, sink_logit=10.0), torch.randint(62, (1, 20))
     ids[0, 3] = 63
-    found = prompt.inspect(subject_of(model), ids, {}, {})
+    found = prompt.inspect(subject_of(model), ids, CheckpointEntry(path="p"), {})
     maps, _ = explicit_maps(model, ids)  # (L, 1, H, T, T)
     flat = maps.flatten(0, 2)
-    assert [head["head"] for head in found["heads"]] == ["0.0", "0.1", "1.0", "1.1"]
-    for head, of_head in zip(found["heads"], flat, strict=True):
-        weight = torch.tensor(head["weight"])
+    assert [head.head for head in found.heads] == ["0.0", "0.1", "1.0", "1.1"]
+    for head, of_head in zip(found.heads, flat, strict=True):
+        weight = torch.tensor(head.weight)
         torch.testing.assert_close(weight, of_head.max(-1).values, atol=1e-5, rtol=1e-5)
-        looked = of_head.gather(1, torch.tensor(head["looks_at"])[:, None])[:, 0]
+        looked = of_head.gather(1, torch.tensor(head.looks_at)[:, None])[:, 0]
         torch.testing.assert_close(looked, weight, atol=1e-5, rtol=1e-5)
         alpha = of_head.sum(0) / torch.arange(20, 0, -1)
-        torch.testing.assert_close(torch.tensor(head["alpha"]), alpha, atol=1e-5, rtol=1e-5)
-    token = found["tokens"][3]
-    assert "massive" in token["rules"] and token["channel"] == 7 and token["sink_heads"] == 2
-    assert (
-        found["tokens"][10]["looks_at"] == {"position": 3, "heads": 2} or found["tokens"][10]["looks_at"]["heads"] >= 2
-    )
+        torch.testing.assert_close(torch.tensor(head.alpha), alpha, atol=1e-5, rtol=1e-5)
+    token = found.tokens[3]
+    assert "massive" in token.rules and token.channel == 7 and token.sink_heads == 2
+    assert found.tokens[10].looks_at == LookedAt(position=3, heads=2) or found.tokens[10].looks_at.heads >= 2
 
 
 def test_vocabulary_finds_the_one_token_that_spikes():
     of = subject_of(planted(size=300.0))
     ids = torch.randint(62, (4, 32))
-    found = findings.detection(of, observe(of, ids, progress=False), {}, {}, {})
+    found = summarise(of, observe(of, ids, progress=False))
     probe = prompt.vocabulary(of, found, ids, 64, batch_size=10)
-    for place in ("first", "second"):
-        assert probe[place]["spiking"] == 1
-        assert (probe[place]["tokens"][0]["id"], probe[place]["tokens"][0]["channel"]) == (63, 7)
-        assert sum(probe[place]["histogram"]["counts"]) == 64
-        assert len(probe[place]["ratio"]) == 64
+    for place in (probe.first, probe.second):
+        assert place.spiking == 1
+        assert (place.tokens[0].id, place.tokens[0].channel) == (63, 7)
+        assert sum(place.histogram.counts) == 64
+        assert len(place.ratio) == 64
 
 
 def test_vocabulary_in_second_place_sees_the_first():
     """A token's ratio there is that of the whole two-token sequence's last token."""
     of = subject_of(tiny())
     ids = torch.randint(64, (2, 32))
-    found = findings.detection(of, observe(of, ids, progress=False), {}, {}, {})
+    found = summarise(of, observe(of, ids, progress=False))
     probe = prompt.vocabulary(of, found, ids, 64)
     obs = observe(of, torch.tensor([[int(ids[0, 0]), 17]]), progress=False)
-    medians = torch.tensor([layer["median"] for layer in found["layers"]])
+    medians = torch.tensor([layer.median for layer in found.layers])
     expected = (obs.magnitudes[:, 0, 1] / medians).max().item()
-    assert probe["second"]["ratio"][17] == pytest.approx(expected, abs=0.006)
+    assert probe.second.ratio[17] == pytest.approx(expected, abs=0.006)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_compare_and_vocab_commands(cli, bytes_run, trained, tmp_path):
     code, out, err = cli("detect.py", "--compare", bytes_run, trained, "--seq_len=16", "--n_seq=8", *files)
     assert code == 0, err
     found = json.loads((tmp_path / "c.json").read_text())
-    assert found["schema"] == findings.COMPARISON_SCHEMA
+    assert found["schema"] == COMPARISON_SCHEMA
     assert [f["checkpoint"]["path"] for f in found["findings"]] == [str(bytes_run), str(trained)]
     assert "vocab_size" in out and "Sink_1 (0.3)" in out
     assert "Side by side" in (tmp_path / "c.html").read_text()

@@ -1,5 +1,6 @@
 """Dataclasses and JSON: what is written is what is read back, and what does not fit is named."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Found:
     curve: list[Point] = schema.keyed("at")
     names: dict[str, int] = schema.sometimes()
     note: str | None = schema.sometimes()
+    point: Point | None = schema.or_empty()
     schema: str = "found-1"
 
 
@@ -34,10 +36,13 @@ def test_what_is_written_is_read_back(tmp_path):
     assert written == {
         "curve": {"0.3": {"rate": 0.5, "ci95": [0.4, 0.6]}, "1.0": {"rate": None, "ci95": None}},
         "names": {"a": 1},
+        "point": {},
         "schema": "found-1",
     }
     again = schema.load(Found, tmp_path / "f.json", "detect.py")
-    assert again.curve[0] == WHOLE.curve[0] and math.isnan(again.curve[1].rate) and again.note is None
+    assert again.curve[0] == WHOLE.curve[0] and math.isnan(again.curve[1].rate) and again.note is again.point is None
+    schema.save(tmp_path / "f.json", dataclasses.replace(WHOLE, point=WHOLE.curve[0]))
+    assert schema.load(Found, tmp_path / "f.json", "detect.py").point == WHOLE.curve[0]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from spikesink import files
+from spikesink import files, schema
 from spikesink.edit import interventions
-from spikesink.measure import findings
+from spikesink.measure.findings import SCHEMA, Findings
 from spikesink.models import checkpoint
-from spikesink.show import report
+from spikesink.show import page
+from spikesink.show.text import visible
 
 from .conftest import ROOT, tiny
 from .test_probes import treebank
@@ -37,7 +38,7 @@ def detected(cli, trained, tmp_path):
 
 def test_findings_hold_the_promised_keys(detected, trained):
     found, text = detected("--n_seq=20")
-    assert found["schema"] == findings.SCHEMA
+    assert found["schema"] == SCHEMA
     assert found["checkpoint"] == {
         "path": str(trained),
         "sha256": files.file_hash(trained),
@@ -180,7 +181,7 @@ def test_page_is_self_contained_and_escapes_token_text(detected, tmp_path):
     for token in (*found["spikes"]["tokens"], *found["sinks"]["tokens"]):
         token["text"] = token["before"] = attack
     found["checkpoint"]["path"] = attack
-    report.page(tmp_path / "evil.html", found)
+    page.detection_page(tmp_path / "evil.html", schema.from_json(Findings, found))
     html = (tmp_path / "evil.html").read_text()
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html
     links = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", html)
@@ -239,7 +240,7 @@ def test_broken_weights_are_named(cli, trained, tmp_path):
 
 
 def test_control_characters_of_tokens_are_shown_not_sent():
-    assert report.visible("a\x1b[31m\n\x00") == "a\\x1b[31m⏎\\x00"
+    assert visible("a\x1b[31m\n\x00") == "a\\x1b[31m⏎\\x00"
 
 
 def test_checkpoint_that_is_not_one(cli, tmp_path):

@@ -1,10 +1,12 @@
 """A study end to end, killed and continued, its statistics against planted numbers, its verdicts on planted tables."""
 
+import dataclasses
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,14 @@ import numpy as np
 import pytest
 
 import study
+from spikesink import schema
 from spikesink.errors import UserError
-from studies import aggregate, hypotheses, jobs, measures, tables
+from studies import aggregate, hypotheses, jobs, tables
+from studies.runs import measures, rows, run
+from studies.table import Arm, Conditions, Estimate, Table, load_table
 
 from .conftest import ROOT, SMALL_RUN
+from .test_house import MODULES, imports_of
 
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "studies").glob("*.py"))
 CI = "configs/studies/ci.py"
@@ -36,10 +42,13 @@ def table_of(path, name="ci"):
     return json.loads((results_of(path, name) / "table.json").read_text())
 
 
+RUNS = {"pre-1", "pre-2", "post-1", "post-2"}
+
+
 def without_times(path):
     """table.json and table.md as they are, but for how long it took."""
     table = table_of(path)
-    assert set(table.pop("times")) == {"pre-1", "pre-2", "post-1", "post-2"}
+    assert set(table.pop("times")) == RUNS
     return json.dumps(table), (results_of(path) / "table.md").read_text()
 
 
@@ -84,8 +93,12 @@ def test_files_of_the_results(whole):
     folder = results_of(whole[0])
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     drawn = {f"figures/{name}.{kind}" for name in ("arms", "course", "plane") for kind in ("svg", "png")}
-    logs = {f"logs/{arm}-{seed}.jsonl" for arm in ("pre", "post") for seed in (1, 2)}
-    assert names == {"table.json", "table.md", "index.html", "figures/captions.txt"} | drawn | logs
+    assert names == {"table.json", "table.md"}
+    folder = whole[0] / "out" / "ci"
+    made = {"job.json", "log.jsonl", "detect.json", "course.json", "ablate.json", "row.json"}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"index.html", "figures/captions.txt"} | drawn <= names
+    assert {f"{run}/{name}" for run in RUNS for name in made} <= names
     page = (folder / "index.html").read_text()
     assert "H2: underpowered" in page and not re.search(r"""(src|href)=["']?http|url\(http""", page)
     assert not list((whole[0] / "out").rglob("*.pt"))  # they are large, and measured
@@ -149,13 +162,16 @@ def test_divergence_is_a_result_and_what_is_done_is_not_done_again(small, tmp_pa
     assert all(row["step"] <= 3 and row["lr"] > 1e29 and row["loss"] is None for row in wild["seeds"])
     assert (wild["done"], wild["diverged"], wild["mean"], calm["done"]) == (0, 2, {}, 2)
     assert "| –, 1.5, 2 |" in (results_of(tmp_path, "small") / "table.md").read_text()
-    assert "2 done, 2 diverged" in out and "diverged at learning rate" in tables.markdown(table)
+    assert (
+        "2 done, 2 diverged" in out
+        and "diverged at learning rate" in (results_of(tmp_path, "small") / "table.md").read_text()
+    )
 
     def refuse(*args):
         raise AssertionError("trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(study, "trained", refuse)
+        patch.setattr(run, "train_run", refuse)
         assert cli("study.py", small, *folders(tmp_path))[0] == 0
         assert table_of(tmp_path, "small") == table
         elsewhere = f"--out={tmp_path / 'elsewhere'}", f"--results={tmp_path / 'results'}"
@@ -212,13 +228,61 @@ def test_the_hash_of_the_code_is_of_what_it_does():
     assert jobs.statements(code) != jobs.statements(code.replace("+ 1", "+ 2"))
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the source alone."""
+    path = tmp_path_factory.mktemp("clone")
+    for folder in ("data", "trainer", "spikesink", "studies"):
+        shutil.copytree(ROOT / folder, path / folder, ignore=lambda at, names: [n for n in names if n.endswith(".bin")])
+    for script in jobs.SCRIPTS:
+        shutil.copy(ROOT / script, path / script)
+    return path
+
+
+CODE = (
+    *("model.py", "train.py", "detect.py", "ablate.py", "study.py", "data/loader.py", "trainer/machine.py"),
+    *("spikesink/hooks.py", "spikesink/api.py", "spikesink/text/sequences.py", "spikesink/models/subject.py"),
+    *("spikesink/measure/observe.py", "spikesink/measure/monitor.py", "spikesink/edit/interventions.py"),
+    *("studies/runs/run.py", "studies/runs/measures.py", "trainer/new.py", "spikesink/edit/new.py"),
+)
+SHOWS = (
+    *("spikesink/show/report.py", "studies/tables.py", "studies/hypotheses.py", "studies/aggregate.py"),
+    *("data/text/prepare.py", "data/text/new.py", "new.py", "studies/new.py"),
+)
+
+
+@pytest.mark.parametrize("file", CODE + SHOWS)
+def test_the_hash_of_the_code_is_of_the_folders_that_numbers_depend_on(clone, file):
+    path, before = clone / file, jobs.code_version(clone)
+    assert before == jobs.code_version()
+    source = path.read_text() if path.exists() else ""
+    path.write_text(source + "\nadded = 1  # a statement\n")
+    assert (jobs.code_version(clone) != before) == (file in CODE)
+    path.write_text(source + "\n# a comment\n") if source else path.unlink()
+    assert jobs.code_version(clone) == before
+
+
+def test_the_hash_of_the_code_is_of_all_that_a_run_imports():
+    """The imports at the head of modules, followed from what trains and measures a run, but for those of the commands,
+    which print what they find: detect.py is asked for its LAB alone."""
+    hashed = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in jobs.hashed_files()}
+    hashed = {name.removesuffix(".__init__") for name in hashed}
+    seen, left = set(), ["studies.runs.run"]
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left += imports_of(name, MODULES[name].body) if name != "spikesink.commands" else []
+    assert len(seen) > 30 and {"model", "data.loader", "spikesink.measure.metrics"} <= seen <= hashed
+
+
 def test_a_run_that_another_study_has_done_is_not_done_again(whole):
     path = whole[0]
     rows = [path / "out" / name / "pre-2" / "row.json" for name in ("ci", "second")]
     argv = [*COMMAND, CI, *folders(path), "--name=second", "--arms=pre", "--seeds=2,3"]
     subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     assert rows[0].read_bytes() == rows[1].read_bytes()  # with how long it took
-    logs = [results_of(path, name) / "logs" / "pre-2.jsonl" for name in ("ci", "second")]
+    logs = [path / "out" / name / "pre-2" / "log.jsonl" for name in ("ci", "second")]
     assert logs[0].read_bytes() == logs[1].read_bytes()
     assert [row["status"] for row in table_of(path, "second")["arms"]["pre"]["seeds"]] == ["done", "done"]
     assert (
@@ -249,12 +313,46 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
         5e-4,
         100,
     )
-    assert len({job.what for job in planned}) == len(planned) == 3 * len(asked.arms)
+    assert len({job.config_hash for job in planned}) == len(planned) == 3 * len(asked.arms)
     assert [job.seed for job in planned[: len(asked.arms)]] == [1] * len(
         asked.arms
     )  # what is done first can be compared
     own = [jobs.settings(job.model, job.cfg) for job in planned if job.arm in ("adamw", "decay_0")][:2]
     assert {key for key in own[0] if own[0][key] != own[1][key]} == {"weight_decay"}
+
+
+def test_one_grammar():
+    spaced = [
+        "x.py",
+        "--seeds",
+        "1,2",
+        "--probes",
+        "--no-compile",
+        "--max_iters",
+        "3",
+        "--out",
+        "o",
+        "--extend",
+        "--keep_code",
+    ]
+    joined = [
+        "x.py",
+        "--seeds=1,2",
+        "--probes=true",
+        "--compile=false",
+        "--max_iters=3",
+        "--out=o",
+        "--extend",
+        "--keep_code",
+    ]
+    found = [study.parse_argv(argv) for argv in (spaced, joined, [*spaced[1:], "x.py"], [*joined[1:], "x.py"])]
+    assert found[0] == found[1] and [one[:3] for one in found] == [found[0][:3]] * 4
+    args, of_study, of_runs, command = found[0]
+    assert (args.study, str(args.out), args.extend, args.keep_code, args.dry) == ("x.py", "o", True, True, False)
+    assert of_study == {"seeds": [1, 2], "probes": True} and of_runs == {"compile": "false", "max_iters": "3"}
+    assert command == "python study.py x.py --seeds=1,2 --probes=true --compile=false --max_iters=3 --keep_code"
+    with pytest.raises(UserError, match="--probes no: write --probes=no"):
+        study.parse_argv(["x.py", "--probes", "no"])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +373,11 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
         ([CI, "--hypotheses=H9"], "no 'H9'"),
         ([CI, "scale/nano"], "unknown argument"),
         ([CI, "--common=3"], "write it into the study file"),
-        ([CI, "--extend"], "is no table of study.py"),
+        ([CI, "--extend"], "without --extend a new table is made"),
+        ([CI, "--seeds"], "--seeds needs a value"),
+        ([CI, "--max_iters", "--dry"], "--max_iters needs a value"),
+        ([CI, "--seed", "3"], "seed is set by the study"),
+        ([CI, "--keep_cod"], "did you mean --keep_code"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, cli, tmp_path):
@@ -291,69 +393,78 @@ def test_intervals_cover_what_they_say():
     rng = np.random.default_rng(0)
     draws = rng.normal(3.0, 2.0, (2000, 3))
     inside = lambda ci: ci[0] <= 3.0 <= ci[1]
-    t = np.mean([inside(aggregate.interval(row)["ci95"]) for row in draws])
+    t = np.mean([inside(aggregate.t_interval(row).ci95) for row in draws])
     boots = [row[rng.integers(0, 3, (200, 3))].mean(1) for row in draws]
     bootstrap = np.mean([inside(np.quantile(b, [0.025, 0.975])) for b in boots])
     assert abs(t - 0.95) < 0.015 and bootstrap < 0.85
-    logs = np.mean([inside([math.log(x) for x in aggregate.interval(np.exp(row), "log")["ci95"]]) for row in draws])
+    logs = np.mean([inside([math.log(x) for x in aggregate.t_interval(np.exp(row), "log").ci95]) for row in draws])
     assert abs(logs - 0.95) < 0.015
 
 
 def test_p_is_uniform_where_nothing_differs():
     rng = np.random.default_rng(0)
-    p = np.array([aggregate.chance(row) for row in rng.normal(0.0, 1.0, (2000, 4))])
+    p = np.array([aggregate.p_value(row) for row in rng.normal(0.0, 1.0, (2000, 4))])
     assert abs((p < 0.05).mean() - 0.05) < 0.015 and abs(np.median(p) - 0.5) < 0.05
-    assert aggregate.chance([1.0, 2.0]) is None
-    assert (aggregate.chance([1.0, 1.0, 1.0]), aggregate.chance([0.0, 0.0, 0.0])) == (0.0, 1.0)
+    assert aggregate.p_value([1.0, 2.0]) is None
+    assert (aggregate.p_value([1.0, 1.0, 1.0]), aggregate.p_value([0.0, 0.0, 0.0])) == (0.0, 1.0)
 
 
 def test_intervals_by_hand():
-    found = aggregate.interval([1.0, 2.0, 3.0, None])
+    found = aggregate.t_interval([1.0, 2.0, 3.0, None])
     half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom
-    assert found == {"n": 3, "mean": 2.0, "ci95": pytest.approx([2 - half, 2 + half])}
-    assert aggregate.interval([0.9, 1.0, 0.95], "share")["ci95"][1] == 1.0
-    assert aggregate.interval([1.0, 100.0], "log") == {"n": 2, "mean": pytest.approx(10.0), "ci95": None}
-    assert aggregate.interval([0.0, 100.0, 10.0], "log") == {"n": 3, "mean": 0.0, "ci95": None}
-    assert aggregate.interval([None]) == {"n": 0, "mean": None, "ci95": None}
-    assert tables.cell(aggregate.interval([0.25, None, None]), "Sink_1", 3) == "25.0% (1 of 3)"
+    assert (found.n, found.mean, found.ci95) == (3, 2.0, pytest.approx((2 - half, 2 + half)))
+    assert aggregate.t_interval([0.9, 1.0, 0.95], "share").ci95[1] == 1.0
+    assert aggregate.t_interval([1.0, 100.0], "log") == Estimate(2, pytest.approx(10.0), None)
+    assert aggregate.t_interval([0.0, 100.0, 10.0], "log") == Estimate(3, 0.0, None)
+    assert aggregate.t_interval([None]) == Estimate(0, None, None)
+    assert tables.cell(aggregate.t_interval([0.25, None, None]), "Sink_1", 3) == "25.0% (1 of 3)"
     base = {1: 10.0, 2: 20.0, 3: 40.0, 4: 7.0}
-    assert aggregate.paired({s: 2 * x for s, x in base.items() if s < 4}, base, "log")["ci95"] == pytest.approx([2, 2])
-    assert aggregate.paired({1: 11.0, 2: 21.0, 3: None}, base)["mean"] == 1.0
+    assert aggregate.paired({s: 2 * x for s, x in base.items() if s < 4}, base, "log").ci95 == pytest.approx((2, 2))
+    assert aggregate.paired({1: 11.0, 2: 21.0, 3: None}, base).mean == 1.0
     shares = aggregate.paired({1: 0.0, 2: 0.1, 3: 0.0}, {1: 0.7, 2: 1.0, 3: 1.0}, "share")
-    assert shares["mean"] == pytest.approx(-2.6 / 3) and shares["ci95"][0] == -1.0
+    assert shares.mean == pytest.approx(-2.6 / 3) and shares.ci95[0] == -1.0
 
 
 def run_of(seed, loss, course=(), **numbers):
     """A planted row; `course`: losses at steps 10, 20, ..., the last of them the run's own."""
     values = {"loss": loss, **numbers}
-    points = [{"step": 10 * (i + 1), "loss": x, "measures": {**values, "loss": x}} for i, x in enumerate(course)]
-    verdicts = {"spike": "present", "sink": "present", "co_occurrence": "present"}
-    return {"seed": seed, "status": "done", "step": 10 * len(points), "loss": loss, "measures": values} | {
-        "course": points,
-        "verdicts": verdicts,
-    }
+    points = [rows.Point(10 * (i + 1), 100 * (i + 1), x, {**values, "loss": x}) for i, x in enumerate(course)]
+    return rows.Done(
+        **{"seed": seed, "job": "j", "code": "c", "status": rows.DONE, "lr": None, "loss": loss, "weights": "w"},
+        **{"step": 10 * len(points), "tokens": 100 * len(points), "machine": "here", "torch": "2", "measures": values},
+        **{"course": points, "verdicts": dict.fromkeys(("spike", "sink", "co_occurrence"), "present")},
+        **{"ablations": rows.Ablations(), "where": rows.Where({}, {})},
+    )
+
+
+def arm_of(changes, seeds, base=()):
+    """A planted arm; `base`: the baseline's rows."""
+    difference, equal_loss = aggregate.compare(seeds, base) if base else (None, None)
+    return Arm(
+        **{"configs": "", "changes": changes, "parameters": 1, "flops_per_token": 1, "tokens": 1, "seeds": seeds},
+        **{"matched": True, "difference": difference, "equal_loss": equal_loss},
+        **vars(aggregate.arm_summary(seeds)),
+    )
 
 
 def test_at_equal_loss_the_better_run_is_taken_earlier():
     good, bad = run_of(1, 1.0, (3.0, 2.0, 1.5, 1.0)), run_of(1, 1.9, (4.0, 3.0, 2.5, 1.9))
-    assert [point["step"] for point in aggregate.at_equal_loss(good, bad)] == [30, 40]
-    assert [point["step"] for point in aggregate.at_equal_loss(bad, good)] == [40, 30]
+    assert [point.step for point in aggregate.at_equal_loss(good, bad)] == [30, 40]
+    assert [point.step for point in aggregate.at_equal_loss(bad, good)] == [40, 30]
     equal, at = aggregate.compare([bad], [good])
-    assert equal["loss"]["mean"] == pytest.approx(0.9)
-    assert (at["step"], at["baseline_step"], at["measures"]["loss"]["mean"]) == (40, 30, pytest.approx(0.4))
+    assert equal["loss"].mean == pytest.approx(0.9)
+    assert (at.step, at.baseline_step, at.measures["loss"].mean) == (40, 30, pytest.approx(0.4))
 
 
 def test_onset_is_where_it_stays():
-    course = [{"step": s, "measures": {"best head": x}} for s, x in ((0, 0.0), (1, 0.9), (2, None), (3, 0.6), (4, 1.0))]
+    shares = (0.0, 0.9, None, 0.6, 1.0)
+    course = [rows.Point(step, step, None, {"best head": share}) for step, share in enumerate(shares)]
     assert aggregate.onset(course, "best head") == 3
     assert aggregate.onset(course[:3], "best head") is None
 
 
 def test_interactions_are_what_is_beyond_the_sum():
-    arm = lambda changes, values: {
-        "changes": changes,
-        "seeds": [run_of(s, x, **{"kurtosis": math.exp(x)}) for s, x in enumerate(values)],
-    }
+    arm = lambda changes, values: arm_of(changes, [run_of(s, x, kurtosis=math.exp(x)) for s, x in enumerate(values)])
     arms = {
         "base": arm({}, (1.0, 2.0, 3.0)),
         "a": arm({"norm_place": "post"}, (1.5, 2.5, 3.5)),
@@ -362,8 +473,8 @@ def test_interactions_are_what_is_beyond_the_sum():
     }
     found = aggregate.interactions(arms, "base")
     assert list(found) == ["a and b"]
-    assert found["a and b"]["loss"]["mean"] == pytest.approx(1.0)
-    assert found["a and b"]["kurtosis"]["mean"] == pytest.approx(math.e)
+    assert found["a and b"]["loss"].mean == pytest.approx(1.0)
+    assert found["a and b"]["kurtosis"].mean == pytest.approx(math.e)
 
 
 # --------------------------------------------------------------------------------------------------- verdicts
@@ -371,18 +482,20 @@ def test_interactions_are_what_is_beyond_the_sum():
 
 def planted(arms, asked=("H1", "H2", "H3", "H4", "H5", "H6", "H7")):
     """A table of three seeds per arm from {arm: (changes, {measure: mean})}; the seeds lie 1% about the mean."""
-    made, base = {}, next(iter(arms))
+    made, base = {}, []
     for name, (changes, numbers) in arms.items():
         seeds = [
             run_of(seed, 1.0, (1.0,), **{m: x * (1 + 0.01 * (seed - 2)) for m, x in numbers.items()})
             for seed in (1, 2, 3)
         ]
-        made[name] = {"changes": changes, "seeds": seeds, **aggregate.arm_summary(seeds)}
-    for arm in made.values():
-        if arm is not made[base]:
-            arm["difference"], arm["equal_loss"] = aggregate.compare(arm["seeds"], made[base]["seeds"])
-    config = {"norm_place": "pre"}
-    return {"arms": made, "baseline": base, "asked": asked, "config": config, "measured": {"seq_len": 64}}
+        made[name] = arm_of(changes, seeds, base)
+        base = base or seeds
+    words = dict.fromkeys(("name", "question", "command", "code", "spikesink", "torch", "python", "git_commit"), "")
+    return Table(
+        **{**words, "baseline": next(iter(arms)), "config": {"norm_place": "pre"}, "data": [], "seeds": [1, 2, 3]},
+        **{"asked": asked, "measured": Conditions(100, 64, 1, "float32"), "published": {}, "arms": made},
+        **{"interactions": {}, "times": {}},
+    )
 
 
 PRE = {
@@ -409,14 +522,14 @@ RELU = {"activation": "relu"}, {**PRE, "top1/median": 200.0}
 
 
 def verdicts(table):
-    return {name: of["verdict"] for name, of in hypotheses.judge(table).items()}
+    return {name: of.verdict for name, of in hypotheses.judge(table).items()}
 
 
 def test_verdicts_where_all_is_as_claimed():
     table = planted({"pre": ({}, PRE), "post": POST, "relu": RELU})
     assert verdicts(table) == dict.fromkeys(hypotheses.HYPOTHESES, "supported")
     for of in hypotheses.judge(table).values():
-        assert any(c.isdigit() for c in of["reason"]) and of["rule"]
+        assert any(c.isdigit() for c in of.reason) and of.rule
 
 
 OTHERWISE = {
@@ -442,22 +555,55 @@ def test_h7_is_contradicted_by_arms_that_are_alike():
 def test_verdicts_without_evidence():
     arms = {"pre": ({}, PRE), "post": POST, "relu": RELU}
     table = planted(arms)
-    for arm in table["arms"].values():
-        arm["verdicts"]["spike"] = {"underpowered": 3}  # absence is no evidence
+    for arm in table.arms.values():
+        arm.verdicts["spike"] = {"underpowered": 3}  # absence is no evidence
     assert {verdicts(table)[name] for name in ("H1", "H2", "H3", "H4", "H5")} == {"underpowered"}
-    table = planted(arms)
-    for arm in table["arms"].values():
-        arm["seeds"] = arm["seeds"][:2]
-        arm |= aggregate.arm_summary(arm["seeds"])
-    table["arms"]["relu"]["difference"], _ = aggregate.compare(
-        table["arms"]["relu"]["seeds"], table["arms"]["pre"]["seeds"]
-    )
-    assert set(verdicts(table).values()) == {"underpowered"}
+    base = table.base.seeds[:2]
+    two_seeds = {
+        name: arm_of(arm.changes, arm.seeds[:2], [] if name == "pre" else base) for name, arm in table.arms.items()
+    }
+    assert set(verdicts(dataclasses.replace(table, arms=two_seeds)).values()) == {"underpowered"}
     assert verdicts(planted({"pre": ({}, PRE)}))["H2"] == "not asked"
     assert set(verdicts(planted(arms, asked=())).values()) == {"not asked"}
 
 
-# ------------------------------------------------------------------------------------------------ RESULTS.md
+# --------------------------------------------------------------------------------------------------- results/
+
+TABLES = sorted((ROOT / "results").glob("*/table.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
+def test_committed_tables_are_read_and_written_as_they_are(path):
+    table = load_table(path)
+    assert schema.to_json(table) == json.loads(path.read_text())
+    assert tables.markdown(table) == path.with_name("table.md").read_text()
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
+def test_the_rows_of_committed_tables_are_the_runs_that_their_commands_ask_for(path, monkeypatch):
+    """So that --extend keeps them: same settings, data, seeds and measures. Which code it was is not asked here."""
+    table = load_table(path)
+    meta = {"vocab_size": table.config["vocab_size"]}
+    monkeypatch.setattr(jobs, "data_of", lambda dataset: (meta, table.data))
+    monkeypatch.setattr(jobs, "check_sequences", lambda *args: None)
+    args, of_study, of_runs, command = study.parse_argv(table.command.split()[2:])
+    assert command == table.command
+    asked = jobs.plan(jobs.read_study(args.study, of_study), path.parent, of_runs, table.code)
+    assert {job.id for job in asked} == {row.job for row in tables.all_runs(table)}
+    held = study.rows_of_table(path, asked)
+    assert len(held) == sum(arm.done + arm.diverged for arm in table.arms.values()) > 0
+
+
+def test_a_table_of_another_version_is_one_line(tmp_path):
+    content = json.loads(TABLES[0].read_text())
+    for change, words in (
+        ({"schema": "spikesink-study-0"}, "is of schema 'spikesink-study-0'"),
+        ({"arms": {"pre": {}}}, "arms.pre.done is missing"),
+        ({"seeds": ["1"]}, "seeds[0] is '1'"),
+    ):
+        (tmp_path / "table.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_table(tmp_path / "table.json")
 
 
 def test_results_say_what_the_tables_hold():
@@ -476,4 +622,4 @@ def test_a_field_that_names_nothing_is_refused():
     from studies import write_results as write
 
     with pytest.raises(UserError, match="no_such_arm"):
-        write.filled("ci; no_such_arm; loss", {"ci": json.loads((ROOT / "results/ci/table.json").read_text())})
+        write.filled("ci; no_such_arm; loss", {"ci": load_table(ROOT / "results/ci/table.json")})

@@ -174,7 +174,7 @@ class TensorBoard:
         with contextlib.closing(writer):
             if self.looks:
                 step, row = self.looks[-1]
-                ends |= headline(row)
+                ends |= headline(dict(row))
                 for name, (where, key, log) in HEATMAPS.items():
                     if row[where]:
                         writer.add_figure(f"heatmap/{name}", heatmap(self.looks, where, key, log), step)

@@ -34,7 +34,7 @@ def pairs(name: str, content: bytes) -> Iterator[dict[str, str]]:
         yield kept
 
 
-def prepare(folder: str | Path, archive: str | None = None) -> tuple[int, int]:
+def prepare(folder: Path, archive: str | None = None) -> tuple[int, int]:
     """Writes blimp.jsonl to `folder`. Returns (paradigms, pairs)."""
     files = members(archive, "*.jsonl", URL)
     found = [pair for name in sorted(files) for pair in pairs(name, files[name])]

@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.writer import DatasetWriter, Encoder, progress
+from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.models.hf import hub_answers
 from spikesink.text.tokenizers import GPT2Tokenizer
@@ -52,7 +52,7 @@ def texts(shard: str) -> Iterator[str]:
     return (row["text"] for row in load_dataset("parquet", data_files=[shard], split="train", streaming=True))
 
 
-def prepare(folder: Path, tokenizer: Encoder, max_docs: int | None = None, parquet: str | None = None) -> None:
+def prepare(folder: Path, tokenizer: GPT2Tokenizer, max_docs: int | None = None, parquet: str | None = None) -> None:
     """Writes {train,val}.bin and meta.json to `folder`.
 
     Raises UserError if the hub's dataset does not have the number of documents it should.

@@ -13,16 +13,16 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.writer import DatasetWriter, Encoder, progress
+from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, cli
-from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, split_documents
+from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, ByteTokenizer, GPT2Tokenizer, split_documents
 
 PIECE = 2**16  # characters
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
@@ -67,8 +67,7 @@ def pieces(documents: Iterable[str]) -> Iterator[str]:
         if len(document) <= PIECE:
             yield document
             continue
-        lines: list[str] = []
-        size = 0
+        lines, size = [], 0
         for line in document.splitlines(keepends=True):
             lines.append(line)
             size += len(line)
@@ -79,7 +78,9 @@ def pieces(documents: Iterable[str]) -> Iterator[str]:
             yield "".join(lines)
 
 
-def prepare(files: Sequence[str | Path], folder: Path, tokenizer: Encoder, val_every: int) -> None:
+def prepare(
+    files: Iterable[str | Path], folder: Path, tokenizer: ByteTokenizer | GPT2Tokenizer, val_every: int
+) -> None:
     """Writes {train,val}.bin and meta.json to `folder`; every `val_every`-th document is validation."""
     paths = [Path(file) for file in files]
     for file in paths:

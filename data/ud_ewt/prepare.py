@@ -26,7 +26,7 @@ def check(name: str, content: bytes) -> None:
             raise UserError(f"line {number} of {name} is not CoNLL-U")
 
 
-def prepare(folder: str | Path, archive: str | None = None) -> None:
+def prepare(folder: Path, archive: str | None = None) -> None:
     """Writes {train,dev,test}.conllu to `folder`, as they are in the release. Raises UserError."""
     files = members(archive, "en_ewt-ud-*.conllu", URL)
     missing = [split for split in SPLITS if f"en_ewt-ud-{split}.conllu" not in files]

@@ -14,7 +14,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.writer import DatasetWriter, Encoder, progress
+from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.models.hf import hub_answers
 from spikesink.text.tokenizers import GPT2Tokenizer
@@ -57,7 +57,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(article)
 
 
-def prepare(folder: Path, tokenizer: Encoder, parquet: str | None = None) -> None:
+def prepare(folder: Path, tokenizer: GPT2Tokenizer, parquet: str | None = None) -> None:
     """Writes {train,val}.bin and meta.json to `folder`."""
     with DatasetWriter(folder, tokenizer, val_every=1) as writer:
         for source, split in (("validation", "val"), ("train", "train")):

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..measure.findings import Place
 from ..models.subject import Subject
 from ..text.sequences import Reader
 from . import interventions, outcomes, probes, quantise
 from .clean_pass import Reference
-from .findings import Ablation, Blimp, Calibration, Entry, Int8, Linear, Probes, Tap, Unavailable
+from .findings import Ablation, Blimp, Calibration, Entry, Int8, Linear, Probes, Unavailable
 from .interventions import Intervention
 from .outcomes import Conditions
 
@@ -44,7 +45,7 @@ def ablate_subject(
     `about`: the findings' entries checkpoint, model and data. `only`: names of interventions, by default all. With a
     `reader` also BLiMP and linear probes, where the folder `probe_data` has them. Raises UserError for an unknown name.
     """
-    table, removals = chosen(subject, about["data"]["bos"], only)
+    table, removals = chosen(subject, about["data"].bos, only)
     conditions = outcomes.conditions_of(table | removals, reference)
     measured = outcomes.measure(subject, ids, conditions, batch_size, f"ablate {subject.part}".strip())
     entries = outcomes.table_entries(table, measured)
@@ -53,7 +54,7 @@ def ablate_subject(
         part=subject.part,
         calibration=Calibration(n_seq=len(other_ids)),
         note=NOTE,
-        taps=[Tap(layer=tap.layer, kind=tap.kind) for tap in subject.streams],
+        taps=[Place(layer=tap.layer, kind=tap.kind) for tap in subject.streams],
         baseline=outcomes.baseline(measured),
         interventions=entries,
         removals=outcomes.table_entries(removals, measured),

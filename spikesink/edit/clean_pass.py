@@ -46,7 +46,7 @@ class CleanPass:
             clean.streams.append(x)
             clean.spikes.append(spike_entries(x))
 
-        def on_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        def on_attention(module: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
             q, k, *_ = args
             clean.sinks.append(sinks_in(module, q, k, subject.causal))
 

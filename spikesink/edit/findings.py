@@ -4,33 +4,29 @@ None: undefined, as the mean over spike tokens where there are none. Losses: nat
 [low, high] of what stands before it, by bootstrap over sequences; None where undefined, as for one sequence.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import schema
-from ..schema import sometimes
+from ..measure.findings import CheckpointEntry, Interval, Place, TextEntry
+from ..schema import Record, sometimes
 
 SCHEMA = "spikesink-ablation-1"
-Interval = list[float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Named:
+class Named(Record):
     """What has a name."""
 
     name: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unavailable:
+class Unavailable(Record):
     """What could not be measured, and why."""
 
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossChange:
+class LossChange(Record):
     """The loss after a change, its exponential, and its difference from the clean model's, paired by sequence."""
 
     loss: float
@@ -42,16 +38,14 @@ class LossChange:
 # ----------------------------------------------------------------------------------------------- interventions
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassLoss:
+class ClassLoss(Record):
     """The clean model's loss of predictions made at a class of tokens, and how many tokens that are."""
 
     loss: float | None
     tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
+class Baseline(Record):
     """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position."""
 
     loss: float
@@ -60,8 +54,7 @@ class Baseline:
     by_position: list[float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassChange:
+class ClassChange(Record):
     """How the loss of predictions made at a class of tokens changed."""
 
     delta_loss: float | None
@@ -69,16 +62,14 @@ class ClassChange:
     tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShareIntervals:
+class ShareIntervals(Record):
     """The intervals of a Left."""
 
     same: Interval | None
     all: Interval | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Left:
+class Left(Record):
     """Which part of the spikes or sinks is left, in the `sequences` that had any: the `same`, the very ones, over
     those that were there; `all`: those there now over those that were there."""
 
@@ -93,15 +84,13 @@ class Left:
         return None if self.ci95 is None else self.ci95.same
 
 
-@dataclass(frozen=True, kw_only=True)
-class StateChange:
+class StateChange(Record):
     """The mean |h' - h| / |h| of the states at a tap, of spike tokens and of the others."""
 
     spike_tokens: float | None
     others: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Effect(LossChange, Named):
     """What an intervention changes.
 
@@ -121,14 +110,12 @@ class Effect(LossChange, Named):
         return {"spikes": self.spikes_left, "sinks": self.sinks_left}[phenomenon]
 
 
-@dataclass(frozen=True, kw_only=True)
 class ControlEffect(Effect):
     """What a control of an intervention changes; `text` says what it edits instead."""
 
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Entry(Effect):
     """What an intervention on spikes, sinks or BOS (`kind`) changes, and what its controls do."""
 
@@ -141,8 +128,7 @@ class Entry(Effect):
         return [control for control in self.control if control.edited]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Remains:
+class Remains(Record):
     """What of the spikes and of the sinks remains when the other, or a control's choice, is removed."""
 
     spikes_remain: Left
@@ -153,12 +139,10 @@ class Remains:
         return {"spikes": self.spikes_remain, "sinks": self.sinks_remain}[phenomenon]
 
 
-@dataclass(frozen=True, kw_only=True)
 class ControlRemains(Remains, Named):
     """What remains under a control."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Cell(Remains):
     """One half of the causal 2 x 2: what remains when spikes, or sinks, are removed `by` an intervention.
 
@@ -175,7 +159,6 @@ class Cell(Remains):
 # ----------------------------------------------------------------------------------------------- attention, int8
 
 
-@dataclass(frozen=True, kw_only=True)
 class ControlChange(Named):
     """The same change under a control."""
 
@@ -183,8 +166,7 @@ class ControlChange(Named):
     ci95: Interval | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapChange:
+class MapChange(Record):
     """A property of the maps of heads that have sinks: as they are, and without their sink keys."""
 
     with_sink: float | None
@@ -194,8 +176,7 @@ class MapChange:
     control: ControlChange
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionChange:
+class AttentionChange(Record):
     """Entropy (nats) and mean distance (tokens) of attention, in the `sequences` that have sinks."""
 
     sequences: int
@@ -203,7 +184,6 @@ class AttentionChange:
     distance: MapChange
 
 
-@dataclass(frozen=True, kw_only=True)
 class Int8(LossChange):
     """What 8 bits cost: weights and activations, and either alone."""
 
@@ -214,8 +194,7 @@ class Int8(LossChange):
 # ------------------------------------------------------------------------------------------------------- probes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
+class Accuracy(Record):
     """The accuracy on `n` minimal pairs, and its change against the clean model, paired."""
 
     n: int
@@ -225,7 +204,6 @@ class Accuracy:
     change_ci95: Interval | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class BlimpCondition(Accuracy, Named):
     """BLiMP under one condition. `accuracy_per_token`: scores are means over tokens instead of sums."""
 
@@ -234,8 +212,7 @@ class BlimpCondition(Accuracy, Named):
     by_phenomenon: dict[str, Accuracy]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Blimp:
+class Blimp(Record):
     """BLiMP under every condition, the clean model ("none") first. `left_out`: pairs too long for the model."""
 
     normalisation: str
@@ -244,29 +221,14 @@ class Blimp:
     conditions: list[BlimpCondition]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WordCounts:
+class WordCounts(Record):
     """How many words probes were trained and tested on."""
 
     train: int
     test: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tap:
-    """A tap of the residual stream: after which sub-layer of which layer, or after the embedding (layer -1)."""
-
-    layer: int
-    kind: str
-
-    @property
-    def place(self) -> str:
-        """'embedding', 'attn 0', 'ffn 0', ..."""
-        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selectivity(Tap):
+class Selectivity(Place):
     """A probe on the states at a tap: accuracy, that of its control task, their difference (`selectivity`), and how
     selectivity (`change`) and accuracy differ from the clean model's."""
 
@@ -282,15 +244,13 @@ class Selectivity(Tap):
     accuracy_change_ci95: Interval
 
 
-@dataclass(frozen=True, kw_only=True)
 class LinearCondition(Named):
     """Linear probes under one condition: of every task one per tap."""
 
     tasks: dict[str, list[Selectivity]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Linear:
+class Linear(Record):
     """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model.
 
     `majority`: of each task the accuracy of the commonest answer.
@@ -305,8 +265,7 @@ class Linear:
     conditions: list[LinearCondition]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probes:
+class Probes(Record):
     """What grammar and the states say under every condition; None where it was not asked for."""
 
     blimp: Blimp | Unavailable | None = sometimes()
@@ -316,15 +275,13 @@ class Probes:
 # --------------------------------------------------------------------------------------------------- everything
 
 
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(Record):
     """The other text, from which means, directions, the step-up and int8's ranges are taken."""
 
     n_seq: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ablation:
+class Ablation(Record):
     """What changes in a model, or in a part of an encoder-decoder, under every intervention.
 
     `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by granularity. `two_by_two`: by what was removed,
@@ -332,13 +289,13 @@ class Ablation:
     """
 
     schema: str = SCHEMA
-    checkpoint: Any
-    model: Any
-    data: Any
+    checkpoint: CheckpointEntry
+    model: dict[str, Any]
+    data: TextEntry
     part: str
     calibration: Calibration
     note: str
-    taps: list[Tap]
+    taps: list[Place]
     baseline: Baseline
     interventions: list[Entry]
     removals: list[Entry]

@@ -6,11 +6,30 @@ are nearly one vector. Sink keys span one or two dimensions. In a gated FFN, cha
 quadratic form x^T U_k x with U_k = sum_i W_down[k,i] W_gate[i] W_up[i]^T.
 """
 
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 
-from ..hooks import hooked, on_streams
-from ..models.subject import PLACES, batches, for_heads
-from .observe import StreamStats
+from ..hooks import Tap, hooked, on_streams
+from ..models.subject import PLACES, Subject, batches, for_heads
+from .findings import (
+    Anatomy,
+    ChannelForm,
+    KeyDimensions,
+    KeySubspace,
+    LayerStats,
+    NormedCosine,
+    Place,
+    QuadraticForm,
+    SharedChannel,
+    Step,
+    StepChange,
+    Steps,
+)
+from .observe import Observation, StreamStats
 from .sinks import sinks_in
 from .spikes import PRIMARY_SPIKE_RULE
 
@@ -19,49 +38,73 @@ CHANNELS = 8
 LEAST_FALL = 0.1  # of the peak: less is no step-down
 
 
-def anatomy(subject, ids, obs, batch_size=8, seed=0):
-    """The findings' entry `anatomy`, a dict, from ids (N, T) and their Observation."""
+Keys = list[tuple[int, Hashable, torch.Tensor]]  # (head, what the token's state depends on, its key (D,))
+
+
+@dataclass
+class Dissected:
+    """What the second pass fills in, of K tokens: the chosen ones, then as many others."""
+
+    tokens: torch.Tensor  # (K, 2): sequence and position
+    rows: dict[str, list[torch.Tensor]]  # by place, of each tap: the tokens' states (K, C)
+    stats: dict[str, list[StreamStats]]  # by place off the stream, of each tap
+    sink_keys: list[Keys]  # per layer of attention
+    other_keys: list[Keys]  # as many random others
+    generator: torch.Generator = field(repr=False)
+
+
+def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: int = 8, seed: int = 0) -> Anatomy:
+    """The findings' entry `anatomy` from ids (N, T) and their Observation."""
     generator = torch.Generator().manual_seed(seed)
     tokens, are_spikes = chosen_tokens(obs)
     sequences = tokens[:, 0].unique()
-    both = torch.cat((tokens, other_tokens(obs, tokens, generator)))
-    taps = {"stream": subject.streams, **subject.inner}
-    rows = {place: [None] * len(of_place) for place, of_place in taps.items()}  # (len(both), C) each
-    stats = {place: [StreamStats() for _ in of_place] for place, of_place in subject.inner.items()}
-    keys = [([], []) for _ in subject.attends]  # per layer: (head, token, key) of sinks, and of random other keys
+    seen = Dissected(
+        tokens=torch.cat((tokens, other_tokens(obs, tokens, generator))),
+        rows={place: [torch.zeros(0)] * len(taps) for place, taps in _taps(subject).items()},
+        stats={place: [StreamStats() for _ in taps] for place, taps in subject.inner.items()},
+        sink_keys=[[] for _ in subject.attends],
+        other_keys=[[] for _ in subject.attends],
+        generator=generator,
+    )
     for numbers, some in batches(ids[sequences], batch_size):
-        _dissect_batch(subject, some, sequences[numbers], both, rows, stats, keys, generator)
+        _dissect_batch(subject, some, sequences[numbers], seen)
     K = len(tokens)
     distinct = distinct_tokens(subject, obs, tokens)
-    steps = step_up_and_down(torch.stack(rows["stream"])[:, :K], subject.streams)
-    of_what = ("each sequence's largest token: none is a spike", "tokens that the primary rule marks")[are_spikes]
-    return {
-        "of": of_what,
-        "n_seq": len(sequences),
-        "tokens": K,
-        "distinct_tokens": len(distinct),
-        **steps,
-        "normed_cosine": [
-            {"layer": tap.layer, "kind": tap.kind, "spikes": mean_cosine(x[:K][distinct]), "others": mean_cosine(x[K:])}
-            for tap, x in zip(subject.inner["normed"], rows["normed"], strict=True)
+    steps = step_up_and_down(torch.stack(seen.rows["stream"])[:, :K], subject.streams)
+    normed = zip(subject.inner["normed"], seen.rows["normed"], strict=True)
+    keys = zip(subject.attends, seen.sink_keys, seen.other_keys, strict=True)
+    spiking = [channel.channel for channel in steps.channels[:4]]
+    return Anatomy(
+        of="tokens that the primary rule marks" if are_spikes else "each sequence's largest token: none is a spike",
+        n_seq=len(sequences),
+        tokens=K,
+        distinct_tokens=len(distinct),
+        **vars(steps),
+        normed_cosine=[
+            NormedCosine(layer=tap.layer, kind=tap.kind, spikes=mean_cosine(x[:K][distinct]), others=mean_cosine(x[K:]))
+            for tap, x in normed
         ],
-        "inner": {
+        inner={
             place: [
-                {"index": i, "layer": tap.layer, "kind": tap.kind, **s.result()}
-                for i, (tap, s) in enumerate(zip(subject.inner[place], of_place, strict=True))
+                LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(of_tap.result()))
+                for i, (tap, of_tap) in enumerate(zip(subject.inner[place], of_place, strict=True))
             ]
-            for place, of_place in stats.items()
+            for place, of_place in seen.stats.items()
         },
-        "places": PLACES,
-        "key_subspace": [
-            {"layer": tap.layer, "kind": tap.kind, "heads": key_subspace(*of_layer, subject.n_head)}
-            for tap, of_layer in zip(subject.attends, keys, strict=True)
+        places=PLACES,
+        key_subspace=[
+            KeySubspace(layer=tap.layer, kind=tap.kind, heads=key_subspace(sinks, others, subject.n_head))
+            for tap, sinks, others in keys
         ],
-        "quadratic_form": quadratic_form(subject, steps, generator),
-    }
+        quadratic_form=quadratic_form(subject, steps.step_up, spiking, generator),
+    )
 
 
-def chosen_tokens(obs):
+def _taps(subject: Subject) -> dict[str, list[Tap]]:
+    return {"stream": subject.streams, **subject.inner}
+
+
+def chosen_tokens(obs: Observation) -> tuple[torch.Tensor, bool]:
     """((K, 2) of sequence and position, whether they are spikes): the strongest spikes of the sequences that have the
     strongest; where no token is one, the largest token of as many sequences."""
     spike = obs.spikes[PRIMARY_SPIKE_RULE]
@@ -74,7 +117,7 @@ def chosen_tokens(obs):
     return torch.stack((sequences[:, None].expand_as(kept)[kept], best.indices[kept]), dim=1), bool(spike.any())
 
 
-def other_tokens(obs, tokens, generator):
+def other_tokens(obs: Observation, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """As many random tokens that are no spikes, of the same sequences: (K, 2); fewer where there are no more."""
     free = obs.tokens & ~obs.spikes[PRIMARY_SPIKE_RULE]
     free[tokens[:, 0], tokens[:, 1]] = False
@@ -88,7 +131,7 @@ def other_tokens(obs, tokens, generator):
     return torch.tensor(others, dtype=torch.int64).view(-1, 2)
 
 
-def state_of(subject, sequence, position, token):
+def state_of(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
     """What a token's state depends on, as a key: equal keys are one state, not two that are alike.
 
     Under causal attention registers are the same in every sequence, and so are equal first tokens after them (not in a
@@ -102,56 +145,59 @@ def state_of(subject, sequence, position, token):
     return (sequence, position)
 
 
-def distinct_tokens(subject, obs, tokens):
+def distinct_tokens(subject: Subject, obs: Observation, tokens: torch.Tensor) -> list[int]:
     """Which of the tokens (K, 2) have a state of their own."""
     states = {state_of(subject, n, t, int(obs.ids[n, t])): i for i, (n, t) in reversed([*enumerate(tokens.tolist())])}
     return sorted(states.values())
 
 
 @torch.no_grad()
-def _dissect_batch(subject, ids, sequences, tokens, rows, stats, keys, generator):
+def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, seen: Dissected) -> None:
     """One forward pass over some of the sequences; fills in the rows of their tokens at every tap, and sink keys."""
-    mine = torch.isin(tokens[:, 0], sequences)
+    mine = torch.isin(seen.tokens[:, 0], sequences)
     place_of = {int(n): i for i, n in enumerate(sequences)}
-    b = torch.tensor([place_of[int(n)] for n in tokens[mine, 0]])
-    t = tokens[mine, 1]
+    b = torch.tensor([place_of[int(n)] for n in seen.tokens[mine, 0]])
+    t = seen.tokens[mine, 1]
     B, T = subject.seen(ids).shape
 
-    def record(place, index):
-        def function(x):
-            x = x.detach().float().view(B, T, -1)
-            if rows[place][index] is None:
-                rows[place][index] = torch.zeros(len(tokens), x.size(-1))
-            rows[place][index][mine] = x[b, t].cpu()
-            if place in stats:
-                stats[place][index].add(x)
+    def record(place: str, index: int, x: torch.Tensor) -> None:
+        x = x.detach().float().view(B, T, -1)
+        rows = seen.rows[place]
+        if not rows[index].numel():
+            rows[index] = torch.zeros(len(seen.tokens), x.size(-1))
+        rows[index][mine] = x[b, t].cpu()
+        if place in seen.stats:
+            seen.stats[place][index].add(x)
 
-        return function
-
-    def on_keys(index):
-        def hook(module, args, kwargs, output):
-            q, k, _ = args
-            sinks = sinks_in(module, q, k, subject.causal)
-            k = for_heads(k.float().cpu(), q.size(1))
-            draw = torch.rand(sinks.shape, generator=generator).masked_fill(sinks, -1.0)
-            draw[..., : subject.n_register + 1] = -1.0  # these are often the same in every sequence
-            control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
-            seen = subject.seen(ids) if subject.part != "cross" else ids
-            for found, kept in zip((sinks, control), keys[index], strict=True):
-                for i, head, position in found.nonzero().tolist():
-                    token = state_of(subject, int(sequences[i]), position, int(seen[i, position]))
-                    kept.append((head, token, k[i, head, position]))
-
-        return hook
-
-    places = {"stream": subject.streams, **subject.inner}
-    taps = [(tap, record(place, i)) for place, of in places.items() for i, tap in enumerate(of)]
-    seams = [(seam.module, on_keys(i)) for i, seam in enumerate(subject.attends)]
+    places = _taps(subject).items()
+    taps = [(tap, functools.partial(record, place, i)) for place, of in places for i, tap in enumerate(of)]
+    seams = [(seam.module, _on_keys(subject, ids, sequences, seen, i)) for i, seam in enumerate(subject.attends)]
     with on_streams([tap for tap, _ in taps], [function for _, function in taps]), hooked(seams):
         subject.losses(ids)
 
 
-def step_up_and_down(path, taps):
+def _on_keys(
+    subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, seen: Dissected, index: int
+) -> Callable[..., None]:
+    """A hook of a seam that keeps the keys of its sinks, and as many random others."""
+    tokens = subject.seen(ids) if subject.part != "cross" else ids
+
+    def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
+        q, k, _ = args
+        sinks = sinks_in(module, q, k, subject.causal)
+        k = for_heads(k.float().cpu(), q.size(1))
+        draw = torch.rand(sinks.shape, generator=seen.generator).masked_fill(sinks, -1.0)
+        draw[..., : subject.n_register + 1] = -1.0  # these are often the same in every sequence
+        control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
+        for found, kept in ((sinks, seen.sink_keys[index]), (control, seen.other_keys[index])):
+            for i, head, position in found.nonzero().tolist():
+                state = state_of(subject, int(sequences[i]), position, int(tokens[i, position]))
+                kept.append((head, state, k[i, head, position]))
+
+    return hook
+
+
+def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> Steps:
     """Where spikes rise and fall, and the channels they share, from the tokens' streams at every tap (taps, K, C).
 
     A token's channel is that of its largest |h|; its step-up is the tap where that entry gains most towards its peak,
@@ -176,45 +222,50 @@ def step_up_and_down(path, taps):
 
     up_index = int(up.mode().values)
     part = torch.cat((starts[None], change))
-    step_up = {
+    step_up = StepChange(
         **named(up_index),
-        "tokens": (up == up_index).double().mean().item(),
-        "part_of_peak": part[up_index, up == up_index].mean().item(),
-    }
+        tokens=(up == up_index).double().mean().item(),
+        part_of_peak=part[up_index, up == up_index].mean().item(),
+    )
     step_down = None
     if falls.any():
         down = later.argmin(0)[falls] + 1
         index = int(down.mode().values)
-        step_down = {
+        step_down = StepChange(
             **named(index),
-            "tokens": (down == index).double().sum().item() / K,
-            "part_of_peak": change[index - 1, falls][down == index].mean().item(),
-        }
-    at = int(peak_tap.mode().values)
-    shared = path[at]  # (K, C), every token at the tap where most have their peak
-    top = shared.abs().mean(0).argsort(descending=True, stable=True)[:CHANNELS]
-    values = shared[:, top]
+            tokens=(down == index).double().sum().item() / K,
+            part_of_peak=change[index - 1, falls][down == index].mean().item(),
+        )
+    at = int(peak_tap.mode().values)  # where most tokens have their peak
+    channels = shared_channels(path[at])
+    return Steps(
+        path={str(of.channel): path[:, :, of.channel].mean(1).tolist() for of in channels[:3]},
+        step_up=step_up,
+        step_down=step_down,
+        peak=Step(**named(at), tokens=(peak_tap == at).double().mean().item()),
+        channels=channels,
+    )
+
+
+def shared_channels(x: torch.Tensor) -> list[SharedChannel]:
+    """The channels with the largest mean |h| over tokens x (K, C)."""
+    top = x.abs().mean(0).argsort(descending=True, stable=True)[:CHANNELS]
+    values = x[:, top]
     relative = values / values[:, :1].abs().clamp_min(1e-30)
-    return {
-        "path": {str(int(c)): path[:, :, c].mean(1).tolist() for c in top[:3]},  # mean over tokens, at every tap
-        "step_up": step_up,
-        "step_down": step_down,
-        "peak": {**named(at), "tokens": (peak_tap == at).double().mean().item()},
-        "channels": [
-            {
-                "channel": int(c),
-                "value": values[:, i].mean().item(),
-                "same_sign": (values[:, i].sign() == values[:, i].mean().sign()).double().mean().item(),
-                "ratio": relative[:, i].mean().item(),  # to the |value| of the first channel, token by token
-                "ratio_std": relative[:, i].std(correction=0).item(),
-                "median": shared[:, c].abs().median().item(),
-            }
-            for i, c in enumerate(top.tolist())
-        ],
-    }
+    return [
+        SharedChannel(
+            channel=channel,
+            value=values[:, i].mean().item(),
+            same_sign=(values[:, i].sign() == values[:, i].mean().sign()).double().mean().item(),
+            ratio=relative[:, i].mean().item(),
+            ratio_std=relative[:, i].std(correction=0).item(),
+            median=x[:, channel].abs().median().item(),
+        )
+        for i, channel in enumerate(top.tolist())
+    ]
 
 
-def mean_cosine(x):
+def mean_cosine(x: torch.Tensor) -> float | None:
     """Mean cosine over all pairs of the rows of x (K, C); None for fewer than two rows."""
     n = len(x)
     if n < 2:
@@ -223,8 +274,8 @@ def mean_cosine(x):
     return (total - n) / (n * (n - 1))
 
 
-def key_subspace(sinks, others, n_head):
-    """Per head, in how many dimensions its sink keys lie, beside as many other keys; [(head, token, key (D,))] each.
+def key_subspace(sinks: Keys, others: Keys, n_head: int) -> list[KeyDimensions]:
+    """Per head, in how many dimensions its sink keys lie, beside as many other keys.
 
     `dims95`: singular values that hold 95% of the keys' energy; `participation`: (sum s^2)^2 / sum s^4. None below two
     different keys.
@@ -233,58 +284,77 @@ def key_subspace(sinks, others, n_head):
     for head in range(n_head):
         different = {token: key for h, token, key in sinks if h == head}
         control = {token: key for h, token, key in others if h == head}
-        row = {"head": head, "keys": len(different)}
-        for name, of in (("", different), ("others_", control)):
-            keys = list(of.values())[: len(different)]
-            energy = torch.linalg.svdvals(torch.stack(keys).double()).square() if len(keys) > 1 else None
-            row[f"{name}dims95"] = None if energy is None else int((energy.cumsum(0) < 0.95 * energy.sum()).sum()) + 1
-            row[f"{name}participation"] = (
-                None if energy is None else (energy.sum() ** 2 / energy.square().sum().clamp_min(1e-30)).item()
+        dims95, participation = _dimensions([*different.values()])
+        others_dims95, others_participation = _dimensions([*control.values()][: len(different)])
+        rows.append(
+            KeyDimensions(
+                head=head,
+                keys=len(different),
+                dims95=dims95,
+                participation=participation,
+                others_dims95=others_dims95,
+                others_participation=others_participation,
             )
-        rows.append(row)
+        )
     return rows
 
 
-def quadratic_form(subject, steps, generator):
-    """Is the step-up FFN's form of a spiking channel an outlier, and of rank one? None where the step-up is no FFN, or
-    not a gated one.
+def _dimensions(keys: list[torch.Tensor]) -> tuple[int, float] | tuple[None, None]:
+    """(dims95, participation) of keys (D,)."""
+    if len(keys) < 2:
+        return None, None
+    energy = torch.linalg.svdvals(torch.stack(keys).double()).square()
+    dims95 = int((energy.cumsum(0) < 0.95 * energy.sum()).sum()) + 1
+    return dims95, (energy.sum() ** 2 / energy.square().sum().clamp_min(1e-30)).item()
+
+
+def quadratic_form(
+    subject: Subject, step_up: Place, spiking: list[int], generator: torch.Generator
+) -> QuadraticForm | None:
+    """Is the step-up FFN's form of a `spiking` channel an outlier, and of rank one? None where the step-up is no FFN,
+    or not a gated one.
 
     `norm`: ||U_k||_F over the median of all channels'; `dominance`: largest eigenvalue^2 of S_k = (U_k + U_k^T) / 2
     over ||S_k||_F^2, 1 for rank one; for spiking channels and as many random others.
     """
-    up_at = steps["step_up"]
-    ffn = next((f for f in subject.gated if f.layer == up_at["layer"]), None)
-    if ffn is None or up_at["kind"] not in ("ffn", "block"):
+    ffn = next((f for f in subject.gated if f.layer == step_up.layer), None)
+    if ffn is None or step_up.kind not in ("ffn", "block"):
         return None
     gate, up, down = ffn.gate(), ffn.up(), ffn.down()  # (M, C), (M, C), (C, M)
     gain = ffn.gain().to(gate.device)
     gate, up = gate * gain, up * gain
     norms = form_norms(gate, up, down)
-    spiking = [row["channel"] for row in steps["channels"][:4]]
     free = torch.ones(len(norms), dtype=torch.bool)
     free[spiking] = False
     random = torch.rand(len(norms), generator=generator).masked_fill(~free, -1.0).topk(len(spiking)).indices.tolist()
     channels = [*spiking, *random]
     parts = dominance(gate, up, down[channels], norms[channels], generator)
-    entries = [
-        {"channel": k, "norm": norm, "dominance": part}
+    forms = [
+        ChannelForm(channel=k, norm=norm, dominance=part)
         for k, norm, part in zip(channels, (norms[channels] / norms.median()).tolist(), parts.tolist(), strict=True)
     ]
-    return {
-        "layer": ffn.layer,
-        "channels": entries[: len(spiking)],
-        "others": entries[len(spiking) :],
-        "largest_norms": norms.argsort(descending=True)[:CHANNELS].tolist(),
-    }
+    return QuadraticForm(
+        layer=ffn.layer,
+        channels=forms[: len(spiking)],
+        others=forms[len(spiking) :],
+        largest_norms=norms.argsort(descending=True)[:CHANNELS].tolist(),
+    )
 
 
-def form_norms(gate, up, down):
+def form_norms(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """||U_k||_F of every channel k: (C,). gate, up (M, C), down (C, M)."""
     products = (gate @ gate.T).mul_(up @ up.T)  # (M, M): in place, for M is the largest size of a model
     return ((down @ products) * down).sum(1).clamp_min(0).sqrt()
 
 
-def dominance(gate, up, rows, norms, generator, iterations=200):
+def dominance(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    rows: torch.Tensor,
+    norms: torch.Tensor,
+    generator: torch.Generator,
+    iterations: int = 200,
+) -> torch.Tensor:
     """lambda_1^2 / ||S||_F^2 of each S = (U + U^T) / 2, U = sum_i row_i gate_i up_i^T, by power iteration on S^2: (K,).
 
     rows (K, M), norms (K,): ||U||_F.

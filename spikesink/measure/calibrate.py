@@ -14,27 +14,39 @@ The last two run the trained model, so what stays in them is a finding, not a fa
 
 import torch
 
+from ..models.subject import Subject
 from ..text.sequences import PADDING
 from . import metrics
-from .observe import Shuffle, observe
-from .sinks import EPSILON_CURVE, PRIMARY_SINK_EPSILON, SHARE, SHARES
-from .spikes import PRIMARY_SPIKE_RULE, RATIOS, SPIKE_RATIO
+from .findings import (
+    CurvePoint,
+    FalsePositives,
+    Measures,
+    Nulls,
+    Overlap,
+    Rate,
+    RateVerdict,
+    RuleRates,
+    Skipped,
+    Verdict,
+    Verdicts,
+)
+from .observe import Observation, Shuffle, observe
+from .rules import SEQUENCES, Curve, Observed, Rule
+from .sinks import PRIMARY_SINK_RULE, SINK_RULES
+from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 
-SEQUENCES, TOKENS = 16, 2**14  # of each null: at most so many sequences, and tokens (but at least two sequences)
-# what may call a rule's hits false
-NULLS_OF = {
-    "ratio": ("init",),
-    "massive": ("init",),
-    "six_sigma": ("init",),
-    "percentile": ("init", "shuffled_channels"),
-    "gu": ("init", "shuffled_positions"),
-    "share": ("init", "shuffled_positions"),
-}
+N_SEQ, TOKENS = 16, 2**14  # of each null: at most so many sequences, and tokens (but at least two sequences)
 POWERED_PARAMETERS, POWERED_TOKENS, POWERED_SEQUENCES = 50e6, 1e9, 60  # below these, absence is "underpowered"
 MAJORITY = 0.5  # a phenomenon is present if most sequences have it
+UNRELATED = 2.0  # lift over chance that an interval must exclude before co-occurrence is called absent
 
 
-def _rotate(x, by, dim):
+def rules() -> dict[str, Rule]:
+    """Every rule by its name."""
+    return {**SPIKE_RULES, **SINK_RULES}
+
+
+def _rotate(x: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
     """x rotated along `dim` by `by` places, a tensor of x's shape but 1 at `dim`."""
     n = x.size(dim)
     shape = [1] * x.dim()
@@ -43,18 +55,18 @@ def _rotate(x, by, dim):
     return x.gather(dim, index.expand(x.shape))
 
 
-def shuffles(seed):
+def shuffles(seed: int) -> dict[str, Shuffle]:
     """{name: Shuffle} of the nulls that change what is measured."""
     draw = torch.Generator().manual_seed(seed)
     places = lambda n, shape, device: torch.randint(n, shape, generator=draw).to(device)
 
-    def channels(x):
+    def channels(x: torch.Tensor) -> torch.Tensor:
         return _rotate(x, places(x.size(2), (*x.shape[:2], 1), x.device), 2)
 
-    def positions(x):
+    def positions(x: torch.Tensor) -> torch.Tensor:
         return _rotate(x, places(x.size(1), (len(x), 1, x.size(2)), x.device), 1)
 
-    def rows(weights, first, causal):
+    def rows(weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
         """Each query's weights rotated among the keys that it may see, from the first that has any (a window's)."""
         *_, R, T = weights.shape
         key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
@@ -67,7 +79,7 @@ def shuffles(seed):
     return {"shuffled_channels": Shuffle(stream=channels), "shuffled_positions": Shuffle(stream=positions, rows=rows)}
 
 
-def other_text(ids, vocabulary, seed):
+def other_text(ids: torch.Tensor, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
     """{name: ids} of the nulls that change the text; a first or last token that all sequences share (BOS, [SEP]) stays.
 
     ids (N, T), padded on the right.
@@ -84,18 +96,26 @@ def other_text(ids, vocabulary, seed):
     return {"random_tokens": torch.where(kept, ids, random), "repeated_token": torch.where(kept, ids, repeated)}
 
 
-def nulls(subject, ids, vocabulary, n_seq=None, batch_size=8, seed=0, no_init=None):
+def nulls(
+    subject: Subject,
+    ids: torch.Tensor,
+    vocabulary: int,
+    n_seq: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    no_init: str | None = None,
+) -> Nulls:
     """{name: measures of that null} on the first sequences of ids (N, T), at most `n_seq` (0: no nulls).
 
     `no_init`: why the model cannot be had with new weights, which that null then says.
     """
-    n_seq = max(2, min(SEQUENCES, TOKENS // ids.size(1))) if n_seq is None else n_seq
+    n_seq = max(2, min(N_SEQ, TOKENS // ids.size(1))) if n_seq is None else n_seq
     if not n_seq:
         return {}
     some = ids[:n_seq]
-    found = {}
+    found: Nulls = {}
     if no_init or not subject.rebuild:
-        found["init"] = {"skipped": no_init or "this model cannot be made anew"}
+        found["init"] = Skipped(skipped=no_init or "this model cannot be made anew")
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -109,118 +129,123 @@ def nulls(subject, ids, vocabulary, n_seq=None, batch_size=8, seed=0, no_init=No
     return found
 
 
-def measures(obs):
-    """What is compared between the model and its nulls, a dict: per rule the fraction of tokens and of sequences."""
+def measures(obs: Observation) -> Measures:
+    """What is compared between the model and its nulls."""
+    return Measures(
+        n_seq=len(obs.ids),
+        loss=obs.loss.mean().item(),
+        largest_ratio=obs.ratio.max().item(),
+        kurtosis=max(stats.result().kurtosis for stats in obs.streams),
+        first_alpha=obs.first_alpha.mean().item(),
+        rules=rates(obs),
+        curves=curves(obs),
+    )
+
+
+def rates(obs: Observation) -> dict[str, RuleRates]:
+    """What every rule marks, by its name."""
+    found = {name: RuleRates(**_shares(obs, obs.spikes[name])) for name in SPIKE_RULES}
+    for name, rule in SINK_RULES.items():
+        found[name] = RuleRates(**_shares(obs, rule.tokens(obs)), best_head=_best_head(rule.curve, obs))
+    return found
+
+
+def _shares(obs: Observed, hits: torch.Tensor) -> dict[str, float]:
+    """The shares of tokens and of sequences that hits (N, T) make."""
     tokens = obs.tokens
-    rate = lambda hits: {
+    return {
         "tokens": (hits & tokens).sum().item() / int(tokens.sum()),
         "sequences": hits.any(1).double().mean().item(),
     }
-    heads = obs.best_alpha > PRIMARY_SINK_EPSILON  # (N, L, H)
-    kurtosis = max(s.result()["kurtosis"] for s in obs.streams)
-    return {
-        "n_seq": len(obs.ids),
-        "loss": obs.loss.mean().item(),
-        "largest_ratio": obs.ratio.max().item(),
-        "kurtosis": kurtosis,
-        "first_alpha": obs.first_alpha.mean().item(),
-        "rules": {
-            **{rule: rate(hits) for rule, hits in obs.spikes.items()},
-            "gu": {**rate(obs.sink_heads > 0), "best_head": heads.double().mean(0).max().item()},
-            "share": rate(obs.share > SHARE),
-        },
-        "curves": curves(obs),
-    }
 
 
-def curves(obs):
-    """How the findings change with their thresholds: a list of points for each of ratio, percentile, epsilon, share.
-
-    tokens, sequences: the fraction that has a hit. best_head: the largest fraction of sequences in which one and the
-    same head has a sink. sink_1: Gu et al.'s for the first key. Keys with few queries never count.
-    """
-    tokens, n = obs.tokens, int(obs.tokens.sum())
-    alpha = obs.max_alpha.masked_fill(~obs.eligible, 0.0)
-    point = lambda hits: {
-        "tokens": (hits & tokens).sum().item() / n,
-        "sequences": hits.any(1).double().mean().item(),
-    }
-    return {
-        "ratio": [{"at": r, **point(obs.ratio >= r)} for r in RATIOS],
-        "percentile": [{"at": p, **point(hits)} for p, hits in obs.percentiles.items()],
-        "epsilon": [
-            {
-                "at": epsilon,
-                **point(alpha > epsilon),
-                "sink_1": (obs.first_alpha > epsilon).double().mean().item(),
-                "best_head": (obs.best_alpha > epsilon).double().mean(0).max().item(),
-            }
-            for epsilon in EPSILON_CURVE
-        ],
-        "share": [{"at": share, **point(obs.share > share)} for share in SHARES],
-    }
-
-
-def false_positives(null, rule, key="sequences"):
-    """The rate at which a rule fires in the worst of its nulls, with its 95% interval; None where none was run."""
-    run = {name: null[name] for name in NULLS_OF[rule] if "rules" in null.get(name, {})}
-    if not run:
+def _best_head(curve: Curve, obs: Observed, threshold: float | None = None) -> float | None:
+    """The share of sequences with a hit in the head that has most; None for a rule that does not go by heads."""
+    if curve.best_head is None:
         return None
-    worst = max(run.values(), key=lambda m: m["rules"][rule][key])
-    return {**_rate(worst["rules"][rule][key], worst["n_seq"]), "nulls": [*run]}
+    return curve.best_head(obs, curve.used if threshold is None else threshold).double().mean(0).max().item()
 
 
-def _rate(rate, n, tests=1):
-    return {"rate": rate, "ci95": metrics.wilson(round(rate * n), n, tests), "n_seq": n}
+def curves(obs: Observed) -> dict[str, list[CurvePoint]]:
+    """How the findings change with their thresholds, by name of the curve. Keys with few queries never count."""
+    return {
+        rule.curve.name: [_point(rule.curve, obs, at) for at in rule.curve.thresholds]
+        for rule in rules().values()
+        if rule.curve
+    }
 
 
-def verdicts(obs, null, overlap, heads, model, step, trained_tokens):
-    """{"spike", "sink", "co_occurrence": {"verdict", "reason", ...}}: present, absent or underpowered, and why.
+def _point(curve: Curve, obs: Observed, at: float) -> CurvePoint:
+    return CurvePoint(
+        at=at,
+        **_shares(obs, curve.tokens(obs, at)),
+        sink_1=curve.sink_1(obs, at).double().mean().item() if curve.sink_1 else None,
+        best_head=_best_head(curve, obs, at),
+    )
+
+
+def _run(null: Nulls, rule: Rule) -> dict[str, Measures]:
+    """Those nulls of a rule that were run."""
+    return {name: of for name in rule.nulls if isinstance(of := null.get(name), Measures)}
+
+
+def false_positives(null: Nulls, name: str, key: str = SEQUENCES) -> FalsePositives | None:
+    """The rate at which a rule fires in the worst of its nulls, with its 95% interval; None where none was run."""
+    found = _run(null, rules()[name])
+    if not found:
+        return None
+    worst = max(found.values(), key=lambda of: getattr(of.rules[name], key))
+    rate = _rate(getattr(worst.rules[name], key), worst.n_seq)
+    return FalsePositives(**vars(rate), nulls=[*found])
+
+
+def _rate(rate: float, n: int, tests: int = 1) -> Rate:
+    return Rate(rate=rate, ci95=metrics.wilson(round(rate * n), n, tests), n_seq=n)
+
+
+# ---------------------------------------------------------------------------------------------------- verdicts
+
+
+def verdicts(
+    obs: Observation,
+    null: Nulls,
+    overlap: Overlap,
+    heads: list[str],
+    parameters: int,
+    step: int | None,
+    trained_tokens: int | None,
+) -> Verdicts:
+    """Present, absent or underpowered, and why, of spikes, sinks and their co-occurrence.
 
     Present: most sequences have it (in one and the same head, for sinks), and not so in the null. Absent needs power:
     a model of at least 50M parameters, 1e9 tokens of training where that is known, and 60 sequences; published models
     below that have shown no more. Everything between is underpowered. `heads`: names of the L x H heads.
     """
-    N = len(obs.ids)
-    found = (obs.best_alpha > PRIMARY_SINK_EPSILON).double().mean(0).flatten()
-    points = curves(obs)
-    weak = _weakness(N, model, step, trained_tokens)
-    spike = _verdict(
-        "of sequences have a spike token",
-        _rate(obs.spikes[PRIMARY_SPIKE_RULE].any(1).double().mean().item(), N),
-        false_positives(null, PRIMARY_SPIKE_RULE),
-        weak,
-        ("ratio", _holds(points, null, "ratio", "sequences", N), SPIKE_RATIO),
-    )
-    sink = _verdict(
-        f"of sequences have a sink in head {heads[int(found.argmax())]}, the best of {len(heads)}",
-        _rate(found.max().item(), N, tests=len(heads)),
-        false_positives(null, "gu", "best_head"),
-        weak,
-        ("epsilon", _holds(points, null, "epsilon", "best_head", N, tests=len(heads)), PRIMARY_SINK_EPSILON),
-    )
-    return {"spike": spike, "sink": sink, "co_occurrence": _co_verdict(spike, sink, overlap, weak)}
+    weak = weakness(len(obs.ids), parameters, step, trained_tokens)
+    spike, sink = spike_verdict(obs, null, weak), sink_verdict(obs, null, weak, heads)
+    return Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weak))
 
 
-def _holds(points, null, curve, key, n_seq, tests=1):
-    """The thresholds of one of the curves `points` at which the model would be said to have it: most sequences do, and
-    the null not so."""
-    of_rule = {"ratio": "ratio", "epsilon": "gu"}[curve]
-    nulls_run = [null[name] for name in NULLS_OF[of_rule] if "curves" in null.get(name, {})]
-    thresholds = []
-    for i, point in enumerate(points[curve]):
-        low = _rate(point[key], n_seq, tests)["ci95"][0]
-        false = [_rate(m["curves"][curve][i][key], m["n_seq"])["ci95"][1] for m in nulls_run]
-        if low > max([MAJORITY, *false]):
-            thresholds.append(point["at"])
-    return thresholds
+def spike_verdict(obs: Observation, null: Nulls, weak: list[str]) -> RateVerdict:
+    """Do most sequences have a spike token? `weak`: as `weakness` gives it."""
+    found = obs.spikes[PRIMARY_SPIKE_RULE].any(1).double().mean().item()
+    return _verdict("of sequences have a spike token", PRIMARY_SPIKE_RULE, obs, null, found, weak)
 
 
-def _weakness(n_seq, model, step, trained_tokens):
+def sink_verdict(obs: Observation, null: Nulls, weak: list[str], heads: list[str]) -> RateVerdict:
+    """Do most sequences have a sink in one and the same head?"""
+    curve = SINK_RULES[PRIMARY_SINK_RULE].curve
+    assert curve.best_head
+    found = curve.best_head(obs, curve.used).double().mean(0).flatten()
+    what = f"of sequences have a sink in head {heads[int(found.argmax())]}, the best of {len(heads)}"
+    return _verdict(what, PRIMARY_SINK_RULE, obs, null, found.max().item(), weak, tests=len(heads))
+
+
+def weakness(n_seq: int, parameters: float, step: int | None, trained_tokens: float | None) -> list[str]:
     """Why absence would be no evidence; empty if it would."""
     weak = []
-    if model["parameters"] < POWERED_PARAMETERS:
-        weak.append(f"{model['parameters'] / 1e6:.3g}M parameters, fewer than {POWERED_PARAMETERS / 1e6:.0f}M")
+    if parameters < POWERED_PARAMETERS:
+        weak.append(f"{parameters / 1e6:.3g}M parameters, fewer than {POWERED_PARAMETERS / 1e6:.0f}M")
     if trained_tokens is not None and trained_tokens < POWERED_TOKENS:
         weak.append(f"{trained_tokens / 1e6:.3g}M tokens of training, fewer than {POWERED_TOKENS / 1e6:.0f}M")
     elif step == 0:
@@ -230,16 +255,33 @@ def _weakness(n_seq, model, step, trained_tokens):
     return weak
 
 
-def _verdict(what, found, false, weak, sensitivity):
+def _holds(rule: Rule, curve: Curve, obs: Observation, null: Nulls, tests: int) -> list[float]:
+    """The thresholds of a rule's curve at which the model would be said to have it: most sequences do, and the null
+    not so."""
+    thresholds = []
+    for i, at in enumerate(curve.thresholds):
+        low = _rate(getattr(_point(curve, obs, at), curve.key), len(obs.ids), tests).ci95[0]
+        nulls_at = ((getattr(of.curves[curve.name][i], curve.key), of.n_seq) for of in _run(null, rule).values())
+        if low > max([MAJORITY, *(_rate(rate, n).ci95[1] for rate, n in nulls_at)]):
+            thresholds.append(at)
+    return thresholds
+
+
+def _verdict(
+    what: str, name: str, obs: Observation, null: Nulls, found: float, weak: list[str], tests: int = 1
+) -> RateVerdict:
     """One phenomenon's verdict from the share of sequences that have it, against its null."""
-    knob, holds, used = sensitivity
-    rate, ci = found["rate"], found["ci95"]
-    reason = f"{rate:.0%} [{ci[0]:.0%}, {ci[1]:.0%}] {what}"
+    rule = rules()[name]
+    assert rule.curve
+    knob, used, holds = rule.curve.name, rule.curve.used, _holds(rule, rule.curve, obs, null, tests)
+    false, share = false_positives(null, name, rule.curve.key), _rate(found, len(obs.ids), tests)
+    ci = share.ci95
+    reason = f"{share.rate:.0%} [{ci[0]:.0%}, {ci[1]:.0%}] {what}"
     if false is None:
         reason += "; no null was run"
     else:
-        reason += f", {false['rate']:.0%} [{false['ci95'][0]:.0%}, {false['ci95'][1]:.0%}] in its nulls"
-    if ci[0] > MAJORITY and (false is None or false["ci95"][1] < ci[0]):
+        reason += f", {false.rate:.0%} [{false.ci95[0]:.0%}, {false.ci95[1]:.0%}] in its nulls"
+    if ci[0] > MAJORITY and (false is None or false.ci95[1] < ci[0]):
         verdict = "present"
         reason += f"; so for every {knob} tried from {min(holds):g} to {max(holds):g} ({used:g} is used)"
     elif ci[0] > MAJORITY:
@@ -256,22 +298,20 @@ def _verdict(what, found, false, weak, sensitivity):
         reason += "; not in most sequences of a model and a sample large enough to show it"
         if holds:
             reason += f" (but in most at a {knob} of {max(holds):g})"
-    return {"verdict": verdict, "reason": reason, "rate": rate, "ci95": ci, "null": false, "holds": holds}
+    return RateVerdict(verdict=verdict, reason=reason, rate=share.rate, ci95=ci, null=false, holds=holds)
 
 
-UNRELATED = 2.0  # lift over chance that an interval must exclude before co-occurrence is called absent
-
-
-def _co_verdict(spike, sink, overlap, weak):
+def co_verdict(spike: Verdict, sink: Verdict, overlap: Overlap, weak: list[str]) -> Verdict:
     """Do spikes and sinks fall on the same tokens, and does position alone explain it?"""
-    missing = [name for name, of in (("spikes", spike), ("sinks", sink)) if of["verdict"] != "present"]
+    missing = [name for name, of in (("spikes", spike), ("sinks", sink)) if of.verdict != "present"]
     if missing:
-        return {"verdict": "underpowered", "reason": f"{' and '.join(missing)} are not present: nothing to compare"}
-    ci, lift_ci = overlap["ci95"]["lift_anywhere"], overlap["ci95"]["lift"]
-    reason = f"P(sink | spike) is {overlap['p_sink_given_spike']:.0%}, {overlap['lift_anywhere']:.3g}"
+        reason = f"{' and '.join(missing)} are not present: nothing to compare"
+        return Verdict(verdict="underpowered", reason=reason)
+    ci, lift_ci = overlap.ci95.lift_anywhere, overlap.ci95.lift
+    reason = f"P(sink | spike) is {overlap.p_sink_given_spike:.0%}, {overlap.lift_anywhere:.3g}"
     reason += f" [{ci[0]:.3g}, {ci[1]:.3g}] times what chance over all tokens gives" if ci else " times chance"
     if ci and ci[0] > 1:
-        part, p = overlap["explained_by_position"], overlap["p_permutation"]
+        part, p = overlap.explained_by_position, overlap.p_permutation
         reason += f"; {part:.0%} of the excess is there when labels are permuted among equal positions, "
         if p < 0.05:
             reason += f"and the rest is more than chance (p = {p:.3g})"
@@ -279,8 +319,8 @@ def _co_verdict(spike, sink, overlap, weak):
             reason += "and sequences that have the one have the other less often than that"
         else:
             reason += f"and there is no more than that (p = {p:.3g})"
-        return {"verdict": "present", "reason": reason}
+        return Verdict(verdict="present", reason=reason)
     if ci and ci[1] < UNRELATED and not weak:
-        return {"verdict": "absent", "reason": reason}
+        return Verdict(verdict="absent", reason=reason)
     more = f"; absence would need more: {', '.join(weak)}" if weak else "; the interval leaves room for much more"
-    return {"verdict": "underpowered", "reason": reason + more}
+    return Verdict(verdict="underpowered", reason=reason + more)

@@ -1,237 +1,696 @@
-"""Observation -> findings: plain dicts, JSON-serialisable, schema-versioned; and the reading and writing of them."""
+"""What detect finds, as dataclasses; written as JSON of the same names, and read back with a check of the schema.
 
-import torch
+nan or None: undefined, as P(sink | spike) where there is no spike; null in a file. `ci95`: the 95% interval [low, high]
+of what stands before it, None where undefined, as for one sequence. Positions count from 0, layers too; the embedding
+is layer -1. Lists are by position, by layer of attention (L), or by layer and head (L, H).
+"""
 
-from . import calibrate, metrics
-from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, SHARE, queries_per_key, uniform_share
-from .spikes import PERCENTILE_RULE, PRIMARY_SPIKE_RULE, SPIKE_RULES
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import schema
+from ..schema import Record, keyed, or_empty, sometimes
+from .sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE
 
 SCHEMA = "spikesink-findings-1"
 COMPARISON_SCHEMA = "spikesink-comparison-1"
-SHOWN = 40  # tokens listed
+PROMPT_SCHEMA = "spikesink-prompt-1"
+VOCABULARY_SCHEMA = "spikesink-vocabulary-1"
+Interval = list[float]
+
+# ------------------------------------------------------------------------------------------------ what was observed
 
 
-def detection(subject, obs, checkpoint, model, data, null=None, anatomy=None):
-    """The findings of one observation; the dicts `checkpoint`, `model` and `data` say what was observed, and how.
+class CheckpointEntry(Record):
+    """Which checkpoint: its weights' SHA-256, the step and the tokens of its training; None where unknown."""
 
-    `null`: calibrate.nulls of the same subject, `anatomy`: anatomy.anatomy; empty where they were not run.
+    path: str
+    sha256: str | None = None
+    step: int | None = None
+    tokens: int | None = None
+
+
+class TextEntry(Record):
+    """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with it."""
+
+    name: str
+    n_seq: int
+    seq_len: int
+    tokens: int
+    bos: bool
+    dtype: str = "float32"
+
+
+class DataEntry(TextEntry):
+    """The text and what the model makes of it: the loss in nats per token, and of which token that is."""
+
+    n_register: int
+    loss: float
+    loss_of: str
+
+
+# ---------------------------------------------------------------------------------------------------- the stream
+
+
+class Indexed(Record):
+    """A tap by its number, in the order of the forward pass."""
+
+    index: int
+
+
+class Place(Record):
+    """A sub-layer: its layer, and its kind (embedding, attn, cross, ffn or block)."""
+
+    layer: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """'embedding', 'attn 0', 'ffn 0', ..."""
+        return self.kind if self.layer < 0 else f"{self.kind} {self.layer}"
+
+
+class Magnitudes(Record):
+    """Of one tap's tensor: top-1/2/3 and median |h| of each sequence's [T x C] entries, averaged over sequences, and
+    what metrics.py defines. `inf_norm` is `top1`."""
+
+    top1: float
+    top2: float
+    top3: float
+    median: float
+    max: float
+    mmr: float
+    kurtosis: float
+    entry_kurtosis: float
+    inf_norm: float
+
+    @property
+    def ratio(self) -> float:
+        """top-1 over the median; 0 where the median is."""
+        return self.top1 / self.median if self.median else 0.0
+
+
+class LayerStats(Magnitudes, Place, Indexed):
+    """The tensor after a sub-layer."""
+
+
+# ---------------------------------------------------------------------------------------------- rates and verdicts
+
+
+class Rate(Record):
+    """A share of `n_seq` sequences."""
+
+    rate: float
+    ci95: Interval
+    n_seq: int
+
+
+class FalsePositives(Rate):
+    """The share in which a rule fires in the worst of the `nulls` that were run."""
+
+    nulls: list[str]
+
+
+class Verdict(Record):
+    """present, absent or underpowered, and why."""
+
+    verdict: str
+    reason: str
+
+
+class RateVerdict(Verdict):
+    """Of what a share `rate` of the sequences has; `holds`: the thresholds at which it would be present."""
+
+    rate: float
+    ci95: Interval
+    null: FalsePositives | None
+    holds: list[float]
+
+
+class Verdicts(Record):
+    """A verdict on each phenomenon."""
+
+    spike: RateVerdict
+    sink: RateVerdict
+    co_occurrence: Verdict
+
+    @property
+    def by_name(self) -> dict[str, Verdict]:
+        """{phenomenon: verdict}, its name as in a sentence."""
+        return {name.replace("_", "-"): verdict for name, verdict in vars(self).items()}
+
+    @property
+    def words(self) -> dict[str, str]:
+        """{phenomenon, as its field is called: present, absent or underpowered}."""
+        return {name: verdict.verdict for name, verdict in vars(self).items()}
+
+
+class CurvePoint(Record):
+    """The shares of tokens and of sequences that have a hit at one threshold, and of a sink's: `sink_1`, Gu et al.'s
+    for the first key; `best_head`, the largest share of sequences in which one and the same head has a sink."""
+
+    at: float
+    tokens: float
+    sequences: float
+    sink_1: float | None = sometimes()
+    best_head: float | None = sometimes()
+
+
+class RuleRates(Record):
+    """The shares of tokens and of sequences that a rule marks, and of sequences in the head that has most."""
+
+    tokens: float
+    sequences: float
+    best_head: float | None = sometimes()
+
+
+class Measures(Record):
+    """What is compared between a model and its nulls; `rules` by name of the rule, `curves` by name of the curve."""
+
+    n_seq: int
+    loss: float
+    largest_ratio: float
+    kurtosis: float
+    first_alpha: float
+    rules: dict[str, RuleRates]
+    curves: dict[str, list[CurvePoint]]
+
+
+class Skipped(Record):
+    """A null that could not be run, and why."""
+
+    skipped: str
+
+
+Nulls = dict[str, Measures | Skipped]
+
+# ----------------------------------------------------------------------------------------------- spikes and sinks
+
+
+class RuleCount(Record):
+    """What a rule marks: how many tokens, and which share of all."""
+
+    threshold: str
+    tokens: int
+    fraction: float
+    false_positives: FalsePositives | None
+
+
+class SpikeRuleCount(RuleCount):
+    """And in how many channels, the commonest first."""
+
+    n_channels: int
+    channels: list[int]
+
+
+class TokenRow(Record):
+    """A token that stands out. `occurrences`: sequences with this token at this position; the strongest is given."""
+
+    sequence: int
+    position: int
+    occurrences: int
+    id: int
+    text: str
+    before: str
+
+
+class SpikeToken(TokenRow):
+    """Its largest |h|, the channel, the `index` of the layer in `layers`, and the rules that mark it."""
+
+    magnitude: float
+    channel: int
+    index: int
+    rules: list[str]
+
+
+class SinkToken(TokenRow):
+    """Its largest alpha, in how many heads it is a sink, and its share of all attention."""
+
+    alpha: float
+    heads: int
+    share: float
+
+
+class SpikeFindings(Record):
+    """`by_position`: the share of tokens there that the primary rule marks."""
+
+    primary: str
+    rules: dict[str, SpikeRuleCount]
+    by_position: list[float]
+    tokens: list[SpikeToken]
+
+    @property
+    def primary_rule(self) -> SpikeRuleCount:
+        """What the primary rule marks."""
+        return self.rules[self.primary]
+
+    @property
+    def primary_tokens(self) -> list[SpikeToken]:
+        """Those of the tokens that the primary rule marks."""
+        return [token for token in self.tokens if self.primary in token.rules]
+
+
+class BestKey(Record):
+    """The key with at least T/4 queries that is most often a sink, and how often."""
+
+    position: int
+    rate: float
+
+
+class SinkRates(Record):
+    """Gu et al.'s sink metric (2410.10781) at one threshold: shares of heads and sequences with alpha > epsilon.
+
+    `first`, `by_layer`, `by_head`: on the first key (Sink_1). `first_second_half_queries`: the same, of the second
+    half's queries alone. `max_first_half`: on any key of the first half.
     """
-    layers = [
-        {"index": i, "layer": tap.layer, "kind": tap.kind, **stats.result()}
-        for i, (tap, stats) in enumerate(zip(subject.streams, obs.streams, strict=True))
-    ]
-    co_occurrence, measures = _co_occurrence(obs), calibrate.measures(obs)
-    null = null or {}
-    trained = checkpoint.get("step"), checkpoint.get("tokens")
-    return {
-        "schema": SCHEMA,
-        "part": subject.part,
-        "causal": subject.causal,
-        "checkpoint": checkpoint,
-        "model": model,
-        "data": {
-            **data,
-            "n_register": subject.n_register,
-            "loss": (obs.loss * obs.predicted).sum().item() / max(1, int(obs.predicted.sum())),
-            "loss_of": "the next token" if subject.shift else "each token, none masked",
-        },
-        "verdicts": calibrate.verdicts(obs, null, co_occurrence, subject.heads, {"parameters": 0, **model}, *trained),
-        "layers": layers,
-        "spikes": _spikes(subject, obs, null),
-        "sinks": _sinks(subject, obs, null),
-        "co_occurrence": co_occurrence,
-        "sensitivity": measures["curves"],
-        "measures": measures,
-        "nulls": null,
-        "anatomy": anatomy or {},
-        "examples": obs.examples.result(subject, obs) if obs.examples.relative else {},
-    }
+
+    epsilon: float
+    by_position: list[float]
+    first: float
+    first_ci95: Interval | None
+    by_layer: list[float]
+    by_head: list[list[float]]
+    best_eligible: BestKey
+    first_second_half_queries: float
+    max_first_half: float
 
 
-def _strongest(score, ids, among):
-    """(sequence, position, number of sequences) of the largest scores (N, T) `among` some, each (id, position) once."""
-    seen = {}
-    for flat in score.masked_fill(~among, -torch.inf).flatten().argsort(descending=True).tolist():
-        n, t = divmod(flat, score.size(1))
-        if not among[n, t]:
-            break
-        key = (int(ids[n, t]), t)
-        if key not in seen:
-            if len(seen) == SHOWN:
-                break
-            seen[key] = (n, t, int((ids[:, t] == ids[n, t]).sum()))
-    return seen.values()
+class SinkFindings(Record):
+    """`seams`: the layers of attention, of which lists (L) and (L, H) are.
+
+    By position: `share` of all attention, `share_uniform` if every query spread it evenly over what it may see, and
+    `token_rate`, the share of tokens that are sinks. By layer and head: `alpha_first`, the first key's;
+    `any_sink_by_head`, the share of sequences with a sink; `first_argmax`, the share of queries that attend most to
+    the first key; `slot_share`, attention that goes to no key; `entropy` (nats); `distance`, the mean |i - j| under
+    the weights (tokens); norms of values over the sequence's mean.
+    """
+
+    seams: list[Place]
+    primary: str
+    gu: list[SinkRates] = keyed("epsilon")
+    rules: dict[str, RuleCount]
+    share: list[float]
+    share_uniform: list[float]
+    token_rate: list[float]
+    alpha_first: list[list[float]]
+    any_sink_by_head: list[list[float]]
+    first_argmax: list[list[float]]
+    slot_share: list[list[float]]
+    entropy: list[list[float]]
+    distance: list[list[float]]
+    distance_without_sinks: list[list[float]]
+    first_value_norm_ratio: list[list[float]]
+    sink_value_norm_ratio: list[list[float]]
+    tokens: list[SinkToken]
+
+    def at(self, epsilon: float = PRIMARY_SINK_EPSILON) -> SinkRates:
+        """Gu et al.'s metric at a threshold. Raises KeyError for one that was not measured."""
+        try:
+            return next(rates for rates in self.gu if rates.epsilon == epsilon)
+        except StopIteration:
+            known = ", ".join(f"{rates.epsilon:g}" for rates in self.gu)
+            raise KeyError(f"epsilon {epsilon:g} was not measured, but {known}") from None
+
+    @property
+    def first(self) -> float:
+        """Sink_1 at Gu et al.'s threshold."""
+        return self.at().first
+
+    @property
+    def primary_rule(self) -> RuleCount:
+        """The tokens that are sinks in a head."""
+        return self.rules[PRIMARY_SINK_RULE]
 
 
-def _token_row(subject, obs, sequence, position, occurrences):
-    before = obs.ids[sequence, max(0, position - 12) : position].tolist()
-    return {
-        "sequence": sequence,
-        "position": position,
-        "occurrences": occurrences,  # sequences with this token at this position; the strongest is shown
-        "id": int(obs.ids[sequence, position]),
-        "text": subject.text(int(obs.ids[sequence, position])),
-        "before": "".join(subject.text(i) for i in before),
-    }
+# -------------------------------------------------------------------------------------------------- co-occurrence
 
 
-def _spikes(subject, obs, null):
-    rules, n_tokens = {}, int(obs.tokens.sum())
-    texts = {rule: definition.text for rule, definition in SPIKE_RULES.items()}
-    for rule, text in {**texts, "percentile": PERCENTILE_RULE}.items():
-        channels = obs.spike_channels[rule]
-        order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
-        rules[rule] = {
-            "threshold": text,
-            "tokens": int(obs.spikes[rule].sum()),
-            "fraction": obs.spikes[rule].sum().item() / n_tokens,
-            "false_positives": calibrate.false_positives(null, rule),
-            "n_channels": len(order),
-            "channels": order[:SHOWN].tolist(),
-        }
-    peak, tap = obs.magnitudes.max(0)  # (N, T)
-    tokens = []
-    for n, t, occurrences in _strongest(peak, obs.ids, obs.tokens):
-        where = int(tap[n, t])
-        tokens.append(
-            {
-                **_token_row(subject, obs, n, t, occurrences),
-                "magnitude": peak[n, t].item(),
-                "channel": int(obs.channels[where, n, t]),
-                "index": where,  # of the layer, in `layers`
-                "rules": [rule for rule in rules if obs.spikes[rule][n, t]],
-            }
-        )
-    return {
-        "primary": PRIMARY_SPIKE_RULE,
-        "rules": rules,
-        "by_position": (obs.spikes[PRIMARY_SPIKE_RULE].double().sum(0) / obs.tokens.sum(0)).tolist(),
-        "tokens": tokens,
-    }
+class OverlapRates(Record):
+    """How spike and sink tokens overlap, as metrics.overlap defines it; nan where undefined."""
+
+    p_sink_given_spike: float
+    p_spike_given_sink: float
+    jaccard: float
+    expected: float
+    lift: float
+    lift_anywhere: float
+    explained_by_position: float
 
 
-def _sinks(subject, obs, null):
-    N, T = obs.ids.shape
-    n_tokens, at_position = int(obs.tokens.sum()), obs.tokens.sum(0)  # sequences that reach each position (T,)
-    total = lambda name: torch.stack([a.sums[name] for a in obs.attention])
-    per_layer = lambda name: total(name) / N
-    eligible = obs.eligible.sum(0)  # sequences in which each position's key has enough queries (T,)
-    gu = {}
-    for epsilon in EPSILONS:
-        rate = total(f"hits {epsilon}") / at_position  # (L, H, T), share of sequences
-        by_position = rate.mean((0, 1))
-        first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
-        strong = (total(f"eligible hits {epsilon}") / eligible).mean((0, 1)).nan_to_num(0.0)  # (T,)
-        strong = strong.masked_fill(eligible < N / 2, -1)  # positions that most sequences have
-        best = int(strong.argmax())
-        gu[str(epsilon)] = {
-            "by_position": by_position.tolist(),
-            "first": by_position[0].item(),
-            "first_ci95": metrics.rate_ci(first),
-            "by_layer": rate[..., 0].mean(1).tolist(),
-            "by_head": rate[..., 0].tolist(),
-            "best_eligible": {"position": best, "rate": strong[best].item()},
-            "first_second_half_queries": per_layer(f"late first {epsilon}").mean().item(),
-            "max_first_half": per_layer(f"first half {epsilon}").mean().item(),
-        }
-    ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()
-    share_rule = obs.share > SHARE
-    uniform = sum(_uniform(subject, int(n), T) for n in obs.tokens.sum(1)) / at_position
-    tokens = []
-    for n, t, occurrences in _strongest(obs.max_alpha, obs.ids, obs.eligible):
-        tokens.append(
-            {
-                **_token_row(subject, obs, n, t, occurrences),
-                "alpha": obs.max_alpha[n, t].item(),
-                "heads": int(obs.sink_heads[n, t]),
-                "share": obs.share[n, t].item(),
-            }
-        )
-    is_sink = obs.sink_heads > 0
-    same_text = torch.nan if subject.part == "cross" else 1.0
-    return {
-        "seams": [
-            {"layer": tap.layer, "kind": tap.kind} for tap in subject.attends
-        ],  # the rows of by_layer, by_head ...
-        "primary": f"alpha > {PRIMARY_SINK_EPSILON} in at least one head, keys with at least T/4 queries",
-        "gu": gu,
-        "rules": {
-            "gu": {
-                "threshold": f"alpha > {PRIMARY_SINK_EPSILON} in a head, keys with at least T/4 queries",
-                "tokens": int(is_sink.sum()),
-                "fraction": is_sink.sum().item() / n_tokens,
-                "false_positives": calibrate.false_positives(null, "gu"),
-            },
-            "share": {
-                "threshold": f"more than {SHARE:.0%} of all attention mass of its sequence",
-                "tokens": int(share_rule.sum()),
-                "fraction": share_rule.sum().item() / n_tokens,
-                "false_positives": calibrate.false_positives(null, "share"),
-            },
-        },
-        "share": (obs.share.double().sum(0) / at_position).tolist(),
-        "share_uniform": uniform.tolist(),
-        "token_rate": (is_sink.double().sum(0) / at_position).tolist(),
-        "alpha_first": per_layer("alpha")[..., 0].tolist(),
-        "any_sink_by_head": (obs.best_alpha > PRIMARY_SINK_EPSILON).double().mean(0).tolist(),
-        "first_argmax": per_layer("first_argmax").tolist(),
-        "slot_share": (1 - total("mass") / total("queries"))
-        .clamp_min(0)
-        .round(decimals=6)
-        .tolist(),  # attention that goes to no key
-        "entropy": per_layer("entropy").tolist(),
-        # in an encoder-decoder's cross-attention, positions of two texts: no distance
-        "distance": ratio(total("distance") * same_text, total("mass")),
-        "distance_without_sinks": ratio(total("distance_others") * same_text, total("mass_others")),
-        "first_value_norm_ratio": per_layer("first_value").tolist(),
-        "sink_value_norm_ratio": ratio(total("sink_value"), total("sinks")),
-        "tokens": tokens,
-    }
+class OverlapIntervals(Record):
+    """95% intervals of OverlapRates."""
+
+    p_sink_given_spike: Interval | None
+    p_spike_given_sink: Interval | None
+    jaccard: Interval | None
+    expected: Interval | None
+    lift: Interval | None
+    lift_anywhere: Interval | None
+    explained_by_position: Interval | None
 
 
-def _uniform(subject, n, T):
-    """Each key's share of a sequence of n tokens if attention were even, padded to T: (T,)."""
-    share = uniform_share(queries_per_key(n), subject.causal)
-    return torch.nn.functional.pad(share, (0, T - n))
+class Overlap(OverlapRates):
+    """The same by two rules, with the numbers of tokens; `p_permutation`: of as large an overlap by chance."""
+
+    spike_rule: str
+    sink_rule: str
+    spike_tokens: int
+    sink_tokens: int
+    both: int
+    ci95: OverlapIntervals
+    p_permutation: float
 
 
-def _co_occurrence(obs):
-    spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], obs.sink_heads > 0
-    return {
-        **_overlap(spike, sink, obs.tokens),
-        "without_first": _overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
-    }
+class CoOccurrence(Overlap):
+    """On all tokens, and on those behind the first."""
+
+    without_first: Overlap
 
 
-def _overlap(spike, sink, tokens):
-    """The overlap of spike and sink tokens (N, T), its intervals over sequences and its permutation p."""
-    N = len(spike)
-    found = metrics.overlap(spike, sink, tokens)
-    weighted = lambda i: metrics.overlap(spike, sink, tokens, weights=i.bincount(minlength=N))
-    intervals = metrics.bootstrap_ci(weighted, N)
-    for key, of in (("p_sink_given_spike", spike), ("p_spike_given_sink", sink), ("jaccard", spike | sink)):
-        n = int(of.any(1).sum())
-        if found[key] in (0, 1) and n:  # a bootstrap has no width there
-            intervals[key] = metrics.wilson(round(found[key] * n), n)
-    if not (spike & sink).any():
-        intervals["lift"] = intervals["lift_anywhere"] = None  # nothing to resample
-    return {
-        "spike_rule": PRIMARY_SPIKE_RULE,
-        "sink_rule": f"gu {PRIMARY_SINK_EPSILON}",
-        "spike_tokens": int(spike.sum()),
-        "sink_tokens": int(sink.sum()),
-        "both": int((spike & sink).sum()),
-        **found,
-        "ci95": intervals,
-        "p_permutation": metrics.permutation_p(spike, sink, tokens),
-    }
+# -------------------------------------------------------------------------------------------------------- anatomy
 
 
-def ratio_of(layer):
-    """top-1 over the median of a layer; 0 where the median is."""
-    return layer["top1"] / layer["median"] if layer["median"] else 0.0
+class Step(Place, Indexed):
+    """A tap, and the share of tokens that have it in common."""
+
+    tokens: float
 
 
-def name_of(layer):
-    """'embedding', 'attn 0', 'ffn 0', ... of a layer of the findings."""
-    return layer["kind"] if layer["layer"] < 0 else f"{layer['kind']} {layer['layer']}"
+class StepChange(Step):
+    """Where an entry rises or falls, and by how much, over its peak."""
+
+    part_of_peak: float
+
+
+class SharedChannel(Record):
+    """A channel that the tokens share: mean value, share of tokens with its sign, `ratio` to the |value| of the first
+    channel (mean and standard deviation over tokens), median |value|."""
+
+    channel: int
+    value: float
+    same_sign: float
+    ratio: float
+    ratio_std: float
+    median: float
+
+
+class Steps(Record):
+    """How a spike is made. `path`: {channel: its mean over tokens at every tap} of the three largest."""
+
+    path: dict[str, list[float]]
+    step_up: StepChange
+    step_down: StepChange | None
+    peak: Step
+    channels: list[SharedChannel]
+
+
+class NormedCosine(Place):
+    """The mean cosine over pairs of normalised inputs, of the tokens and of as many others; None below two."""
+
+    spikes: float | None
+    others: float | None
+
+
+class KeyDimensions(Record):
+    """In how many dimensions a head's sink keys lie, and as many others: see anatomy.key_subspace."""
+
+    head: int
+    keys: int
+    dims95: int | None
+    participation: float | None
+    others_dims95: int | None
+    others_participation: float | None
+
+
+class KeySubspace(Place):
+    """Sink keys of a layer, head by head."""
+
+    heads: list[KeyDimensions]
+
+
+class ChannelForm(Record):
+    """The quadratic form of a channel: its norm over the median channel's, and how nearly it is of rank one."""
+
+    channel: int
+    norm: float
+    dominance: float
+
+
+class QuadraticForm(Record):
+    """Of the FFN of the step-up: the spiking channels', as many random ones', and the channels of the largest norm."""
+
+    layer: int
+    channels: list[ChannelForm]
+    others: list[ChannelForm]
+    largest_norms: list[int]
+
+
+class Anatomy(Steps):
+    """`of`: which tokens, in words. `inner`: the tensors off the stream, by place; `places`: what these are."""
+
+    of: str
+    n_seq: int
+    tokens: int
+    distinct_tokens: int
+    normed_cosine: list[NormedCosine]
+    inner: dict[str, list[LayerStats]]
+    places: dict[str, str]
+    key_subspace: list[KeySubspace]
+    quadratic_form: QuadraticForm | None
+
+
+# ------------------------------------------------------------------------------------------------------- examples
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An array: its shape ('3 5'), and bfloat16, little-endian, in base64: examples.unpacked reads it."""
+
+    shape: str
+    base64: str
+
+
+class SequenceEntry(Record):
+    """The start of one sequence, token by token (T). Packed: `share` (T,), `relative` (layers, T), `alpha` (heads, T).
+
+    spikes, enough_queries: 0 or 1. sink_heads: the number of heads in which the token is a sink.
+    """
+
+    sequence: int
+    length: int
+    loss: float
+    ids: list[int]
+    texts: list[str]
+    spikes: list[int]
+    sink_heads: list[int]
+    enough_queries: list[int]
+    share: Packed
+    relative: Packed
+    alpha: Packed
+
+
+class MatrixEntry(Record):
+    """|h| of the first sequence after a layer: (tokens, bins of channels), and the first channel of each bin."""
+
+    layer: str
+    values: Packed
+    starts: str
+    n_channels: int
+    median: float
+
+
+class ExamplesEntry(Record):
+    """A few sequences, token by token: names of the layers and of the heads that are kept, of `n_heads` in all."""
+
+    encoding: str
+    layers: list[str]
+    heads: list[str]
+    n_heads: int
+    sequences: list[SequenceEntry]
+    matrices: list[MatrixEntry]
+
+
+# --------------------------------------------------------------------------------------- over training, vocabulary
+
+
+class HistoryRow(Record):
+    """Spikes and sinks at one step of training: history.COLUMNS says what the numbers are."""
+
+    step: int
+    loss: float | None
+    ratio: float | None
+    kurtosis: float | None
+    sink_rate: float | None
+    p_sink_given_spike: float | None
+
+
+class Histogram(Record):
+    """Counts between edges."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class VocabularyToken(Record):
+    """A token's largest |h| over the median, in which channel, and after which sub-layer (its kind, and its layer)."""
+
+    id: int
+    text: str
+    ratio: float
+    after: str
+    layer: int
+    channel: int
+
+    @property
+    def place(self) -> Place:
+        """After which sub-layer."""
+        return Place(layer=self.layer, kind=self.after)
+
+
+class VocabularyPlace(Record):
+    """All tokens of the vocabulary at one position: how many spike, in which channels; `ratio` of each, by id."""
+
+    spiking: int
+    fraction: float
+    histogram: Histogram
+    channels: list[int]
+    ratio: list[float]
+    tokens: list[VocabularyToken]
+
+
+class Vocabulary(Record):
+    """Every token of the vocabulary standing first, and second, after the token `before`."""
+
+    schema: str = VOCABULARY_SCHEMA
+    vocab_size: int
+    before: str
+    first: VocabularyPlace
+    second: VocabularyPlace
+
+
+# ------------------------------------------------------------------------------------------------------ everything
+
+
+class Findings(Record):
+    """What detect finds in a model, or in a part of an encoder-decoder.
+
+    `model`: its architecture, and its `parameters`. `sensitivity`: how the findings change with their thresholds, by
+    name of the curve. `nulls`: by name. `anatomy`, `examples`: None where they were not kept. `history`: over training,
+    of a run of train.py. `parts`: the other parts of an encoder-decoder, by name.
+    """
+
+    schema: str = SCHEMA
+    part: str
+    causal: bool
+    checkpoint: CheckpointEntry
+    model: dict[str, Any]
+    data: DataEntry
+    verdicts: Verdicts
+    layers: list[LayerStats]
+    spikes: SpikeFindings
+    sinks: SinkFindings
+    co_occurrence: CoOccurrence
+    sensitivity: dict[str, list[CurvePoint]]
+    measures: Measures
+    nulls: Nulls
+    anatomy: Anatomy | None = or_empty()
+    examples: ExamplesEntry | None = or_empty()
+    history: list[HistoryRow] | None = sometimes()
+    parts: "dict[str, Findings] | None" = sometimes()
+    vocabulary: Vocabulary | None = sometimes()
+
+    @property
+    def all_parts(self) -> "list[tuple[str, Findings]]":
+        """(name, findings) of this part and of the others; the name of the only one is empty."""
+        return [(self.part, self), *(self.parts or {}).items()]
+
+    @property
+    def largest_ratio(self) -> float:
+        """top-1 over the median of the layer where it is largest."""
+        return max(layer.ratio for layer in self.layers)
+
+    @property
+    def largest_kurtosis(self) -> float:
+        """The channel kurtosis of the layer where it is largest."""
+        return max(layer.kurtosis for layer in self.layers)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, atomically. Raises UserError."""
+        schema.save(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Findings":
+        """What `save` wrote. Raises UserError where it cannot be read or is of another schema."""
+        return schema.load(cls, path, "detect")
+
+
+class Comparison(Record):
+    """Several checkpoints side by side, each under a short name."""
+
+    schema: str = COMPARISON_SCHEMA
+    names: list[str]
+    findings: list[Findings]
+
+
+# ------------------------------------------------------------------------------------------------------- a prompt
+
+
+class LookedAt(Record):
+    """The position that most heads attend to, and how many do."""
+
+    position: int
+    heads: int
+
+
+class PromptToken(Record):
+    """One token: its largest |h| (`ratio`: over that layer's median), `after` which sub-layer and in which channel;
+    its share of all attention, and alpha in the `head` where that is largest. `few_queries`: alpha averages few of
+    them, so no sink is claimed."""
+
+    position: int
+    id: int
+    text: str
+    magnitude: float
+    ratio: float
+    channel: int
+    after: str
+    rules: list[str]
+    share: float
+    alpha: float
+    head: str
+    sink_heads: int
+    few_queries: bool
+    looks_at: LookedAt
+
+
+class PromptHead(Record):
+    """One head: alpha of every key, which key each query attends to most and how much, and the key that gets most."""
+
+    head: str
+    alpha: list[float]
+    looks_at: list[int]
+    weight: list[float]
+    most_at: int
+
+
+class PromptFindings(Record):
+    """One text, token by token. `magnitudes`: the largest |h| of each token, by layer; `medians`: by layer."""
+
+    schema: str = PROMPT_SCHEMA
+    part: str
+    checkpoint: CheckpointEntry
+    model: dict[str, Any]
+    loss: float
+    tokens: list[PromptToken]
+    layers: list[str]
+    magnitudes: list[list[float]]
+    medians: list[float]
+    heads: list[PromptHead]
+    examples: ExamplesEntry | None = or_empty()
+    parts: "dict[str, PromptFindings] | None" = sometimes()
+
+    @property
+    def all_parts(self) -> "list[tuple[str, PromptFindings]]":
+        """As of Findings."""
+        return [(self.part, self), *(self.parts or {}).items()]

@@ -5,19 +5,25 @@ the attention mass (N, H, T) each key gets, summed over its queries. Positions c
 """
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any, overload
 
 import torch
+
+from .findings import Interval, OverlapRates
 
 # -------------------------------------------------------------------------------- magnitudes in the stream
 
 
-def median_magnitude(stream):
+def median_magnitude(stream: torch.Tensor) -> torch.Tensor:
     """The median |h| of each sequence's [T x C] matrix: (N,). Sun et al. 2402.17762."""
     return torch.stack([median_and_largest(row, 1)[0] for row in stream.abs().flatten(1)])
 
 
-def median_and_largest(values, k, sample=2**14):
+def median_and_largest(
+    values: torch.Tensor, k: int, sample: int = 2**14
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """values (n,) -> its median, the k largest in descending order (k,), and where those are (k,).
 
     Exact; a long row is first narrowed to what a sample of it brackets, which takes a third of the time.
@@ -38,18 +44,18 @@ def median_and_largest(values, k, sample=2**14):
     return median, largest, where[order]
 
 
-def max_median_ratio(stream):
+def max_median_ratio(stream: torch.Tensor) -> torch.Tensor:
     """max_j |x_j| / median_j |x_j| of every token: (N, T); its mean over tokens is MMR. nan where the median is 0."""
     magnitude = stream.abs()
     return magnitude.amax(-1) / zero_is_nan(magnitude.median(-1).values)
 
 
-def zero_is_nan(x):
+def zero_is_nan(x: torch.Tensor) -> torch.Tensor:
     """x with nan for 0: to divide by."""
     return torch.where(x == 0, torch.nan, x)
 
 
-def channel_kurtosis(power):
+def channel_kurtosis(power: torch.Tensor) -> torch.Tensor:
     """mean_j s_j^4 / (mean_j s_j^2)^2 with s_j^2 = `power` (C,), channel j's mean square over tokens; in [1, C].
 
     He et al. 2405.19279, equation 2: 1 if all channels are alike, C if one holds everything.
@@ -57,23 +63,19 @@ def channel_kurtosis(power):
     return power.square().mean() / power.mean().square()
 
 
-def entry_kurtosis(moments):
+def entry_kurtosis(moments: list[float]) -> float:
     """E[(x - mu)^4] / sigma^4 over all entries, from their raw moments (E x, ..., E x^4). Bondarenko 2306.12929."""
     m1, m2, m3, m4 = moments
     variance = m2 - m1**2
     return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else float("nan")
 
 
-# -------------------------------------------------------------------------------------------- spike rules
-
-
-# -------------------------------------------------------------------------------------------------- sinks
-
-
 # ------------------------------------------------------------------------------------------ co-occurrence
 
 
-def overlap(spike, sink, tokens=None, weights=None):
+def overlap(
+    spike: torch.Tensor, sink: torch.Tensor, tokens: torch.Tensor | None = None, weights: torch.Tensor | None = None
+) -> OverlapRates:
     """P(sink|spike), P(spike|sink), Jaccard, lift and what position explains, of bool arrays (N, T); nan if undefined.
 
     `tokens`: bool (N, T), which entries are tokens and not padding. `weights`: how often each sequence counts (N,), as
@@ -94,18 +96,25 @@ def overlap(spike, sink, tokens=None, weights=None):
     at_position = ((others * (n - 1).clamp_min(0) / possible.clamp_min(1)) + (w * pairs).sum(0) / n.clamp_min(1)).sum()
     anywhere = spikes * sinks / total
     ratio = lambda a, b: (a / b).item() if b > 0 else float("nan")
-    return {
-        "p_sink_given_spike": ratio(both, spikes),
-        "p_spike_given_sink": ratio(both, sinks),
-        "jaccard": ratio(both, spikes + sinks - both),
-        "expected": at_position.item(),
-        "lift": ratio(both, at_position),
-        "lift_anywhere": ratio(both, anywhere),
-        "explained_by_position": ratio((at_position - anywhere).clamp_min(0).minimum(both - anywhere), both - anywhere),
-    }
+    excess = both - anywhere
+    return OverlapRates(
+        p_sink_given_spike=ratio(both, spikes),
+        p_spike_given_sink=ratio(both, sinks),
+        jaccard=ratio(both, spikes + sinks - both),
+        expected=at_position.item(),
+        lift=ratio(both, at_position),
+        lift_anywhere=ratio(both, anywhere),
+        explained_by_position=ratio((at_position - anywhere).clamp_min(0).minimum(excess), excess),
+    )
 
 
-def permutation_p(spike, sink, tokens=None, permutations=999, seed=0):
+def permutation_p(
+    spike: torch.Tensor,
+    sink: torch.Tensor,
+    tokens: torch.Tensor | None = None,
+    permutations: int = 999,
+    seed: int = 0,
+) -> float:
     """One-sided p of the overlap of bool arrays (N, T) when whole sequences' sink labels are permuted.
 
     Whole sequences, so that what clusters in a sequence stays together; among sequences of the same length (`tokens`).
@@ -124,7 +133,7 @@ def permutation_p(spike, sink, tokens=None, permutations=999, seed=0):
     return (1 + as_large) / (1 + permutations)
 
 
-def wilson(hits, n, tests=1):
+def wilson(hits: int, n: int, tests: int = 1) -> Interval:
     """95% interval of a rate by Wilson (1927), of `hits` among n; Bonferroni's if it is the best of several `tests`."""
     z = NormalDist().inv_cdf(1 - 0.025 / tests)
     rate = hits / n
@@ -132,14 +141,26 @@ def wilson(hits, n, tests=1):
     return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
 
 
-def rate_ci(rates):
+def rate_ci(rates: torch.Tensor) -> Interval | None:
     """95% interval of the mean of rates (N,) of sequences: bootstrap, or Wilson's where all of them are 0 or all 1."""
     if len(rates) and bool((rates == rates[0]).all()) and rates[0] in (0, 1):
         return wilson(int(rates.sum()), len(rates))
     return bootstrap_ci(lambda i: rates[i].mean().item(), len(rates))
 
 
-def bootstrap_ci(statistic, n, resamples=1000, seed=0):
+@overload
+def bootstrap_ci(
+    statistic: Callable[[torch.Tensor], float], n: int, resamples: int = ..., seed: int = ...
+) -> Interval | None: ...
+
+
+@overload
+def bootstrap_ci(
+    statistic: Callable[[torch.Tensor], dict[str, float]], n: int, resamples: int = ..., seed: int = ...
+) -> dict[str, Interval | None]: ...
+
+
+def bootstrap_ci(statistic: Callable[[torch.Tensor], Any], n: int, resamples: int = 1000, seed: int = 0) -> Any:
     """95% percentile interval of `statistic(indices)` over resampled sequences; None where undefined, as for n = 1.
 
     `statistic` maps a LongTensor (n,) of sequence numbers to a float, or to a dict of floats.
@@ -154,7 +175,7 @@ def bootstrap_ci(statistic, n, resamples=1000, seed=0):
     return _interval(draws)
 
 
-def paired_effect(clean, changed):
+def paired_effect(clean: torch.Tensor, changed: torch.Tensor) -> dict[str, Any]:
     """The findings' entry of a change, from the losses (N,) of the same sequences before and after it: paired."""
     delta = changed - clean
     return {
@@ -165,7 +186,7 @@ def paired_effect(clean, changed):
     }
 
 
-def _interval(values):
-    values = torch.tensor(values, dtype=torch.float64)
-    values = values[~values.isnan()]
-    return values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist() if len(values) else None
+def _interval(values: list[float]) -> Interval | None:
+    drawn = torch.tensor(values, dtype=torch.float64)
+    drawn = drawn[~drawn.isnan()]
+    return drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist() if len(drawn) else None

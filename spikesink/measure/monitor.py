@@ -26,17 +26,22 @@ Definitions and sources are those of metrics.py, in float32; what is not finite 
 import contextlib
 import inspect
 import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..files import plain
 from ..hooks import hooked, on_streams
 from ..models.subject import attention_received
-from ..models.views import Part, compiled, no_stream, view_of
+from ..models.views import Attention, Part, View, compiled, no_stream, view_of
 from . import metrics
 from .observe import StreamStats
 from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, queries_per_key, sink_alpha
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
+
+Row = dict[str, Any]  # of a log, as said above
 
 
 class Monitor:
@@ -52,17 +57,20 @@ class Monitor:
     look. Raises UserError for a model whose stream is not found, or that is compiled as a whole.
     """
 
-    def __init__(self, model, every=100, sequences=4, streams=None):
+    def __init__(
+        self, model: nn.Module, every: int = 100, sequences: int = 4, streams: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.every, self.sequences = every, sequences
         self.view = view_of(model, streams) if every else None
-        self.row = self.last = None
+        self.row: Row | None = None
+        self.last: Row | None = None
 
     @contextlib.contextmanager
-    def __call__(self, step):
+    def __call__(self, step: int) -> Iterator[None]:
         """Looks at the first forward pass within the block, if `step` is a multiple of `every`. Raises UserError if
         none of its streams was seen."""
         self.row = None
-        if not self.every or step % self.every:
+        if self.view is None or step % self.every:
             yield
             return
         look = Look(self.view, self.sequences)
@@ -70,7 +78,7 @@ class Monitor:
             yield
         self.row = self.last = look.row()
 
-    def words(self):
+    def words(self) -> str:
         """The last row in a few words; empty if there was none."""
         return words(self.last) if self.last else ""
 
@@ -78,13 +86,17 @@ class Monitor:
 class Look:
     """What one forward pass shows of the first sequences of its batch. Each tap is measured when it is first called."""
 
-    def __init__(self, view, sequences):
+    def __init__(self, view: View, sequences: int) -> None:
         self.view, self.sequences = view, sequences
-        self.mask = self.parts = None
-        self.layers, self.attention = {}, {}  # name -> what a row says of it
-        self.spikes, self.sinks = [], []  # of each part, bool (sequences, T): in any layer, in any head
+        self.mask: torch.Tensor | None = None
+        self.shape = torch.Size()  # (B, T) of the batch
+        self.parts: list[Part] | None = None
+        self.layers: dict[str, Row] = {}  # name -> what a row says of it
+        self.attention: dict[str, Row] = {}
+        self.spikes: list[torch.Tensor] = []  # of each part, bool (sequences, T): in any layer
+        self.sinks: list[torch.Tensor] = []  # in any head
 
-    def watching(self):
+    def watching(self) -> contextlib.ExitStack:
         """A context in which the model is looked at."""
         stack = contextlib.ExitStack()
         stack.enter_context(self.view.around())
@@ -94,25 +106,25 @@ class Look:
         stack.enter_context(hooked(seams, [(self.view.model, self._on_call)]))
         return stack
 
-    def _on_call(self, module, args, kwargs):
+    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.mask is None and self.parts is None:
             given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             mask = given.get(self.view.mask, given.get("kwargs", {}).get(self.view.mask))
             self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-    def _take_parts(self, stream):
+    def _take_parts(self, stream: torch.Tensor) -> None:
         """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding, or nothing else."""
         self.shape = stream.shape[:2]
-        known = self.mask is not None and self.mask.shape == self.shape
-        mask = (self.mask if known else torch.ones(self.shape))[: self.sequences].cpu() != 0
+        given = self.mask if self.mask is not None and self.mask.shape == self.shape else torch.ones(self.shape)
+        mask = given[: self.sequences].cpu() != 0
         if bool(mask.all()) or not bool(mask.any()):
             self.parts = [Part(slice(len(mask)), slice(None))]
             return
         tokens = [row.nonzero()[:, 0].tolist() for row in mask]
         self.parts = [Part(slice(i, i + 1), slice(at[0], at[-1] + 1)) for i, at in enumerate(tokens) if at]
 
-    def _on_stream(self, name):
-        def function(stream):
+    def _on_stream(self, name: str) -> Callable[[torch.Tensor], None]:
+        def function(stream: torch.Tensor) -> None:
             if name in self.layers:
                 return
             if self.parts is None:
@@ -124,20 +136,24 @@ class Look:
 
         return function
 
-    def _measure_stream(self, name, stream):
+    def _measure_stream(self, name: str, stream: torch.Tensor) -> None:
         stats, rule = StreamStats(), SPIKE_RULES[PRIMARY_SPIKE_RULE]
-        for i, (rows, span) in enumerate(self.parts):
-            layer = stats.add(stream[rows, span].float())
-            B, T, C = layer.x.shape
+        for i, (rows, span) in enumerate(self.parts or ()):
+            batch = stats.add(stream[rows, span].float())
+            B, T, C = batch.x.shape
             if len(self.spikes) == i:
                 self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
-            self.spikes[i].view(-1)[layer.marked(rule) // C] = True
+            self.spikes[i].view(-1)[rule.marked(batch) // C] = True
         found = stats.result()
-        ratio = found["top1"] / found["median"] if found["median"] else None
-        self.layers[name] = {**{key: found[key] for key in ("top1", "median", "kurtosis")}, "ratio": ratio}
+        self.layers[name] = {
+            "top1": found.top1,
+            "median": found.median,
+            "ratio": found.ratio if found.median else None,
+            "kurtosis": found.kurtosis,
+        }
 
-    def _on_attention(self, attention):
-        def hook(module, args, kwargs, output):
+    def _on_attention(self, attention: Attention) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
             if attention.name in self.attention or self.parts is None:
                 return
             cast = torch.is_autocast_enabled(args[0].device.type)
@@ -146,9 +162,9 @@ class Look:
 
         return hook
 
-    def _measure_attention(self, attention, args, cast):
+    def _measure_attention(self, attention: Attention, args: tuple, cast: bool) -> None:
         device, hits, mass = args[0].device.type, [], torch.zeros(self.shape[1])
-        for i, part in enumerate(self.parts):
+        for i, part in enumerate(self.parts or ()):
             # in the model's own precision; casts of weights made here, without a gradient, are not kept for its passes
             with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
                 seam, q, k = attention.of(args, part)
@@ -169,7 +185,7 @@ class Look:
             "best_position": int(mass.argmax()),
         }
 
-    def row(self):
+    def row(self) -> Row:
         """What was seen, as the row of a log has it."""
         if not self.layers:
             raise no_stream(self.view.model)
@@ -177,24 +193,21 @@ class Look:
         spike = together(self.spikes)
         sink = together(self.sinks) if self.sinks else torch.zeros_like(spike)
         overlap = metrics.overlap(spike, sink)
-        if not self.sinks:
-            overlap = dict.fromkeys(overlap)
-        order = ("name", "top1", "median", "ratio", "kurtosis")
         return plain(
             {
-                "layers": [{key: {"name": n, **of}[key] for key in order} for n, of in self.layers.items()],
+                "layers": [{"name": n, **of} for n, of in self.layers.items()],
                 "attention": [{"name": n, **of} for n, of in self.attention.items()],
                 "spike_tokens": spike.double().mean().item(),
                 "sink_tokens": sink.double().mean().item() if self.sinks else None,
-                "p_sink_given_spike": overlap["p_sink_given_spike"],
-                "p_spike_given_sink": overlap["p_spike_given_sink"],
+                "p_sink_given_spike": overlap.p_sink_given_spike if self.sinks else None,
+                "p_spike_given_sink": overlap.p_spike_given_sink if self.sinks else None,
                 "sequences": sum(len(part) for part in self.spikes),
             }
         )
 
 
 @contextlib.contextmanager
-def measuring(x):
+def measuring(x: torch.Tensor) -> Iterator[None]:
     """Within, nothing is recorded for a gradient, float32 is float32, and no algorithm is refused."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)  # the values of a median are the same by any
@@ -208,7 +221,7 @@ def measuring(x):
 # ------------------------------------------------------------------------------------------------ rows, elsewhere
 
 
-def headline(row):
+def headline(row: Row) -> dict[str, float | None]:
     """A row in four numbers, {name: number or None}: over layers the largest ratio and kurtosis, over heads the share
     that has sinks, and the share of tokens that are spikes."""
     known = lambda key: [layer[key] for layer in row["layers"] if layer[key] is not None]
@@ -221,9 +234,9 @@ def headline(row):
     }
 
 
-def flat(row):
+def flat(row: Row) -> dict[str, float]:
     """All numbers of a row, {name: number}: 'spike/ratio/attn 0', 'sink/rate/attn 0', ..., and its headline."""
-    numbers = {
+    numbers: dict[str, float | None] = {
         **headline(row),
         "sink/tokens": row["sink_tokens"],
         "both/p_sink_given_spike": row["p_sink_given_spike"],
@@ -237,7 +250,7 @@ def flat(row):
     return {key: value for key, value in numbers.items() if value is not None}
 
 
-def words(row):
+def words(row: Row) -> str:
     """A row in a few words: 'spike 179x ffn 0, sinks 6% of heads'."""
     largest = max(row["layers"], key=lambda layer: layer["ratio"] or 0)
     rate = headline(row)["sink/heads"]
@@ -249,7 +262,7 @@ def words(row):
 # ------------------------------------------------------------------------------------------------ in other loops
 
 
-def MonitorCallback(trainer, every=100, **how):
+def MonitorCallback(trainer: Any, every: int = 100, **how: Any) -> Any:
     """A TrainerCallback: `trainer.add_callback(MonitorCallback(trainer))`; numbers as `flat` names them go through
     `trainer.log`, to wherever the Trainer reports. `how` goes to Monitor. Needs transformers.
 
@@ -262,16 +275,15 @@ def MonitorCallback(trainer, every=100, **how):
         raise compiled(trainer.model)
 
     class Callback(TrainerCallback):
-        def __init__(self):
-            chief = trainer.is_world_process_zero()
-            self.monitor = Monitor(trainer.model, every if chief else 0, **how)
+        def __init__(self) -> None:
+            self.monitor = Monitor(trainer.model, every if trainer.is_world_process_zero() else 0, **how)
             self.block = contextlib.ExitStack()
 
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.block.close()  # of a step that did not end
             self.block.enter_context(self.monitor(state.global_step + 1))
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.block.close()
             if self.monitor.row:
                 due = control.should_log

@@ -4,35 +4,41 @@ Kept: running sums, per token and layer the largest magnitude, and the few entri
 T x T map, or an activation after its sub-layer has run.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..hooks import hooked, on_streams
-from ..models.subject import batches, for_heads, map_rows
+from ..models.subject import Seam, Subject, batches, for_heads, map_rows
 from ..text.sequences import PADDING
 from . import metrics
 from .examples import Examples
+from .findings import Magnitudes
 from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, eligible_keys, queries_per_key, second_half_alpha, sink_alpha
-from .spikes import PERCENTILE, PERCENTILES, PERSISTENCE, SPIKE_RULES, entries_above
+from .spikes import PERCENTILE_RULES, PERCENTILES, SPIKE_RULES, SpikeRule, TapBatch, entries_above
+
+# (rows of the map (B, H, R, keys), the first query, whether attention is causal) -> the rows that are measured instead
+ShuffleRows = Callable[[torch.Tensor, int, bool], torch.Tensor]
 
 
 class StreamStats:
     """Running statistics of one tap's tensor (B, T, C)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sequences = self.tokens = 0
-        self.sums = {}  # name -> sum over sequences
+        self.sums: dict[str, torch.Tensor] = {}  # name -> sum over sequences
         self.largest = 0.0
-        self.channel_power = 0.0  # (C,), sum over tokens of x^2
+        self.channel_power = torch.zeros((), dtype=torch.float64)  # (C,) once there is one, sum over tokens of x^2
         self.moments = torch.zeros(4, dtype=torch.float64)  # sums over entries of x, x^2, x^3, x^4
 
-    def add(self, x):
-        """Takes in x (B, T, C) of B sequences. Returns what the rules need of it: a Layer."""
+    def add(self, x: torch.Tensor) -> TapBatch:
+        """Takes in x (B, T, C) of B sequences. Returns what the rules need of it."""
         B, T, C = x.shape
         self.sequences, self.tokens = self.sequences + B, self.tokens + B * T
         size = x.abs()
@@ -56,65 +62,35 @@ class StreamStats:
         self.moments += moments.sum(1).cpu()
         mean, mean_square = moments[0] / (T * C), moments[1] / (T * C)
         std = ((mean_square - mean**2) * T * C / max(1, T * C - 1)).clamp_min(0).sqrt()
-        return Layer(x, magnitude, channel, largest, where, median, mean.float(), std.float())
+        return TapBatch(x, magnitude, channel, largest, where, median, mean.float(), std.float())
 
-    def _sum(self, name, value):
+    def _sum(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + value.double().sum(0).cpu()
 
-    def result(self):
-        """The findings' entry for this layer."""
+    def result(self) -> Magnitudes:
+        """The findings' entry for this tap."""
         top1, top2, top3 = (self.sums["top"] / self.sequences).tolist()
         channels = len(self.channel_power)
-        return {
-            "top1": top1,
-            "top2": top2,
-            "top3": top3,
-            "median": (self.sums["median"] / self.sequences).item(),
-            "max": self.largest,
-            "mmr": (self.sums["mmr"] / self.sums["mmr tokens"]).item(),
-            "kurtosis": metrics.channel_kurtosis(self.channel_power / self.tokens).item(),
-            "entry_kurtosis": metrics.entry_kurtosis((self.moments / (self.tokens * channels)).tolist()),
-            "inf_norm": top1,
-        }
-
-
-@dataclass
-class Layer:
-    """One batch's stream x (B, T, C) at one tap, with what the spike rules need of it."""
-
-    x: torch.Tensor
-    magnitude: torch.Tensor  # (B, T), largest |x| of each token
-    channel: torch.Tensor  # (B, T), where it is
-    largest: torch.Tensor  # (B, K), largest |x| of each sequence, as many as the percentiles need
-    where: torch.Tensor  # (B, K), and in which of its T x C entries
-    median: torch.Tensor  # (B,), of |x|
-    mean: torch.Tensor  # (B,), of x
-    std: torch.Tensor  # (B,), of x
-
-    def marked(self, rule):
-        """Where a SpikeRule marks entries: indices into x.flatten(). Looks only at tokens whose largest could pass."""
-        centre, threshold = rule.bounds(self.median, self.mean, self.std)
-        tokens = ((self.magnitude + centre.abs()[:, None]) >= threshold[:, None]).nonzero()  # (K, 2)
-        rows = (self.x[tokens[:, 0], tokens[:, 1]] - centre[tokens[:, 0], None]).abs()  # (K, C)
-        token, channel = (rows >= threshold[tokens[:, 0], None]).nonzero().unbind(1)
-        _, T, C = self.x.shape
-        return ((tokens[token, 0] * T + tokens[token, 1]) * C + channel).cpu()
-
-    def above(self, percentile):
-        """Entries above a percentile of their sequence's |x|, as `marked` gives them."""
-        B, T, C = self.x.shape
-        threshold = self.largest[:, min(entries_above(percentile, T * C), self.largest.size(1) - 1), None]
-        first = torch.arange(B, device=self.where.device)[:, None] * T * C
-        return (self.where + first)[self.largest > threshold].cpu()
+        return Magnitudes(
+            top1=top1,
+            top2=top2,
+            top3=top3,
+            median=(self.sums["median"] / self.sequences).item(),
+            max=self.largest,
+            mmr=(self.sums["mmr"] / self.sums["mmr tokens"]).item(),
+            kurtosis=metrics.channel_kurtosis(self.channel_power / self.tokens).item(),
+            entry_kurtosis=metrics.entry_kurtosis((self.moments / (self.tokens * channels)).tolist()),
+            inf_norm=top1,
+        )
 
 
 class AttentionStats:
     """Running statistics of one layer's attention; sums over sequences, by head."""
 
-    def __init__(self):
-        self.sums = {}
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def _sum(self, name, value):
+    def _sum(self, name: str, value: torch.Tensor) -> None:
         value = value.double().cpu()
         old = self.sums.get(name)
         if old is not None and old.shape != value.shape:  # sequences of another length: positions count from the first
@@ -125,7 +101,16 @@ class AttentionStats:
         else:
             self.sums[name] = value if old is None else old + value
 
-    def add(self, seam, q, k, v, bias, causal, shuffled):
+    def add(
+        self,
+        seam: Seam,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        causal: bool,
+        shuffled: ShuffleRows,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One batch: each key's attention mass and alpha (B, H, T), and which are eligible (T,); all on the CPU."""
         B, H, n_queries, _ = q.shape
         T = k.size(-2)
@@ -201,7 +186,7 @@ class Observation:
     examples: Examples  # some sequences, token by token
 
     @property
-    def tokens(self):
+    def tokens(self) -> torch.Tensor:
         """Which entries of (N, T) are tokens: bool."""
         return self.ids != PADDING
 
@@ -211,11 +196,19 @@ class Shuffle:
     """For nulls: what a stream (B, T, C) and rows of a map (B, H, R, T) are replaced with before they are measured,
     while the model goes on with its own."""
 
-    stream: Callable = lambda x: x
-    rows: Callable = lambda weights, first, causal: weights
+    stream: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    rows: ShuffleRows = lambda weights, first, causal: weights
 
 
-def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="observe", examples=None):
+def observe(
+    subject: Subject,
+    ids: torch.Tensor,
+    batch_size: int = 8,
+    progress: bool = True,
+    shuffle: Shuffle | None = None,
+    desc: str = "observe",
+    examples: Examples | None = None,
+) -> Observation:
     """Runs `subject` over token ids (N, T), PADDING where there is none, and returns an Observation.
 
     `examples`: an examples.Examples to fill in.
@@ -226,7 +219,7 @@ def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="obser
     seen = [(rows, some, subject.seen(some)) for rows, some in batches(ids, batch_size)]
     N, T = len(ids), max(s.size(1) for _, _, s in seen)
     L, H, taps = len(subject.attends), subject.n_head, len(subject.streams)
-    zeros = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype)
+    zeros = functools.partial(torch.zeros, dtype=torch.float32)
     obs = Observation(
         ids=torch.full((N, T), PADDING),
         streams=[StreamStats() for _ in range(taps)],
@@ -234,8 +227,8 @@ def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="obser
         magnitudes=zeros(taps, N, T),
         channels=zeros(taps, N, T, dtype=torch.int32),
         ratio=zeros(N, T),
-        spikes={rule: zeros(N, T, dtype=torch.bool) for rule in (*SPIKE_RULES, "percentile")},
-        spike_channels={rule: 0 for rule in (*SPIKE_RULES, "percentile")},
+        spikes={rule: zeros(N, T, dtype=torch.bool) for rule in SPIKE_RULES},
+        spike_channels={rule: torch.zeros((), dtype=torch.int64) for rule in SPIKE_RULES},
         percentiles={percentile: zeros(N, T, dtype=torch.bool) for percentile in PERCENTILES},
         share=zeros(N, T),
         max_alpha=zeros(N, T),
@@ -256,36 +249,40 @@ def observe(subject, ids, batch_size=8, progress=True, shuffle=None, desc="obser
 
 
 @torch.no_grad()
-def _observe_batch(subject, ids, rows, obs, shuffle, bar):
+def _observe_batch(
+    subject: Subject, ids: torch.Tensor, rows: torch.Tensor, obs: Observation, shuffle: Shuffle, bar: tqdm
+) -> None:
     """One forward pass with every tap hooked; fills in what it saw of these sequences."""
     B, T = subject.seen(ids).shape
-    marked = {rule: [] for rule in SPIKE_RULES} | {percentile: [] for percentile in PERCENTILES}
+    marked: dict[SpikeRule, list[torch.Tensor]] = {
+        rule: [] for rule in (*SPIKE_RULES.values(), *PERCENTILE_RULES.values())
+    }
     share, max_alpha, sink_heads, ratio = (torch.zeros(B, T) for _ in range(4))
     C = n_queries = 0
 
-    def on_stream(index):
-        def function(stream):
+    def on_stream(index: int) -> Callable[[torch.Tensor], None]:
+        def function(stream: torch.Tensor) -> None:
             nonlocal C
-            layer = obs.streams[index].add(shuffle.stream(stream.detach().float().view(B, T, -1)))
-            C = layer.x.size(-1)
-            obs.magnitudes[index, rows, :T] = layer.magnitude.cpu()
-            obs.channels[index, rows, :T] = layer.channel.int().cpu()
-            relative = layer.magnitude / metrics.zero_is_nan(layer.median)[:, None]
+            batch = obs.streams[index].add(shuffle.stream(stream.detach().float().view(B, T, -1)))
+            C = batch.x.size(-1)
+            obs.magnitudes[index, rows, :T] = batch.magnitude.cpu()
+            obs.channels[index, rows, :T] = batch.channel.int().cpu()
+            relative = batch.magnitude / metrics.zero_is_nan(batch.median)[:, None]
             torch.maximum(ratio, relative.nan_to_num(0.0).cpu(), out=ratio)
-            for rule, definition in SPIKE_RULES.items():
-                marked[rule].append(layer.marked(definition))
-            for percentile in PERCENTILES:
-                marked[percentile].append(layer.above(percentile))
-            obs.examples.add_stream(index, rows, layer)
+            for rule, entries in marked.items():
+                entries.append(rule.marked(batch))
+            obs.examples.add_stream(index, rows, batch)
             bar.update(B if index else 0)
 
         return function
 
-    def on_attention(index):
-        def hook(module, args, kwargs, output):
+    def on_attention(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
             nonlocal n_queries
-            n_queries, bias = args[0].size(-2), kwargs.get("bias")
-            received, alpha, eligible = obs.attention[index].add(module, *args, bias, subject.causal, shuffle.rows)
+            q, k, v = args
+            n_queries, bias = q.size(-2), kwargs.get("bias")
+            seen = obs.attention[index].add(module, q, k, v, bias, subject.causal, shuffle.rows)
+            received, alpha, eligible = seen
             obs.examples.add_attention(index, rows, alpha)
             share.add_(received.sum(1))
             torch.maximum(max_alpha, alpha.amax(1), out=max_alpha)
@@ -306,21 +303,31 @@ def _observe_batch(subject, ids, rows, obs, shuffle, bar):
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
     obs.share[rows, :T] = share / (len(subject.attends) * subject.n_head * n_queries)
     obs.max_alpha[rows, :T], obs.sink_heads[rows, :T], obs.ratio[rows, :T] = max_alpha, sink_heads, ratio
-    for rule in SPIKE_RULES:
-        obs.spikes[rule][rows, :T] = _count(obs, rule, marked[rule], 1, B, T, C)
-    needed = max(1, math.ceil(PERSISTENCE * len(obs.streams)))
-    for percentile in PERCENTILES:
-        rule = "percentile" if percentile == PERCENTILE else None
-        obs.percentiles[percentile][rows, :T] = _count(obs, rule, marked[percentile], needed, B, T, C)
-    obs.spikes["percentile"] = obs.percentiles[PERCENTILE]
+    needed = lambda rule: max(1, math.ceil(rule.persistence * len(obs.streams)))
+    hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in marked.items()}
+    _take_hits(obs, hits, rows, (B, T, C))
 
 
-def _count(obs, rule, marked, needed, B, T, C):
-    """Tokens (B, T) that have an entry marked in at least `needed` layers; adds its channel to those of `rule`."""
+def _take_hits(
+    obs: Observation, hits: dict[SpikeRule, torch.Tensor], rows: torch.Tensor, shape: tuple[int, int, int]
+) -> None:
+    """Fills in what the rules mark in these sequences: entries of their streams of a `shape` (B, T, C), as indices."""
+    B, T, C = shape
+    for name, rule in SPIKE_RULES.items():
+        obs.spikes[name][rows, :T] = _tokens_of(hits[rule], B, T, C)
+        obs.spike_channels[name] = obs.spike_channels[name] + (hits[rule] % C).bincount(minlength=C)
+    for percentile, rule in PERCENTILE_RULES.items():
+        obs.percentiles[percentile][rows, :T] = _tokens_of(hits[rule], B, T, C)
+
+
+def _marked_often(marked: list[torch.Tensor], needed: int) -> torch.Tensor:
+    """The entries (B, T, C), as indices, that are marked in at least `needed` layers."""
     entries, layers = torch.cat(marked).unique(return_counts=True)
-    entries = entries[layers >= needed]
-    if rule:
-        obs.spike_channels[rule] = obs.spike_channels[rule] + (entries % C).bincount(minlength=C)
+    return entries[layers >= needed]
+
+
+def _tokens_of(entries: torch.Tensor, B: int, T: int, C: int) -> torch.Tensor:
+    """Tokens that have one of the entries: bool (B, T)."""
     tokens = torch.zeros(B * T, dtype=torch.bool)
     tokens[entries // C] = True
     return tokens.view(B, T)

@@ -1,12 +1,16 @@
-"""What a sink is: Gu et al.'s alpha and its thresholds, the share rule, and which keys have enough queries.
+"""What a sink is: Gu et al.'s alpha, which keys have enough queries, and the rules that mark tokens.
 
 Shapes: N sequences, T tokens, H heads. `received` is the attention mass (N, H, T) each key gets, summed over its
 queries. Positions count from 0 in code, from 1 in papers.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from ..models.subject import map_rows
+from ..models.subject import Seam, map_rows
+from .rules import Curve, Observed, Rule
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)  # thresholds of Gu et al.'s sink metric; 0.3 is theirs
 SHARE = 0.2  # of all attention mass, for the share rule
@@ -15,12 +19,12 @@ SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 PRIMARY_SINK_EPSILON = 0.3
 
 
-def queries_per_key(T, n_queries=None):
+def queries_per_key(T: int, n_queries: int | None = None) -> torch.Tensor:
     """How many queries may see key k: T - k under causal attention, else all `n_queries`. (T,)"""
     return torch.arange(T, 0, -1) if n_queries is None else torch.full((T,), n_queries)
 
 
-def sink_alpha(received, queries):
+def sink_alpha(received: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """alpha_k = sum_i A[i, k] / (number of queries that may see k, `queries` (T,)): (N, H, T). Gu et al. 2410.10781.
 
     Under causal attention these are the queries i >= k, also those that a sliding window keeps from seeing the key.
@@ -28,18 +32,18 @@ def sink_alpha(received, queries):
     return received / queries
 
 
-def eligible_keys(queries):
+def eligible_keys(queries: torch.Tensor) -> torch.Tensor:
     """Keys with at least a quarter of the queries: bool (T,). Others pass any threshold by ordinary local attention."""
     return queries >= queries.max() / 4
 
 
-def second_half_alpha(received_late, queries):
+def second_half_alpha(received_late: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """alpha_k over the queries of the second half only: (N, H, T); `received_late` is their attention mass."""
     n = int(queries.max())
     return received_late / queries.clamp_max(n - n // 2)
 
 
-def uniform_share(queries, causal):
+def uniform_share(queries: torch.Tensor, causal: bool) -> torch.Tensor:
     """Each key's share of the mass if every query spread its attention evenly over what it may see: (T,), sums to 1."""
     T = len(queries)
     if not causal:
@@ -49,7 +53,14 @@ def uniform_share(queries, causal):
 
 
 @torch.no_grad()
-def sinks_in(seam, q, k, causal, bias=None, rows=None):
+def sinks_in(
+    seam: Seam,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: bool,
+    bias: torch.Tensor | None = None,
+    rows: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Which keys of a seam's map are sinks: alpha > 0.3 and enough queries. bool (B, H, T), on the CPU.
 
     `rows`: (rows of the map, first query) -> the rows that are used instead.
@@ -60,3 +71,52 @@ def sinks_in(seam, q, k, causal, bias=None, rows=None):
     queries = queries_per_key(k.size(-2), None if causal else q.size(-2))
     alpha = sink_alpha(received.cpu(), queries)
     return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries)
+
+
+# ------------------------------------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkRule(Rule):
+    """Marks the tokens that its curve has a hit on at the threshold that is used."""
+
+    curve: Curve
+
+    def tokens(self, obs: Observed) -> torch.Tensor:
+        """The tokens that are marked: bool (N, T)."""
+        return self.curve.tokens(obs, self.curve.used)
+
+
+PRIMARY_SINK_RULE = "gu"
+WHERE_SINKS_CANNOT_BE = ("init", "shuffled_positions")
+SINK_RULES = {
+    # Gu et al. 2410.10781
+    PRIMARY_SINK_RULE: SinkRule(
+        text=f"alpha > {PRIMARY_SINK_EPSILON} in a head, keys with at least T/4 queries",
+        heading="sinks",
+        compared="sink tokens",
+        nulls=WHERE_SINKS_CANNOT_BE,
+        curve=Curve(
+            name="epsilon",
+            title="sink: ε, best head",
+            thresholds=EPSILON_CURVE,
+            used=PRIMARY_SINK_EPSILON,
+            tokens=lambda obs, epsilon: obs.max_alpha.masked_fill(~obs.eligible, 0.0) > epsilon,
+            best_head=lambda obs, epsilon: obs.best_alpha > epsilon,
+            sink_1=lambda obs, epsilon: obs.first_alpha > epsilon,
+        ),
+    ),
+    "share": SinkRule(
+        text=f"more than {SHARE:.0%} of all attention mass of its sequence",
+        heading="share rule",
+        compared=None,
+        nulls=WHERE_SINKS_CANNOT_BE,
+        curve=Curve(
+            name="share",
+            title="sink: share of attention",
+            thresholds=SHARES,
+            used=SHARE,
+            tokens=lambda obs, share: obs.share > share,
+        ),
+    ),
+}

@@ -45,7 +45,7 @@ def contract_of(file: Path) -> str | None:
         return None
     for node in tree.body:
         if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["CONTRACT"]:
-            return node.value.value if isinstance(node.value, ast.Constant) else None
+            return str(node.value.value) if isinstance(node.value, ast.Constant) else None
     return None
 
 

@@ -178,8 +178,8 @@ def _tried(model: Any) -> View:
     return View(model, taps.streams, attends, mask, lambda: reading(seams.get))
 
 
-COMPILED = ("_compiled_call_impl", "forward")  # attributes of a module that torch.compile puts before its class's
-OWN = (SEAM, "_attn", *COMPILED)  # attributes that are taken from a module, or given to it
+# attributes of a module that hide its class's: seams, GPT-Neo's attention, and what torch.compile puts there
+OWN = (SEAM, "_attn", "_compiled_call_impl", "forward")
 
 
 @contextlib.contextmanager
@@ -196,13 +196,11 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     configs = [config for m in modules for config in _configs(getattr(m, "config", None))]
     settings = [dict(vars(config)) for config in configs]
     gpt = gpt_in(model)
-    compiled_parts = [
-        (m, COMPILED[0]) for m in modules
-    ]  # others than a GPT may have a forward of their own (accelerate's)
-    compiled_parts += [(sub_layer, COMPILED[1]) for _, _, sub_layer in sub_layers_of(gpt)] if gpt else []
     try:
-        for module, name in compiled_parts:
-            vars(module).pop(name, None)
+        for module in modules:
+            vars(module).pop("_compiled_call_impl", None)
+        for _, _, sub_layer in sub_layers_of(gpt) if gpt else ():  # others' forward may be accelerate's
+            vars(sub_layer).pop("forward", None)
         with torch.random.fork_rng():
             yield
     finally:

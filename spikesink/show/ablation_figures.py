@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import SymmetricalLogLocator
 
-from ..edit.findings import Ablation, Blimp, Effect, Left, Linear, Tap
+from ..edit.findings import Ablation, Blimp, Effect, Left, Linear
+from ..measure.findings import Place
 from .drawing import GREY, INK, SINK, SPIKE, Figure, canvas, name_ticks, thinned
 from .text import on_text
 
@@ -109,8 +110,8 @@ def _state_change(found: Ablation) -> Canvas:
     return figure
 
 
-def _name_taps(axes: Axes, taps: Iterable[Tap]) -> None:
-    name_ticks(axes.xaxis, [tap.place for tap in taps], 8)
+def _name_taps(axes: Axes, taps: Iterable[Place]) -> None:
+    name_ticks(axes.xaxis, [tap.name for tap in taps], 8)
 
 
 def _selectivity(found: Ablation) -> Canvas:
@@ -163,7 +164,7 @@ REMOVED = {  # title, question
 
 
 def _on_this(found: Ablation) -> str:
-    return f" Measured on {on_text({'data': found.data})}."
+    return f" Measured on {on_text(found.data)}."
 
 
 def _edits(found: Ablation) -> bool:

@@ -12,12 +12,12 @@ from ..edit.findings import (
     Effect,
     Entry,
     Int8,
-    Interval,
     Left,
     Linear,
     LossChange,
     Unavailable,
 )
+from ..measure.findings import Interval
 from .text import interval, number
 
 NOTHING = "nothing to edit"
@@ -207,7 +207,7 @@ def _linear_table(of: Linear) -> tuple[str, Table]:
     last = next(iter(clean.tasks.values()))[-1]
     majority = ", ".join(f"{task} {value:.1%}" for task, value in of.majority.items())
     return (
-        f"What can be read off the states after {last.place}: linear probes on UD English EWT, "
+        f"What can be read off the states after {last.name}: linear probes on UD English EWT, "
         f"{of.words.test} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that "
         f"of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
         (header, table),

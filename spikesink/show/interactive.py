@@ -3,10 +3,15 @@
 import base64
 import functools
 import gzip
+from dataclasses import replace
+from typing import Any
 
-from ..files import plain
+from plotly.offline import get_plotlyjs
+
+from ..measure.findings import ExamplesEntry
 from ..measure.sinks import PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO
+from ..schema import to_json
 from .figures import best_layer, largest_matrix
 from .text import visible
 
@@ -23,33 +28,27 @@ CAPTIONS = {  # of the figures that answer; the still ones have their own
 }
 
 
-def live(name, found):
+def live(name: str, examples: ExamplesEntry | None) -> dict[str, Any] | None:
     """What a page needs to make the figures of one part answer; None where nothing was kept of its text."""
-    examples = found["examples"]
-    if not examples:
+    if examples is None:
         return None
-    matrices = examples["matrices"]
-    sequences = [{**s, "texts": [visible(text) for text in s["texts"]]} for s in examples["sequences"]]
+    matrices = examples.matrices
+    sequences = [replace(s, texts=[visible(text) for text in s.texts]) for s in examples.sequences]
     return {
         "id": name,
         "data_id": f"examples-{name}",
         "captions": CAPTIONS,
-        "data": plain(
-            {
-                **examples,
-                "sequences": sequences,
-                "best_layer": best_layer(examples),
-                "best_matrix": matrices.index(largest_matrix(found)[0]) if matrices else None,
-                "ratio": SPIKE_RATIO,
-                "epsilon": PRIMARY_SINK_EPSILON,
-            }
-        ),
+        "data": {
+            **to_json(replace(examples, sequences=sequences)),
+            "best_layer": best_layer(examples),
+            "best_matrix": matrices.index(largest_matrix(examples)[0]) if matrices else None,
+            "ratio": SPIKE_RATIO,
+            "epsilon": PRIMARY_SINK_EPSILON,
+        },
     }
 
 
 @functools.cache
-def plotly():
+def plotly() -> str:
     """plotly.js, gzip in base64: a page inflates it when the 3-D figure comes into view."""
-    from plotly.offline import get_plotlyjs
-
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

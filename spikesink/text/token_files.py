@@ -82,8 +82,8 @@ class TokenFile(Windows):
 
     def __init__(self, folder: str | Path, split: str, block_size: int, bos: bool = False) -> None:
         self.file, meta = Path(folder) / f"{split}.bin", meta_of(folder)
-        tokens = _map(self.file, meta, split)
-        super().__init__(tokens, meta, self.file, block_size, bos)
+        self._mapped = _map(self.file, meta, split)
+        super().__init__(self._mapped, meta, self.file, block_size, bos)
         self.sample, self._seen = self._hash(), self._stat()
 
     def read(self, windows: Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,12 +92,13 @@ class TokenFile(Windows):
         return super().read(windows)
 
     def _hash(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.tokens[:: max(1, len(self.tokens) // 4096)])).hexdigest()
+        return hashlib.sha256(self.tokens[:: max(1, len(self.tokens) // 4096)].tobytes()).hexdigest()
 
     def _stat(self) -> tuple[int, int | None]:
+        file: Any = self._mapped.base  # the mmap: its size is the file's as it is now
         with contextlib.suppress(FileNotFoundError):  # moved away: what is mapped stays
-            return self.tokens.base.size(), os.stat(self.file).st_mtime_ns
-        return self.tokens.base.size(), None
+            return file.size(), os.stat(self.file).st_mtime_ns
+        return file.size(), None
 
     def _check(self) -> None:
         seen = self._stat()

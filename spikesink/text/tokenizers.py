@@ -69,7 +69,7 @@ class GPT2Tokenizer:
         if bpe and not Path(bpe).is_file():
             raise UserError(f"there is no file of BPE ranks {bpe}")
         try:
-            ranks = load_tiktoken_bpe(self.bpe) if bpe else tiktoken.get_encoding("gpt2")._mergeable_ranks
+            ranks = load_tiktoken_bpe(self.bpe) if self.bpe else tiktoken.get_encoding("gpt2")._mergeable_ranks
             self.encoding = tiktoken.Encoding(
                 self.name,
                 pat_str=GPT2_SPLIT,
@@ -146,7 +146,7 @@ def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
 
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
     """Documents of an iterable of lines in which a line `<|endoftext|>` ends each."""
-    document = []
+    document: list[str] = []
     for line in lines:
         if line.rstrip("\n") == END:
             if document:

@@ -4,19 +4,18 @@
 `log` ones, which span orders of magnitude, by geometric means and factors.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from spikesink import schema
-from spikesink.edit.findings import Ablation, Blimp
-from spikesink.measure.findings import name_of, ratio_of
-from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SHARE
-from spikesink.measure.spikes import PERCENTILE_RULE, PRIMARY_SPIKE_RULE, SPIKE_RULES
+from spikesink.edit.findings import Ablation, Blimp, Entry
+from spikesink.measure.findings import Findings, LayerStats, RuleCount
+from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SHARE
+from spikesink.measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 from spikesink.text.tokenizers import visible
-from studies.runs.rows import Measures
-
-Json = dict[str, Any]  # findings of detect.py or ablate.py, as their files give them back
+from studies.runs.rows import Measures, Where
 
 
 class Measure(NamedTuple):
@@ -25,48 +24,43 @@ class Measure(NamedTuple):
     text: str
     kind: str
     form: str
-    of: Callable[[Json], float | None] | None = None
+    of: Callable[..., float | None] | None = None  # of the findings, or as EFFECTS says
 
 
-def _largest(key: str) -> Callable[[Json], float | None]:
-    return lambda found: max((layer[key] for layer in found["layers"] if layer[key] is not None), default=None)
-
-
-def _largest_ratio(found: Json) -> float | None:
-    """None where a magnitude is not finite, as in a model about to diverge."""
-    known = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
-    return max(map(ratio_of, known), default=None)
-
-
-def _rule(where: str, rule: str, *keys: str) -> Callable[[Json], float | None]:
-    def of(found: Json) -> float | None:
-        value = found[where]["rules"][rule]
-        for key in keys:
-            value = value and value[key]
-        return value
+def _largest(key: str) -> Callable[[Findings], float | None]:
+    def of(found: Findings) -> float | None:
+        return max((x for layer in found.layers if math.isfinite(x := getattr(layer, key))), default=None)
 
     return of
 
 
-def _first_of_spikes(found: Json) -> float | None:
-    rates = found["spikes"]["by_position"]
+def _finite(found: Findings) -> list[LayerStats]:
+    """The layers whose magnitudes are: not all are in a model about to diverge."""
+    return [layer for layer in found.layers if math.isfinite(layer.top1) and math.isfinite(layer.median)]
+
+
+def _first(rates: list[float]) -> float | None:
+    """The first token's share of rates by position."""
     return rates[0] / sum(rates) if sum(rates) else None
 
 
-def _first_of_sinks(found: Json) -> float | None:
-    rates = found["sinks"]["token_rate"]
-    return rates[0] / sum(rates) if sum(rates) else None
+def _false(rule: RuleCount) -> float | None:
+    """How often a rule fires in the worst of its nulls."""
+    return rule.false_positives.rate if rule.false_positives else None
 
 
-def _punctuation_of_spikes(found: Json) -> float | None:
+def _punctuation_of_spikes(found: Findings) -> float | None:
     """Of the listed spike tokens behind the first position, the share that holds no letter and no digit."""
-    rule = found["spikes"]["primary"]
-    texts = [t["text"] for t in found["spikes"]["tokens"] if rule in t["rules"] and t["position"] > 0]
+    texts = [token.text for token in found.spikes.primary_tokens if token.position > 0]
     return sum(not any(c.isalnum() for c in visible(text)) for text in texts) / len(texts) if texts else None
 
 
-def _overlap(key: str) -> Callable[[Json], float | None]:
-    return lambda found: found["co_occurrence"][key]
+def _sequences(rule: str) -> Callable[[Findings], float | None]:
+    return lambda found: found.measures.rules[rule].sequences
+
+
+def _overlap(key: str) -> Callable[[Findings], float | None]:
+    return lambda found: getattr(found.co_occurrence, key)
 
 
 SINK = f"alpha > {PRIMARY_SINK_EPSILON}"
@@ -75,38 +69,40 @@ SPIKE = SPIKE_RULES[PRIMARY_SPIKE_RULE].text
 # name -> Measure; `loss` is the trainer's, on its validation batches, the others are of detect.py's findings
 MEASURES = {
     "loss": Measure("validation loss at the training length, nats per token", "plain", ".4f"),
-    "short loss": Measure("loss on detect.py's sequences, nats per token", "plain", ".4f", lambda f: f["data"]["loss"]),
+    "short loss": Measure("loss on detect.py's sequences, nats per token", "plain", ".4f", lambda f: f.data.loss),
     "largest |h|": Measure("largest |h| in the stream, over all layers and tokens", "log", ".4g", _largest("max")),
     "top1/median": Measure(
         "top-1 over the median |h|, in the layer where it is largest; means over sequences",
         "log",
         ".3g",
-        _largest_ratio,
+        lambda f: max((layer.ratio for layer in _finite(f)), default=None),
     ),
     "kurtosis": Measure(
         "He et al.'s channel kurtosis of the layer where it is largest", "log", ".3g", _largest("kurtosis")
     ),
-    "spike tokens": Measure(f"share of tokens with {SPIKE}", "share", ".2%", _rule("spikes", "ratio", "fraction")),
+    "spike tokens": Measure(f"share of tokens with {SPIKE}", "share", ".2%", lambda f: f.spikes.primary_rule.fraction),
     "spike sequences": Measure(
         "share of sequences with such a token",
         "share",
         ".0%",
-        lambda f: f["measures"]["rules"]["ratio"]["sequences"],
+        _sequences(PRIMARY_SPIKE_RULE),
     ),
     "Sink_1": Measure(
         "Gu et al.'s Sink_1 at epsilon 0.3: share of heads and sequences in which the first key has alpha > 0.3",
         "share",
         ".1%",
-        lambda f: f["sinks"]["gu"]["0.3"]["first"],
+        lambda f: f.sinks.at(PRIMARY_SINK_EPSILON).first,
     ),
     "best head": Measure(
         f"share of sequences in which one and the same head has a sink ({SINK}, keys with at least T/4 queries)",
         "share",
         ".0%",
-        lambda f: f["measures"]["rules"]["gu"]["best_head"],
+        lambda f: f.measures.rules[PRIMARY_SINK_RULE].best_head,
     ),
-    "sink tokens": Measure(f"share of tokens with {SINK} in a head", "share", ".2%", _rule("sinks", "gu", "fraction")),
-    "first key": Measure("share of all attention on the first key", "share", ".1%", lambda f: f["sinks"]["share"][0]),
+    "sink tokens": Measure(
+        f"share of tokens with {SINK} in a head", "share", ".2%", lambda f: f.sinks.primary_rule.fraction
+    ),
+    "first key": Measure("share of all attention on the first key", "share", ".1%", lambda f: f.sinks.share[0]),
     "P(sink | spike)": Measure(
         "share of the spike tokens that are sinks", "share", ".0%", _overlap("p_sink_given_spike")
     ),
@@ -115,8 +111,12 @@ MEASURES = {
     ),
     "Jaccard": Measure("tokens that are both, of those that are either", "share", ".2f", _overlap("jaccard")),
     "lift": Measure("overlap over what position alone explains", "log", ".2f", _overlap("lift")),
-    "spikes first": Measure("share of the spike tokens that stand first", "share", ".0%", _first_of_spikes),
-    "sinks first": Measure("share of the sink tokens that stand first", "share", ".0%", _first_of_sinks),
+    "spikes first": Measure(
+        "share of the spike tokens that stand first", "share", ".0%", lambda f: _first(f.spikes.by_position)
+    ),
+    "sinks first": Measure(
+        "share of the sink tokens that stand first", "share", ".0%", lambda f: _first(f.sinks.token_rate)
+    ),
     "spikes punctuation": Measure(
         "of the strongest spike tokens behind the first position, those without letter or digit",
         "share",
@@ -124,45 +124,48 @@ MEASURES = {
         _punctuation_of_spikes,
     ),
     "percentile sequences": Measure(
-        f"share of sequences with a token by the percentile rule: {PERCENTILE_RULE}",
+        f"share of sequences with a token by the percentile rule: {SPIKE_RULES['percentile'].text}",
         "share",
         ".0%",
-        lambda f: f["measures"]["rules"]["percentile"]["sequences"],
+        _sequences("percentile"),
     ),
     "percentile false": Measure(
-        "the same, in the worst of its nulls", "share", ".0%", _rule("spikes", "percentile", "false_positives", "rate")
+        "the same, in the worst of its nulls", "share", ".0%", lambda f: _false(f.spikes.rules["percentile"])
     ),
     "share sequences": Measure(
         f"share of sequences with a token that gets more than {SHARE:.0%} of all attention",
         "share",
         ".0%",
-        lambda f: f["measures"]["rules"]["share"]["sequences"],
+        _sequences("share"),
     ),
     "share false": Measure(
-        "the same, in the worst of its nulls", "share", ".0%", _rule("sinks", "share", "false_positives", "rate")
+        "the same, in the worst of its nulls", "share", ".0%", lambda f: _false(f.sinks.rules["share"])
     ),
 }
 
 
-def of_findings(found: Json) -> Measures:
-    """{name: number, or None where it is undefined} of detect.py's findings (as JSON gives them back)."""
-    return {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
+def of_findings(found: Findings) -> Measures:
+    """{name: number, or None where it is undefined} of detect.py's findings."""
+    numbers = {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
+    return {name: None if x is None or not math.isfinite(x) else x for name, x in numbers.items()}
 
 
-# what is kept of an intervention: name -> Measure; `of` takes its Entry and the change of BLiMP accuracy, if known
-EFFECTS = {
-    "loss": Measure("change of the loss, nats per token", "plain", "+.4f", lambda e, blimp: e.delta_loss),
-    "control loss": Measure(
-        "largest change of the loss under its controls",
-        "plain",
-        "+.4f",
+# what is kept of an intervention: name -> (Measure, how it is read from its Entry and the change of BLiMP accuracy)
+EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]] = {
+    "loss": (Measure("change of the loss, nats per token", "plain", "+.4f"), lambda e, blimp: e.delta_loss),
+    "control loss": (
+        Measure("largest change of the loss under its controls", "plain", "+.4f"),
         lambda e, blimp: max((c.delta_loss for c in e.controls_that_edited), default=None),
     ),
-    "spikes left": Measure(
-        "of the very same spikes, the share left", "share", ".0%", lambda e, blimp: e.spikes_left.same
+    "spikes left": (
+        Measure("of the very same spikes, the share left", "share", ".0%"),
+        lambda e, blimp: e.spikes_left.same,
     ),
-    "sinks left": Measure("of the very same sinks, the share left", "share", ".0%", lambda e, blimp: e.sinks_left.same),
-    "BLiMP": Measure("change of BLiMP accuracy", "plain", "+.2%", lambda e, blimp: blimp),
+    "sinks left": (
+        Measure("of the very same sinks, the share left", "share", ".0%"),
+        lambda e, blimp: e.sinks_left.same,
+    ),
+    "BLiMP": (Measure("change of BLiMP accuracy", "plain", "+.2%"), lambda e, blimp: blimp),
 }
 
 
@@ -173,8 +176,8 @@ def of_ablation(ablation: Ablation) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for entry in ablation.interventions:
         change = accuracy[entry.name] - accuracy["none"] if entry.name in accuracy else None
-        for name, effect in EFFECTS.items():
-            values[f"{entry.name}: {name}"] = effect.of(entry, change) if entry.edited else None
+        for name, (_, of) in EFFECTS.items():
+            values[f"{entry.name}: {name}"] = of(entry, change) if entry.edited else None
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values
@@ -200,11 +203,11 @@ def measure_of(name: str) -> Measure:
     intervention, colon, effect = name.partition(": ")
     if not colon:
         return MEASURES[name]
-    return EFFECTS[effect]._replace(text=f"{intervention}: {EFFECTS[effect].text}")
+    measure, _ = EFFECTS[effect]
+    return measure._replace(text=f"{intervention}: {measure.text}")
 
 
-def where(found: Json) -> Json:
+def where(found: Findings) -> Where:
     """Of detect.py's findings, where the spikes are: top1/median by layer, and the texts of the tokens it lists."""
-    texts = Counter(visible(t["text"]) for t in found["spikes"]["tokens"] if found["spikes"]["primary"] in t["rules"])
-    finite = [layer for layer in found["layers"] if None not in (layer["top1"], layer["median"])]
-    return {"layers": {name_of(layer): ratio_of(layer) for layer in finite}, "tokens": dict(texts)}
+    layers = {layer.name: layer.ratio for layer in _finite(found)}
+    return Where(layers=layers, tokens=dict(Counter(visible(token.text) for token in found.spikes.primary_tokens)))

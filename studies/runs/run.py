@@ -23,12 +23,13 @@ from spikesink import api, files, schema
 from spikesink.edit.findings import Ablation
 from spikesink.errors import InterruptedRunError, StoppedError, UserError
 from spikesink.files import rows_of
-from spikesink.measure import findings
+from spikesink.measure.findings import Findings
 from spikesink.measure.observe import observe
+from spikesink.measure.summarise import summarise
 from spikesink.models import checkpoint
 from spikesink.options import Options
 from studies.runs import measures
-from studies.runs.rows import DIVERGED, DONE, Ablations, Done, Ended, Finished, Measures, Point, Where, finished_json
+from studies.runs.rows import DIVERGED, DONE, Ablations, Done, Ended, Finished, Measures, Point, finished_json
 from trainer import checkpoints
 from trainer.machine import Machine
 
@@ -162,7 +163,9 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
     path = job.folder / "ckpt.pt"
     options = Options(n_seq=study.n_seq, seq_len=study.seq_len, device=str(machine.device))
     look = functools.cache(lambda: api.open(path, options, lab=LAB, calibration=True))
-    found = cached_json(job.folder / "detect.json", lambda: api.detect(look()))
+    if not (file := job.folder / "detect.json").is_file():
+        api.detect(look()).save(file)
+    found = Findings.load(file)
     numbers: Measures = {"loss": loss, **measures.of_findings(found)}
     points = cached_json(job.folder / "course.json", lambda: {"points": schema.to_json(course(job, options))})["points"]
     of_run = identity(job, job.cfg.max_iters, machine)
@@ -179,11 +182,11 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
         lr=None,
         loss=loss,
         weights=files.content_hash(checkpoint.load(path).model)[:16],
-        verdicts={name: verdict["verdict"] for name, verdict in found["verdicts"].items()},
+        verdicts=found.verdicts.words,
         measures=numbers,
         ablations=schema.from_json(Ablations, ablations),
         course=[*schema.from_json(list[Point], points), last],
-        where=schema.from_json(Where, measures.where(found)),
+        where=measures.where(found),
     )
 
 
@@ -199,7 +202,7 @@ def course(job: Job, options: Options) -> list[Point]:
             look = api.open(path, options, lab=LAB)
             subject = look.subjects[0]
             observation = observe(subject, look.ids, options.batch_size, desc=f"step {step}")
-            found = files.plain(findings.detection(subject, observation, **look.about))
+            found = summarise(subject, observation, **look.about)
             numbers = {"loss": losses.get(step), **measures.of_findings(found)}
             points.append(Point(step, step * job.tokens // job.cfg.max_iters, losses.get(step), numbers))
     return points

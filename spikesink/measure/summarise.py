@@ -1,0 +1,257 @@
+"""Observation -> findings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..models.subject import Subject
+from . import calibrate, metrics
+from .findings import (
+    Anatomy,
+    BestKey,
+    CheckpointEntry,
+    CoOccurrence,
+    DataEntry,
+    Findings,
+    LayerStats,
+    Nulls,
+    Overlap,
+    OverlapIntervals,
+    Place,
+    RuleCount,
+    SinkFindings,
+    SinkRates,
+    SinkToken,
+    SpikeFindings,
+    SpikeRuleCount,
+    SpikeToken,
+    TextEntry,
+)
+from .observe import Observation
+from .rules import Rule
+from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES, queries_per_key, uniform_share
+from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
+
+SHOWN = 40  # tokens listed
+
+
+def summarise(
+    subject: Subject,
+    obs: Observation,
+    checkpoint: CheckpointEntry | None = None,
+    model: dict[str, Any] | None = None,
+    data: TextEntry | None = None,
+    null: Nulls | None = None,
+    anatomy: Anatomy | None = None,
+) -> Findings:
+    """The findings of one observation; `checkpoint`, `model` and `data` say what was observed, and on what.
+
+    `model`: its architecture, with `parameters`, their number. `null`: calibrate.nulls of the same subject, `anatomy`:
+    anatomy.anatomy, where they were run.
+    """
+    model, null = model or {}, null or {}
+    checkpoint = checkpoint or CheckpointEntry(path="in memory")
+    overlap, measures = co_occurrence(obs), calibrate.measures(obs)
+    trained = model.get("parameters", 0), checkpoint.step, checkpoint.tokens
+    return Findings(
+        part=subject.part,
+        causal=subject.causal,
+        checkpoint=checkpoint,
+        model=model,
+        data=_data(subject, obs, data or _as_text(obs)),
+        verdicts=calibrate.verdicts(obs, null, overlap, subject.heads, *trained),
+        layers=[
+            LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(stats.result()))
+            for i, (tap, stats) in enumerate(zip(subject.streams, obs.streams, strict=True))
+        ],
+        spikes=_spikes(subject, obs, null),
+        sinks=_sinks(subject, obs, null),
+        co_occurrence=overlap,
+        sensitivity=measures.curves,
+        measures=measures,
+        nulls=null,
+        anatomy=anatomy,
+        examples=obs.examples.result(subject, obs),
+    )
+
+
+def _as_text(obs: Observation) -> TextEntry:
+    """What is known of token ids alone."""
+    N, T = obs.ids.shape
+    return TextEntry(name="token ids", n_seq=N, seq_len=T, tokens=int(obs.tokens.sum()), bos=False)
+
+
+def _data(subject: Subject, obs: Observation, text: TextEntry) -> DataEntry:
+    return DataEntry(
+        **vars(text),
+        n_register=subject.n_register,
+        loss=(obs.loss * obs.predicted).sum().item() / max(1, int(obs.predicted.sum())),
+        loss_of="the next token" if subject.shift else "each token, none masked",
+    )
+
+
+def _strongest(score: torch.Tensor, ids: torch.Tensor, among: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(sequence, position, number of sequences) of the largest scores (N, T) `among` some, each (id, position) once."""
+    seen: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for flat in score.masked_fill(~among, -torch.inf).flatten().argsort(descending=True).tolist():
+        n, t = divmod(flat, score.size(1))
+        if not among[n, t]:
+            break
+        key = (int(ids[n, t]), t)
+        if key not in seen:
+            if len(seen) == SHOWN:
+                break
+            seen[key] = (n, t, int((ids[:, t] == ids[n, t]).sum()))
+    return [*seen.values()]
+
+
+def _token(subject: Subject, obs: Observation, sequence: int, position: int, occurrences: int) -> dict[str, Any]:
+    """The entries of a TokenRow."""
+    before = obs.ids[sequence, max(0, position - 12) : position].tolist()
+    return {
+        "sequence": sequence,
+        "position": position,
+        "occurrences": occurrences,
+        "id": int(obs.ids[sequence, position]),
+        "text": subject.text(int(obs.ids[sequence, position])),
+        "before": "".join(subject.text(i) for i in before),
+    }
+
+
+def _count(obs: Observation, null: Nulls, name: str, rule: Rule, hits: torch.Tensor) -> dict[str, Any]:
+    """The entries of a RuleCount: what a rule marks, (N, T)."""
+    return {
+        "threshold": rule.text,
+        "tokens": int(hits.sum()),
+        "fraction": hits.sum().item() / int(obs.tokens.sum()),
+        "false_positives": calibrate.false_positives(null, name),
+    }
+
+
+def _spikes(subject: Subject, obs: Observation, null: Nulls) -> SpikeFindings:
+    rules = {}
+    for name, rule in SPIKE_RULES.items():
+        channels = obs.spike_channels[name]
+        order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
+        count = _count(obs, null, name, rule, obs.spikes[name])
+        rules[name] = SpikeRuleCount(**count, n_channels=len(order), channels=order[:SHOWN].tolist())
+    peak, tap = obs.magnitudes.max(0)  # (N, T)
+    return SpikeFindings(
+        primary=PRIMARY_SPIKE_RULE,
+        rules=rules,
+        by_position=(obs.spikes[PRIMARY_SPIKE_RULE].double().sum(0) / obs.tokens.sum(0)).tolist(),
+        tokens=[
+            SpikeToken(
+                **_token(subject, obs, n, t, occurrences),
+                magnitude=peak[n, t].item(),
+                channel=int(obs.channels[int(tap[n, t]), n, t]),
+                index=int(tap[n, t]),
+                rules=[rule for rule in rules if obs.spikes[rule][n, t]],
+            )
+            for n, t, occurrences in _strongest(peak, obs.ids, obs.tokens)
+        ],
+    )
+
+
+def _sinks(subject: Subject, obs: Observation, null: Nulls) -> SinkFindings:
+    N, T = obs.ids.shape
+    at_position = obs.tokens.sum(0)  # sequences that reach each position (T,)
+    total = lambda name: torch.stack([a.sums[name] for a in obs.attention])
+    per_layer = lambda name: (total(name) / N).tolist()
+    ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()
+    # in an encoder-decoder's cross-attention, positions of two texts: no distance
+    same_text = torch.nan if subject.part == "cross" else 1.0
+    uniform = torch.stack([_uniform(subject, int(n), T) for n in obs.tokens.sum(1)]).sum(0) / at_position
+    hits = {name: rule.tokens(obs) for name, rule in SINK_RULES.items()}
+    return SinkFindings(
+        seams=[Place(layer=tap.layer, kind=tap.kind) for tap in subject.attends],
+        primary=f"alpha > {PRIMARY_SINK_EPSILON} in at least one head, keys with at least T/4 queries",
+        gu=[_sink_rates(obs, epsilon, total, at_position) for epsilon in EPSILONS],
+        rules={name: RuleCount(**_count(obs, null, name, rule, hits[name])) for name, rule in SINK_RULES.items()},
+        share=(obs.share.double().sum(0) / at_position).tolist(),
+        share_uniform=uniform.tolist(),
+        token_rate=(hits[PRIMARY_SINK_RULE].double().sum(0) / at_position).tolist(),
+        alpha_first=(total("alpha") / N)[..., 0].tolist(),
+        any_sink_by_head=(obs.best_alpha > PRIMARY_SINK_EPSILON).double().mean(0).tolist(),
+        first_argmax=per_layer("first_argmax"),
+        slot_share=(1 - total("mass") / total("queries")).clamp_min(0).round(decimals=6).tolist(),
+        entropy=per_layer("entropy"),
+        distance=ratio(total("distance") * same_text, total("mass")),
+        distance_without_sinks=ratio(total("distance_others") * same_text, total("mass_others")),
+        first_value_norm_ratio=per_layer("first_value"),
+        sink_value_norm_ratio=ratio(total("sink_value"), total("sinks")),
+        tokens=[
+            SinkToken(
+                **_token(subject, obs, n, t, occurrences),
+                alpha=obs.max_alpha[n, t].item(),
+                heads=int(obs.sink_heads[n, t]),
+                share=obs.share[n, t].item(),
+            )
+            for n, t, occurrences in _strongest(obs.max_alpha, obs.ids, obs.eligible)
+        ],
+    )
+
+
+def _sink_rates(
+    obs: Observation, epsilon: float, total: Callable[[str], torch.Tensor], at_position: torch.Tensor
+) -> SinkRates:
+    """Gu et al.'s metric at a threshold. `total`: name -> sums of AttentionStats, of every layer (L, ...)."""
+    N = len(obs.ids)
+    eligible = obs.eligible.sum(0)  # sequences in which each position's key has enough queries (T,)
+    rate = total(f"hits {epsilon}") / at_position  # (L, H, T), share of sequences
+    by_position = rate.mean((0, 1))
+    first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
+    strong = (total(f"eligible hits {epsilon}") / eligible).mean((0, 1)).nan_to_num(0.0)  # (T,)
+    strong = strong.masked_fill(eligible < N / 2, -1)  # positions that most sequences have
+    best = int(strong.argmax())
+    return SinkRates(
+        epsilon=epsilon,
+        by_position=by_position.tolist(),
+        first=by_position[0].item(),
+        first_ci95=metrics.rate_ci(first),
+        by_layer=rate[..., 0].mean(1).tolist(),
+        by_head=rate[..., 0].tolist(),
+        best_eligible=BestKey(position=best, rate=strong[best].item()),
+        first_second_half_queries=(total(f"late first {epsilon}") / N).mean().item(),
+        max_first_half=(total(f"first half {epsilon}") / N).mean().item(),
+    )
+
+
+def _uniform(subject: Subject, n: int, T: int) -> torch.Tensor:
+    """Each key's share of a sequence of n tokens if attention were even, padded to T: (T,)."""
+    share = uniform_share(queries_per_key(n), subject.causal)
+    return torch.nn.functional.pad(share, (0, T - n))
+
+
+def co_occurrence(obs: Observation) -> CoOccurrence:
+    """Do the tokens that the two primary rules mark coincide?"""
+    spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], obs.sink_heads > 0
+    return CoOccurrence(
+        **vars(_overlap(spike, sink, obs.tokens)),
+        without_first=_overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
+    )
+
+
+def _overlap(spike: torch.Tensor, sink: torch.Tensor, tokens: torch.Tensor) -> Overlap:
+    """The overlap of spike and sink tokens (N, T), its intervals over sequences and its permutation p."""
+    N = len(spike)
+    found = vars(metrics.overlap(spike, sink, tokens))
+    weighted = lambda i: vars(metrics.overlap(spike, sink, tokens, weights=i.bincount(minlength=N)))
+    intervals = metrics.bootstrap_ci(weighted, N)
+    for key, of in (("p_sink_given_spike", spike), ("p_spike_given_sink", sink), ("jaccard", spike | sink)):
+        n = int(of.any(1).sum())
+        if found[key] in (0, 1) and n:  # a bootstrap has no width there
+            intervals[key] = metrics.wilson(round(found[key] * n), n)
+    if not (spike & sink).any():
+        intervals["lift"] = intervals["lift_anywhere"] = None  # nothing to resample
+    return Overlap(
+        spike_rule=PRIMARY_SPIKE_RULE,
+        sink_rule=f"{PRIMARY_SINK_RULE} {PRIMARY_SINK_EPSILON}",
+        spike_tokens=int(spike.sum()),
+        sink_tokens=int(sink.sum()),
+        both=int((spike & sink).sum()),
+        **found,
+        ci95=OverlapIntervals(**intervals),
+        p_permutation=metrics.permutation_p(spike, sink, tokens),
+    )
