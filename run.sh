@@ -42,6 +42,7 @@ wheel) # the package as a stranger installs it: in an environment of its own, us
   clone=$PWD
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
+  rm -rf build
   "$venv/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$scratch" .
   "$venv/bin/python" train.py prenorm scale/nano --dataset=stdlib --max_iters=4 --out_dir="$scratch/lab"
   "${PYTHON:-python3}" -m venv "$scratch/venv"

@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 # of api.py, which is imported when one of these is first asked for
-__all__ = ["Look", "Monitor", "MonitorCallback", "Options", "ablate", "detect", "edited", "figures", "open", "page"]
+__all__ = [
+    "Look",
+    "Monitor",
+    "MonitorCallback",
+    "Options",
+    "UserError",
+    "ablate",
+    "detect",
+    "edited",
+    "figures",
+    "open",
+    "page",
+]
 __all__ += ["spike_clip", "spike_constant", "spike_mean", "spike_project", "spike_stepup", "spike_zero"]
 __all__ += ["bos_remove", "remove_sink_heads", "remove_step_up", "sink_damp", "sink_mask", "sink_null", "sink_relocate"]
 
@@ -22,6 +34,7 @@ if TYPE_CHECKING:
         Monitor,
         MonitorCallback,
         Options,
+        UserError,
         ablate,
         bos_remove,
         detect,
@@ -50,3 +63,7 @@ def __getattr__(name: str) -> Any:
     from . import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

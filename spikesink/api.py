@@ -41,7 +41,6 @@ from .models.views import as_it_was
 from .options import Options
 from .text import default_text
 from .text.sequences import PADDING, Reader
-from .text.token_files import NANOGPT_META
 from .text.tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
 
 N_SEQ = 100  # sequences, unless asked for otherwise: Gu et al.'s
@@ -67,6 +66,8 @@ def load(target: str | Path | nn.Module, options: Options, tokenizer: object = N
     """The model that `target` names, or is. Raises UserError where it cannot be had, or not observed."""
     if isinstance(target, nn.Module):
         return _in_memory(target, tokenizer)
+    if tokenizer is not None:
+        raise UserError(f"tokenizer= goes with a model in memory; {target} has its own")
     path = Path(target)
     if path.suffix in (".json", ".safetensors") and path.is_file():
         raise UserError(f"{path} is a part of a folder; give the folder, {path.parent}")
@@ -91,10 +92,10 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
         content.check_contract(lab.contract, path)
     try:
         model = lab.build(content) if lab else hf.of_nanogpt(content.model_args, content.model)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
     model = hf.to_device(model, options.device)
-    trained, meta, args = content.config, content.data or NANOGPT_META, content.model_args
+    trained, meta, args = content.config, content.meta, content.model_args
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
     bos_id = getattr(tokenizer, "bos_id", meta.get("bos_id"))
@@ -157,8 +158,8 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
         raise UserError(f"{type(model).__name__} is neither a model of transformers nor a GPT of a model.py")
     if gpt is None:
         return _of_transformers(transformer, wrapped, about)
-    config = gpt.config
-    reader = Reader(wrapped, {}, default_text.NAME, (), (), config.block_size, config.vocab_size)
+    config, prefix_ids = gpt.config, getattr(wrapped, "prefix_ids", ())
+    reader = Reader(wrapped, {}, default_text.NAME, prefix_ids, (), config.block_size, config.vocab_size)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
     return Loaded([Subject.of_gpt(gpt, wrapped.decode)], reader, about, architecture, Path("data"))
 
@@ -176,6 +177,7 @@ class Look:
     ids: torch.Tensor
     data: TextEntry
     edits: list[outcomes.Condition] = field(default_factory=list)
+    closed: bool = False
     _other_ids: torch.Tensor | None = None
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -192,20 +194,23 @@ class Look:
     @property
     def vocab_size(self) -> int:
         """Ids from which null texts are drawn: those that the training data had, where that is known."""
-        return self.loaded.reader.meta.get("vocab_size", self.loaded.reader.vocab_size)
+        reader = self.loaded.reader
+        return min(reader.meta.get("vocab_size", reader.vocab_size), reader.vocab_size)
 
     @functools.cached_property
     def other_ids(self) -> torch.Tensor:
         """(N', T): other text of the same kind, to take means from. Raises UserError where there is none."""
         if self._other_ids is None:
-            wanted = 2 * len(self.ids) - 1 if len(self.ids) > 1 else 2
-            read = self.loaded.reader.sequences(dataclasses.replace(self.options, n_seq=None), wanted)
-            if read.ids[::2].shape != self.ids.shape or not torch.equal(read.ids[::2], self.ids):
+            n, whole = len(self.ids), self.options.text is not None or self.options.tokens is not None
+            everything = dataclasses.replace(self.options, n_seq=None)
+            read = self.loaded.reader.sequences(everything, 2 * n - 1 if n > 1 and not whole else 2 * n)
+            # of a dataset those in between; of a text or an array, whose first ones are taken, the next ones
+            mine, self._other_ids = (read.ids[:n], read.ids[n : 2 * n]) if whole else (read.ids[::2], read.ids[1::2])
+            if len(self._other_ids) == 0 or mine.shape != self.ids.shape or not torch.equal(mine, self.ids):
                 raise UserError(
                     f"{read.name} holds no other text than the {len(self.ids)} sequences that are looked at: open "
                     "the model with a smaller n_seq"
                 )
-            self._other_ids = read.ids[1::2]
         return self._other_ids
 
     @functools.cached_property
@@ -216,6 +221,7 @@ class Look:
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
         """The mean loss of each sequence within the `edits`, in nats per token: (N,), float64. First part only."""
+        self.check_open()
         subject = self.subjects[0]
         if not self.edits:
             return quantise.sequence_losses(subject, self.ids, self.options.batch_size)
@@ -225,8 +231,16 @@ class Look:
         """The mean of `losses`, in nats per token."""
         return self.losses().mean().item()
 
+    def check_open(self, unedited: bool = False) -> None:
+        """Raises UserError if the model was given back; with `unedited`, also within the block of an edit."""
+        if self.closed:
+            raise UserError("the model was closed; open it again")
+        if unedited and self.edits:
+            raise UserError("detect and ablate look at the model as it is: call them outside the blocks of edits")
+
     def close(self) -> None:
         """Gives a model that the caller holds back as it was: training mode, attention implementation, dropout."""
+        self.closed = True
         self._exit.close()
 
     def __enter__(self) -> "Look":
@@ -286,6 +300,7 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
 
 def detect(look: Look) -> Findings:
     """Findings of an open model; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
+    look.check_open(unedited=True)
     first, *others = (_detect_part(subject, look) for subject in look.subjects)
     path, step = first.checkpoint.path, first.checkpoint.step
     rows = None if step is None else history.of_log(folder_of(path) / "log.jsonl", step)  # of a run of train.py
@@ -317,6 +332,7 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
     `only`: names of interventions, by default all. `probe`: BLiMP and linear probes too, where they are prepared.
     Raises UserError for an unknown name, and where there is no other text to take means from.
     """
+    look.check_open(unedited=True)
     first, *others = (
         ablate_subject(
             subject,

@@ -49,7 +49,7 @@ class Outputs:
         return files
 
 
-def parser_of(description: str, usage: str = "") -> Flags:
+def parser_of(description: str) -> Flags:
     """The flags that say which model is looked at, on what, and where the findings go."""
     parser = Flags(description=description)
     parser.add_argument(
@@ -168,7 +168,7 @@ def _compare(targets: list[str], options: Options, outputs: Outputs, lab: Lab | 
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """Names of checkpoints: their paths without ckpt.pt, and without the folders that all of them share."""
-    split = [Path(path).parts for path in paths]
+    split = [Path(path).parts or Path(path).resolve().parts for path in paths]
     split = [parts[:-1] if parts[-1] == "ckpt.pt" and len(parts) > 1 else parts for parts in split]
     while len({parts[0] for parts in split}) == 1 and all(len(parts) > 1 for parts in split):
         split = [parts[1:] for parts in split]
@@ -195,10 +195,12 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
         path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
+        if json_path.name == "detect.json":
+            raise UserError(f"--json {json_path}: what detect finds on the same text goes there; name another file")
         found = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes)
-    found.save(folder_of(path) / "detect.json")
     ablation.save(json_path)
+    found.save(json_path.with_name("detect.json"))
     if page:
         page.detection_page(html_path, found, ablation)
     conditions = report.conditions(found.checkpoint, found.data)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import numpy as np
 import torch
 
 from .errors import UserError
@@ -30,7 +31,7 @@ class Options:
 
     data: str | None = option("the validation split of this dataset, a name or a folder", metavar="NAME", group=TEXT)
     text: str | Path | None = option("a text file, encoded as the training data was", metavar="FILE", group=TEXT)
-    tokens: str | Path | torch.Tensor | None = option(
+    tokens: str | Path | np.ndarray | torch.Tensor | None = option(
         "integer ids [n_seq, seq_len], used as they are; -100 is padding", metavar="FILE.npy", group=TEXT
     )
     seq_len: int | None = option("tokens in a sequence, with BOS (default: 64, Gu et al.'s)", metavar="N", group=TEXT)

@@ -140,7 +140,10 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
             kind_of_key = get_type_hints(item)[key]
             if not isinstance(entry, dict):
                 raise Misfit(f"{place} is no object")
-            entry = [{key: kind_of_key(at), **row} for at, row in entry.items()]
+            try:
+                entry = [{key: kind_of_key(at), **row} for at, row in entry.items()]
+            except (TypeError, ValueError):
+                raise Misfit(f"{place} is not keyed by {key}") from None
         read[name] = _read(hints[name], entry, place)
     return kind(**read)
 

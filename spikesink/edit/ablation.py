@@ -137,5 +137,5 @@ def prepared(folder: Path, dataset: str, file: str) -> Path:
     """The path of a prepared file. Raises UserError naming what prepares it."""
     path = folder / dataset / file
     if not path.is_file():
-        raise UserError(f"{dataset} is not prepared: python data/{dataset}/prepare.py")
+        raise UserError(f"{dataset} is not prepared: in a clone, python data/{dataset}/prepare.py")
     return path

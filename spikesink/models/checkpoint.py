@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..files import content_hash, write_atomic
+from ..text.token_files import Meta, meta_of_vocabulary
 from . import convert
 
 FORMAT = "spikesink-checkpoint-1"
@@ -41,6 +42,11 @@ class Checkpoint:
     contract: str | None = None  # of the model.py that made it
     maker: str = "spikesink"  # or "nanoGPT"; not in the file
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def meta(self) -> Meta:
+        """What is known of the data that it was trained on."""
+        return self.data or meta_of_vocabulary(self.model_args.get("vocab_size", 0))
 
     def content(self) -> dict[str, Any]:
         """The dict that is written, and hashed."""

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, extra
 from . import convert, hf
 from .checkpoint import Checkpoint
 
@@ -34,7 +34,8 @@ def bytes_to_characters() -> list[str]:
 
 def gpt2_tokenizer(bpe: str | Path, size: int, folder: Path) -> Any:
     """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
-    from tiktoken.load import load_tiktoken_bpe
+    with extra("bpe"):
+        from tiktoken.load import load_tiktoken_bpe
     from transformers import GPT2Tokenizer
 
     ranks = {token: rank for token, rank in load_tiktoken_bpe(str(bpe)).items() if rank < size - 1}
@@ -65,11 +66,12 @@ def export(content: Checkpoint, folder: str | Path, bpe: str | Path | None = Non
 
     Raises UserError for an arm that neither family computes, or a file of ranks that is not there.
     """
-    from transformers import GPT2LMHeadModel, LlamaForCausalLM
-    from transformers.utils import logging
+    with extra("hf"):
+        from transformers import GPT2LMHeadModel, LlamaForCausalLM
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
-    meta = content.data
+    meta = content.meta
     bpe = bpe or meta.get("bpe")
     if bpe and not Path(bpe).is_file():
         raise UserError(f"there is no file of BPE ranks {bpe}")
@@ -93,4 +95,6 @@ def export(content: Checkpoint, folder: str | Path, bpe: str | Path | None = Non
             made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    return "with its tokenizer" if (folder / "tokenizer.json").exists() else "no tokenizer (give --bpe for GPT-2's)"
+    if (folder / "tokenizer.json").exists():
+        return "with its tokenizer"
+    return "no tokenizer" + (" (give --bpe for GPT-2's)" if meta.get("tokenizer") == "gpt2" else "")

@@ -2,7 +2,8 @@
 
 A checkpoint of train.py holds weights and settings, no code; it belongs to the model.py of its fork. That file is known
 by the line `CONTRACT = "spikesink-model-1"`, not by its name, and is looked for in the current folder and those above
-it, never beside the checkpoint: who gets a checkpoint from a stranger runs no code of the stranger's.
+it, in a clone (with a train.py), and never beside the checkpoint: who opens a folder that a stranger sent runs none of
+its code unasked.
 """
 
 import ast
@@ -68,7 +69,8 @@ def open_lab(file: str | Path | None, checkpoint: str | Path) -> Lab:
     Raises UserError where there is none, or it states another contract.
     """
     path = Path(file) if file is not None else find()
-    if path is None:
+    beside = path is not None and path.parent.resolve() == Path(checkpoint).resolve().parent
+    if path is None or (file is None and (beside or not (path.parent / "train.py").is_file())):
         raise UserError(
             f"{checkpoint} is a checkpoint of train.py, which needs the model.py that made it: call this in the clone "
             "it comes from, or give --model path/to/model.py (its code is run)"
@@ -90,7 +92,10 @@ def open_lab(file: str | Path | None, checkpoint: str | Path) -> Lab:
             else validation_split(name, block_size, bos)
         )
 
-    return Lab(_module(path).GPT.from_checkpoint, split, datasets)
+    module = _module(path)
+    if not hasattr(module, "GPT"):
+        raise UserError(f"{path} has no class GPT")
+    return Lab(module.GPT.from_checkpoint, split, datasets)
 
 
 def _module(path: Path) -> ModuleType:

@@ -1,6 +1,7 @@
 """The text that comes with every Python: language reference topics, docstrings, comments, then source.
 
-It needs no network and no file, and takes seconds. The same Python version gives the same text.
+It needs no network and no file, and takes seconds. The same installation of Python gives the same text; another
+version, or a distribution that leaves modules out, gives another.
 """
 
 import ast

@@ -37,7 +37,7 @@ def validation_split(name: str, block_size: int, bos: bool = False) -> Windows:
         return default_text.validation(block_size, bos)
     if Path(name).is_dir():
         return TokenFile(name, "val", block_size, bos)
-    raise UserError(f"there is no dataset {name!r} here: give the folder that holds its val.bin, or --text FILE")
+    raise UserError(f"there is no dataset {name!r} here: give --data FOLDER, which holds its val.bin, or --text FILE")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Reader:
         tokens, seq_len = options.tokens, options.seq_len
         bos = bool(self.prefix_ids) and tokens is None
         if tokens is not None:
-            name = "tokens" if isinstance(tokens, torch.Tensor) else str(tokens)
+            name = str(tokens) if isinstance(tokens, (str, Path)) else "tokens"
             ids = ids_of_array(tokens, seq_len)
         else:
             seq_len = seq_len or int(min(DEFAULT_LENGTH, self.block_size))
@@ -90,7 +90,8 @@ class Reader:
         same_ids = all(data.meta.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
         if same_ids and self.prefix_ids:
             data = self.split(name, seq_len, True)
-        count = min(wanted, data.n_windows)
+        # a text that is encoded anew is taken from 8 tokens of the dataset for one of the model: none of it twice
+        count = min(wanted, data.n_windows if same_ids else max(1, len(data.tokens) // (8 * seq_len) - 1))
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
         if same_ids:
             return data.read(windows)[0]
@@ -151,13 +152,15 @@ def check_length(seq_len: int, block_size: float) -> None:
         raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
 
 
-def ids_of_array(tokens: str | Path | torch.Tensor, seq_len: int | None) -> torch.Tensor:
+def ids_of_array(tokens: str | Path | np.ndarray | torch.Tensor, seq_len: int | None) -> torch.Tensor:
     """int64 ids (N, T) of a tensor or a .npy file, padding moved to the end of each row.
 
     Raises UserError if it is not a 2-D array of integers, or a row is too short.
     """
-    path = "tensor" if isinstance(tokens, torch.Tensor) else tokens
-    array = tokens.numpy(force=True) if isinstance(tokens, torch.Tensor) else _load(tokens)
+    path = tokens if isinstance(tokens, (str, Path)) else type(tokens).__name__
+    if isinstance(tokens, torch.Tensor):
+        tokens = tokens.numpy(force=True)
+    array = _load(tokens) if isinstance(tokens, (str, Path)) else tokens
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
     ids = torch.from_numpy(array.astype(np.int64))

@@ -22,6 +22,12 @@ NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bo
 Meta = dict[str, Any]  # what meta.json says
 
 
+def meta_of_vocabulary(size: int) -> Meta:
+    """What is known of the data of a model whose file does not say: GPT-2's where it has GPT-2's vocabulary (nanoGPT
+    pads that to 50,304), else nothing."""
+    return dict(NANOGPT_META) if size in (50257, 50304) else {}
+
+
 def meta_of(path: str | Path) -> Meta:
     """meta.json of a dataset folder, checked; nanoGPT's where there is none. Raises UserError."""
     file = Path(path) / "meta.json"
