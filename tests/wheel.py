@@ -56,7 +56,7 @@ def make_nanogpt_checkpoint() -> None:
 def readme_example(clone: Path) -> str:
     """The README's Python on the library, on the local folder instead of the hub's gpt2."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (clone / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (example,) = [block for block in blocks if "spikesink.open(" in block]
+    example = next(block for block in blocks if "spikesink.page(" in block)
     return example.replace('"gpt2"', '"tiny"')
 
 
