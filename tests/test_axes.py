@@ -259,8 +259,8 @@ def test_any_config_trains_and_reloads_or_is_refused_by_name(choice):
     before.backward()
     slope = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
     assert slope > 0
-    # a small enough step along the gradient lowers the loss, whatever the architecture
-    assert any(loss_after(model, ids, step / slope.sqrt()) < before for step in (1e-3, 1e-4, 1e-5))
+    # some step along the gradient, as small as its curvature and as large as rounding asks, lowers the loss
+    assert any(loss_after(model, ids, step / slope.sqrt()) < before for step in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5))
     again = GPT.from_checkpoint(Checkpoint(dataclasses.asdict(config), model.state_dict()))
     assert torch.equal(again.eval()(ids)[0], model.eval()(ids)[0])
     assert torch.isfinite(observe(subject_of(model), ids, progress=False).loss).all()
