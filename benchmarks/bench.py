@@ -37,7 +37,7 @@ from tqdm import tqdm
 from benchmarks.arms import arm_names
 from benchmarks.nanogpt_recipe import Recipe
 from model import GPT, GPTConfig
-from spikesink import files
+from spikesink import schema
 from spikesink.errors import Flags, cli
 from spikesink.measure.observe import observe
 from spikesink.models import hf
@@ -489,7 +489,7 @@ def main() -> None:
             print(f"{table(key, rows)}\n", flush=True)
         found |= measured_now
         if args.json:
-            files.save_json(args.json, found)
+            schema.save(args.json, found)
 
 
 if __name__ == "__main__":

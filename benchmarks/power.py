@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
+from spikesink import schema
 from spikesink.errors import Flags, cli
-from spikesink.files import save_json, save_text
+from spikesink.files import save_text
 from spikesink.measure import calibrate, planted
 from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import observe
@@ -228,7 +229,7 @@ def main() -> None:
         "sinks": sinks,
         "verdicts": verdict_table(plan),
     }
-    save_json(args.out / "power.json", found)
+    schema.save(args.out / "power.json", found)
     save_text(args.out / "power.md", markdown(plan, found))
     draw(plan, found, args.out / "power.png")
     print(markdown(plan, found))

@@ -104,15 +104,6 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain(value: Any) -> Any:
-    """The value with every nan and infinity as None, so that it is valid JSON."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def save_text(path: str | Path, text: str) -> None:
     """Writes a text file atomically. Raises UserError if that cannot be done."""
     save_bytes(path, text.encode())
@@ -126,11 +117,6 @@ def save_bytes(path: str | Path, content: bytes) -> None:
         write_atomic(path, lambda file: file.write(content))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def save_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, atomically. Raises UserError if that cannot be done."""
-    save_text(path, json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 def rows_of(path: str | Path) -> list[dict[str, Any]]:

@@ -599,4 +599,4 @@ def test_ablate_takes_encoders_encoder_decoders_and_padding(cli, tmp_path):
         found = json.loads(out.read_text())
         assert [row["name"] for row in found["interventions"]] == list(interventions.INTERVENTIONS)
         assert list(found.get("parts", {})) == {"bert": [], "t5": ["encoder", "cross"]}[family]
-    assert list(json.loads((tmp_path / "t5" / "detect.json").read_text())["parts"]) == ["encoder", "cross"]
+    assert list(json.loads((tmp_path / "detect.json").read_text())["parts"]) == ["encoder", "cross"]

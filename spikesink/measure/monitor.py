@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import plain
 from ..hooks import hooked, on_streams
 from ..models.subject import attention_received
 from ..models.views import Attention, Part, View, compiled, no_stream, view_of
+from ..schema import to_json
 from . import metrics
 from .observe import StreamStats
 from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, queries_per_key, sink_alpha
@@ -193,7 +193,7 @@ class Look:
         spike = together(self.spikes)
         sink = together(self.sinks) if self.sinks else torch.zeros_like(spike)
         overlap = metrics.overlap(spike, sink)
-        return plain(
+        return to_json(
             {
                 "layers": [{"name": n, **of} for n, of in self.layers.items()],
                 "attention": [{"name": n, **of} for n, of in self.attention.items()],

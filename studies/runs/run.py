@@ -64,7 +64,7 @@ def copy_twin(job: Job) -> bool:
 def cached_json(path: Path, make: Callable[[], Any]) -> Any:
     """What `make()` returns, from the file that holds it if it was made before."""
     if not path.is_file():
-        files.save_json(path, make())
+        schema.save(path, make())
     return read_json(path)
 
 
@@ -77,7 +77,7 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
         make_room(job)
         if not keep_checkpoints and copy_twin(job):
             return
-        files.save_json(job.folder / "job.json", {"job": job.id})
+        schema.save(job.folder / "job.json", {"job": job.id})
     since = time.perf_counter()
     machine = Machine.find(device).with_dtype(job.cfg.dtype)
     machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, a run per rank
@@ -86,7 +86,7 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
         row = measure_run(job, study, machine, train_run(job, machine))
     except Diverged as stop:
         row = Ended(status=DIVERGED, lr=stop.lr, loss=None, **identity(job, stop.step, machine))
-    files.save_json(job.folder / "row.json", finished_json(Finished(row, time.perf_counter() - since), job.config_hash))
+    schema.save(job.folder / "row.json", finished_json(Finished(row, time.perf_counter() - since), job.config_hash))
     if not keep_checkpoints:
         checkpoints.Checkpoints(job.folder).clear()
 
