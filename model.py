@@ -329,11 +329,11 @@ POSITIONS = {
 
 
 class RowNormaliser(nn.Module):
-    """weights = function(logits), and no slot."""
+    """weights = function(logits), and no slot. `rows`: what instruments may take them to sum to (see Attend)."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], rows: str = "one") -> None:
         super().__init__()
-        self.function = function
+        self.function, self.rows = function, rows
 
     def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
         return self.function(logits), 0.0
@@ -345,6 +345,8 @@ class SlotSoftmax(nn.Module):
     The slot's logit: 0 (softmax-off-by-one, Miller 2023), learned per head (GPT-OSS), or q k* with a learned key (Gu et
     al. 2024's K bias); its value: 0, or learned (KV bias).
     """
+
+    rows = "slot"
 
     def __init__(self, config: GPTConfig, logit: bool = False, key: bool = False, value: bool = False) -> None:
         super().__init__()
@@ -372,7 +374,7 @@ ATTENTIONS: dict[str, Part] = {
     "k_bias": functools.partial(SlotSoftmax, key=True),
     "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
     # clip((zeta - gamma) softmax + gamma, 0, 1), zeta 1, gamma -0.03 (Bondarenko et al. 2023): exact zeros
-    "clipped": lambda c: RowNormaliser(lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1)),
+    "clipped": lambda c: RowNormaliser(lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), "less"),
     # Ramapuram et al. 2024
     "sigmoid": lambda c: RowNormaliser(lambda logits: torch.sigmoid(logits - math.log(c.block_size))),
     # divided by the number of keys the query sees (Wortsman et al. 2023)
@@ -384,7 +386,9 @@ UNNORMALISED = ("sigmoid", "relu")  # rows may sum to anything
 class Attend(nn.Module):
     """The attention seam: (q, k, v, bias) -> out. Instruments hook this module.
 
-    A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`.
+    A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`. `rows`: what
+    the rows that it gives are: "one", they sum to one; "slot", to at most one, a slot has the rest; "less", to at most
+    one, and nothing has the rest.
     """
 
     slopes: Tensor | None
@@ -397,12 +401,21 @@ class Attend(nn.Module):
         slopes = alibi_slopes(config.n_head)[:, None, None] if POSITIONS[config.position].alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def mask(self, first: int, R: int, T: int, device: torch.device) -> Tensor:
+    def mask(self, first: int, R: int, T: int, device: torch.device | str) -> Tensor:
         """What causality, the window and ALiBi add to the logits of queries first ... first + R - 1: ([H,] R, T)."""
         distance = torch.arange(first, first + R, device=device)[:, None] - torch.arange(T, device=device)
         hidden = (distance < 0) | (distance >= self.window) if self.window else distance < 0
         mask = torch.zeros(R, T, device=device) if self.slopes is None else -self.slopes * distance
         return mask.masked_fill(hidden, -torch.inf)
+
+    @property
+    def rows(self) -> str:
+        """See above."""
+        return str(self.normalise.rows)
+
+    def seen(self, first: int, R: int, T: int) -> Tensor:
+        """Which of the first T keys the queries first ... first + R - 1 see: bool (R, T)."""
+        return self.mask(first, R, T, "cpu" if self.slopes is None else self.slopes.device).isfinite().view(-1, R, T)[0]
 
     def weights(
         self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None

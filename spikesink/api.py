@@ -32,7 +32,7 @@ from .measure.calibrate import nulls
 from .measure.examples import Examples
 from .measure.findings import CheckpointEntry, Findings, TextEntry
 from .measure.monitor import Monitor, MonitorCallback  # noqa: F401, names of the API
-from .measure.observe import observe
+from .measure.observe import Ordinary, observe
 from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
 from .models.lab import Lab, open_lab
@@ -216,7 +216,13 @@ class Look:
     @functools.cached_property
     def references(self) -> list[Reference]:
         """What the other text says of each Subject's spikes and sinks."""
-        return [Reference(s, self.other_ids, self.options.batch_size) for s in self.subjects]
+        each = zip(self.subjects, self.ordinary, strict=True)
+        return [Reference(s, self.other_ids, self.options.batch_size, ordinary) for s, ordinary in each]
+
+    @functools.cached_property
+    def ordinary(self) -> list[Ordinary]:
+        """What is usual in each Subject on this text, with which spikes are compared."""
+        return [Ordinary.of(s, self.ids, self.options.batch_size) for s in self.subjects]
 
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
@@ -225,7 +231,7 @@ class Look:
         subject = self.subjects[0]
         if not self.edits:
             return quantise.sequence_losses(subject, self.ids, self.options.batch_size)
-        return outcomes.edited_losses(subject, self.ids, self.edits, self.options.batch_size)
+        return outcomes.edited_losses(subject, self.ids, self.edits, self.options.batch_size, self.ordinary[0])
 
     def loss(self) -> float:
         """The mean of `losses`, in nats per token."""
@@ -301,18 +307,20 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
 def detect(look: Look) -> Findings:
     """Findings of an open model; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
     look.check_open(unedited=True)
-    first, *others = (_detect_part(subject, look) for subject in look.subjects)
+    first, *others = (_detect_part(*one, look) for one in zip(look.subjects, look.ordinary, strict=True))
     path, step = first.checkpoint.path, first.checkpoint.step
     rows = None if step is None else history.of_log(folder_of(path) / "log.jsonl", step)  # of a run of train.py
     return dataclasses.replace(first, history=rows, parts={found.part: found for found in others} or None)
 
 
-def _detect_part(subject: Subject, look: Look) -> Findings:
+def _detect_part(subject: Subject, ordinary: Ordinary, look: Look) -> Findings:
     """Findings of one Subject: the observation, its nulls, its anatomy."""
     options = look.options
-    observation = observe(subject, look.ids, options.batch_size, examples=Examples())
+    observation = observe(subject, look.ids, options.batch_size, examples=Examples(), ordinary=ordinary)
     no_init = disk_weights.why_no_second_copy(subject.model, disk_weights.free_bytes(options.max_memory))
-    null = nulls(subject, look.ids, look.vocab_size, options.nulls, options.batch_size, no_init=no_init)
+    null = nulls(
+        subject, look.ids, look.vocab_size, options.nulls, options.batch_size, no_init=no_init, ordinary=ordinary
+    )
     parts = anatomy(subject, look.ids, observation, options.batch_size)
     return summarise(subject, observation, **look.about, null=null, anatomy=parts)
 

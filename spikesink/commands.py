@@ -19,6 +19,7 @@ from .errors import Flags, UserError
 from .files import check_writable
 from .measure import prompt
 from .measure.findings import Comparison
+from .measure.observe import ORDINARY_SEQUENCES, Ordinary
 from .models import checkpoint
 from .models.lab import Lab
 from .options import Options, add_flags, from_flags, option
@@ -133,7 +134,11 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
     json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
-    first, *others = (prompt.inspect(subject, ids, loaded.checkpoint, loaded.model) for subject in loaded.subjects)
+    ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES)
+    first, *others = (
+        prompt.inspect(subject, ids, loaded.checkpoint, loaded.model, Ordinary.of(subject, ordinary_ids))
+        for subject in loaded.subjects
+    )
     found = dataclasses.replace(first, parts={part.part: part for part in others} or None)
     schema.save(json_path, found)
     if page:

@@ -20,6 +20,8 @@ class Tap:
     module: Any  # an nn.Module; a seam has more to it, see Subject
     place: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
     writable: bool = True  # what a hook writes here is what every later module reads
+    # (args, kwargs, output of the module) -> the stream, where the module neither takes nor returns it
+    made: Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -52,13 +54,16 @@ def on_streams(
     """A context manager in which functions[i](stream) is called at taps[i]; if it returns a tensor, that goes on."""
     pairs = list(zip(taps, functions, strict=True))
     return hooked(
-        [(tap.module, _after(function)) for tap, function in pairs if tap.place == "output"],
+        [(tap.module, _after(function, tap.made)) for tap, function in pairs if tap.place == "output"],
         [(tap.module, _before(function)) for tap, function in pairs if tap.place == "input"],
     )
 
 
-def _after(function: Callable[[torch.Tensor], torch.Tensor | None]) -> Hook:
+def _after(function: Callable[[torch.Tensor], torch.Tensor | None], made: Callable[..., torch.Tensor] | None) -> Hook:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if made:
+            function(made(args, kwargs, output))
+            return None
         stream, *rest = output if isinstance(output, tuple) else (output,)
         new = function(stream)
         if new is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..measure.findings import Place
+from ..measure.observe import Ordinary
 from ..models.subject import Subject
 from ..text.sequences import Reader
 from . import interventions, outcomes, probes, quantise
@@ -17,9 +18,9 @@ from .interventions import Intervention
 from .outcomes import Conditions
 
 NOTE = (
-    "What is edited is fixed by the clean model on the same text: spikes are the entries that the ratio rule marks, at "
-    "every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 and at "
-    "least T/4 queries, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
+    "What is edited is fixed by the clean model on the same text: spikes are the entries that the primary rule marks, "
+    "at every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 that "
+    "T/4 queries see, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
     "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
     "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences. "
     + quantise.NOTE
@@ -47,7 +48,9 @@ def ablate_subject(
     """
     table, removals = chosen(subject, about["data"].bos, only)
     conditions = outcomes.conditions_of(table | removals, reference)
-    measured = outcomes.measure(subject, ids, conditions, batch_size, f"ablate {subject.part}".strip())
+    measured = outcomes.measure(
+        subject, ids, conditions, batch_size, f"ablate {subject.part}".strip(), reference.ordinary
+    )
     entries = outcomes.table_entries(table, measured)
     return Ablation(
         **about,
@@ -62,7 +65,9 @@ def ablate_subject(
         attention=outcomes.attention_change(measured),
         int8=int8(subject, ids, other_ids, batch_size),
         probes=(
-            probed(subject, reader, probe_data, entries, conditions) if reader and subject.part != "cross" else Probes()
+            probed(subject, reader, probe_data, entries, conditions, reference.ordinary)
+            if reader and subject.part != "cross"
+            else Probes()
         ),
     )
 
@@ -105,29 +110,39 @@ def changed_conditions(entries: list[Entry]) -> list[str]:
     return ["none", *(name for e in changed for name in (e.name, *(f"{e.name}/{c.name}" for c in e.control[:1])))]
 
 
-def blimp(subject: Subject, reader: Reader, folder: Path, conditions: Conditions) -> Blimp:
+def blimp(subject: Subject, reader: Reader, folder: Path, conditions: Conditions, ordinary: Ordinary) -> Blimp:
     """BLiMP under every condition. Raises UserError."""
     pairs = probes.minimal_pairs(prepared(folder, "blimp", "blimp.jsonl"), PAIRS)
-    return probes.blimp(subject, reader, pairs, outcomes.on_texts(subject, conditions, shared=True))
+    return probes.blimp(subject, reader, pairs, outcomes.on_texts(subject, conditions, True, ordinary))
 
 
-def linear(subject: Subject, reader: Reader, folder: Path, conditions: Conditions) -> Linear:
+def linear(subject: Subject, reader: Reader, folder: Path, conditions: Conditions, ordinary: Ordinary) -> Linear:
     """Linear probes on UD English EWT under every condition. Raises UserError."""
     train, test = (probes.sentences(prepared(folder, "ud_ewt", f"{s}.conllu"), n) for s, n in SENTENCES.items())
-    return probes.linear(subject, reader, train, test, outcomes.on_texts(subject, conditions, shared=False))
+    return probes.linear(subject, reader, train, test, outcomes.on_texts(subject, conditions, False, ordinary))
 
 
-PROBES: dict[str, Callable[[Subject, Reader, Path, Conditions], Blimp | Linear]] = {"blimp": blimp, "linear": linear}
+PROBES: dict[str, Callable[[Subject, Reader, Path, Conditions, Ordinary], Blimp | Linear]] = {
+    "blimp": blimp,
+    "linear": linear,
+}
 
 
-def probed(subject: Subject, reader: Reader, folder: Path, entries: list[Entry], conditions: Conditions) -> Probes:
+def probed(
+    subject: Subject,
+    reader: Reader,
+    folder: Path,
+    entries: list[Entry],
+    conditions: Conditions,
+    ordinary: Ordinary,
+) -> Probes:
     """What grammar and the states say under every condition that changed something."""
     conditions = {"none": interventions.nothing} | dict(conditions)
     conditions = {name: conditions[name] for name in changed_conditions(entries)}
     found: dict[str, Any] = {}
     for name, run_probe in PROBES.items():
         try:
-            found[name] = run_probe(subject, reader, folder, conditions)
+            found[name] = run_probe(subject, reader, folder, conditions, ordinary)
         except UserError as error:
             found[name] = Unavailable(reason=str(error))
     return Probes(**found)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..hooks import hooked, on_streams
-from ..measure.sinks import sinks_in
-from ..measure.spikes import spike_entries
+from ..measure.observe import Ordinary
+from ..measure.sinks import eligible_keys, needed_heads, queries_that_see, sinks_in
 from ..models.subject import Subject, batches
 
 
@@ -24,10 +24,12 @@ class CleanPass:
     subject: Subject
     ids: torch.Tensor  # (B, T), int64
     numbers: torch.Tensor  # (B,), of its sequences, to which random controls are tied
+    ordinary: Ordinary  # with what spikes are compared
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B, T - shift), nats
     streams: list[torch.Tensor] = field(default_factory=list)  # at each tap (B, T, C)
     spikes: list[torch.Tensor] = field(default_factory=list)  # at each tap bool (B, T, C)
     sinks: list[torch.Tensor] = field(default_factory=list)  # at each seam bool (B, H, T), on the CPU
+    eligible: list[torch.Tensor] = field(default_factory=list)  # and which keys could be: bool (T,)
     outputs: list[Any] = field(default_factory=list)  # of each stage, as its module returned it
 
     @classmethod
@@ -37,18 +39,23 @@ class CleanPass:
         ids: torch.Tensor,
         numbers: torch.Tensor | None = None,
         watch: Iterable[tuple[nn.Module, Any]] = (),
+        ordinary: Ordinary | None = None,
     ) -> "CleanPass":
-        """One forward pass over ids (B, T); `watch`: more forward hooks, (module, hook)."""
-        clean = cls(subject, ids, torch.arange(len(ids)) if numbers is None else numbers)
+        """One forward pass over ids (B, T); `watch`: more forward hooks, (module, hook). `ordinary`: what is usual, by
+        default on these very ids."""
+        ordinary = ordinary or Ordinary.of(subject, ids)
+        clean = cls(subject, ids, torch.arange(len(ids)) if numbers is None else numbers, ordinary)
 
         def on_stream(x: torch.Tensor) -> None:
             x = x.detach().view(len(ids), -1, x.size(-1))
+            clean.spikes.append(ordinary.spikes_at(len(clean.streams), x))
             clean.streams.append(x)
-            clean.spikes.append(spike_entries(x))
 
         def on_attention(module: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
             q, k, *_ = args
             clean.sinks.append(sinks_in(module, q, k, subject.causal))
+            queries, _ = queries_that_see(module, k.size(-2), q.size(-2), subject.causal)
+            clean.eligible.append(eligible_keys(queries, q.size(-2)))
 
         hooks: list[tuple[nn.Module, Any]] = [(tap.module, on_attention) for tap in subject.attends]
         hooks += [(stage, lambda m, a, k, output: clean.outputs.append(output)) for stage in subject.stages]
@@ -63,8 +70,9 @@ class CleanPass:
 
     @property
     def sink_tokens(self) -> torch.Tensor:
-        """Tokens that are a sink in some head: bool (B, T)."""
-        return torch.stack([found.any(1) for found in self.sinks]).any(0)
+        """Tokens that are a sink in enough heads: bool (B, T)."""
+        heads = torch.cat(self.sinks, dim=1)
+        return heads.sum(1) >= needed_heads(heads.size(1))
 
     @contextlib.contextmanager
     def prefix(self, stage: int) -> Iterator[None]:
@@ -89,14 +97,18 @@ class Reference:
     `entries`: per tap the mean of each channel (C,) over spike entries (where no spike fell: over the others) and over
     the others. `states`: per tap the mean state (C,) of spike tokens (where none: of the others) and of the others.
     `direction`: the former, of length 1. `step_up`: the tap at which most spike entries first stand; None without
-    spikes. `sink_rate`: the share of sequences in which a head has a sink (L, H).
+    spikes. `sink_rate`: the share of sequences in which a head has a sink (L, H). `ordinary`: with what spikes
+    are compared, here and where edits are made.
     """
 
-    def __init__(self, subject: Subject, ids: torch.Tensor, batch_size: int = 8) -> None:
+    def __init__(
+        self, subject: Subject, ids: torch.Tensor, batch_size: int = 8, ordinary: Ordinary | None = None
+    ) -> None:
+        self.ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
         sums: list[Any] = [0] * len(subject.streams)  # then (4, 2, C) each: sums and counts under the masks below
         new, hits = torch.zeros(len(subject.streams)), torch.zeros(())
         for numbers, batch in batches(ids, batch_size):
-            clean = CleanPass.of(subject, batch, numbers)
+            clean = CleanPass.of(subject, batch, numbers, ordinary=self.ordinary)
             seen = torch.zeros_like(clean.spikes[0])
             for i, (x, marked) in enumerate(zip(clean.streams, clean.spikes, strict=True)):
                 tokens = marked.any(-1, keepdim=True)

@@ -4,9 +4,9 @@
     with interventions.spike_zero(clean), interventions.sink_mask(clean):
         losses = subject.losses(ids)
 
-What is edited is fixed by the clean model on the same ids: a spike is an entry of the residual stream that the ratio
-rule marks, at whatever tap it stands; a sink is a key with alpha > 0.3 and at least T/4 queries, head by head. So an
-intervention and its control edit as many entries, and interventions can be combined in any order.
+What is edited is fixed by the clean model on the same ids: a spike is an entry of the residual stream that the
+primary rule marks, at whatever tap it stands; a sink is a key with alpha > 0.3 that at least T/4 queries see, head by
+head. So an intervention and its control edit as many entries, and interventions can be combined in any order.
 
 Every intervention is called as (clean, reference=None, control=None): `reference` holds what other text says, `control`
 names one of its CONTROLS, whose draws depend on the number of a sequence and on nothing else.
@@ -23,8 +23,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..hooks import hooked, on_streams
 from ..measure import metrics
-from ..measure.sinks import eligible_keys, queries_per_key
-from ..measure.spikes import ratio_threshold
 from ..models.subject import Tap, for_heads, map_rows
 from .clean_pass import CleanPass, Reference
 
@@ -60,9 +58,8 @@ def _other_tokens(clean: CleanPass, i: int) -> Tensor:
 
 
 def _random_keys(clean: CleanPass) -> list[Tensor]:
-    queries = queries_per_key(clean.sinks[0].size(-1), None if clean.subject.causal else 1)
     draws = [uniform(clean.numbers, found.shape[1:], i) for i, found in enumerate(clean.sinks)]
-    return [as_many(f, d, eligible_keys(queries)) for f, d in zip(clean.sinks, draws, strict=True)]
+    return [as_many(f, d, e) for f, d, e in zip(clean.sinks, draws, clean.eligible, strict=True)]
 
 
 def _same_positions(clean: CleanPass) -> list[Tensor]:
@@ -201,7 +198,7 @@ def spike_clip(
     """|h| cut down to `ratio` x the layer's median |h|; a control's entries shrink by their token's mean factor."""
 
     def clip(i: int, x: Tensor) -> Tensor:
-        threshold = ratio_threshold(metrics.median_magnitude(x.float()), ratio)[:, None, None]
+        threshold = ratio * metrics.median_magnitude(x.float())[:, None, None]
         factor = (threshold / x.float().abs().clamp_min(1e-30)).clamp_max(1)
         if control:
             marked = clean.spikes[i]

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..hooks import hooked, on_streams
 from ..measure import metrics
+from ..measure.observe import Ordinary
 from ..measure.sinks import sinks_in
-from ..measure.spikes import spike_entries
 from ..models.subject import Subject, batches, map_rows
 from . import interventions
 from .clean_pass import CleanPass, Reference
@@ -77,12 +77,18 @@ class Outcomes:
 
 
 def measure(
-    subject: Subject, ids: Tensor, conditions: Conditions, batch_size: int, description: str = "ablate"
+    subject: Subject,
+    ids: Tensor,
+    conditions: Conditions,
+    batch_size: int,
+    description: str = "ablate",
+    ordinary: Ordinary | None = None,
 ) -> Outcomes:
-    """Runs every condition on ids (N, T), int64.
+    """Runs every condition on ids (N, T), int64. `ordinary`: what is usual, by default on these ids.
 
     Batch by batch: one clean pass, then each condition from the first stage that it touches on.
     """
+    ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
     N, T = len(ids), ids.size(1) - subject.shift
     result = Outcomes(
         {name: Outcome.empty(len(subject.streams), N, T) for name in ("none", *conditions)},
@@ -94,7 +100,7 @@ def measure(
     parts = [*batches(ids, batch_size)]
     with tqdm(total=len(parts) * (len(conditions) + 1), desc=description, disable=None, leave=False) as bar:
         for rows, batch in parts:
-            clean = _clean(subject, batch, rows, result)
+            clean = _clean(subject, batch, rows, result, ordinary)
             bar.update()
             for name, condition in conditions.items():
                 bar.set_postfix_str(name, refresh=False)
@@ -103,11 +109,11 @@ def measure(
     return result
 
 
-def _clean(subject: Subject, batch: Tensor, rows: Tensor, result: Outcomes) -> CleanPass:
+def _clean(subject: Subject, batch: Tensor, rows: Tensor, result: Outcomes, ordinary: Ordinary) -> CleanPass:
     """The clean pass over one batch; fills in what it showed."""
     calls: Seams = []
     keep = lambda module, args, kwargs, output: calls.append((module, *args[:2]))
-    clean = CleanPass.of(subject, batch, rows, watch=[(tap.module, keep) for tap in subject.attends])
+    clean = CleanPass.of(subject, batch, rows, [(tap.module, keep) for tap in subject.attends], ordinary)
     outcome = result.by_name["none"]
     T = clean.losses.size(1)
     outcome.losses[rows, :T] = clean.losses.double()
@@ -192,7 +198,7 @@ class _Watch:
     def on_stream(self, i: int, x: Tensor) -> None:
         """The stream (B, T, C), or flattened, at tap i."""
         x = x.view(self.clean.streams[i].shape)
-        self.still.logical_or_(spike_entries(x).any(-1).cpu())
+        self.still.logical_or_(self.clean.ordinary.spikes_at(i, x).any(-1).cpu())
         old = self.clean.streams[i].float()
         relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
         for kind, of in enumerate((self.tokens, ~self.tokens)):
@@ -226,14 +232,17 @@ def conditions_of(table: Mapping[str, Intervention], reference: Reference) -> di
     }
 
 
-def edited_losses(subject: Subject, ids: Tensor, edits: Iterable[Condition], batch_size: int = 8) -> Tensor:
+def edited_losses(
+    subject: Subject, ids: Tensor, edits: Iterable[Condition], batch_size: int = 8, ordinary: Ordinary | None = None
+) -> Tensor:
     """The mean loss of each sequence of ids (N, T) under all `edits`, the outermost first: (N,), float64, nats.
 
     What is edited is fixed by the clean model, batch by batch.
     """
+    ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
     losses = torch.empty(len(ids), dtype=torch.float64)
     for rows, batch in batches(ids, batch_size):
-        clean = CleanPass.of(subject, batch, rows)
+        clean = CleanPass.of(subject, batch, rows, ordinary=ordinary)
         made = [edit(clean) for edit in edits]
         with contextlib.ExitStack() as stack:
             stack.enter_context(clean.prefix(min(edit.stage for edit in made)))
@@ -247,8 +256,11 @@ TextCondition = Callable[[Tensor, Tensor], contextlib.AbstractContextManager[Any
 TextConditions = Mapping[str, TextCondition]
 
 
-def on_texts(subject: Subject, conditions: Conditions, shared: bool) -> dict[str, TextCondition]:
-    """The conditions as probes take them: (ids (B, T), numbers of the sequences (B,)) -> context manager.
+def on_texts(
+    subject: Subject, conditions: Conditions, shared: bool, ordinary: Ordinary | None = None
+) -> dict[str, TextCondition]:
+    """The conditions as probes take them: (ids (B, T), numbers of the sequences (B,)) -> context manager. `ordinary`:
+    what is usual on ordinary text, which a batch of short sentences is not.
 
     One clean pass for all conditions that are asked for the same batch in a row. `shared`: the stages before an edit
     are not computed again, so taps inside them are not called.
@@ -257,7 +269,7 @@ def on_texts(subject: Subject, conditions: Conditions, shared: bool) -> dict[str
 
     def under(condition: Condition, ids: Tensor, numbers: Tensor) -> contextlib.ExitStack:
         if not last or last[0].ids is not ids:
-            last[:] = [CleanPass.of(subject, ids, numbers)]
+            last[:] = [CleanPass.of(subject, ids, numbers, ordinary=ordinary)]
         clean, stack = last[0], contextlib.ExitStack()
         edit = condition(clean)
         if shared:

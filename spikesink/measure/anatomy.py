@@ -29,9 +29,9 @@ from .findings import (
     StepChange,
     Steps,
 )
-from .observe import Observation, StreamStats
+from .observe import Observation, StreamStats, state_at, state_of
 from .sinks import sinks_in
-from .spikes import PRIMARY_SPIKE_RULE
+from .spikes import PRIMARY_SPIKE_RULE, Usual
 
 SEQUENCES, PER_SEQUENCE = 16, 4  # how many are dissected, and tokens in each
 CHANNELS = 8
@@ -108,7 +108,7 @@ def chosen_tokens(obs: Observation) -> tuple[torch.Tensor, bool]:
     """((K, 2) of sequence and position, whether they are spikes): the strongest spikes of the sequences that have the
     strongest; where no token is one, the largest token of as many sequences."""
     spike = obs.spikes[PRIMARY_SPIKE_RULE]
-    score = obs.ratio.masked_fill(~spike, 0.0) if spike.any() else obs.ratio
+    score = obs.strength.masked_fill(~spike, 0.0) if spike.any() else obs.sum.ratio
     sequences = score.amax(1).argsort(descending=True, stable=True)[:SEQUENCES]
     best = score[sequences].topk(min(PER_SEQUENCE, score.size(1)), dim=1)
     kept = best.values > 0
@@ -131,23 +131,9 @@ def other_tokens(obs: Observation, tokens: torch.Tensor, generator: torch.Genera
     return torch.tensor(others, dtype=torch.int64).view(-1, 2)
 
 
-def state_of(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
-    """What a token's state depends on, as a key: equal keys are one state, not two that are alike.
-
-    Under causal attention registers are the same in every sequence, and so are equal first tokens after them (not in a
-    decoder that reads an encoder's text).
-    """
-    if subject.causal and subject.part != "decoder":
-        if position < subject.n_register:
-            return ("register", position)
-        if position == subject.n_register:
-            return ("first", token)
-    return (sequence, position)
-
-
 def distinct_tokens(subject: Subject, obs: Observation, tokens: torch.Tensor) -> list[int]:
     """Which of the tokens (K, 2) have a state of their own."""
-    states = {state_of(subject, n, t, int(obs.ids[n, t])): i for i, (n, t) in reversed([*enumerate(tokens.tolist())])}
+    states = {state_of(subject, obs, n, t): i for i, (n, t) in reversed([*enumerate(tokens.tolist())])}
     return sorted(states.values())
 
 
@@ -167,7 +153,7 @@ def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor,
             rows[index] = torch.zeros(len(seen.tokens), x.size(-1))
         rows[index][mine] = x[b, t].cpu()
         if place in seen.stats:
-            seen.stats[place][index].add(x)
+            seen.stats[place][index].add(x, Usual.unknown(x))
 
     places = _taps(subject).items()
     taps = [(tap, functools.partial(record, place, i)) for place, of in places for i, tap in enumerate(of)]
@@ -191,7 +177,7 @@ def _on_keys(
         control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
         for found, kept in ((sinks, seen.sink_keys[index]), (control, seen.other_keys[index])):
             for i, head, position in found.nonzero().tolist():
-                state = state_of(subject, int(sequences[i]), position, int(tokens[i, position]))
+                state = state_at(subject, int(sequences[i]), position, int(tokens[i, position]))
                 kept.append((head, state, k[i, head, position]))
 
     return hook

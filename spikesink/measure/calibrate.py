@@ -8,8 +8,11 @@ A null is the same measurement where the phenomenon cannot be, or where one expl
                       random number of tokens: as sharp and as large, but no token in particular
   random_tokens       ids drawn evenly from the vocabulary: is it the text?
   repeated_token      each sequence is one token: is it the position?
+  shuffled_text       each sequence's tokens in random order: is it what they say?
+  no_first            without the first token, where all sequences start with the same one: is it that token?
 
-The last two run the trained model, so what stays in them is a finding, not a false positive.
+The last four run the trained model, so what stays in them is a finding, not a false positive. A fixed first token is
+kept in the others. Those that measure the trained model compare with what is usual on ordinary text.
 """
 
 import torch
@@ -30,7 +33,7 @@ from .findings import (
     Verdict,
     Verdicts,
 )
-from .observe import Observation, Shuffle, observe
+from .observe import Observation, Ordinary, Shuffle, observe
 from .rules import SEQUENCES, Curve, Observed, Rule
 from .sinks import PRIMARY_SINK_RULE, SINK_RULES
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -80,20 +83,29 @@ def shuffles(seed: int) -> dict[str, Shuffle]:
 
 
 def other_text(ids: torch.Tensor, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
-    """{name: ids} of the nulls that change the text; a first or last token that all sequences share (BOS, [SEP]) stays.
+    """{name: ids} of the nulls that change the text; a first or last token that all sequences share (BOS, [SEP]) stays,
+    but in no_first, which is there only where there is such a first token.
 
     ids (N, T), padded on the right.
     """
     draw = torch.Generator().manual_seed(seed)
     place, last = torch.arange(ids.size(1)), (ids != PADDING).sum(1, keepdim=True) - 1
     kept = ids == PADDING
-    for at in (torch.zeros_like(last), last):
-        special = ids.gather(1, at)
-        if len(ids) > 1 and bool((special == special[0]).all()):
-            kept = kept | (place == at)
+    shared = [len(ids) > 1 and bool((ids.gather(1, at) == ids.gather(1, at)[0]).all()) for at in (last * 0, last)]
+    for at, one_token in zip((last * 0, last), shared, strict=True):
+        kept = kept | ((place == at) & one_token)
     random = torch.randint(vocabulary, ids.shape, generator=draw)
     repeated = torch.randint(vocabulary, (len(ids), 1), generator=draw).expand(ids.shape)
-    return {"random_tokens": torch.where(kept, ids, random), "repeated_token": torch.where(kept, ids, repeated)}
+    # kept tokens stay in their places, the others change places among themselves
+    order = torch.where(kept, place.double(), torch.rand(ids.shape, generator=draw, dtype=torch.float64) - 1)
+    free = (~kept).double().cumsum(1)  # the n-th free place gets the n-th of the shuffled others
+    nth = torch.where(kept, place, order.argsort(1).gather(1, (free.long() - 1).clamp_min(0)))
+    found = {
+        "random_tokens": torch.where(kept, ids, random),
+        "repeated_token": torch.where(kept, ids, repeated),
+        "shuffled_text": ids.gather(1, nth),
+    }
+    return found | ({"no_first": ids[:, 1:]} if shared[0] and ids.size(1) > 2 else {})
 
 
 def nulls(
@@ -104,10 +116,12 @@ def nulls(
     batch_size: int = 8,
     seed: int = 0,
     no_init: str | None = None,
+    ordinary: Ordinary | None = None,
 ) -> Nulls:
     """{name: measures of that null} on the first sequences of ids (N, T), at most `n_seq` (0: no nulls).
 
-    `no_init`: why the model cannot be had with new weights, which that null then says.
+    `no_init`: why the model cannot be had with new weights, which that null then says. `ordinary`: what is usual in the
+    trained model.
     """
     n_seq = max(2, min(N_SEQ, TOKENS // ids.size(1))) if n_seq is None else n_seq
     if not n_seq:
@@ -125,7 +139,7 @@ def nulls(
     for name, shuffle in shuffles(seed).items():
         found[name] = measures(observe(subject, some, batch_size, shuffle=shuffle, desc=name))
     for name, changed in other_text(some, vocabulary, seed).items():
-        found[name] = measures(observe(subject, changed, batch_size, desc=name))
+        found[name] = measures(observe(subject, changed, batch_size, desc=name, ordinary=ordinary))
     return found
 
 
@@ -134,8 +148,8 @@ def measures(obs: Observation) -> Measures:
     return Measures(
         n_seq=len(obs.ids),
         loss=obs.loss.mean().item(),
-        largest_ratio=obs.ratio.max().item(),
-        kurtosis=max(stats.result().kurtosis for stats in obs.streams),
+        largest_ratio=obs.sum.ratio.max().item(),
+        kurtosis=max(stats.result().kurtosis for stats in obs.sum.stats[obs.sum.attended]),
         first_alpha=obs.first_alpha.mean().item(),
         rules=rates(obs),
         curves=curves(obs),

@@ -13,10 +13,10 @@ from .. import schema
 from ..schema import Record, keyed, or_empty, sometimes
 from .sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE
 
-SCHEMA = "spikesink-findings-1"
-COMPARISON_SCHEMA = "spikesink-comparison-1"
-PROMPT_SCHEMA = "spikesink-prompt-1"
-VOCABULARY_SCHEMA = "spikesink-vocabulary-1"
+SCHEMA = "spikesink-findings-2"
+COMPARISON_SCHEMA = "spikesink-comparison-2"
+PROMPT_SCHEMA = "spikesink-prompt-2"
+VOCABULARY_SCHEMA = "spikesink-vocabulary-2"
 Interval = list[float]
 
 # ------------------------------------------------------------------------------------------------ what was observed
@@ -80,7 +80,6 @@ class Magnitudes(Record):
     top3: float
     median: float
     max: float
-    mmr: float
     kurtosis: float
     entry_kurtosis: float
     inf_norm: float
@@ -92,7 +91,27 @@ class Magnitudes(Record):
 
 
 class LayerStats(Magnitudes, Place, Indexed):
-    """The tensor after a sub-layer."""
+    """The tensor at a tap."""
+
+
+class SideStats(LayerStats):
+    """The stream after a sub-layer, on one of its sides: its sum, or what the next sub-layer reads of it.
+
+    `spike_tokens`: the share of tokens that the primary rule marks here. `usual`: with which it compares them.
+    """
+
+    spike_tokens: float
+    usual: "UsualEntry"
+
+
+class UsualEntry(Record):
+    """What is usual at a tap on ordinary text, as spikes.Usual says: `channels` (C,), packed; `outlier_channels` are
+    those whose median |h| is at least 10 times the layer's."""
+
+    layer: float
+    typical: float
+    channels: "Packed"
+    outlier_channels: list[int]
 
 
 # ---------------------------------------------------------------------------------------------- rates and verdicts
@@ -216,11 +235,17 @@ class TokenRow(Record):
 
 
 class SpikeToken(TokenRow):
-    """Its largest |h|, the channel, the `index` of the layer in `layers`, and the rules that mark it."""
+    """Where its |h| is most above its threshold: |h|, how many times the threshold (`strength`; a spike from 1 on), the
+    channel, the `index` of the layer in `layers`; there the share of the token's energy in that channel, and its norm
+    over the median token's; the share of layers in which the primary rule marks it; and the rules that mark it."""
 
     magnitude: float
+    strength: float
     channel: int
     index: int
+    energy_share: float
+    norm_ratio: float
+    persistence: float
     rules: list[str]
 
 
@@ -232,11 +257,47 @@ class SinkToken(TokenRow):
     share: float
 
 
+class SideSpikes(Record):
+    """What the primary rule marks on one side of the stream, but at the last tap, which no attention reads.
+
+    `fraction`: share of tokens; `sequences`: share of sequences that have one; `states`: how many different states the
+    marked tokens are (a first token that is always the same is one state, however many sequences there are);
+    `strength`: the largest |h| over its threshold; `norm_ratio`, `energy_share`, `persistence`: medians over the
+    marked tokens of what SpikeToken has. `in_embedding`: the share of them that are marked in the embedding already,
+    where a spike is a parameter. `last`: the share of all tokens that are marked at the last tap.
+    """
+
+    tokens: int
+    fraction: float
+    sequences: float
+    states: int
+    strength: float
+    energy_share: float | None
+    norm_ratio: float | None
+    persistence: float | None
+    in_embedding: float | None
+    last: float | None
+    channels: list[int]
+
+
+class OutlierChannel(Record):
+    """A channel that is large in nearly every token, in a share `layers` of the layers; `ratio`: its median |h| over
+    the layer's, where that is largest."""
+
+    channel: int
+    layers: float
+    ratio: float
+
+
 class SpikeFindings(Record):
-    """`by_position`: the share of tokens there that the primary rule marks."""
+    """`sum`: the stream before any norm on it, which the rules and the tokens are of; `read`: what the next sub-layer
+    reads of it. `by_position`: the share of tokens there that the primary rule marks."""
 
     primary: str
     rules: dict[str, SpikeRuleCount]
+    sum: SideSpikes
+    read: SideSpikes | None
+    outlier_channels: list[OutlierChannel]
     by_position: list[float]
     tokens: list[SpikeToken]
 
@@ -277,16 +338,20 @@ class SinkRates(Record):
 
 
 class SinkFindings(Record):
-    """`seams`: the layers of attention, of which lists (L) and (L, H) are.
+    """`seams`: the layers of attention, of which lists (L) and (L, H) are. `possible`: whether the layer's window, if
+    it has one, leaves keys that a quarter of the queries see; without, no sink can be there. `heads_needed`: in how
+    many heads a token must be a sink to be called one.
 
     By position: `share` of all attention, `share_uniform` if every query spread it evenly over what it may see, and
     `token_rate`, the share of tokens that are sinks. By layer and head: `alpha_first`, the first key's;
-    `any_sink_by_head`, the share of sequences with a sink; `first_argmax`, the share of queries that attend most to
-    the first key; `slot_share`, attention that goes to no key; `entropy` (nats); `distance`, the mean |i - j| under
-    the weights (tokens); norms of values over the sequence's mean.
+    `any_sink_by_head`, the share of sequences with a sink; `first_argmax`, the share of queries that attend most to the
+    first key; `slot_share`, attention that a slot takes, undefined where there is none; `entropy` (nats); `distance`,
+    the mean |i - j| under the weights (tokens); norms of values over the sequence's mean.
     """
 
     seams: list[Place]
+    possible: list[bool]
+    heads_needed: int
     primary: str
     gu: list[SinkRates] = keyed("epsilon")
     rules: dict[str, RuleCount]
@@ -363,9 +428,15 @@ class Overlap(OverlapRates):
 
 
 class CoOccurrence(Overlap):
-    """On all tokens, and on those behind the first."""
+    """On all tokens, on those behind the first, and with the spikes of what sub-layers read instead of the sum's.
+
+    `by_construction`: all spikes or all sinks are one state, the same in every sequence; then n is 1, and no null that
+    permutes labels can differ.
+    """
 
     without_first: Overlap
+    read: Overlap | None
+    by_construction: bool
 
 
 # -------------------------------------------------------------------------------------------------------- anatomy
@@ -533,11 +604,13 @@ class Histogram(Record):
 
 
 class VocabularyToken(Record):
-    """A token's largest |h| over the median, in which channel, and after which sub-layer (its kind, and its layer)."""
+    """A token's |h| where that is most above its threshold: over the layer's usual median, how many times the threshold
+    (`strength`), in which channel, and after which sub-layer (its kind, and its layer)."""
 
     id: int
     text: str
     ratio: float
+    strength: float
     after: str
     layer: int
     channel: int
@@ -549,13 +622,13 @@ class VocabularyToken(Record):
 
 
 class VocabularyPlace(Record):
-    """All tokens of the vocabulary at one position: how many spike, in which channels; `ratio` of each, by id."""
+    """All tokens of the vocabulary at one position: how many spike, in which channels; `strength` of each, by id."""
 
     spiking: int
     fraction: float
     histogram: Histogram
     channels: list[int]
-    ratio: list[float]
+    strength: list[float]
     tokens: list[VocabularyToken]
 
 
@@ -575,9 +648,11 @@ class Vocabulary(Record):
 class Findings(Record):
     """What detect finds in a model, or in a part of an encoder-decoder.
 
-    `model`: its architecture, and its `parameters`. `sensitivity`: how the findings change with their thresholds, by
-    name of the curve. `nulls`: by name. `anatomy`, `examples`: None where they were not kept. `history`: over training,
-    of a run of train.py. `parts`: the other parts of an encoder-decoder, by name.
+    `model`: its architecture, and its `parameters`. `layers`: the stream after the embedding and after each sub-layer,
+    before any norm on it; `reads`: what the next sub-layer reads of it, where that is known. `sensitivity`: how the
+    findings change with their thresholds, by name of the curve. `nulls`: by name. `anatomy`, `examples`: None where
+    they were not kept. `history`: over training, of a run of train.py. `parts`: the other parts of an encoder-decoder,
+    by name.
     """
 
     schema: str = SCHEMA
@@ -587,7 +662,8 @@ class Findings(Record):
     model: dict[str, Any]
     data: DataEntry
     verdicts: Verdicts
-    layers: list[LayerStats]
+    layers: list[SideStats]
+    reads: list[SideStats]
     spikes: SpikeFindings
     sinks: SinkFindings
     co_occurrence: CoOccurrence
@@ -644,15 +720,16 @@ class LookedAt(Record):
 
 
 class PromptToken(Record):
-    """One token: its largest |h| (`ratio`: over that layer's median), `after` which sub-layer and in which channel;
-    its share of all attention, and alpha in the `head` where that is largest. `few_queries`: alpha averages few of
-    them, so no sink is claimed."""
+    """One token: its |h| where that is most above its threshold (`strength`: how many times that; `ratio`: |h| over the
+    layer's usual median), `after` which sub-layer and in which channel; its share of all attention, and alpha in the
+    `head` where that is largest. `few_queries`: alpha averages few of them, so no sink is claimed."""
 
     position: int
     id: int
     text: str
     magnitude: float
     ratio: float
+    strength: float
     channel: int
     after: str
     rules: list[str]

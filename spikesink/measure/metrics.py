@@ -5,7 +5,7 @@ the attention mass (N, H, T) each key gets, summed over its queries. Positions c
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, overload
 
@@ -18,36 +18,31 @@ from .findings import Interval, OverlapRates
 
 def median_magnitude(stream: torch.Tensor) -> torch.Tensor:
     """The median |h| of each sequence's [T x C] matrix: (N,). Sun et al. 2402.17762."""
-    return torch.stack([median_and_largest(row, 1)[0] for row in stream.abs().flatten(1)])
+    return stream.abs().flatten(1).median(1).values
 
 
-def median_and_largest(
-    values: torch.Tensor, k: int, sample: int = 2**14
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values (n,) -> its median, the k largest in descending order (k,), and where those are (k,).
+BITS = 16  # of a float32 that a histogram leaves out: its bins are 2^-7 wide, relative to what they hold
 
-    Exact; a long row is first narrowed to what a sample of it brackets, which takes a third of the time.
+
+def histogram(size: torch.Tensor) -> torch.Tensor:
+    """Counts of the values of size (B, K), float32 and not negative, in bins of their leading bits: (B, 2^15).
+
+    A float's bits, read as an integer, grow with it: a bin is an exponent and 7 bits of mantissa.
     """
-    n = len(values)
-    if n <= 2 * sample:
-        return values.median(), *values.topk(min(k, n))
-    few = values[:: n // sample].sort().values
-    at = lambda quantile: few[min(len(few) - 1, max(0, int(quantile * len(few))))]
-    low, high = at(0.47), at(0.53)
-    middle = values[(values >= low) & (values <= high)]
-    rank = (n - 1) // 2 - int((values < low).sum())  # of the median, in the middle
-    median = middle.kthvalue(rank + 1).values if 0 <= rank < len(middle) else values.median()
-    where = (values >= at(1 - 1.5 * k / n - 0.002)).nonzero()[:, 0]
-    if len(where) < k:
-        return median, *values.topk(k)
-    largest, order = values[where].topk(k)
-    return median, largest, where[order]
+    bins = (size.contiguous().view(torch.int32) >> BITS).long()
+    bins += torch.arange(len(size), device=size.device)[:, None] << 15
+    return torch.bincount(bins.flatten(), minlength=len(size) << 15).view(len(size), -1)
 
 
-def max_median_ratio(stream: torch.Tensor) -> torch.Tensor:
-    """max_j |x_j| / median_j |x_j| of every token: (N, T); its mean over tokens is MMR. nan where the median is 0."""
-    magnitude = stream.abs()
-    return magnitude.amax(-1) / zero_is_nan(magnitude.median(-1).values)
+def quantiles(counts: torch.Tensor, wanted: Sequence[float]) -> torch.Tensor:
+    """The quantiles, in [0, 1], of what a `histogram` (B, bins) counted: (B, len(wanted)), within 0.4% of the exact
+    ones."""
+    cumulative = counts.cumsum(-1)
+    n = cumulative[:, -1:]
+    rank = torch.tensor(wanted, device=counts.device, dtype=torch.float64) * (n - 1).double()
+    bins = torch.searchsorted(cumulative, rank.floor().long() + 1)
+    middle = ((bins << BITS) | (1 << (BITS - 1))).int().view(torch.float32)
+    return middle.masked_fill(bins == 0, 0.0)
 
 
 def zero_is_nan(x: torch.Tensor) -> torch.Tensor:
@@ -63,11 +58,11 @@ def channel_kurtosis(power: torch.Tensor) -> torch.Tensor:
     return power.square().mean() / power.mean().square()
 
 
-def entry_kurtosis(moments: list[float]) -> float:
-    """E[(x - mu)^4] / sigma^4 over all entries, from their raw moments (E x, ..., E x^4). Bondarenko 2306.12929."""
-    m1, m2, m3, m4 = moments
-    variance = m2 - m1**2
-    return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else float("nan")
+def entry_kurtosis(x: torch.Tensor) -> torch.Tensor:
+    """E[(x - mu)^4] / sigma^4 over the entries of each sequence x (N, T, C): (N,). Bondarenko 2306.12929, who average
+    it over sequences."""
+    square = (x - x.mean((1, 2), keepdim=True)).square()
+    return square.square().mean((1, 2)) / zero_is_nan(square.mean((1, 2)).square())
 
 
 # ------------------------------------------------------------------------------------------ co-occurrence

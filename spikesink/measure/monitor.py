@@ -38,8 +38,8 @@ from ..models.views import Attention, Part, View, compiled, no_stream, view_of
 from ..schema import to_json
 from . import metrics
 from .observe import StreamStats
-from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, queries_per_key, sink_alpha
-from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
+from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, queries_that_see, sink_alpha
+from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES, Usual
 
 Row = dict[str, Any]  # of a log, as said above
 
@@ -89,6 +89,7 @@ class Look:
     def __init__(self, view: View, sequences: int) -> None:
         self.view, self.sequences = view, sequences
         self.mask: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.shape = torch.Size()  # (B, T) of the batch
         self.parts: list[Part] | None = None
         self.layers: dict[str, Row] = {}  # name -> what a row says of it
@@ -111,17 +112,27 @@ class Look:
             given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
             mask = given.get(self.view.mask, given.get("kwargs", {}).get(self.view.mask))
             self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            positions = given.get("position_ids", given.get("kwargs", {}).get("position_ids"))
+            self.positions = positions if isinstance(positions, torch.Tensor) and positions.dim() == 2 else None
 
     def _take_parts(self, stream: torch.Tensor) -> None:
-        """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding, or nothing else."""
+        """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding, or nothing else, and no
+        row holds several texts, each of whose positions start again."""
         self.shape = stream.shape[:2]
         given = self.mask if self.mask is not None and self.mask.shape == self.shape else torch.ones(self.shape)
         mask = given[: self.sequences].cpu() != 0
-        if bool(mask.all()) or not bool(mask.any()):
+        starts = torch.zeros_like(mask)
+        if self.positions is not None and self.positions.size(1) == self.shape[1]:
+            starts[:, 1:] = (self.positions.diff(dim=1) <= 0).cpu()[: len(mask)]
+        if bool((mask & ~starts).all()) or not bool(mask.any()):
             self.parts = [Part(slice(len(mask)), slice(None))]
             return
-        tokens = [row.nonzero()[:, 0].tolist() for row in mask]
-        self.parts = [Part(slice(i, i + 1), slice(at[0], at[-1] + 1)) for i, at in enumerate(tokens) if at]
+        self.parts = []
+        for i, (row, begins) in enumerate(zip(mask, starts, strict=True)):
+            texts = begins.cumsum(0).masked_fill(~row, -1)
+            for text in texts[row].unique().tolist():
+                at = (texts == text).nonzero()[:, 0]
+                self.parts.append(Part(slice(i, i + 1), slice(int(at[0]), int(at[-1]) + 1)))
 
     def _on_stream(self, name: str) -> Callable[[torch.Tensor], None]:
         def function(stream: torch.Tensor) -> None:
@@ -138,8 +149,10 @@ class Look:
 
     def _measure_stream(self, name: str, stream: torch.Tensor) -> None:
         stats, rule = StreamStats(), SPIKE_RULES[PRIMARY_SPIKE_RULE]
-        for i, (rows, span) in enumerate(self.parts or ()):
-            batch = stats.add(stream[rows, span].float())
+        states = [stream[rows, span].float() for rows, span in self.parts or ()]
+        usual = Usual.of(torch.cat([x.flatten(0, 1) for x in states]))  # the batch is ordinary text
+        for i, x in enumerate(states):
+            batch = stats.add(x, usual)
             B, T, C = batch.x.shape
             if len(self.spikes) == i:
                 self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
@@ -171,9 +184,9 @@ class Look:
             later = seam.shares(q[:, :, :1].float(), k.float())[..., 1:]
             causal = not bool((later > 0).any())
             T = k.size(-2)
-            queries = queries_per_key(T, None if causal else q.size(-2))
+            queries, _ = queries_that_see(seam, T, q.size(-2), causal)
             alpha = sink_alpha(attention_received(seam, q, k, causal).cpu(), queries)  # (B, H, T)
-            eligible = eligible_keys(queries)
+            eligible = eligible_keys(queries, q.size(-2))
             is_sink = (alpha > PRIMARY_SINK_EPSILON) & eligible
             hits.append(is_sink.any(-1).flatten())
             mass[:T] += (alpha * eligible).sum((0, 1))

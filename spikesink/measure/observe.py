@@ -4,9 +4,10 @@ Kept: running sums, per token and layer the largest magnitude, and the few entri
 T x T map, or an activation after its sub-layer has run.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,14 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..hooks import hooked, on_streams
+from ..hooks import Tap, hooked, on_streams
 from ..models.subject import Seam, Subject, batches, for_heads, map_rows
 from ..text.sequences import PADDING
 from . import metrics
 from .examples import Examples
 from .findings import Magnitudes
-from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, eligible_keys, queries_per_key, second_half_alpha, sink_alpha
-from .spikes import PERCENTILE_RULES, PERCENTILES, SPIKE_RULES, SpikeRule, TapBatch, entries_above
+from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, eligible_keys, needed_heads, queries_that_see, sink_alpha
+from .spikes import PERCENTILE_RULES, PERCENTILES, SPIKE_RULES, SpikeRule, TapBatch, Usual, spike_entries
 
 # (rows of the map (B, H, R, keys), the first query, whether attention is causal) -> the rows that are measured instead
 ShuffleRows = Callable[[torch.Tensor, int, bool], torch.Tensor]
@@ -35,34 +36,40 @@ class StreamStats:
         self.sums: dict[str, torch.Tensor] = {}  # name -> sum over sequences
         self.largest = 0.0
         self.channel_power = torch.zeros((), dtype=torch.float64)  # (C,) once there is one, sum over tokens of x^2
-        self.moments = torch.zeros(4, dtype=torch.float64)  # sums over entries of x, x^2, x^3, x^4
 
-    def add(self, x: torch.Tensor) -> TapBatch:
+    def add(self, x: torch.Tensor, usual: Usual) -> TapBatch:
         """Takes in x (B, T, C) of B sequences. Returns what the rules need of it."""
         B, T, C = x.shape
         self.sequences, self.tokens = self.sequences + B, self.tokens + B * T
         size = x.abs()
         magnitude, channel = size.max(dim=-1)
-        wanted = max(3, 1 + entries_above(min(PERCENTILES), T * C))
-        of_sequences = [metrics.median_and_largest(values, wanted) for values in size.flatten(1)]
-        median, largest, where = (torch.stack(part) for part in zip(*of_sequences, strict=True))
-        square = x.square()
-        power = square.sum(1)  # (B, C)
-        moments = torch.stack(
-            [m.sum((1, 2), dtype=torch.float64) for m in (x, square, square * x)]
-            + [square.square_().sum((1, 2), dtype=torch.float64)]
-        )
-        self._sum("top", largest[:, :3])
+        flat = size.view(B, -1)
+        median, *limits = metrics.quantiles(metrics.histogram(flat), (0.5, *(p / 100 for p in PERCENTILES))).unbind(1)
+        top = (flat > limits[0][:, None]).flatten().nonzero()[:, 0]
+        tokens = magnitude.topk(min(3, T), dim=1).indices  # of the three largest entries
+        largest = size[torch.arange(B, device=x.device)[:, None], tokens].flatten(1).topk(min(3, T * C)).values
+        std, mean = torch.std_mean(x, (1, 2))
+        kurtosis = metrics.entry_kurtosis(x)
+        self._sum("top", largest)
         self._sum("median", median)
-        relative = magnitude / metrics.zero_is_nan(size.median(-1).values)
-        self._sum("mmr", relative.nan_to_num(0.0).sum(1))
-        self._sum("mmr tokens", relative.isfinite().sum(1))
+        self._sum("entry kurtosis", kurtosis.nan_to_num(0.0))
         self.largest = max(self.largest, magnitude.max().item())
-        self.channel_power = self.channel_power + power.double().sum(0).cpu()
-        self.moments += moments.sum(1).cpu()
-        mean, mean_square = moments[0] / (T * C), moments[1] / (T * C)
-        std = ((mean_square - mean**2) * T * C / max(1, T * C - 1)).clamp_min(0).sqrt()
-        return TapBatch(x, magnitude, channel, largest, where, median, mean.float(), std.float())
+        power = torch.linalg.vector_norm(x, dim=(0, 1)).double().square().cpu()
+        self.channel_power = self.channel_power + power
+        return TapBatch(
+            x,
+            usual,
+            magnitude,
+            channel,
+            norm=torch.linalg.vector_norm(x, dim=-1),
+            strength=(size * usual.per_threshold).amax(-1),
+            median=median,
+            mean=mean,
+            std=std,
+            percentiles=dict(zip(PERCENTILES, limits, strict=True)),
+            top=top,
+            top_size=flat.flatten()[top],
+        )
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + value.double().sum(0).cpu()
@@ -70,16 +77,14 @@ class StreamStats:
     def result(self) -> Magnitudes:
         """The findings' entry for this tap."""
         top1, top2, top3 = (self.sums["top"] / self.sequences).tolist()
-        channels = len(self.channel_power)
         return Magnitudes(
             top1=top1,
             top2=top2,
             top3=top3,
             median=(self.sums["median"] / self.sequences).item(),
             max=self.largest,
-            mmr=(self.sums["mmr"] / self.sums["mmr tokens"]).item(),
             kurtosis=metrics.channel_kurtosis(self.channel_power / self.tokens).item(),
-            entry_kurtosis=metrics.entry_kurtosis((self.moments / (self.tokens * channels)).tolist()),
+            entry_kurtosis=(self.sums["entry kurtosis"] / self.sequences).item(),
             inf_norm=top1,
         )
 
@@ -89,6 +94,10 @@ class AttentionStats:
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
+        # (keys, queries) -> how many queries see each key, and how many of the second half
+        self.possible: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sinks_possible = False  # a window can leave no key with enough queries
+        self.has_slot = False  # that takes attention which goes to no key
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         value = value.double().cpu()
@@ -125,12 +134,17 @@ class AttentionStats:
             received[..., :seen] += weights.sum(-2)
             if last > n_queries // 2:
                 late[..., :seen] += weights[:, :, max(0, n_queries // 2 - first) :].sum(-2)
-            first_argmax += ((weights[..., 0] >= weights.amax(-1)) & (weights[..., 0] > 0)).sum(-1)
+            # strictly: where all keys are alike the first is not preferred, whatever argmax returns
+            first_argmax += (weights[..., 0] > weights[..., 1:].amax(-1)).sum(-1) if seen > 1 else weights.size(-2)
             entropy -= torch.einsum("bhrt,bhrt->bh", weights, weights.clamp_min(1e-38).log_())
             distance[..., :seen] += weights.mul_((queries[:, None] - keys[:seen]).abs()).sum(-2)
-        possible = queries_per_key(T, None if causal else n_queries)
+        if (T, n_queries) not in self.possible:
+            self.possible[T, n_queries] = queries_that_see(seam, T, n_queries, causal)
+        possible, possible_late = self.possible[T, n_queries]
         alpha = sink_alpha(received.cpu(), possible)
-        eligible = eligible_keys(possible)
+        eligible = eligible_keys(possible, n_queries)
+        self.sinks_possible |= bool(eligible.any())
+        self.has_slot = seam.rows == "slot"
         is_sink = (alpha > PRIMARY_SINK_EPSILON) & eligible  # (B, H, T)
         others = ~is_sink.to(received.device)
         norms = for_heads(v.float().norm(dim=-1), H).cpu()  # (B, H, T)
@@ -141,6 +155,7 @@ class AttentionStats:
             "first_argmax": first_argmax.sum(0) / n_queries,
             "distance": distance.sum((0, -1)),
             "mass": received.sum((0, -1)),
+            "received": received.sum(0),
             "queries": torch.full((H,), B * n_queries),
             "distance_others": (distance * others).sum((0, -1)),
             "mass_others": (received * others).sum((0, -1)),
@@ -149,7 +164,7 @@ class AttentionStats:
             "sinks": is_sink.sum((0, -1)),
         }.items():
             self._sum(name, value)
-        late_alpha = second_half_alpha(late.cpu(), possible)
+        late_alpha = sink_alpha(late.cpu(), possible_late)
         for epsilon in EPSILONS:
             hit = alpha > epsilon
             self._sum(f"hits {epsilon}", hit.sum(0))
@@ -160,6 +175,57 @@ class AttentionStats:
 
 
 @dataclass
+class Side:
+    """What one pass saw of one side of the taps (see Subject): N sequences of up to T tokens. At padding False or 0.
+
+    What is said of any tap is of `Subject.attended`; the last, which no attention reads, stands apart.
+    """
+
+    usual: list[Usual | None]
+    taps: Sequence[Tap | None]
+    attended: slice
+    stats: list[StreamStats]
+    magnitudes: torch.Tensor  # (taps, N, T), largest |h| of each token
+    channels: torch.Tensor  # (taps, N, T), and where
+    norms: torch.Tensor  # (taps, N, T), of each token
+    strengths: torch.Tensor  # (taps, N, T), largest |h| over its threshold: the primary rule marks it from 1 on
+    ratio: torch.Tensor  # (N, T), largest |h| / median |h| of the layer, over taps
+    spikes: dict[str, torch.Tensor]  # rule -> bool (N, T)
+    spike_channels: dict[str, torch.Tensor]  # rule -> how often each channel was marked (C,)
+    percentiles: dict[float, torch.Tensor]  # percentile -> bool (N, T), above it in enough layers
+
+    @classmethod
+    def empty(cls, taps: Sequence[Tap | None], usual: list[Usual | None], attended: slice, N: int, T: int) -> "Side":
+        """Before anything was seen."""
+        rows = lambda: torch.zeros(len(taps), N, T)
+        none = lambda: torch.zeros(N, T, dtype=torch.bool)
+        return cls(
+            usual,
+            taps,
+            attended,
+            [StreamStats() for _ in taps],
+            magnitudes=rows(),
+            channels=rows().int(),
+            norms=rows(),
+            strengths=rows(),
+            ratio=torch.zeros(N, T),
+            spikes={rule: none() for rule in SPIKE_RULES},
+            spike_channels={rule: torch.zeros((), dtype=torch.int64) for rule in SPIKE_RULES},
+            percentiles={percentile: none() for percentile in PERCENTILES},
+        )
+
+    @property
+    def strength(self) -> torch.Tensor:
+        """A token's largest |h| over its threshold, over the attended taps: (N, T)."""
+        return self.strengths[self.attended].amax(0)
+
+    @property
+    def known(self) -> list[tuple[int, Tap]]:
+        """The taps that were seen on this side, with their numbers."""
+        return [(i, tap) for i, tap in enumerate(self.taps) if tap is not None]
+
+
+@dataclass
 class Observation:
     """What one pass saw of N sequences of up to T tokens (registers included); L attention layers, H heads.
 
@@ -167,18 +233,14 @@ class Observation:
     """
 
     ids: torch.Tensor  # (N, T)
-    streams: list[StreamStats]
+    sum: Side  # the stream before any norm on it
+    read: Side  # what the next sub-layer reads of it
     attention: list[AttentionStats]
-    magnitudes: torch.Tensor  # (taps, N, T), largest |h| of each token
-    channels: torch.Tensor  # (taps, N, T), and where
-    ratio: torch.Tensor  # (N, T), largest |h| / median |h| of the layer, over layers
-    spikes: dict[str, torch.Tensor]  # rule -> bool (N, T)
-    spike_channels: dict[str, torch.Tensor]  # rule -> how often each channel was marked (C,)
-    percentiles: dict[float, torch.Tensor]  # percentile -> bool (N, T), above it in enough layers
     share: torch.Tensor  # (N, T), of all the sequence's attention mass
     max_alpha: torch.Tensor  # (N, T), over layers and heads
+    strong_alpha: torch.Tensor  # (N, T), which a twentieth of all heads reaches
     sink_heads: torch.Tensor  # (N, T), heads in which the token is a sink by Gu's rule
-    eligible: torch.Tensor  # bool (N, T), keys with enough queries
+    eligible: torch.Tensor  # bool (N, T), keys with enough queries in some layer
     first_alpha: torch.Tensor  # (N, L, H), of the first key
     best_alpha: torch.Tensor  # (N, L, H), of the eligible key that has most
     loss: torch.Tensor  # (N,), mean loss per predicted token, nats
@@ -190,6 +252,47 @@ class Observation:
         """Which entries of (N, T) are tokens: bool."""
         return self.ids != PADDING
 
+    # of the primary side, as the rules ask for it
+
+    @property
+    def strength(self) -> torch.Tensor:
+        """See Side."""
+        return self.sum.strength
+
+    @property
+    def spikes(self) -> dict[str, torch.Tensor]:
+        """See Side."""
+        return self.sum.spikes
+
+    @property
+    def percentiles(self) -> dict[float, torch.Tensor]:
+        """See Side."""
+        return self.sum.percentiles
+
+    @property
+    def ordinary(self) -> "Ordinary":
+        """With what spikes were compared."""
+        return Ordinary(self.sum.usual, self.read.usual)
+
+
+def state_at(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
+    """What a token's state depends on, as a key: equal keys are one state, not two that are alike.
+
+    Under causal attention registers are the same in every sequence, and so are equal first tokens after them (not in a
+    decoder that reads an encoder's text).
+    """
+    if subject.causal and subject.part != "decoder":
+        if position < subject.n_register:
+            return ("register", position)
+        if position == subject.n_register:
+            return ("first", token)
+    return (sequence, position)
+
+
+def state_of(subject: Subject, obs: Observation, sequence: int, position: int) -> Hashable:
+    """The same of a token of an Observation."""
+    return state_at(subject, sequence, position, int(obs.ids[sequence, position]))
+
 
 @dataclass(frozen=True)
 class Shuffle:
@@ -200,6 +303,45 @@ class Shuffle:
     rows: ShuffleRows = lambda weights, first, causal: weights
 
 
+ORDINARY_SEQUENCES, ORDINARY_TOKENS = 8, 64  # how much text says what is usual: sequences, and tokens of each
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """What is usual on ordinary text at every tap of a Subject, on both sides; None where the tap has no such side."""
+
+    sums: list[Usual | None]
+    reads: list[Usual | None]
+
+    def spikes_at(self, tap: int, x: torch.Tensor) -> torch.Tensor:
+        """Entries of the sum (B, T, C) at a tap that are spikes: bool (B, T, C)."""
+        usual = self.sums[tap]
+        assert usual is not None
+        return spike_entries(x, usual)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, subject: Subject, ids: torch.Tensor, batch_size: int = 8, shuffle: Shuffle | None = None) -> "Ordinary":
+        """From the first sequences of ids (N, T), in one pass over them."""
+        change = shuffle.stream if shuffle else lambda x: x
+        sides: tuple[Sequence[Tap | None], ...] = (subject.streams, subject.reads)
+        states: list[list[list[torch.Tensor]]] = [[[] for _ in taps] for taps in sides]
+
+        def keep(side: int, index: int, B: int, T: int, x: torch.Tensor) -> None:
+            some = torch.linspace(0, T - 1, min(T, ORDINARY_TOKENS)).long()
+            states[side][index].append(change(x.detach().float().view(B, T, -1))[:, some].flatten(0, 1))
+
+        for _, batch in batches(ids[:ORDINARY_SEQUENCES], batch_size):
+            B, T = subject.seen(batch).shape
+            with contextlib.ExitStack() as stack:
+                for side, taps in enumerate(sides):
+                    known = [(i, tap) for i, tap in enumerate(taps) if tap]
+                    hooks = [functools.partial(keep, side, i, B, T) for i, _ in known]
+                    stack.enter_context(on_streams([tap for _, tap in known], hooks))
+                subject.logits(batch.to(subject.device))
+        return cls(*([Usual.of(torch.cat(x)) if x else None for x in of_side] for of_side in states))
+
+
 def observe(
     subject: Subject,
     ids: torch.Tensor,
@@ -208,30 +350,28 @@ def observe(
     shuffle: Shuffle | None = None,
     desc: str = "observe",
     examples: Examples | None = None,
+    ordinary: Ordinary | None = None,
 ) -> Observation:
     """Runs `subject` over token ids (N, T), PADDING where there is none, and returns an Observation.
 
-    `examples`: an examples.Examples to fill in.
+    `examples`: an examples.Examples to fill in. `ordinary`: what is usual on other text; by default, on this one.
 
     Raises UserError if the model's loss is not finite.
     """
     shuffle = shuffle or Shuffle()
+    ordinary = ordinary or Ordinary.of(subject, ids, batch_size, shuffle)
     seen = [(rows, some, subject.seen(some)) for rows, some in batches(ids, batch_size)]
     N, T = len(ids), max(s.size(1) for _, _, s in seen)
     L, H, taps = len(subject.attends), subject.n_head, len(subject.streams)
     zeros = functools.partial(torch.zeros, dtype=torch.float32)
     obs = Observation(
         ids=torch.full((N, T), PADDING),
-        streams=[StreamStats() for _ in range(taps)],
+        sum=Side.empty(subject.streams, ordinary.sums, subject.attended, N, T),
+        read=Side.empty(subject.reads, ordinary.reads, subject.attended, N, T),
         attention=[AttentionStats() for _ in range(L)],
-        magnitudes=zeros(taps, N, T),
-        channels=zeros(taps, N, T, dtype=torch.int32),
-        ratio=zeros(N, T),
-        spikes={rule: zeros(N, T, dtype=torch.bool) for rule in SPIKE_RULES},
-        spike_channels={rule: torch.zeros((), dtype=torch.int64) for rule in SPIKE_RULES},
-        percentiles={percentile: zeros(N, T, dtype=torch.bool) for percentile in PERCENTILES},
         share=zeros(N, T),
         max_alpha=zeros(N, T),
+        strong_alpha=zeros(N, T),
         sink_heads=zeros(N, T),
         eligible=zeros(N, T, dtype=torch.bool),
         first_alpha=zeros(N, L, H),
@@ -248,80 +388,112 @@ def observe(
     return obs
 
 
+class SideBatch:
+    """One batch on one side of the taps: takes in each stream, and fills in its Side at the end."""
+
+    def __init__(self, side: Side, rows: torch.Tensor, shape: torch.Size, shuffle: Shuffle) -> None:
+        self.side, self.rows, self.shape, self.shuffle = side, rows, shape, shuffle
+        self.ratio = torch.zeros(shape)
+        rules = (*SPIKE_RULES.values(), *PERCENTILE_RULES.values())
+        self.marked: dict[SpikeRule, list[torch.Tensor]] = {rule: [] for rule in rules}
+        self.C = 1
+
+    def add(self, index: int, stream: torch.Tensor) -> TapBatch:
+        """Takes in the tensor at one tap."""
+        (B, T), side, usual = self.shape, self.side, self.side.usual[index]
+        assert usual is not None
+        x = self.shuffle.stream(stream.detach().float().view(B, T, -1))
+        batch, self.C = side.stats[index].add(x, usual), x.size(-1)
+        for name, value in {
+            "magnitudes": batch.magnitude,
+            "channels": batch.channel.int(),
+            "norms": batch.norm,
+            "strengths": batch.strength,
+        }.items():
+            getattr(side, name)[index, self.rows, :T] = value.cpu()
+        if index in range(len(side.taps))[side.attended]:
+            relative = batch.magnitude / metrics.zero_is_nan(batch.median)[:, None]
+            torch.maximum(self.ratio, relative.nan_to_num(0.0).cpu(), out=self.ratio)
+            for rule, entries in self.marked.items():
+                entries.append(rule.marked(batch))
+        return batch
+
+    def finish(self) -> None:
+        """Fills in what the rules mark in these sequences."""
+        (B, T), side = self.shape, self.side
+        side.ratio[self.rows, :T] = self.ratio
+        taps = len(range(len(side.taps))[side.attended])
+        needed = lambda rule: max(1, math.ceil(rule.persistence * taps))
+        hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in self.marked.items()}
+        for name, rule in SPIKE_RULES.items():
+            side.spikes[name][self.rows, :T] = _tokens_of(hits[rule], B, T, self.C)
+            counts = (hits[rule] % self.C).bincount(minlength=self.C)
+            side.spike_channels[name] = side.spike_channels[name] + counts
+        for percentile, rule in PERCENTILE_RULES.items():
+            side.percentiles[percentile][self.rows, :T] = _tokens_of(hits[rule], B, T, self.C)
+
+
 @torch.no_grad()
 def _observe_batch(
     subject: Subject, ids: torch.Tensor, rows: torch.Tensor, obs: Observation, shuffle: Shuffle, bar: tqdm
 ) -> None:
     """One forward pass with every tap hooked; fills in what it saw of these sequences."""
-    B, T = subject.seen(ids).shape
-    marked: dict[SpikeRule, list[torch.Tensor]] = {
-        rule: [] for rule in (*SPIKE_RULES.values(), *PERCENTILE_RULES.values())
-    }
-    share, max_alpha, sink_heads, ratio = (torch.zeros(B, T) for _ in range(4))
-    C = n_queries = 0
+    shape = subject.seen(ids).shape
+    T = shape[1]
+    sums, reads = (SideBatch(side, rows, shape, shuffle) for side in (obs.sum, obs.read))
+    share, sink_heads, alphas = torch.zeros(shape), torch.zeros(shape), []
 
-    def on_stream(index: int) -> Callable[[torch.Tensor], None]:
+    def on_sum(index: int) -> Callable[[torch.Tensor], None]:
         def function(stream: torch.Tensor) -> None:
-            nonlocal C
-            batch = obs.streams[index].add(shuffle.stream(stream.detach().float().view(B, T, -1)))
-            C = batch.x.size(-1)
-            obs.magnitudes[index, rows, :T] = batch.magnitude.cpu()
-            obs.channels[index, rows, :T] = batch.channel.int().cpu()
-            relative = batch.magnitude / metrics.zero_is_nan(batch.median)[:, None]
-            torch.maximum(ratio, relative.nan_to_num(0.0).cpu(), out=ratio)
-            for rule, entries in marked.items():
-                entries.append(rule.marked(batch))
-            obs.examples.add_stream(index, rows, batch)
-            bar.update(B if index else 0)
+            obs.examples.add_stream(index, rows, sums.add(index, stream))
+            bar.update(len(rows) if index else 0)
+
+        return function
+
+    def on_read(index: int) -> Callable[[torch.Tensor], None]:
+        def function(stream: torch.Tensor) -> None:
+            reads.add(index, stream)
 
         return function
 
     def on_attention(index: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
-            nonlocal n_queries
             q, k, v = args
-            n_queries, bias = q.size(-2), kwargs.get("bias")
+            bias = kwargs.get("bias")
             seen = obs.attention[index].add(module, q, k, v, bias, subject.causal, shuffle.rows)
             received, alpha, eligible = seen
             obs.examples.add_attention(index, rows, alpha)
             share.add_(received.sum(1))
-            torch.maximum(max_alpha, alpha.amax(1), out=max_alpha)
-            sink_heads.add_(((alpha > PRIMARY_SINK_EPSILON) & eligible).sum(1))
-            obs.eligible[rows, :T] = eligible
+            alphas.append(alpha.masked_fill(~eligible, 0.0))
+            sink_heads.add_((alphas[-1] > PRIMARY_SINK_EPSILON).sum(1))
+            obs.eligible[rows, :T] |= eligible
             obs.first_alpha[rows, index] = alpha[..., 0]
-            obs.best_alpha[rows, index] = alpha.masked_fill(~eligible, 0.0).amax(-1)
+            obs.best_alpha[rows, index] = alphas[-1].amax(-1)
 
         return hook
 
+    taps = [(tap, on_sum(i)) for i, tap in obs.sum.known] + [(tap, on_read(i)) for i, tap in obs.read.known]
     seams = [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
-    with on_streams(subject.streams, [on_stream(i) for i in range(len(obs.streams))]), hooked(seams):
+    with on_streams(*zip(*taps, strict=True)), hooked(seams):
         losses = subject.losses(ids)
     loss = losses.mean(1)
     if not loss.isfinite().all():
         raise UserError("the model's loss on this text is not finite: its weights are broken, or overflow in float32")
 
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
-    obs.share[rows, :T] = share / (len(subject.attends) * subject.n_head * n_queries)
-    obs.max_alpha[rows, :T], obs.sink_heads[rows, :T], obs.ratio[rows, :T] = max_alpha, sink_heads, ratio
-    needed = lambda rule: max(1, math.ceil(rule.persistence * len(obs.streams)))
-    hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in marked.items()}
-    _take_hits(obs, hits, rows, (B, T, C))
-
-
-def _take_hits(
-    obs: Observation, hits: dict[SpikeRule, torch.Tensor], rows: torch.Tensor, shape: tuple[int, int, int]
-) -> None:
-    """Fills in what the rules mark in these sequences: entries of their streams of a `shape` (B, T, C), as indices."""
-    B, T, C = shape
-    for name, rule in SPIKE_RULES.items():
-        obs.spikes[name][rows, :T] = _tokens_of(hits[rule], B, T, C)
-        obs.spike_channels[name] = obs.spike_channels[name] + (hits[rule] % C).bincount(minlength=C)
-    for percentile, rule in PERCENTILE_RULES.items():
-        obs.percentiles[percentile][rows, :T] = _tokens_of(hits[rule], B, T, C)
+    obs.share[rows, :T] = share / metrics.zero_is_nan(share.sum(1, keepdim=True))
+    obs.sink_heads[rows, :T] = sink_heads
+    heads = torch.cat(alphas, 1)  # (B, L * H, T)
+    strongest = heads.topk(needed_heads(heads.size(1)), dim=1).values
+    obs.max_alpha[rows, :T], obs.strong_alpha[rows, :T] = strongest[:, 0], strongest[:, -1]
+    for side in (sums, reads):
+        side.finish()
 
 
 def _marked_often(marked: list[torch.Tensor], needed: int) -> torch.Tensor:
     """The entries (B, T, C), as indices, that are marked in at least `needed` layers."""
+    if not marked:
+        return torch.zeros(0, dtype=torch.int64)
     entries, layers = torch.cat(marked).unique(return_counts=True)
     return entries[layers >= needed]
 

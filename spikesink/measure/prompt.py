@@ -4,6 +4,7 @@ And the whole vocabulary, token by token: which of them spikes when it stands fi
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from ..hooks import hooked, on_streams
 from ..models.subject import Subject, map_rows
-from .examples import TOKENS, Examples
+from .examples import TOKENS, Examples, unpacked
 from .findings import (
     CheckpointEntry,
     Findings,
@@ -25,36 +26,39 @@ from .findings import (
     VocabularyPlace,
     VocabularyToken,
 )
-from .observe import Observation, observe
-from .sinks import queries_per_key
-from .spikes import SPIKE_RATIO
+from .observe import Observation, Ordinary, observe
+from .spikes import Usual
+from .summarise import Peaks
 
-BINS = tuple(round(10 ** (i / 4), 2) for i in range(0, 17))  # of largest |h| / median, 1 ... 10,000
+BINS = tuple(round(10 ** (i / 4), 3) for i in range(-8, 9))  # of largest |h| / its threshold, 0.01 ... 100
 SHOWN = 40  # tokens of the vocabulary, and channels, that are listed
 
 
-def inspect(subject: Subject, ids: torch.Tensor, checkpoint: CheckpointEntry, model: dict[str, Any]) -> PromptFindings:
+def inspect(
+    subject: Subject, ids: torch.Tensor, checkpoint: CheckpointEntry, model: dict[str, Any], ordinary: Ordinary
+) -> PromptFindings:
     """Findings of one sequence, ids (1, T): per token, and per head where each query looks.
 
+    `ordinary`: what is usual on ordinary text, with which its few tokens are compared.
     Memory is O(T) per head: of each row of a map only the key that gets most is kept.
     """
     looks: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: the key that gets most, and how much (H, T)
     whole = Examples(sequences=1, tokens=subject.seen(ids).size(1), shown=4 * TOKENS)
     with hooked([(seam.module, _on_looks(subject, looks)) for seam in subject.attends]):
-        obs = observe(subject, ids, 1, progress=False, examples=whole)
+        obs = observe(subject, ids, 1, progress=False, examples=whole, ordinary=ordinary)
     alpha = torch.cat([whole.alpha[i, 0] for i in range(len(subject.attends))])  # (L * H, T)
     targets, weights = (torch.cat(parts) for parts in zip(*looks, strict=True))  # (L * H, T) each
-    T = obs.ids.size(1)
-    received = alpha * queries_per_key(T, None if subject.causal else T)  # attention mass
+    T, peaks = obs.ids.size(1), Peaks(obs.sum)
+    received = torch.cat([a.sums["received"][None] for a in obs.attention]).flatten(0, 1)  # (L * H, T)
     return PromptFindings(
         part=subject.part,
         checkpoint=checkpoint,
         model=model,
         loss=obs.loss.mean().item(),
-        tokens=[_token(subject, obs, t, alpha, targets) for t in range(T)],
+        tokens=[_token(subject, obs, peaks, t, alpha, targets) for t in range(T)],
         layers=[tap.name for tap in subject.streams],
-        magnitudes=obs.magnitudes[:, 0].tolist(),
-        medians=[stats.sums["median"].item() for stats in obs.streams],
+        magnitudes=obs.sum.magnitudes[:, 0].tolist(),
+        medians=[usual.layer.item() for usual in obs.sum.usual if usual],
         heads=[
             PromptHead(
                 head=name,
@@ -84,18 +88,22 @@ def _on_looks(subject: Subject, looks: list[tuple[torch.Tensor, torch.Tensor]]) 
     return hook
 
 
-def _token(subject: Subject, obs: Observation, t: int, alpha: torch.Tensor, targets: torch.Tensor) -> PromptToken:
+def _token(
+    subject: Subject, obs: Observation, peaks: Peaks, t: int, alpha: torch.Tensor, targets: torch.Tensor
+) -> PromptToken:
     """What is said of the token at position t, from alpha and where each head looks (L * H, T)."""
-    peak, tap = obs.magnitudes[:, 0, t].max(0)
+    tap, magnitude = int(peaks.tap[0, t]), peaks.magnitude[0, t].item()
+    usual = obs.sum.usual[tap]
     head, token, most = int(alpha[:, t].argmax()), int(obs.ids[0, t]), targets[:, t].mode().values
     return PromptToken(
         position=t,
         id=token,
         text=subject.text(token),
-        magnitude=peak.item(),
-        ratio=obs.ratio[0, t].item(),
-        channel=int(obs.channels[int(tap), 0, t]),
-        after=subject.streams[int(tap)].name,
+        magnitude=magnitude,
+        ratio=magnitude / usual.layer.item() if usual and usual.layer > 0 else math.nan,
+        strength=peaks.strength[0, t].item(),
+        channel=int(peaks.channel[0, t]),
+        after=subject.streams[tap].name,
         rules=[rule for rule, hits in obs.spikes.items() if hits[0, t]],
         share=obs.share[0, t].item(),
         alpha=alpha[head, t].item(),
@@ -114,9 +122,9 @@ class Enough(Exception):
 def vocabulary(
     subject: Subject, found: Findings, ids: torch.Tensor, vocab_size: int, batch_size: int = 512
 ) -> Vocabulary:
-    """For every token of the vocabulary, its largest |h| / median when it stands first, and second.
+    """For every token of the vocabulary, how far above its threshold its |h| is when it stands first, and second.
 
-    Medians are those of `found`, the findings on ordinary text: a lone token has none worth the name. What stands
+    Thresholds are those of `found`, the findings on ordinary text: a lone token has none worth the name. What stands
     before it in second place is the first token of the first sequence of `ids`.
     """
     before = ids[:1, :1]
@@ -131,51 +139,56 @@ def _vocabulary_place(
     subject: Subject, found: Findings, context: torch.Tensor, vocab_size: int, batch_size: int, bar: tqdm
 ) -> VocabularyPlace:
     """Every token after the `context` (1, T)."""
-    medians = torch.tensor([layer.median for layer in found.layers]).clamp_min(1e-30)
+    entries = [layer.usual for layer in found.layers[: subject.attended.stop]]
+    usual = [
+        Usual(torch.tensor(u.layer), torch.from_numpy(unpacked(u.channels)), torch.tensor(u.typical)) for u in entries
+    ]
     peaks = []
     for some in torch.arange(vocab_size).split(batch_size):
         text = torch.cat((context.expand(len(some), -1), some[:, None]), 1)
-        peaks.append(torch.stack(_peaks(subject, text, medians)))
+        peaks.append(torch.stack(_peaks(subject, text, usual)))
         bar.update(len(some))
-    ratio, layer, channel = torch.cat(peaks, dim=1)
-    spiking, edges = ratio >= SPIKE_RATIO, torch.tensor(BINS)
+    strength, ratio, layer, channel = torch.cat(peaks, dim=1)
+    spiking, edges = strength >= 1, torch.tensor(BINS)
     return VocabularyPlace(
         spiking=int(spiking.sum()),
         fraction=spiking.double().mean().item(),
         histogram=Histogram(
-            edges=[*BINS], counts=torch.histogram(ratio.clamp(BINS[0], BINS[-1]), edges).hist.int().tolist()
+            edges=[*BINS], counts=torch.histogram(strength.clamp(BINS[0], BINS[-1]), edges).hist.int().tolist()
         ),
         channels=[int(c) for c in channel[spiking].unique()[:SHOWN]],
-        ratio=[round(r, 2) for r in ratio.tolist()],
+        strength=[round(r, 3) for r in strength.tolist()],
         tokens=[
             VocabularyToken(
                 id=i,
                 text=subject.text(i),
                 ratio=ratio[i].item(),
+                strength=strength[i].item(),
                 after=found.layers[int(layer[i])].kind,
                 layer=found.layers[int(layer[i])].layer,
                 channel=int(channel[i]),
             )
-            for i in ratio.argsort(descending=True)[:SHOWN].tolist()
+            for i in strength.argsort(descending=True)[:SHOWN].tolist()
         ],
     )
 
 
-def _peaks(
-    subject: Subject, ids: torch.Tensor, medians: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the last token of ids (B, T): largest |h| / median over layers, the layer, its channel; (B,) each."""
-    largest: list[torch.Tensor] = []
-    channels: list[torch.Tensor] = []
+def _peaks(subject: Subject, ids: torch.Tensor, usual: list[Usual]) -> tuple[torch.Tensor, ...]:
+    """Of the last token of ids (B, T), where its |h| is most above its threshold: how many times that, |h| over the
+    layer's usual median, the layer, the channel; (B,) each."""
+    rows: list[torch.Tensor] = []
 
     def last_token(x: torch.Tensor) -> None:
-        size, channel = x.float().view(*subject.seen(ids).shape, -1)[:, -1].abs().max(-1)
-        largest.append(size.cpu())
-        channels.append(channel.cpu())
-        if len(largest) == len(subject.streams):
+        size, of = x.float().view(*subject.seen(ids).shape, -1)[:, -1].abs().cpu(), usual[len(rows)]
+        strength, channel = (size * of.per_threshold).max(-1)
+        ratio = size.gather(1, channel[:, None])[:, 0] / of.layer.clamp_min(1e-30)
+        rows.append(torch.stack((strength, ratio, channel.float())))
+        if len(rows) == len(usual):
             raise Enough
 
-    with on_streams(subject.streams, [last_token] * len(subject.streams)), contextlib.suppress(Enough):
+    taps = subject.streams[: len(usual)]
+    with on_streams(taps, [last_token] * len(taps)), contextlib.suppress(Enough):
         subject.logits(ids.to(subject.device))
-    ratio, layer = (torch.stack(largest) / medians[:, None]).max(0)
-    return ratio, layer.float(), torch.stack(channels).gather(0, layer[None])[0].float()
+    strength, layer = torch.stack([row[0] for row in rows]).max(0)
+    _, ratio, channel = torch.stack(rows).gather(0, layer.expand(1, 3, -1))[0]
+    return strength, ratio, layer.float(), channel

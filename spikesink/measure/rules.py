@@ -18,11 +18,9 @@ class Observed(Protocol):
     """What rules and examples need of an observe.Observation, which says what each is."""
 
     ids: torch.Tensor
-    ratio: torch.Tensor
-    spikes: dict[str, torch.Tensor]
-    percentiles: dict[float, torch.Tensor]
     share: torch.Tensor
     max_alpha: torch.Tensor
+    strong_alpha: torch.Tensor
     sink_heads: torch.Tensor
     eligible: torch.Tensor
     first_alpha: torch.Tensor
@@ -32,6 +30,18 @@ class Observed(Protocol):
     @property
     def tokens(self) -> torch.Tensor:
         """Which entries are tokens."""
+
+    @property
+    def strength(self) -> torch.Tensor:
+        """How many times its threshold a token's largest |h| is."""
+
+    @property
+    def spikes(self) -> dict[str, torch.Tensor]:
+        """What the rules mark."""
+
+    @property
+    def percentiles(self) -> dict[float, torch.Tensor]:
+        """What the percentile rules mark."""
 
 
 Hits = Callable[[Observed, float], torch.Tensor]

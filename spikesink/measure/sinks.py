@@ -4,6 +4,7 @@ Shapes: N sequences, T tokens, H heads. `received` is the attention mass (N, H, 
 queries. Positions count from 0 in code, from 1 in papers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,30 +18,48 @@ SHARE = 0.2  # of all attention mass, for the share rule
 EPSILON_CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 PRIMARY_SINK_EPSILON = 0.3
+HEAD_SHARE = 0.05  # of all heads, in which a sink token is one
 
 
 def queries_per_key(T: int, n_queries: int | None = None) -> torch.Tensor:
-    """How many queries may see key k: T - k under causal attention, else all `n_queries`. (T,)"""
+    """How many queries see key k where nothing but the future is hidden: T - k under causal attention, else all
+    `n_queries`. (T,)"""
     return torch.arange(T, 0, -1) if n_queries is None else torch.full((T,), n_queries)
 
 
+def queries_that_see(seam: Seam, T: int, n_queries: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many queries see each key through a seam's mask (its window too), and how many of those in the second half:
+    (T,) each, on the CPU."""
+    seen = torch.zeros(2, T, dtype=torch.int64)
+    for first in range(0, n_queries, 256):
+        rows = seam.seen(first, min(256, n_queries - first), T).cpu()  # (R, T)
+        if causal:
+            rows = rows & (torch.arange(T) <= torch.arange(first, first + len(rows))[:, None])
+        seen[0] += rows.sum(0)
+        seen[1] += rows[max(0, n_queries // 2 - first) :].sum(0)
+    return seen[0], seen[1]
+
+
 def sink_alpha(received: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """alpha_k = sum_i A[i, k] / (number of queries that may see k, `queries` (T,)): (N, H, T). Gu et al. 2410.10781.
+    """alpha_k = sum_i A[i, k] / (number of queries that see k, `queries` (T,)): (N, H, T). Gu et al. 2410.10781.
 
-    Under causal attention these are the queries i >= k, also those that a sliding window keeps from seeing the key.
+    Theirs, for attention without a window, divides by the queries i >= k: the same there.
     """
-    return received / queries
+    return received / queries.clamp_min(1)
 
 
-def eligible_keys(queries: torch.Tensor) -> torch.Tensor:
-    """Keys with at least a quarter of the queries: bool (T,). Others pass any threshold by ordinary local attention."""
-    return queries >= queries.max() / 4
+def eligible_keys(queries: torch.Tensor, n_queries: int) -> torch.Tensor:
+    """Keys that at least a quarter of all `n_queries` see: bool (T,). Others pass any threshold by ordinary local
+    attention; under a window of less than that no key can be a sink."""
+    return queries >= n_queries / 4
 
 
-def second_half_alpha(received_late: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """alpha_k over the queries of the second half only: (N, H, T); `received_late` is their attention mass."""
-    n = int(queries.max())
-    return received_late / queries.clamp_max(n - n // 2)
+def needed_heads(heads: int) -> int:
+    """In how many of all `heads` a token must be a sink to be called one: a twentieth, at least one.
+
+    In any one of them would be a rule that large models meet by their number of heads alone.
+    """
+    return max(1, math.ceil(HEAD_SHARE * heads))
 
 
 def uniform_share(queries: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -61,16 +80,17 @@ def sinks_in(
     bias: torch.Tensor | None = None,
     rows: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Which keys of a seam's map are sinks: alpha > 0.3 and enough queries. bool (B, H, T), on the CPU.
+    """Which keys of a seam's map are sinks: alpha > 0.3, and a quarter of the queries see it. bool (B, H, T), on the
+    CPU.
 
     `rows`: (rows of the map, first query) -> the rows that are used instead.
     """
     received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
     for first, weights in map_rows(seam, q, k, causal, bias):
         received[..., : weights.size(-1)] += (rows(weights, first) if rows else weights).sum(-2)
-    queries = queries_per_key(k.size(-2), None if causal else q.size(-2))
+    queries, _ = queries_that_see(seam, k.size(-2), q.size(-2), causal)
     alpha = sink_alpha(received.cpu(), queries)
-    return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries)
+    return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries, q.size(-2))
 
 
 # ------------------------------------------------------------------------------------------------------- rules
@@ -92,7 +112,7 @@ WHERE_SINKS_CANNOT_BE = ("init", "shuffled_positions")
 SINK_RULES = {
     # Gu et al. 2410.10781
     PRIMARY_SINK_RULE: SinkRule(
-        text=f"alpha > {PRIMARY_SINK_EPSILON} in a head, keys with at least T/4 queries",
+        text=f"alpha > {PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of all heads, keys that T/4 queries see",
         heading="sinks",
         compared="sink tokens",
         nulls=WHERE_SINKS_CANNOT_BE,
@@ -101,7 +121,7 @@ SINK_RULES = {
             title="sink: ε, best head",
             thresholds=EPSILON_CURVE,
             used=PRIMARY_SINK_EPSILON,
-            tokens=lambda obs, epsilon: obs.max_alpha.masked_fill(~obs.eligible, 0.0) > epsilon,
+            tokens=lambda obs, epsilon: obs.strong_alpha > epsilon,
             best_head=lambda obs, epsilon: obs.best_alpha > epsilon,
             sink_1=lambda obs, epsilon: obs.first_alpha > epsilon,
         ),

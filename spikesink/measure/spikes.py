@@ -1,26 +1,75 @@
 """What a spike is: the rules that mark entries of a residual stream, each with its source.
 
+A massive activation (Sun et al. 2402.17762) is an entry of one token that stands far above its layer. Two things look
+like one and are not: a channel that is large in nearly every token (an *outlier channel*: Kovaleva et al. 2105.06990,
+Dettmers et al. 2208.07339), and the tail of a layer whose every token has some large entry. So the primary rule
+compares an entry with its layer, with its channel and with other tokens, on ordinary text: see Usual.
+
 Shapes: N sequences, T tokens, C channels. `stream` is a residual stream (N, T, C) in float32.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .metrics import median_magnitude
 from .rules import Curve, Rule
 
-SPIKE_RATIO = 30.0  # of the scale-free spike rule
+SPIKE_RATIO = 30.0  # of a spike, over its layer's median |h|
+PROMINENCE = 5.0  # of a spike, over a typical token's most prominent entry
+OUTLIER_RATIO = 10.0  # of an outlier channel's median |h|, over its layer's
 PERCENTILE, PERSISTENCE = 99.9, 0.5
 # what the sensitivity curves run over
-RATIOS = (5, 10, 15, 20, 30, 40, 50, 75, 100, 200, 500, 1000)
+FACTORS = (0.2, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 30)
 PERCENTILES = (99.5, 99.9, 99.95, 99.99)
 
 
-def ratio_threshold(median: torch.Tensor, ratio: float = SPIKE_RATIO) -> torch.Tensor:
-    """`ratio` x the median |h| (N,) of each sequence: the scale-free form of Sun et al.'s rule, for small models."""
-    return torch.where(median > 0, ratio * median, torch.inf)  # no median, no spike
+@dataclass(frozen=True)
+class Usual:
+    """What is usual at a tap on ordinary text, with which a spike is compared. Medians over tokens: spikes do not move
+    them.
+
+    `layer`: the median |h| over tokens and channels, (). `channels`: of each channel over tokens, (C,). `typical`: a
+    typical token's largest prominence, (); the prominence of an entry is |h| over the usual |h| of its channel, or of
+    its layer where that is larger.
+    """
+
+    layer: torch.Tensor
+    channels: torch.Tensor
+    typical: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Usual":
+        """Of the states x (K, C) of K tokens."""
+        size = x.float().abs()
+        layer, channels = size.flatten().median(), size.T.contiguous().median(-1).values
+        scale = torch.maximum(channels, layer)
+        return cls(layer, channels, (size / scale).nan_to_num(0.0).amax(-1).median())
+
+    @classmethod
+    def unknown(cls, x: torch.Tensor) -> "Usual":
+        """Of states (..., C) where nothing is known to be usual, so that nothing is a spike."""
+        nothing = x.new_zeros(())
+        return cls(nothing, x.new_zeros(x.size(-1)), nothing)
+
+    @functools.cached_property
+    def thresholds(self) -> torch.Tensor:
+        """From which |h| on an entry of each channel is a spike: (C,). Infinite where the layer's median is 0."""
+        prominent = PROMINENCE * self.typical * torch.maximum(self.channels, self.layer)
+        return torch.maximum(prominent, SPIKE_RATIO * self.layer).masked_fill(self.layer <= 0, torch.inf)
+
+    @functools.cached_property
+    def per_threshold(self) -> torch.Tensor:
+        """1 / thresholds: (C,)."""
+        return 1 / self.thresholds
+
+    @property
+    def outlier_channels(self) -> list[int]:
+        """Channels whose median |h| over tokens is at least 10 x the layer's, the largest first."""
+        found = (self.channels >= OUTLIER_RATIO * self.layer) & (self.channels > 0)
+        order = self.channels.argsort(descending=True)
+        return order[found[order]].tolist()
 
 
 def massive_threshold(median: torch.Tensor) -> torch.Tensor:
@@ -36,23 +85,22 @@ def sigma_threshold(std: torch.Tensor, sigmas: float = 6.0) -> torch.Tensor:
     return torch.nextafter(sigmas * std, torch.full_like(std, torch.inf))
 
 
-def entries_above(percentile: float, size: int) -> int:
-    """How many of a layer's `size` entries are above its given percentile, at least 1."""
-    return max(1, round(size * (1 - percentile / 100)))
-
-
 @dataclass
 class TapBatch:
     """One batch's stream x (B, T, C) at one tap, with what the rules need of it."""
 
     x: torch.Tensor
+    usual: Usual
     magnitude: torch.Tensor  # (B, T), largest |x| of each token
     channel: torch.Tensor  # (B, T), where it is
-    largest: torch.Tensor  # (B, K), largest |x| of each sequence, as many as the percentiles need
-    where: torch.Tensor  # (B, K), and in which of its T x C entries
+    norm: torch.Tensor  # (B, T), of each token
+    strength: torch.Tensor  # (B, T), largest |x| over its channel's threshold: a spike from 1 on
     median: torch.Tensor  # (B,), of |x|
     mean: torch.Tensor  # (B,), of x
     std: torch.Tensor  # (B,), of x
+    percentiles: dict[float, torch.Tensor]  # of |x|: (B,) each
+    top: torch.Tensor  # (K,), indices into x.flatten() of what is above the lowest of them
+    top_size: torch.Tensor  # (K,), |x| there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +114,25 @@ class SpikeRule(Rule):
         raise NotImplementedError
 
 
+def _entries(
+    batch: TapBatch, tokens: torch.Tensor, marks: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Indices into x.flatten() where marks(rows (K, C), their sequences (K,)) holds among some tokens (B, T)."""
+    rows = tokens.nonzero()  # (K, 2)
+    _, T, C = batch.x.shape
+    token, channel = marks(batch.x[rows[:, 0], rows[:, 1]], rows[:, 0]).nonzero().unbind(1)
+    return ((rows[token, 0] * T + rows[token, 1]) * C + channel).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualRule(SpikeRule):
+    """Marks entries that reach the thresholds of what is usual at the tap."""
+
+    def marked(self, batch: TapBatch) -> torch.Tensor:
+        """As of SpikeRule."""
+        return _entries(batch, batch.strength >= 1, lambda x, sequence: x.abs() >= batch.usual.thresholds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThresholdRule(SpikeRule):
     """Marks entries with |x - centre| >= threshold."""
@@ -73,20 +140,11 @@ class ThresholdRule(SpikeRule):
     # (median |h|, mean, standard deviation), each (N,) of sequences -> (centre, threshold), alike
     bounds: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    def entries(self, stream: torch.Tensor) -> torch.Tensor:
-        """The marked entries of a stream (N, T, C): bool, of its shape."""
-        std, mean = torch.std_mean(stream.flatten(1), dim=1)
-        centre, threshold = (b[:, None, None] for b in self.bounds(median_magnitude(stream), mean, std))
-        return (stream - centre).abs() >= threshold
-
     def marked(self, batch: TapBatch) -> torch.Tensor:
         """As of SpikeRule. Looks only at tokens whose largest could pass."""
         centre, threshold = self.bounds(batch.median, batch.mean, batch.std)
-        tokens = ((batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]).nonzero()  # (K, 2)
-        rows = (batch.x[tokens[:, 0], tokens[:, 1]] - centre[tokens[:, 0], None]).abs()  # (K, C)
-        token, channel = (rows >= threshold[tokens[:, 0], None]).nonzero().unbind(1)
-        _, T, C = batch.x.shape
-        return ((tokens[token, 0] * T + tokens[token, 1]) * C + channel).cpu()
+        could = (batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]
+        return _entries(batch, could, lambda x, n: (x - centre[n, None]).abs() >= threshold[n, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +155,12 @@ class PercentileRule(SpikeRule):
 
     def marked(self, batch: TapBatch) -> torch.Tensor:
         """As of SpikeRule."""
-        B, T, C = batch.x.shape
-        last = min(entries_above(self.percentile, T * C), batch.largest.size(1) - 1)
-        first = torch.arange(B, device=batch.where.device)[:, None] * T * C
-        return (batch.where + first)[batch.largest > batch.largest[:, last, None]].cpu()
+        _, T, C = batch.x.shape
+        limits = batch.percentiles[self.percentile]
+        return batch.top[batch.top_size > limits[batch.top // (T * C)]].cpu()
 
 
-PRIMARY_SPIKE_RULE = "ratio"
+PRIMARY_SPIKE_RULE = "spike"
 PERCENTILE_RULES = {  # of the curve; one of them is a rule of its own
     percentile: PercentileRule(
         text=f"|h| above its layer's {percentile}th percentile in at least {PERSISTENCE:.0%} of the layers",
@@ -123,17 +180,17 @@ PERCENTILE_RULES = {  # of the curve; one of them is a rule of its own
     )
     for percentile in PERCENTILES
 }
-PRIMARY = ThresholdRule(
-    text=f"|h| >= {SPIKE_RATIO:g} x median |h| of the layer",
+PRIMARY = UsualRule(
+    text=f"|h| >= {SPIKE_RATIO:g} x its layer's median, and {PROMINENCE:g} x as prominent as a typical token's most "
+    "prominent entry",
     heading="spikes",
     compared="spike tokens",
-    bounds=lambda median, mean, std: (torch.zeros_like(mean), ratio_threshold(median)),
     curve=Curve(
-        name="ratio",
-        title="spike: |h| / median",
-        thresholds=RATIOS,
-        used=SPIKE_RATIO,
-        tokens=lambda obs, ratio: obs.ratio >= ratio,
+        name="strictness",
+        title="spike: x the rule's thresholds",
+        thresholds=FACTORS,
+        used=1,
+        tokens=lambda obs, factor: obs.strength >= factor,
         scale="log",
     ),
 )
@@ -155,6 +212,6 @@ SPIKE_RULES: dict[str, SpikeRule] = {
 }
 
 
-def spike_entries(x: torch.Tensor) -> torch.Tensor:
+def spike_entries(x: torch.Tensor, usual: Usual) -> torch.Tensor:
     """Entries of a stream (B, T, C) that the primary spike rule marks: bool (B, T, C)."""
-    return PRIMARY.entries(x.float())
+    return x.float().abs() >= usual.thresholds

@@ -1,12 +1,15 @@
 """Observation -> findings."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..hooks import Tap
 from ..models.subject import Subject
 from . import calibrate, metrics
+from .examples import packed
 from .findings import (
     Anatomy,
     BestKey,
@@ -14,12 +17,14 @@ from .findings import (
     CoOccurrence,
     DataEntry,
     Findings,
-    LayerStats,
     Nulls,
+    OutlierChannel,
     Overlap,
     OverlapIntervals,
     Place,
     RuleCount,
+    SideSpikes,
+    SideStats,
     SinkFindings,
     SinkRates,
     SinkToken,
@@ -27,10 +32,19 @@ from .findings import (
     SpikeRuleCount,
     SpikeToken,
     TextEntry,
+    UsualEntry,
 )
-from .observe import Observation
+from .observe import Observation, Side, state_of
 from .rules import Rule
-from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES, queries_per_key, uniform_share
+from .sinks import (
+    EPSILONS,
+    PRIMARY_SINK_EPSILON,
+    PRIMARY_SINK_RULE,
+    SINK_RULES,
+    needed_heads,
+    queries_per_key,
+    uniform_share,
+)
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 
 SHOWN = 40  # tokens listed
@@ -52,7 +66,7 @@ def summarise(
     """
     model, null = model or {}, null or {}
     checkpoint = checkpoint or CheckpointEntry(path="in memory")
-    overlap, measures = co_occurrence(obs), calibrate.measures(obs)
+    overlap, measures = co_occurrence(subject, obs), calibrate.measures(obs)
     trained = model.get("parameters", 0), checkpoint.step, checkpoint.tokens
     return Findings(
         part=subject.part,
@@ -61,10 +75,8 @@ def summarise(
         model=model,
         data=_data(subject, obs, data or _as_text(obs)),
         verdicts=calibrate.verdicts(obs, null, overlap, subject.heads, *trained),
-        layers=[
-            LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(stats.result()))
-            for i, (tap, stats) in enumerate(zip(subject.streams, obs.streams, strict=True))
-        ],
+        layers=_side_stats(obs, obs.sum, subject.streams),
+        reads=_side_stats(obs, obs.read, subject.streams),
         spikes=_spikes(subject, obs, null),
         sinks=_sinks(subject, obs, null),
         co_occurrence=overlap,
@@ -74,6 +86,31 @@ def summarise(
         anatomy=anatomy,
         examples=obs.examples.result(subject, obs),
     )
+
+
+def _side_stats(obs: Observation, side: Side, streams: list[Tap]) -> list[SideStats]:
+    """The findings' entries of one side of the taps, after those sub-layers that `streams` name."""
+    tokens, rows = int(obs.tokens.sum()), []
+    for i, _ in side.known:
+        usual = side.usual[i]
+        assert usual is not None
+        entry = UsualEntry(
+            layer=usual.layer.item(),
+            typical=usual.typical.item(),
+            channels=packed(usual.channels.cpu()),
+            outlier_channels=usual.outlier_channels,
+        )
+        rows.append(
+            SideStats(
+                index=i,
+                layer=streams[i].layer,
+                kind=streams[i].kind,
+                **vars(side.stats[i].result()),
+                spike_tokens=(side.strengths[i] >= 1).sum().item() / tokens,
+                usual=entry,
+            )
+        )
+    return rows
 
 
 def _as_text(obs: Observation) -> TextEntry:
@@ -132,26 +169,84 @@ def _count(obs: Observation, null: Nulls, name: str, rule: Rule, hits: torch.Ten
 def _spikes(subject: Subject, obs: Observation, null: Nulls) -> SpikeFindings:
     rules = {}
     for name, rule in SPIKE_RULES.items():
-        channels = obs.spike_channels[name]
+        channels = obs.sum.spike_channels[name]
         order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
         count = _count(obs, null, name, rule, obs.spikes[name])
         rules[name] = SpikeRuleCount(**count, n_channels=len(order), channels=order[:SHOWN].tolist())
-    peak, tap = obs.magnitudes.max(0)  # (N, T)
+    peaks = Peaks(obs.sum)
     return SpikeFindings(
         primary=PRIMARY_SPIKE_RULE,
         rules=rules,
+        sum=_side_spikes(subject, obs, obs.sum),
+        read=_side_spikes(subject, obs, obs.read) if obs.read.known else None,
+        outlier_channels=_outlier_channels(obs.sum),
         by_position=(obs.spikes[PRIMARY_SPIKE_RULE].double().sum(0) / obs.tokens.sum(0)).tolist(),
         tokens=[
             SpikeToken(
                 **_token(subject, obs, n, t, occurrences),
-                magnitude=peak[n, t].item(),
-                channel=int(obs.channels[int(tap[n, t]), n, t]),
-                index=int(tap[n, t]),
+                magnitude=peaks.magnitude[n, t].item(),
+                strength=peaks.strength[n, t].item(),
+                channel=int(peaks.channel[n, t]),
+                index=int(peaks.tap[n, t]),
+                energy_share=peaks.energy_share[n, t].item(),
+                norm_ratio=peaks.norm_ratio[n, t].item(),
+                persistence=peaks.persistence[n, t].item(),
                 rules=[rule for rule in rules if obs.spikes[rule][n, t]],
             )
-            for n, t, occurrences in _strongest(peak, obs.ids, obs.tokens)
+            for n, t, occurrences in _strongest(peaks.strength, obs.ids, obs.tokens)
         ],
     )
+
+
+class Peaks:
+    """Every token where, among the attended taps of a side, its |h| is most above its threshold: (N, T) each.
+
+    See findings.SpikeToken.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self.strength, self.tap = side.strengths[side.attended].max(0)
+        of = lambda x: x[side.attended].gather(0, self.tap[None])[0]
+        self.magnitude, self.channel, norm = of(side.magnitudes), of(side.channels), of(side.norms)
+        self.energy_share = self.magnitude.square() / metrics.zero_is_nan(norm.square())
+        present = side.norms.masked_fill(side.norms == 0, torch.nan)  # padding
+        typical = present.flatten(1).nanmedian(1).values[:, None, None].expand_as(present)
+        self.norm_ratio = norm / of(typical)
+        known = [i for i, _ in side.known if i in range(len(side.taps))[side.attended]]
+        self.persistence = (side.strengths[known] >= 1).double().mean(0)
+
+
+def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
+    """What the primary rule marks on one side."""
+    marked, peaks = side.spikes[PRIMARY_SPIKE_RULE], Peaks(side)
+    channels, tokens = side.spike_channels[PRIMARY_SPIKE_RULE], int(obs.tokens.sum())
+    order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
+    middle = lambda x: x[marked].double().median().item() if marked.any() else None
+    last = len(side.taps) - 1
+    return SideSpikes(
+        tokens=int(marked.sum()),
+        fraction=marked.sum().item() / tokens,
+        sequences=marked.any(1).double().mean().item(),
+        states=len({state_of(subject, obs, n, t) for n, t in marked.nonzero().tolist()}),
+        strength=peaks.strength.max().item(),
+        energy_share=middle(peaks.energy_share),
+        norm_ratio=middle(peaks.norm_ratio),
+        persistence=middle(peaks.persistence),
+        in_embedding=(side.strengths[0][marked] >= 1).double().mean().item() if marked.any() else None,
+        last=(side.strengths[last] >= 1).sum().item() / tokens if side.taps[last] is not None else None,
+        channels=order[:SHOWN].tolist(),
+    )
+
+
+def _outlier_channels(side: Side) -> list[OutlierChannel]:
+    """Channels that are large in nearly every token of some layer, those of most layers first."""
+    usual = [u for i, u in enumerate(side.usual) if u is not None and i in range(len(side.taps))[side.attended]]
+    found = Counter(channel for u in usual for channel in u.outlier_channels)
+    ratio = lambda channel: max((u.channels[channel] / u.layer).item() for u in usual if u.layer > 0)
+    return [
+        OutlierChannel(channel=channel, layers=n / len(usual), ratio=ratio(channel))
+        for channel, n in found.most_common(SHOWN)
+    ]
 
 
 def _sinks(subject: Subject, obs: Observation, null: Nulls) -> SinkFindings:
@@ -160,13 +255,16 @@ def _sinks(subject: Subject, obs: Observation, null: Nulls) -> SinkFindings:
     total = lambda name: torch.stack([a.sums[name] for a in obs.attention])
     per_layer = lambda name: (total(name) / N).tolist()
     ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()
+    slot = torch.tensor([0.0 if a.has_slot else torch.nan for a in obs.attention])[:, None]
     # in an encoder-decoder's cross-attention, positions of two texts: no distance
     same_text = torch.nan if subject.part == "cross" else 1.0
     uniform = torch.stack([_uniform(subject, int(n), T) for n in obs.tokens.sum(1)]).sum(0) / at_position
     hits = {name: rule.tokens(obs) for name, rule in SINK_RULES.items()}
     return SinkFindings(
         seams=[Place(layer=tap.layer, kind=tap.kind) for tap in subject.attends],
-        primary=f"alpha > {PRIMARY_SINK_EPSILON} in at least one head, keys with at least T/4 queries",
+        possible=[a.sinks_possible for a in obs.attention],
+        heads_needed=needed_heads(len(subject.heads)),
+        primary=SINK_RULES[PRIMARY_SINK_RULE].text,
         gu=[_sink_rates(obs, epsilon, total, at_position) for epsilon in EPSILONS],
         rules={name: RuleCount(**_count(obs, null, name, rule, hits[name])) for name, rule in SINK_RULES.items()},
         share=(obs.share.double().sum(0) / at_position).tolist(),
@@ -175,7 +273,7 @@ def _sinks(subject: Subject, obs: Observation, null: Nulls) -> SinkFindings:
         alpha_first=(total("alpha") / N)[..., 0].tolist(),
         any_sink_by_head=(obs.best_alpha > PRIMARY_SINK_EPSILON).double().mean(0).tolist(),
         first_argmax=per_layer("first_argmax"),
-        slot_share=(1 - total("mass") / total("queries")).clamp_min(0).round(decimals=6).tolist(),
+        slot_share=((1 - total("mass") / total("queries")).clamp_min(0).round(decimals=6) + slot).tolist(),
         entropy=per_layer("entropy"),
         distance=ratio(total("distance") * same_text, total("mass")),
         distance_without_sinks=ratio(total("distance_others") * same_text, total("mass_others")),
@@ -224,12 +322,15 @@ def _uniform(subject: Subject, n: int, T: int) -> torch.Tensor:
     return torch.nn.functional.pad(share, (0, T - n))
 
 
-def co_occurrence(obs: Observation) -> CoOccurrence:
+def co_occurrence(subject: Subject, obs: Observation) -> CoOccurrence:
     """Do the tokens that the two primary rules mark coincide?"""
-    spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], obs.sink_heads > 0
+    spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
+    one_state = lambda tokens: len({state_of(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}) == 1
     return CoOccurrence(
         **vars(_overlap(spike, sink, obs.tokens)),
         without_first=_overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
+        read=_overlap(obs.read.spikes[PRIMARY_SPIKE_RULE], sink, obs.tokens) if obs.read.known else None,
+        by_construction=len(obs.ids) > 1 and (one_state(spike) or one_state(sink)),
     )
 
 

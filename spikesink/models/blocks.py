@@ -1,7 +1,7 @@
 """Where in a transformers block the residual stream is: learned from the tensors of a trial run, not from names.
 
 A block is followed sub-layer by sub-layer: the tensor that is, bit by bit, the stream before plus something a module
-returned is the stream after it (pre-norm), or what a norm makes of that sum is (post-norm).
+returned is the sum after it. It goes on as it is (pre-norm), or as what a norm makes of it (post-norm).
 """
 
 import contextlib
@@ -52,6 +52,7 @@ class Event(NamedTuple):
     module: nn.Module
     place: str  # input, output
     value: torch.Tensor
+    only_reader: bool = False  # of an input: no other module is given this tensor
 
 
 class SeamCall(NamedTuple):
@@ -122,7 +123,7 @@ class Stack:
 
     def taps(self) -> "Taps":
         """The Taps of the Subject. Raises UserError if a block cannot be understood."""
-        found = Taps([Tap(-1, "embedding", self.blocks[0], "input")], {place: [] for place in PLACES}, [], [])
+        found = Taps([Tap(-1, "embedding", self.blocks[0], "input")], [], {place: [] for place in PLACES}, [], [])
         for layer, (block, seams, seen) in enumerate(zip(self.blocks, self.seams, self.seen, strict=True)):
             calls = [call for call in seen if isinstance(call, SeamCall)]
             check_block(block, seams, seen, calls)
@@ -132,17 +133,22 @@ class Stack:
             for i, step in enumerate(steps):
                 again = kinds[:i].count(step.kind)
                 kind = f"{step.kind}{again + 1}" if again else step.kind
-                if step.stream:
-                    found.streams.append(tap_of(layer, kind, step.stream))
+                if len(found.reads) < len(found.streams):
+                    found.reads.append(tap_of(layer, kind, step.normed) if step.normed else None)
+                if step.sum:
+                    found.streams.append(tap_of(layer, kind, step.sum))
                 for place, taps in found.inner.items():
                     if event := getattr(step, place):
                         taps.append(tap_of(layer, kind, event))
-            if not any(step.stream for step in steps):
+            if not steps:
+                found.reads.append(None)
+            if not any(step.sum for step in steps):
                 found.streams.append(Tap(layer, "block", block))
             for event in filter(is_output, seen):
                 of = next((step for step in steps if torch.equal(event.value, step.output.value)), None)
                 if of and of.norm:
                     found.gated.extend(gated_ffn(layer, event.module, of.norm))
+        found.reads.append(None)  # what the last norm makes of the stream is read by no block
         return found
 
 
@@ -150,14 +156,16 @@ class Taps(NamedTuple):
     """What of a Subject a stack of blocks determines."""
 
     streams: list[Tap]
+    reads: list[Tap | None]
     inner: dict[str, list[Tap]]
     gated: list[GatedFFN]
     attends: list[Tap]
 
 
 def tap_of(layer: int, kind: str, event: Event) -> Tap:
-    """The Tap where an Event was seen; what a module was only called with cannot be written there for others."""
-    return Tap(layer, kind, event.module, event.place, writable=event.place == "output")
+    """The Tap where an Event was seen; what a module was only called with cannot be written there for others, unless
+    it is the norm that the stream goes on through."""
+    return Tap(layer, kind, event.module, event.place, writable=event.place == "output" or event.only_reader)
 
 
 def check_block(block: nn.Module, seams: Sequence[nn.Module], seen: list[Seen], calls: list[SeamCall]) -> None:
@@ -196,10 +204,10 @@ def is_output(seen: Seen) -> TypeGuard[Event]:
 
 
 class Step(NamedTuple):
-    """A sub-layer of a block, as a trial run showed it: the stream after it, and the Events of PLACES."""
+    """A sub-layer of a block, as a trial run showed it: the sum after it, and the Events of PLACES."""
 
     kind: str
-    stream: Event | None  # None where a block adds all its updates at once
+    sum: Event | None  # the stream before plus the update; None where a block adds all its updates at once
     normed: Event | None
     output: Event
     update: Event
@@ -237,12 +245,13 @@ def _sequential(seen: list[Seen], start: int, stream: torch.Tensor) -> list[Step
             for after in (total, _norm_of(seen, i)):  # pre-norm: the sum is the stream; post-norm: its norm is
                 if after is None:
                     continue
+                goes_on = total._replace(only_reader=True) if after is not total else total
                 if torch.equal(after.value, last.value):
-                    return [_step(seen, seen[start - 1 :], stream, update, last)]
+                    return [_step(seen, seen[start - 1 :], stream, update, goes_on if after is not total else last)]
                 at = next(n for n in range(i, len(seen)) if seen[n] is after)
                 rest = _sequential(seen, at + 1, after.value)
                 if rest:
-                    return [_step(seen, seen[start - 1 : at], stream, update, after), *rest]
+                    return [_step(seen, seen[start - 1 : at], stream, update, goes_on), *rest]
     return None
 
 
@@ -268,7 +277,7 @@ def _norm_of(seen: list[Seen], i: int) -> Event | None:
     return next((event for event in filter(is_output, seen[i + 1 :]) if event.module is given.module), None)
 
 
-def _step(block: list[Seen], seen: list[Seen], stream: torch.Tensor, update: Event, after: Event | None) -> Step:
+def _step(block: list[Seen], seen: list[Seen], stream: torch.Tensor, update: Event, total: Event | None) -> Step:
     """The Step that adds `update` to `stream`, from what was seen between; `block` is what was seen of the whole."""
     kinds = [call.kind for call in seen if isinstance(call, SeamCall)]
     inputs = [event for event in events_in(seen) if event.place == "input"]
@@ -280,4 +289,4 @@ def _step(block: list[Seen], seen: list[Seen], stream: torch.Tensor, update: Eve
     if normed:
         made = [e for e in filter(is_output, block) if is_norm(e.module) and torch.equal(e.value, normed.value)]
         norm = made[0].module if made else nn.Identity() if torch.equal(normed.value, stream) else None
-    return Step(kinds[0] if kinds else "ffn", after, normed, output, update, norm)
+    return Step(kinds[0] if kinds else "ffn", total, normed, output, update, norm)

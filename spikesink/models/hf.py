@@ -113,24 +113,37 @@ class HFSeam(nn.Module):
         self.scaling = scaling
         self.causal = mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
+    @property
+    def rows(self) -> str:
+        """As of Seam."""
+        return "one" if self.sinks is None else "slot"
+
+    def seen(self, first: int, R: int, T: int) -> torch.Tensor:
+        """As of Seam. The first sequence's: batches hold sequences of one length, without padding."""
+        seen = self._seen(first, R, T, torch.device("cpu" if self.mask is None else self.mask.device))
+        return seen.expand(1, 1, R, T)[0, 0]
+
+    def _seen(self, first: int, R: int, T: int, device: torch.device) -> torch.Tensor:
+        """bool, broadcastable to (B, H, R, T)."""
+        if isinstance(self.mask, LazyMask):
+            return self.mask.rows(first, R, T)
+        if self.causal:
+            return torch.arange(T, device=device) <= torch.arange(first, first + R, device=device)[:, None]
+        if self.mask is None:
+            return torch.ones(1, 1, dtype=torch.bool, device=device)
+        rows = self.mask[..., first : first + R, :T]
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+
     def additive(self, first: int, R: int, T: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What the mask and the position bias add to the logits of a chunk of rows."""
-        if isinstance(self.mask, LazyMask):
-            seen = self.mask.rows(first, R, T)
-        elif self.causal:
-            query = torch.arange(first, first + R, device=device)[:, None]
-            seen = torch.arange(T, device=device) <= query
-        elif self.mask is None:
-            seen = torch.ones(1, 1, dtype=torch.bool, device=device)
-        elif self.mask.dtype == torch.bool:
-            seen = self.mask[..., first : first + R, :T]
-        else:  # additive, with the dtype's minimum for what is hidden
+        if isinstance(self.mask, torch.Tensor) and self.mask.dtype != torch.bool:
+            # additive itself, with the dtype's minimum for what is hidden
             rows = self.mask[..., first : first + R, :T].to(dtype)
             return rows if self.position_bias is None else rows + self.position_bias[:, :, first : first + R, :T]
         start = torch.zeros((), dtype=dtype, device=device)
         if self.position_bias is not None:
             start = self.position_bias[:, :, first : first + R, :T].to(dtype)
-        return torch.where(seen, start, torch.finfo(dtype).min)
+        return torch.where(self._seen(first, R, T, device), start, torch.finfo(dtype).min)
 
     def weights(
         self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None

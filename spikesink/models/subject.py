@@ -22,7 +22,18 @@ PLACES = {
 
 
 class Seam(Protocol):
-    """An attention seam, as Subject describes it, but for the call that makes it a module."""
+    """An attention seam, as Subject describes it, but for the call that makes it a module.
+
+    `rows`: what the rows of its map are: "one", they sum to one; "slot", to at most one, a slot that is no token has
+    the rest; "less", to at most one, and nothing has the rest.
+    """
+
+    @property
+    def rows(self) -> str:
+        """See above."""
+
+    def seen(self, first: int, R: int, T: int) -> torch.Tensor:
+        """Which of the first T keys the queries first ... first + R - 1 see: bool (R, T)."""
 
     def shares(
         self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
@@ -115,7 +126,10 @@ class GatedFFN:
 class Subject:
     """A model under observation, or one part of it.
 
-    `streams`: the taps, in the order of the forward pass. `inner`: taps off the stream, a list per place (PLACES),
+    `streams`: the taps, in the order of the forward pass: the stream's **sum** (what was there plus the update) after
+    the embedding and after each sub-layer, before a norm on the stream itself (post-norm). `reads`: as many, what the
+    next sub-layer **reads** of that sum, behind whatever norm stands between; None where that is not known. `inner`:
+    taps off the stream, a list per place (PLACES),
     each in the same order; a sub-layer whose parts could not be told apart has none. `attends`: the attention seams,
     whose module is called as (q, k, v, bias=None) with q (B, H, T, D) and has `shares(q, k, first, bias)` -> rows of
     the map (B, H, R, T), and `weights`, alike -> (what its values are multiplied with, what a slot adds). `n_register`:
@@ -138,6 +152,7 @@ class Subject:
     n_register: int
     decode: Callable[[int], str]
     logits: Callable[[torch.Tensor], torch.Tensor]
+    reads: list[Tap | None]
     inner: dict[str, list[Tap]] = field(default_factory=lambda: {place: [] for place in PLACES})
     gated: list[GatedFFN] = field(default_factory=list)
     causal: bool = True
@@ -158,7 +173,8 @@ class Subject:
             inner["normed"].append(Tap(layer, kind, f, "input"))
             inner["output"].append(Tap(layer, kind, f))
             inner["update"].append(Tap(layer, kind, sub_layer.update))
-            streams.append(Tap(layer, kind, sub_layer.stream))
+            post = not isinstance(sub_layer.norm_after, nn.Identity)
+            streams.append(Tap(layer, kind, *((sub_layer.norm_after, "input") if post else (sub_layer.stream,))))
             if hasattr(f, "attend"):
                 seams.append(Tap(layer, kind, f.attend))
             gated += gated_ffn(layer, f, sub_layer.norm_before)
@@ -172,6 +188,7 @@ class Subject:
             config.n_register,
             decode,
             lambda ids: model(ids)[0],
+            [*inner["normed"], None],
             inner,
             gated,
             rebuild=lambda: cls.of_gpt(type(model)(config).to(next(model.parameters())), decode),
@@ -182,6 +199,12 @@ class Subject:
     def _stage_of(self) -> dict[nn.Module, int]:
         inside = lambda stage: (m for module in stage.modules() for m in (module, getattr(module, SEAM, module)))
         return {module: i for i, stage in enumerate(self.stages) for module in inside(stage)}
+
+    @property
+    def attended(self) -> slice:
+        """The taps whose stream some attention reads: all but the last, which is there for the unembedding, unless a
+        decoder attends to it."""
+        return slice(0, len(self.streams) if self.part in ("encoder", "cross") else -1)
 
     @property
     def writable(self) -> list[Tap]:

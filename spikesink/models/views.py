@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..hooks import Tap
+from ..hooks import Tap, hooked
 from . import hf
 from .blocks import Stack, outermost_lists, stacks_of
 from .subject import SEAM, Seam, gpt_in, sub_layers_of
@@ -66,11 +66,32 @@ def of_gpt(model: nn.Module) -> View | None:
     if gpt is None:
         return None
     # sub-layers, not the taps inside them, which compiled code does not call
-    taps = [Tap(*sub_layer) for sub_layer in sub_layers_of(gpt)]
+    taps = [Tap(layer, kind, s, made=_sum_of(s)) for layer, kind, s in sub_layers_of(gpt)]
     attends = [
         Attention(tap.name, tap.module, _of_sub_layer(tap.module)) for tap in taps if hasattr(tap.module.f, "attend")
     ]
     return View(gpt, [Tap(-1, "embedding", gpt.transformer.stream), *taps], attends)
+
+
+def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None:
+    """None where a sub-layer returns its sum. Where a norm follows on it, what makes the sum anew, as it is written and
+    not compiled, with dropout drawn anew: what the sub-layer made of it is not at hand."""
+    if isinstance(sub_layer.norm_after, nn.Identity):
+        return None
+
+    def made(args: tuple, kwargs: dict[str, Any], output: Any) -> torch.Tensor:
+        sums: list[torch.Tensor] = []
+        device = args[0].device.type
+        cast = torch.is_autocast_enabled(device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hooked(before=[(sub_layer.norm_after, lambda m, args, kwargs: sums.append(args[0]))]))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False))
+            type(sub_layer).forward(sub_layer, *args, **kwargs)
+        return sums[0]
+
+    return made
 
 
 def _of_sub_layer(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]:

@@ -25,7 +25,7 @@ from ..measure.findings import (
     PromptHead,
     TokenRow,
 )
-from ..measure.sinks import PRIMARY_SINK_EPSILON
+from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO, SPIKE_RULES
 from .drawing import (
     GREY,
@@ -71,7 +71,7 @@ def _matrix(found: Found) -> Canvas:
     figure.set_layout_engine("none")
     axes: Any = figure.add_axes((0.0, 0.04, 0.93, 1.0), projection="3d", computed_zorder=False)
     lines = [[(x, t, z) for x, z in zip(starts, row, strict=True)] for t, row in enumerate(values.tolist())]
-    spikes = values.max(1) >= SPIKE_RATIO * of.median
+    spikes = examples_of(found).sequences[0].spikes[: len(values)]
     colors = [SPIKE if spike else GREY for spike in spikes]
     axes.add_collection3d(Line3DCollection(lines[::-1], colors=colors[::-1], linewidths=0.7))
     axes.set(xlim=(0, of.n_channels - 1), ylim=(len(values) - 1, 0), zlim=(0, float(values.max()) or 1))
@@ -91,7 +91,7 @@ def _matrix_caption(found: Found) -> str:
     pooled = ", neighbouring channels by their largest" if values.shape[1] < of.n_channels else ""
     return (
         f"|h| of every token and channel after {of.layer} (median {of.median:.3g}), in the first {len(values)} "
-        f"tokens of the first sequence{pooled}. Coloured: tokens at {SPIKE_RATIO:g} x the median or more."
+        f"tokens of the first sequence{pooled}. Coloured: spike tokens."
     )
 
 
@@ -215,8 +215,8 @@ def _text_caption(found: Found) -> str:
     examples = examples_of(found)
     return (
         f"The first sequence. Colour: the token's largest |h| after {examples.layers[best_layer(examples)]} over "
-        f"that layer's median, from 1 (none) to 1000 (full), on a log scale. Underlined: a spike ({SPIKE_RATIO:g} x "
-        f"the median or more, anywhere). Boxed: a sink (alpha > {PRIMARY_SINK_EPSILON} in at least one head)."
+        f"that layer's median, from 1 (none) to 1000 (full), on a log scale. Underlined: a spike, at any "
+        f"layer. Boxed: a sink (alpha > {PRIMARY_SINK_EPSILON} in at least one head)."
     )
 
 
@@ -279,8 +279,8 @@ def _co_occurrence_caption(found: Findings) -> str:
         within = f" [{number(ci[0], '.2f')}, {number(ci[1], '.2f')}]" if ci else ""
         lift = f"{of.lift:.2f}{within}, p {of.p_permutation:.2g}"
     return (
-        f"Tokens that are spikes ({SPIKE_RATIO:g} x the median or more), sinks (alpha > {PRIMARY_SINK_EPSILON} in at "
-        f"least one head), or both. Lift over the permutation among equal positions: {lift}; 1 means that position "
+        f"Tokens that are spikes, sinks (alpha > {PRIMARY_SINK_EPSILON} in at "
+        f"least {HEAD_SHARE:.0%} of heads), or both. Lift over the permutation among equal positions: {lift}; 1 means that position "
         "alone explains the overlap."
     )
 
@@ -386,7 +386,7 @@ def _history_caption(rows: Sequence[HistoryRow]) -> str:
     said = "; ".join(f"{title}: {text}" for title, text in history.COLUMNS.values())
     return (
         f"Over training, steps {rows[0].step:,} to {rows[-1].step:,} ({len(rows)} points). {said}. Dashed: the "
-        f"spike rule, {SPIKE_RATIO:g} x the median."
+        f"first part of the spike rule, {SPIKE_RATIO:g} x the median."
     )
 
 

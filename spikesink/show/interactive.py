@@ -10,7 +10,6 @@ from plotly.offline import get_plotlyjs
 
 from ..measure.findings import ExamplesEntry
 from ..measure.sinks import PRIMARY_SINK_EPSILON
-from ..measure.spikes import SPIKE_RATIO
 from ..schema import to_json
 from .figures import best_layer, largest_matrix
 from .text import visible
@@ -42,7 +41,6 @@ def live(name: str, examples: ExamplesEntry | None) -> dict[str, Any] | None:
             **to_json(replace(examples, sequences=sequences)),
             "best_layer": best_layer(examples),
             "best_matrix": matrices.index(largest_matrix(examples)[0]) if matrices else None,
-            "ratio": SPIKE_RATIO,
             "epsilon": PRIMARY_SINK_EPSILON,
         },
     }

@@ -11,7 +11,7 @@ from ..files import save_bytes, save_text
 from ..measure import history
 from ..measure.findings import Findings, PromptFindings
 from ..measure.sinks import PRIMARY_SINK_EPSILON
-from ..measure.spikes import SPIKE_RATIO
+from ..measure.spikes import PRIMARY
 from . import ablation_text, report
 from .text import number, visible
 
@@ -36,7 +36,7 @@ def write_page(
         loader=jinja2.FileSystemLoader([templates, PAGES]), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"visible": visible, "number": number}
-    environment.globals |= {"plotly": interactive.plotly, "ratio": SPIKE_RATIO, "epsilon": PRIMARY_SINK_EPSILON}
+    environment.globals |= {"plotly": interactive.plotly, "spike_rule": PRIMARY.text, "epsilon": PRIMARY_SINK_EPSILON}
     alive = [live for live in alive if live]
     save_text(path, environment.get_template(template).render(alive=alive, **values))
 

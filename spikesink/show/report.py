@@ -18,13 +18,14 @@ from ..measure.findings import (
     Measures,
     Overlap,
     PromptFindings,
+    SideStats,
     SinkFindings,
     Skipped,
     Vocabulary,
 )
 from ..measure.rules import BEST_HEAD, Rule
-from ..measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES
-from ..measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RATIO, SPIKE_RULES
+from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES, needed_heads
+from ..measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 from . import ablation_text
 from .text import Column, Table, grid, interval, number, table, turned, visible
 
@@ -55,20 +56,58 @@ def verdict_lines(findings: Findings) -> list[str]:
 
 def summary(findings: Findings) -> list[str]:
     """What was found, a sentence each for spikes, sinks and co-occurrence, with the numbers."""
-    layer = max(findings.layers, key=lambda layer: layer.ratio)
-    spikes, sinks = findings.spikes, findings.sinks
-    rule, top, gu = spikes.primary_rule, spikes.tokens[0], sinks.at(PRIMARY_SINK_EPSILON)
+    sinks = findings.sinks
+    gu = sinks.at(PRIMARY_SINK_EPSILON)
     return [
-        f"Spikes: largest |h| {top.magnitude:.4g} at position {top.position} ({visible(top.text)}), channel "
-        f"{top.channel}. Largest ratio: top-1 {layer.top1:.4g} is {layer.ratio:.0f}x the "
-        f"median after {layer.name}. {rule.tokens} tokens ({rule.fraction:.2%}) meet {rule.threshold}; "
-        f"{spikes.rules['massive'].tokens} the absolute rule of Sun et al.",
+        _spike_sentences(findings),
         f"Sinks: Gu et al.'s Sink_1 at epsilon {gu.epsilon} is {gu.first:.1%} {interval(gu.first_ci95, '.1%')} of "
         f"heads; the strongest key with at least T/4 queries is position {gu.best_eligible.position}, "
         f"{gu.best_eligible.rate:.1%}. Position 0 holds {sinks.share[0]:.1%} of all attention; "
-        f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see.",
+        f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see. A token is called a sink "
+        f"if it is one in at least {sinks.heads_needed} of the {sum(map(len, sinks.alpha_first))} heads."
+        + _windows(sinks),
         _overlap_sentence(findings.co_occurrence),
     ]
+
+
+def _spike_sentences(findings: Findings) -> str:
+    spikes, top = findings.spikes, findings.spikes.tokens[0]
+    here, layer = spikes.sum, findings.layers[top.index]
+    lines = [
+        f"Spikes: {here.tokens} tokens ({here.fraction:.2%}) are spikes, in {here.sequences:.0%} of sequences; they are "
+        f"{here.states} different {'state' if here.states == 1 else 'states'}. The rule: {spikes.primary_rule.threshold}.",
+        f"The strongest is {visible(top.text)} at position {top.position}: |h| {top.magnitude:.4g} in channel "
+        f"{top.channel} after {layer.name}, {top.magnitude / layer.usual.layer:.0f} x the median there and "
+        f"{top.strength:.1f} x the threshold, with {top.energy_share:.0%} of the token's energy and "
+        f"{top.norm_ratio:.3g} x a typical token's norm.",
+    ]
+    if here.in_embedding:
+        lines.append(
+            f"{here.in_embedding:.0%} of them are spikes in the embedding already: there a spike is a parameter."
+        )
+    if spikes.read:
+        read = spikes.read
+        lines.append(
+            f"Behind the norms, as sub-layers read the stream, {read.tokens} tokens ({read.fraction:.2%}) are, in "
+            f"{read.sequences:.0%} of sequences."
+        )
+    if here.last is not None:
+        lines.append(f"At the last tap, which no attention reads, {here.last:.2%} of tokens are.")
+    outliers = ", ".join(
+        f"{of.channel} ({of.ratio:.0f}x, {of.layers:.0%} of layers)" for of in spikes.outlier_channels[:5]
+    )
+    if outliers:
+        lines.append(f"Outlier channels, large in nearly every token and so no spikes: {outliers}.")
+    lines.append(f"The absolute rule of Sun et al. marks {spikes.rules['massive'].tokens} tokens.")
+    return " ".join(lines)
+
+
+def _windows(sinks: SinkFindings) -> str:
+    """Which layers cannot have a sink."""
+    names = [seam.name for seam, possible in zip(sinks.seams, sinks.possible, strict=True) if not possible]
+    return (
+        f" In {', '.join(names)} the window is too short for a sink: fewer than T/4 queries see a key." if names else ""
+    )
 
 
 def _overlap_sentence(both: CoOccurrence) -> str:
@@ -78,6 +117,12 @@ def _overlap_sentence(both: CoOccurrence) -> str:
             "by these rules."
         )
     ci = both.ci95
+    if both.by_construction:
+        return (
+            f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%}, P(spike | sink) "
+            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so this is "
+            f"one observation, and that position explains it is so by construction. {_without_first(both.without_first)}"
+        )
     return (
         f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%} {interval(ci.p_sink_given_spike, '.0%')}, "
         f"P(spike | sink) {both.p_spike_given_sink:.0%} {interval(ci.p_spike_given_sink, '.0%')}, lift over what "
@@ -146,13 +191,20 @@ def _form_lines(of: Anatomy) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ tables
 
+Sides = tuple[SideStats, SideStats | None]  # a tap's sum, and what is read of it
+_of_sum = lambda key: lambda sides: attrgetter(key)(sides[0])
+_of_read = lambda key: lambda sides: None if sides[1] is None else attrgetter(key)(sides[1])
 LAYER = (
-    Column("after", attrgetter("name")),
-    *(Column(key, attrgetter(key), ".4g") for key in ("top1", "top2", "top3", "median")),
-    Column("top1/median", attrgetter("ratio"), ".1f"),
-    Column("MMR", attrgetter("mmr")),
-    Column("kurtosis", attrgetter("kurtosis")),
-    Column("max", attrgetter("max"), ".4g"),
+    Column("after", _of_sum("name")),
+    Column("top1", _of_sum("top1"), ".4g"),
+    Column("median", _of_sum("median"), ".4g"),
+    Column("top1/median", _of_sum("ratio"), ".1f"),
+    Column("kurtosis", _of_sum("kurtosis")),
+    Column("max", _of_sum("max"), ".4g"),
+    Column("spike tokens", _of_sum("spike_tokens"), ".2%"),
+    Column("outlier channels", lambda sides: len(sides[0].usual.outlier_channels), "d"),
+    Column("as read: top1/median", _of_read("ratio"), ".1f"),
+    Column("spike tokens", _of_read("spike_tokens"), ".2%"),
 )
 # title -> of the sinks, numbers by layer and head (L, H)
 HEAD: dict[str, Callable[[SinkFindings], list[list[float]]]] = {
@@ -162,16 +214,21 @@ HEAD: dict[str, Callable[[SinkFindings], list[list[float]]]] = {
     "argmax=1": attrgetter("first_argmax"),
     "|v_1|/mean": attrgetter("first_value_norm_ratio"),
     "|v_sink|/mean": attrgetter("sink_value_norm_ratio"),
-    "to no key": attrgetter("slot_share"),
+    "to the slot": attrgetter("slot_share"),
     "entropy": attrgetter("entropy"),
     "distance": attrgetter("distance"),
     "without sinks": attrgetter("distance_without_sinks"),
 }
 LARGEST_TOKEN = (
-    Column("largest tokens", lambda token: visible(token.text)),
+    Column("strongest tokens", lambda token: visible(token.text)),
     Column("position", attrgetter("position"), "d"),
     Column("occurrences", attrgetter("occurrences"), "d"),
     Column("|h|", attrgetter("magnitude"), ".4g"),
+    Column("x threshold", attrgetter("strength"), ".2f"),
+    Column("channel", attrgetter("channel"), "d"),
+    Column("energy there", attrgetter("energy_share"), ".0%"),
+    Column("norm/typical", attrgetter("norm_ratio"), ".3g"),
+    Column("layers", attrgetter("persistence"), ".0%"),
     Column("rules", lambda token: ", ".join(token.rules)),
 )
 HISTORY = (
@@ -182,14 +239,16 @@ VOCABULARY_TOKEN = (
     Column("token", lambda token: visible(token.text)),
     Column("id", attrgetter("id"), "d"),
     Column("|h|/median", attrgetter("ratio"), ".1f"),
+    Column("x threshold", attrgetter("strength"), ".2f"),
     Column("channel", attrgetter("channel"), "d"),
     Column("after", attrgetter("place.name")),
 )
 
 
 def layer_table(findings: Findings) -> Table:
-    """A row per tap of the residual stream."""
-    return table(LAYER, findings.layers)
+    """A row per tap of the residual stream: its sum, and behind the norm, as the next sub-layer reads it."""
+    reads = {row.index: row for row in findings.reads}
+    return table(LAYER, [(row, reads.get(row.index)) for row in findings.layers])
 
 
 def head_table(findings: Findings, strongest: int | None = None) -> Table:
@@ -286,8 +345,8 @@ def _terminal_part(findings: Findings, heads: int = 16) -> str:
 # ----------------------------------------------------------------------------------------------- a prompt
 
 PROMPT_NOTE = (
-    "|h|: the token's largest magnitude in the residual stream, after which sub-layer, and against that layer's median "
-    "on this text. share: of all attention. alpha: mean attention from the queries that can see the token, in the head "
+    "|h|: the token's magnitude in the residual stream where it is most above the spike rule's threshold, after which "
+    "sub-layer, and against that layer's median and the threshold on ordinary text. share: of all attention. alpha: mean attention from the queries that can see the token, in the head "
     "that gives it most; * fewer than T/4 queries, where ordinary local attention is large too."
 )
 
@@ -300,6 +359,7 @@ def prompt_table(found: PromptFindings) -> Table:
         Column("position", attrgetter("position"), "d"),
         Column("|h|", attrgetter("magnitude"), ".4g"),
         Column("x median", attrgetter("ratio"), ".1f"),
+        Column("x threshold", attrgetter("strength"), ".2f"),
         Column("channel", attrgetter("channel"), "d"),
         Column("after", attrgetter("after")),
         Column("rules", lambda token: ", ".join(token.rules)),
@@ -332,14 +392,15 @@ def prompt_sentence(found: PromptFindings) -> str:
     """What stands out in a prompt."""
     tokens = found.tokens
     place = lambda token: f"{visible(token.text)} at position {token.position}"
-    peak, most = max(tokens, key=attrgetter("ratio")), max(tokens, key=attrgetter("share"))
+    peak, most = max(tokens, key=attrgetter("strength")), max(tokens, key=attrgetter("share"))
     spikes = sum(PRIMARY_SPIKE_RULE in token.rules for token in tokens)
-    sinks = sum(bool(token.sink_heads) and not token.few_queries for token in tokens)
+    needed = needed_heads(len(found.heads))
+    sinks = sum(token.sink_heads >= needed for token in tokens)
     return (
-        f"Of {len(tokens)} tokens {spikes} {'is a spike' if spikes == 1 else 'are spikes'} (|h| at least "
-        f"{SPIKE_RATIO:g} x the layer's median) and {sinks} {'a sink' if sinks == 1 else 'sinks'} (alpha > "
-        f"{PRIMARY_SINK_EPSILON} in at least one head). Largest: {place(peak)}, {peak.ratio:.1f} x the median. Most "
-        f"attention over all heads: {place(most)}, {most.share:.1%}."
+        f"Of {len(tokens)} tokens {spikes} {'is a spike' if spikes == 1 else 'are spikes'}, compared with what "
+        f"is usual on ordinary text, and {sinks} {'a sink' if sinks == 1 else 'sinks'} (alpha > "
+        f"{PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of heads). Strongest: {place(peak)}, {peak.ratio:.1f} x "
+        f"the median and {peak.strength:.2f} x the spike threshold. Most attention over all heads: {place(most)}, {most.share:.1%}."
     )
 
 
@@ -390,6 +451,11 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("largest top1/median", attrgetter("largest_ratio"), ".1f"),
         Column("largest kurtosis", attrgetter("largest_kurtosis")),
         *_compared_rules(SPIKE_RULES),
+        Column(
+            "spike tokens as read, behind the norms", lambda f: f.spikes.read.fraction if f.spikes.read else None, ".2%"
+        ),
+        Column("spike tokens at the last tap", attrgetter("spikes.sum.last"), ".2%"),
+        Column("outlier channels", lambda f: len(f.spikes.outlier_channels), "d"),
         Column(f"Sink_1 ({PRIMARY_SINK_EPSILON})", lambda f: sink_1(f.sinks.at(PRIMARY_SINK_EPSILON))),
         *_compared_rules(SINK_RULES),
         Column("best head, of sequences", lambda f: f.measures.rules[PRIMARY_SINK_RULE].best_head, ".0%"),

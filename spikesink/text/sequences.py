@@ -1,5 +1,6 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ class Reader:
         if options.n_seq and len(ids) < wanted:
             raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
         return Sequences(ids if tokens is not None and not options.n_seq else ids[:wanted], name, bos)
+
+    def ordinary(self, options: Options, wanted: int) -> torch.Tensor:
+        """Up to `wanted` sequences (N, T) of the text that is read by default; where that is not at hand, of Python's
+        documentation. Raises UserError."""
+        plain = dataclasses.replace(options, data=None, text=None, tokens=None, n_seq=None)
+        try:
+            return self.sequences(plain, wanted).ids
+        except UserError:
+            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), wanted).ids
 
     def of_dataset(self, name: str, seq_len: int, wanted: int) -> torch.Tensor:
         """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.

@@ -94,7 +94,7 @@ function textFigure(figure, data) {
     bar.style.background = `linear-gradient(90deg, transparent, color-mix(in srgb, var(${view.of}) 60%, transparent))`;
     legend.replaceChildren(
       make("span", {}, view.ends[0], bar, view.ends[1]),
-      make("span", {}, make("b", { className: "spike", textContent: "token" }), ` spike, at least ${data.ratio} x the median`),
+      make("span", {}, make("b", { className: "spike", textContent: "token" }), " a spike"),
       make("span", {}, make("b", { className: "sink", textContent: "token" }),
         view.head ? ` sink in this head, above ${percent(data.epsilon)}` : ` sink in at least one head`));
     if (chosen >= 0 && chosen < one.texts.length) tell(chosen);
