@@ -7,6 +7,7 @@ quadratic form x^T U_k x with U_k = sum_i W_down[k,i] W_gate[i] W_up[i]^T.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from ..models.subject import PLACES, Subject, batches, for_heads
 from .findings import (
     Anatomy,
     ChannelForm,
+    Episode,
     KeyDimensions,
     KeySubspace,
     LayerStats,
@@ -29,9 +31,9 @@ from .findings import (
     StepChange,
     Steps,
 )
-from .observe import Observation, StreamStats, state_at, state_of
+from .observe import Observation, Side, StreamStats, state_at, state_of
 from .sinks import sinks_in
-from .spikes import PRIMARY_SPIKE_RULE, Usual
+from .spikes import PRIMARY_SPIKE_RULE
 
 SEQUENCES, PER_SEQUENCE = 16, 4  # how many are dissected, and tokens in each
 CHANNELS = 8
@@ -61,7 +63,8 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
     seen = Dissected(
         tokens=torch.cat((tokens, other_tokens(obs, tokens, generator))),
         rows={place: [torch.zeros(0)] * len(taps) for place, taps in _taps(subject).items()},
-        stats={place: [StreamStats() for _ in taps] for place, taps in subject.inner.items()},
+        # what sub-layers read was measured already, on all sequences
+        stats={place: [StreamStats() for _ in subject.inner[place]] for place in ("output", "update")},
         sink_keys=[[] for _ in subject.attends],
         other_keys=[[] for _ in subject.attends],
         generator=generator,
@@ -79,6 +82,7 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
         n_seq=len(sequences),
         tokens=K,
         distinct_tokens=len(distinct),
+        episodes=episodes(obs.sum, subject.streams),
         **vars(steps),
         normed_cosine=[
             NormedCosine(layer=tap.layer, kind=tap.kind, spikes=mean_cosine(x[:K][distinct]), others=mean_cosine(x[K:]))
@@ -91,7 +95,7 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
             ]
             for place, of_place in seen.stats.items()
         },
-        places=PLACES,
+        places={place: PLACES[place] for place in seen.stats},
         key_subspace=[
             KeySubspace(layer=tap.layer, kind=tap.kind, heads=key_subspace(sinks, others, subject.n_head))
             for tap, sinks, others in keys
@@ -153,7 +157,7 @@ def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor,
             rows[index] = torch.zeros(len(seen.tokens), x.size(-1))
         rows[index][mine] = x[b, t].cpu()
         if place in seen.stats:
-            seen.stats[place][index].add(x, Usual.unknown(x))
+            seen.stats[place][index].add(x)
 
     places = _taps(subject).items()
     taps = [(tap, functools.partial(record, place, i)) for place, of in places for i, tap in enumerate(of)]
@@ -231,6 +235,42 @@ def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> Steps:
         peak=Step(**named(at), tokens=(peak_tap == at).double().mean().item()),
         channels=channels,
     )
+
+
+def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
+    """The runs of taps over which the spike tokens of a side stand, those that start at the same tap together, of at
+    least a twentieth of the tokens.
+
+    A run has a tap where the token is a spike, and holds on while its |h| is at least half the threshold.
+    """
+    attended, marked = side.attended, side.spikes[PRIMARY_SPIKE_RULE]
+    strength = side.strengths[attended][:, marked]  # (taps, K)
+    size, channels = side.magnitudes[attended][:, marked], side.channels[attended][:, marked]
+    runs: dict[int, list[tuple[int, int, int]]] = {}  # first tap -> (last tap, token, the tap of its largest |h|)
+    for token, held in enumerate((strength >= 0.5).T.tolist()):
+        for holds, group in itertools.groupby(range(len(held)), held.__getitem__):
+            run = [*group]
+            if holds and bool((strength[run, token] >= 1).any()):
+                runs.setdefault(run[0], []).append((run[-1], token, run[int(size[run, token].argmax())]))
+    step = lambda i, n: Step(index=i, layer=taps[i].layer, kind=taps[i].kind, tokens=n / strength.size(1))
+    found = []
+    for start, rows in sorted(runs.items()):
+        if len(rows) < strength.size(1) / 20:
+            continue
+        ends, tokens, peaks = (torch.tensor(column) for column in zip(*rows, strict=True))
+        end, peak = int(ends.mode().values), size[peaks, tokens]
+        usual = torch.stack([u.layer.cpu() for u in side.usual[attended] if u is not None])
+        found.append(
+            Episode(
+                start=step(start, len(rows)),
+                end=step(end, int((ends == end).sum())),
+                tokens=len(rows) / strength.size(1),
+                channel=int(channels[peaks, tokens].mode().values),
+                magnitude=peak.median().item(),
+                ratio=(peak / usual[peaks].clamp_min(1e-30)).median().item(),
+            )
+        )
+    return found
 
 
 def shared_channels(x: torch.Tensor) -> list[SharedChannel]:

@@ -15,17 +15,19 @@ The last four run the trained model, so what stays in them is a finding, not a f
 kept in the others. Those that measure the trained model compare with what is usual on ordinary text.
 """
 
+import math
+
 import torch
 
 from ..models.subject import Subject
 from ..text.sequences import PADDING
 from . import metrics
 from .findings import (
+    CoOccurrence,
     CurvePoint,
     FalsePositives,
     Measures,
     Nulls,
-    Overlap,
     Rate,
     RateVerdict,
     RuleRates,
@@ -151,9 +153,16 @@ def measures(obs: Observation) -> Measures:
         largest_ratio=obs.sum.ratio.max().item(),
         kurtosis=max(stats.result().kurtosis for stats in obs.sum.stats[obs.sum.attended]),
         first_alpha=obs.first_alpha.mean().item(),
+        p_sink_given_spike=sinks_among(obs, obs.spikes[PRIMARY_SPIKE_RULE]),
         rules=rates(obs),
         curves=curves(obs),
     )
+
+
+def sinks_among(obs: Observed, spikes: torch.Tensor) -> float:
+    """P(sink | spike): the share of the spike tokens (N, T) that the primary rule calls sinks; nan without any."""
+    sinks = SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
+    return (sinks & spikes).sum().item() / int(spikes.sum()) if spikes.any() else float("nan")
 
 
 def rates(obs: Observation) -> dict[str, RuleRates]:
@@ -223,7 +232,7 @@ def _rate(rate: float, n: int, tests: int = 1) -> Rate:
 def verdicts(
     obs: Observation,
     null: Nulls,
-    overlap: Overlap,
+    overlap: CoOccurrence,
     heads: list[str],
     parameters: int,
     step: int | None,
@@ -237,7 +246,7 @@ def verdicts(
     """
     weak = weakness(len(obs.ids), parameters, step, trained_tokens)
     spike, sink = spike_verdict(obs, null, weak), sink_verdict(obs, null, weak, heads)
-    return Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weak))
+    return Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weak, null))
 
 
 def spike_verdict(obs: Observation, null: Nulls, weak: list[str]) -> RateVerdict:
@@ -315,12 +324,18 @@ def _verdict(
     return RateVerdict(verdict=verdict, reason=reason, rate=share.rate, ci95=ci, null=false, holds=holds)
 
 
-def co_verdict(spike: Verdict, sink: Verdict, overlap: Overlap, weak: list[str]) -> Verdict:
-    """Do spikes and sinks fall on the same tokens, and does position alone explain it?"""
+def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weak: list[str], null: Nulls) -> Verdict:
+    """Do spikes and sinks fall on the same tokens, and does position alone explain it?
+
+    Where either are one state, the same in every sequence, all sequences are one observation; then the text without
+    its fixed first token decides.
+    """
     missing = [name for name, of in (("spikes", spike), ("sinks", sink)) if of.verdict != "present"]
     if missing:
         reason = f"{' and '.join(missing)} are not present: nothing to compare"
         return Verdict(verdict="underpowered", reason=reason)
+    if overlap.by_construction:
+        return _of_one_state(overlap, null)
     ci, lift_ci = overlap.ci95.lift_anywhere, overlap.ci95.lift
     reason = f"P(sink | spike) is {overlap.p_sink_given_spike:.0%}, {overlap.lift_anywhere:.3g}"
     reason += f" [{ci[0]:.3g}, {ci[1]:.3g}] times what chance over all tokens gives" if ci else " times chance"
@@ -338,3 +353,16 @@ def co_verdict(spike: Verdict, sink: Verdict, overlap: Overlap, weak: list[str])
         return Verdict(verdict="absent", reason=reason)
     more = f"; absence would need more: {', '.join(weak)}" if weak else "; the interval leaves room for much more"
     return Verdict(verdict="underpowered", reason=reason + more)
+
+
+def _of_one_state(overlap: CoOccurrence, null: Nulls) -> Verdict:
+    reason = (
+        f"P(sink | spike) is {overlap.p_sink_given_spike:.0%}, but the spikes or the sinks are one state, the same in "
+        "every sequence: one observation, and what every permutation of sequences leaves as it is"
+    )
+    other = null.get("no_first")
+    if not isinstance(other, Measures) or math.isnan(other.p_sink_given_spike):
+        more = "no spikes" if isinstance(other, Measures) else "nothing measured"
+        return Verdict(verdict="underpowered", reason=f"{reason}; without that first token there are {more}")
+    reason += f"; without that first token it is {other.p_sink_given_spike:.0%}, in {other.n_seq} sequences"
+    return Verdict(verdict="present" if other.p_sink_given_spike > MAJORITY else "underpowered", reason=reason)

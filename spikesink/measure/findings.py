@@ -192,6 +192,7 @@ class Measures(Record):
     largest_ratio: float
     kurtosis: float
     first_alpha: float
+    p_sink_given_spike: float
     rules: dict[str, RuleRates]
     curves: dict[str, list[CurvePoint]]
 
@@ -517,13 +518,27 @@ class QuadraticForm(Record):
     largest_norms: list[int]
 
 
+class Episode(Record):
+    """A run of taps over which spikes stand, from `start` to `end` (their indices), told by the commonest channel and
+    the median of the largest |h|, and of that over the median |h| of its tap. `tokens`: the share of the spike tokens
+    that have one starting there."""
+
+    start: Step
+    end: Step
+    tokens: float
+    channel: int
+    magnitude: float
+    ratio: float
+
+
 class Anatomy(Steps):
-    """`of`: which tokens, in words. `inner`: the tensors off the stream, by place; `places`: what these are."""
+    """`of`: which tokens, in words. `episodes`: see Episode, in order; none where no token is a spike. `inner`: the tensors off the stream, by place; `places`: what these are."""
 
     of: str
     n_seq: int
     tokens: int
     distinct_tokens: int
+    episodes: list[Episode]
     normed_cosine: list[NormedCosine]
     inner: dict[str, list[LayerStats]]
     places: dict[str, str]

@@ -152,11 +152,11 @@ class Look:
         states = [stream[rows, span].float() for rows, span in self.parts or ()]
         usual = Usual.of(torch.cat([x.flatten(0, 1) for x in states]))  # the batch is ordinary text
         for i, x in enumerate(states):
-            batch = stats.add(x, usual)
+            batch = stats.add(x)
             B, T, C = batch.x.shape
             if len(self.spikes) == i:
                 self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
-            self.spikes[i].view(-1)[rule.marked(batch) // C] = True
+            self.spikes[i].view(-1)[rule.marked(batch, usual, batch.strength(usual)) // C] = True
         found = stats.result()
         self.layers[name] = {
             "top1": found.top1,

@@ -37,39 +37,24 @@ class StreamStats:
         self.largest = 0.0
         self.channel_power = torch.zeros((), dtype=torch.float64)  # (C,) once there is one, sum over tokens of x^2
 
-    def add(self, x: torch.Tensor, usual: Usual) -> TapBatch:
+    def add(self, x: torch.Tensor) -> TapBatch:
         """Takes in x (B, T, C) of B sequences. Returns what the rules need of it."""
         B, T, C = x.shape
         self.sequences, self.tokens = self.sequences + B, self.tokens + B * T
         size = x.abs()
         magnitude, channel = size.max(dim=-1)
-        flat = size.view(B, -1)
-        median, *limits = metrics.quantiles(metrics.histogram(flat), (0.5, *(p / 100 for p in PERCENTILES))).unbind(1)
-        top = (flat > limits[0][:, None]).flatten().nonzero()[:, 0]
+        counts = metrics.histogram(size.view(B, -1))
+        median = metrics.quantiles(counts, [0.5])[:, 0]
         tokens = magnitude.topk(min(3, T), dim=1).indices  # of the three largest entries
         largest = size[torch.arange(B, device=x.device)[:, None], tokens].flatten(1).topk(min(3, T * C)).values
-        std, mean = torch.std_mean(x, (1, 2))
-        kurtosis = metrics.entry_kurtosis(x)
         self._sum("top", largest)
         self._sum("median", median)
-        self._sum("entry kurtosis", kurtosis.nan_to_num(0.0))
+        self._sum("entry kurtosis", metrics.entry_kurtosis(x).nan_to_num(0.0))
         self.largest = max(self.largest, magnitude.max().item())
         power = torch.linalg.vector_norm(x, dim=(0, 1)).double().square().cpu()
         self.channel_power = self.channel_power + power
-        return TapBatch(
-            x,
-            usual,
-            magnitude,
-            channel,
-            norm=torch.linalg.vector_norm(x, dim=-1),
-            strength=(size * usual.per_threshold).amax(-1),
-            median=median,
-            mean=mean,
-            std=std,
-            percentiles=dict(zip(PERCENTILES, limits, strict=True)),
-            top=top,
-            top_size=flat.flatten()[top],
-        )
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        return TapBatch(x, size, magnitude, channel, norm, counts, median, x.mean((1, 2)))
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + value.double().sum(0).cpu()
@@ -403,19 +388,20 @@ class SideBatch:
         (B, T), side, usual = self.shape, self.side, self.side.usual[index]
         assert usual is not None
         x = self.shuffle.stream(stream.detach().float().view(B, T, -1))
-        batch, self.C = side.stats[index].add(x, usual), x.size(-1)
+        batch, self.C = side.stats[index].add(x), x.size(-1)
+        strength = batch.strength(usual)
         for name, value in {
             "magnitudes": batch.magnitude,
             "channels": batch.channel.int(),
             "norms": batch.norm,
-            "strengths": batch.strength,
+            "strengths": strength,
         }.items():
             getattr(side, name)[index, self.rows, :T] = value.cpu()
         if index in range(len(side.taps))[side.attended]:
             relative = batch.magnitude / metrics.zero_is_nan(batch.median)[:, None]
             torch.maximum(self.ratio, relative.nan_to_num(0.0).cpu(), out=self.ratio)
             for rule, entries in self.marked.items():
-                entries.append(rule.marked(batch))
+                entries.append(rule.marked(batch, usual, strength))
         return batch
 
     def finish(self) -> None:

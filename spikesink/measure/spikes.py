@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import metrics
 from .rules import Curve, Rule
 
 SPIKE_RATIO = 30.0  # of a spike, over its layer's median |h|
@@ -46,12 +47,6 @@ class Usual:
         layer, channels = size.flatten().median(), size.T.contiguous().median(-1).values
         scale = torch.maximum(channels, layer)
         return cls(layer, channels, (size / scale).nan_to_num(0.0).amax(-1).median())
-
-    @classmethod
-    def unknown(cls, x: torch.Tensor) -> "Usual":
-        """Of states (..., C) where nothing is known to be usual, so that nothing is a spike."""
-        nothing = x.new_zeros(())
-        return cls(nothing, x.new_zeros(x.size(-1)), nothing)
 
     @functools.cached_property
     def thresholds(self) -> torch.Tensor:
@@ -90,17 +85,36 @@ class TapBatch:
     """One batch's stream x (B, T, C) at one tap, with what the rules need of it."""
 
     x: torch.Tensor
-    usual: Usual
+    size: torch.Tensor  # |x|
     magnitude: torch.Tensor  # (B, T), largest |x| of each token
     channel: torch.Tensor  # (B, T), where it is
     norm: torch.Tensor  # (B, T), of each token
-    strength: torch.Tensor  # (B, T), largest |x| over its channel's threshold: a spike from 1 on
+    counts: torch.Tensor  # (B, bins), metrics.histogram of |x|
     median: torch.Tensor  # (B,), of |x|
     mean: torch.Tensor  # (B,), of x
-    std: torch.Tensor  # (B,), of x
-    percentiles: dict[float, torch.Tensor]  # of |x|: (B,) each
-    top: torch.Tensor  # (K,), indices into x.flatten() of what is above the lowest of them
-    top_size: torch.Tensor  # (K,), |x| there
+
+    @functools.cached_property
+    def std(self) -> torch.Tensor:
+        """The standard deviation of each sequence's entries: (B,)."""
+        n = self.x[0].numel()
+        variance = (self.norm.double().square().sum(1) - n * self.mean.double() ** 2) / max(1, n - 1)
+        return variance.clamp_min(0).sqrt().float()
+
+    @functools.cached_property
+    def percentiles(self) -> dict[float, torch.Tensor]:
+        """PERCENTILES of each sequence's |x|: (B,) each."""
+        limits = metrics.quantiles(self.counts, [percentile / 100 for percentile in PERCENTILES])
+        return dict(zip(PERCENTILES, limits.unbind(1), strict=True))
+
+    @functools.cached_property
+    def top(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices into x.flatten() of what is above the lowest of these percentiles, and |x| there: (K,) each."""
+        above = (self.size > self.percentiles[PERCENTILES[0]][:, None, None]).flatten().nonzero()[:, 0]
+        return above, self.size.flatten()[above]
+
+    def strength(self, usual: Usual) -> torch.Tensor:
+        """Each token's largest |x| over its channel's threshold: (B, T). A spike from 1 on."""
+        return (self.size * usual.per_threshold).amax(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +123,8 @@ class SpikeRule(Rule):
 
     persistence: float = 0.0
 
-    def marked(self, batch: TapBatch) -> torch.Tensor:
-        """Where it marks entries of a stream: indices into x.flatten(), on the CPU."""
+    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
+        """Where it marks entries of a stream: indices into x.flatten(), on the CPU. `strength`: the batch's."""
         raise NotImplementedError
 
 
@@ -128,9 +142,9 @@ def _entries(
 class UsualRule(SpikeRule):
     """Marks entries that reach the thresholds of what is usual at the tap."""
 
-    def marked(self, batch: TapBatch) -> torch.Tensor:
+    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
         """As of SpikeRule."""
-        return _entries(batch, batch.strength >= 1, lambda x, sequence: x.abs() >= batch.usual.thresholds)
+        return _entries(batch, strength >= 1, lambda x, sequence: x.abs() >= usual.thresholds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +154,7 @@ class ThresholdRule(SpikeRule):
     # (median |h|, mean, standard deviation), each (N,) of sequences -> (centre, threshold), alike
     bounds: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    def marked(self, batch: TapBatch) -> torch.Tensor:
+    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
         """As of SpikeRule. Looks only at tokens whose largest could pass."""
         centre, threshold = self.bounds(batch.median, batch.mean, batch.std)
         could = (batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]
@@ -153,11 +167,11 @@ class PercentileRule(SpikeRule):
 
     percentile: float
 
-    def marked(self, batch: TapBatch) -> torch.Tensor:
+    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
         """As of SpikeRule."""
         _, T, C = batch.x.shape
-        limits = batch.percentiles[self.percentile]
-        return batch.top[batch.top_size > limits[batch.top // (T * C)]].cpu()
+        (top, size), limits = batch.top, batch.percentiles[self.percentile]
+        return top[size > limits[top // (T * C)]].cpu()
 
 
 PRIMARY_SPIKE_RULE = "spike"

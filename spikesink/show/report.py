@@ -12,6 +12,7 @@ from ..measure.findings import (
     CheckpointEntry,
     CoOccurrence,
     DataEntry,
+    Episode,
     Findings,
     HistoryRow,
     KeyDimensions,
@@ -159,6 +160,8 @@ def anatomy_lines(of: Anatomy | None) -> list[str]:
         )
         + ".",
     ]
+    if of.episodes:
+        lines.append("Episodes: " + "; ".join(map(_episode, of.episodes)) + ".")
     cosines = [(row.spikes, row) for row in of.normed_cosine if row.spikes is not None]
     if cosines:
         cosine, most = max(cosines, key=lambda pair: pair[0])
@@ -168,6 +171,13 @@ def anatomy_lines(of: Anatomy | None) -> list[str]:
         )
     heads = [head for row in of.key_subspace for head in row.heads if head.dims95]
     return lines + ([_key_sentence(heads)] if heads else []) + _form_lines(of)
+
+
+def _episode(of: Episode) -> str:
+    return (
+        f"{of.start.name} to {of.end.name} ({of.tokens:.0%} of the spike tokens; |h| {of.magnitude:.4g} at its largest, "
+        f"{of.ratio:.0f} x the median, most often in channel {of.channel})"
+    )
 
 
 def _key_sentence(heads: list[KeyDimensions]) -> str:
