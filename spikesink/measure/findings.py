@@ -532,7 +532,8 @@ class Episode(Record):
 
 
 class Anatomy(Steps):
-    """`of`: which tokens, in words. `episodes`: see Episode, in order; none where no token is a spike. `inner`: the tensors off the stream, by place; `places`: what these are."""
+    """`of`: which tokens, in words. `episodes`: see Episode, in order; none where no token is a spike. `inner`: the
+    tensors off the stream, by place; `places`: what these are."""
 
     of: str
     n_seq: int

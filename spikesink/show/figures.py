@@ -279,9 +279,9 @@ def _co_occurrence_caption(found: Findings) -> str:
         within = f" [{number(ci[0], '.2f')}, {number(ci[1], '.2f')}]" if ci else ""
         lift = f"{of.lift:.2f}{within}, p {of.p_permutation:.2g}"
     return (
-        f"Tokens that are spikes, sinks (alpha > {PRIMARY_SINK_EPSILON} in at "
-        f"least {HEAD_SHARE:.0%} of heads), or both. Lift over the permutation among equal positions: {lift}; 1 means that position "
-        "alone explains the overlap."
+        f"Tokens that are spikes, sinks (alpha > {PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of heads), or "
+        f"both. Lift over the permutation among equal positions: {lift}; 1 means that position alone explains the "
+        "overlap."
     )
 
 

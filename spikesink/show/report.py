@@ -64,8 +64,8 @@ def summary(findings: Findings) -> list[str]:
         f"Sinks: Gu et al.'s Sink_1 at epsilon {gu.epsilon} is {gu.first:.1%} {interval(gu.first_ci95, '.1%')} of "
         f"heads; the strongest key with at least T/4 queries is position {gu.best_eligible.position}, "
         f"{gu.best_eligible.rate:.1%}. Position 0 holds {sinks.share[0]:.1%} of all attention; "
-        f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see. A token is called a sink "
-        f"if it is one in at least {sinks.heads_needed} of the {sum(map(len, sinks.alpha_first))} heads."
+        f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see. A token is called a "
+        f"sink if it is one in at least {sinks.heads_needed} of the {sum(map(len, sinks.alpha_first))} heads."
         + _windows(sinks),
         _overlap_sentence(findings.co_occurrence),
     ]
@@ -75,8 +75,9 @@ def _spike_sentences(findings: Findings) -> str:
     spikes, top = findings.spikes, findings.spikes.tokens[0]
     here, layer = spikes.sum, findings.layers[top.index]
     lines = [
-        f"Spikes: {here.tokens} tokens ({here.fraction:.2%}) are spikes, in {here.sequences:.0%} of sequences; they are "
-        f"{here.states} different {'state' if here.states == 1 else 'states'}. The rule: {spikes.primary_rule.threshold}.",
+        f"Spikes: {here.tokens} tokens ({here.fraction:.2%}) are spikes, in {here.sequences:.0%} of sequences; they "
+        f"are {here.states} different {'state' if here.states == 1 else 'states'}.",
+        f"The rule: {spikes.primary_rule.threshold}.",
         f"The strongest is {visible(top.text)} at position {top.position}: |h| {top.magnitude:.4g} in channel "
         f"{top.channel} after {layer.name}, {top.magnitude / layer.usual.layer:.0f} x the median there and "
         f"{top.strength:.1f} x the threshold, with {top.energy_share:.0%} of the token's energy and "
@@ -121,8 +122,9 @@ def _overlap_sentence(both: CoOccurrence) -> str:
     if both.by_construction:
         return (
             f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%}, P(spike | sink) "
-            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so this is "
-            f"one observation, and that position explains it is so by construction. {_without_first(both.without_first)}"
+            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so this "
+            "is one observation, and that position explains it is so by construction. "
+            + _without_first(both.without_first)
         )
     return (
         f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%} {interval(ci.p_sink_given_spike, '.0%')}, "
@@ -175,8 +177,8 @@ def anatomy_lines(of: Anatomy | None) -> list[str]:
 
 def _episode(of: Episode) -> str:
     return (
-        f"{of.start.name} to {of.end.name} ({of.tokens:.0%} of the spike tokens; |h| {of.magnitude:.4g} at its largest, "
-        f"{of.ratio:.0f} x the median, most often in channel {of.channel})"
+        f"{of.start.name} to {of.end.name} ({of.tokens:.0%} of the spike tokens; |h| {of.magnitude:.4g} at its "
+        f"largest, {of.ratio:.0f} x the median, most often in channel {of.channel})"
     )
 
 
@@ -356,8 +358,9 @@ def _terminal_part(findings: Findings, heads: int = 16) -> str:
 
 PROMPT_NOTE = (
     "|h|: the token's magnitude in the residual stream where it is most above the spike rule's threshold, after which "
-    "sub-layer, and against that layer's median and the threshold on ordinary text. share: of all attention. alpha: mean attention from the queries that can see the token, in the head "
-    "that gives it most; * fewer than T/4 queries, where ordinary local attention is large too."
+    "sub-layer, and against that layer's median and the threshold on ordinary text. share: of all attention. alpha: "
+    "mean attention from the queries that can see the token, in the head that gives it most; * fewer than T/4 queries, "
+    "where ordinary local attention is large too."
 )
 
 
@@ -410,7 +413,8 @@ def prompt_sentence(found: PromptFindings) -> str:
         f"Of {len(tokens)} tokens {spikes} {'is a spike' if spikes == 1 else 'are spikes'}, compared with what "
         f"is usual on ordinary text, and {sinks} {'a sink' if sinks == 1 else 'sinks'} (alpha > "
         f"{PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of heads). Strongest: {place(peak)}, {peak.ratio:.1f} x "
-        f"the median and {peak.strength:.2f} x the spike threshold. Most attention over all heads: {place(most)}, {most.share:.1%}."
+        f"the median and {peak.strength:.2f} x the spike threshold. Most attention over all heads: {place(most)}, "
+        f"{most.share:.1%}."
     )
 
 
