@@ -3,9 +3,10 @@
   python -m benchmarks.power            writes results/power.json, power.md and power.png; some minutes on 2 CPU cores
   python -m benchmarks.power --quick --out DIR       a few sizes, one seed, to try it
 
-Models of model.py with random weights, whose queries and keys are scaled so that logits vary as trained ones do
-(standard deviation 1). Each sequence has one planted token: at any position for a spike; for a sink among the keys
-that have at least T/4 queries. Power: planted tokens that the rule marks. False alarms: other tokens that it marks.
+Spikes: random streams, ordinary ones, with outlier channels and with heavy tails, on the sum and behind a norm. Sinks:
+models of model.py with random weights, whose queries and keys are scaled so that logits vary as trained ones do
+(standard deviation 1); each sequence has one planted token among the keys that T/4 queries see. Power: planted tokens
+that the rule marks. False alarms: other tokens that it marks.
 """
 
 import subprocess
@@ -13,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
@@ -26,8 +24,8 @@ from spikesink.errors import Flags, cli
 from spikesink.files import save_text
 from spikesink.measure import calibrate, planted
 from spikesink.measure.findings import Nulls
-from spikesink.measure.observe import observe
-from spikesink.measure.spikes import SPIKE_RULES
+from spikesink.measure.observe import Ordinary, observe
+from spikesink.measure.spikes import PRIMARY, PRIMARY_SPIKE_RULE, SPIKE_RATIO, Usual, spike_entries
 from spikesink.models.subject import Subject, sub_layers_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +37,9 @@ Row = dict[str, Any]
 class Plan:
     """What is tried."""
 
-    sizes: tuple[int, ...] = (5, 10, 15, 20, 25, 28, 30, 32, 35, 40, 60, 100, 300, 1000, 1200)  # of spikes, medians
+    sizes: tuple[int, ...] = (5, 10, 15, 20, 25, 28, 30, 32, 35, 40, 60, 100)  # of spikes, over what is usual
+    widths: tuple[int, ...] = (64, 256, 1024, 4096)
+    gains: tuple[float, ...] = (0.1, 1.0, 3.0, 10.0)  # of the spike's channel in a norm, over the others'
     alphas: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.32, 0.35, 0.4, 0.5, 0.7, 0.9)  # of sinks
     shapes: tuple[tuple[int, int], ...] = ((64, 64), (256, 64), (768, 64), (256, 256))  # width C, length T
     prevalences: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of sequences that have a spike
@@ -48,7 +48,7 @@ class Plan:
     draws: int = 20
 
 
-QUICK = Plan((5, 100), (0.3, 0.9), ((64, 64),), (0.9,), (8, 16), seeds=1, draws=2)
+QUICK = Plan((5, 100), (64, 256), (1.0,), (0.3, 0.9), ((64, 64),), (0.9,), (8, 16), seeds=1, draws=2)
 
 
 def subject_of(C: int, T: int, seed: int) -> Subject:
@@ -76,20 +76,94 @@ def rates(hits: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
     return (hits & tokens).sum().item() / int(tokens.sum()), (hits & ~tokens).sum().item() / int((~tokens).sum())
 
 
-def spike_curve(plan: Plan, C: int, T: int) -> list[Row]:
-    """A row per size and rule, averaged over seeds."""
+def normal(tokens: int, C: int) -> torch.Tensor:
+    """States (tokens, C), every entry alike."""
+    return torch.randn(tokens, C)
+
+
+def outlier_channels(tokens: int, C: int) -> torch.Tensor:
+    """The same with one channel in a hundred, at least three, 10 to 100 times as large in every token."""
+    x, n = normal(tokens, C), max(3, C // 100)
+    x[:, :n] *= 10 ** torch.linspace(1, 2, n)
+    return x
+
+
+def heavy_tails(tokens: int, C: int) -> torch.Tensor:
+    """Student's t of 3 degrees of freedom: every token of a wide layer has some extreme entry."""
+    return torch.distributions.StudentT(torch.tensor(3.0)).sample((tokens, C))
+
+
+def log_normal(tokens: int, C: int) -> torch.Tensor:
+    """Entries exp(N(0, 1)), of either sign."""
+    return normal(tokens, C).exp() * normal(tokens, C).sign()
+
+
+STREAMS = {"normal": normal, "outlier channels": outlier_channels, "heavy tails": heavy_tails, "log-normal": log_normal}
+TOKENS = 2048  # half of them say what is usual, the others are judged
+
+
+def split(x: torch.Tensor) -> tuple[Usual, torch.Tensor]:
+    """What is usual in the first half of the tokens x (K, C), and the others."""
+    first, second = x.chunk(2)
+    return Usual.of(first), second
+
+
+def alarm_table(plan: Plan) -> list[Row]:
+    """The share of tokens that the rule marks where nothing was planted, beside the layer's median alone."""
     rows = []
-    for size in plan.sizes:
-        found: dict[str, list[tuple[float, float]]] = {rule: [] for rule in SPIKE_RULES}
-        for seed in range(plan.seeds):
-            draw = torch.Generator().manual_seed(seed)
-            subject, tokens = subject_of(C, T, seed), one_each(T, T, draw)
-            ids = torch.randint(256, (N, T), generator=draw)
-            with planted.spikes(subject, tokens, channel=seed, size=size):
-                obs = observe(subject, ids, batch_size=N, progress=False)
-            for rule, of_seed in found.items():
-                of_seed.append(rates(obs.spikes[rule], tokens))
-        rows += [{"C": C, "T": T, "size": size, "rule": rule, **mean(pairs)} for rule, pairs in found.items()]
+    for name, make in STREAMS.items():
+        for C in plan.widths:
+            marked, alone = [], []
+            for seed in range(plan.seeds):
+                torch.manual_seed(seed)
+                usual, x = split(make(TOKENS, C))
+                marked.append(spike_entries(x[None], usual).any(-1).double().mean().item())
+                alone.append((x.abs() >= SPIKE_RATIO * usual.layer).any(-1).double().mean().item())
+            rows.append({"stream": name, "C": C, "marked": max(marked), "by the median alone": max(alone)})
+    for C, T in plan.shapes:
+        seen = [observe(subject_of(C, T, s), torch.randint(256, (N, T)), N, progress=False) for s in range(plan.seeds)]
+        marked = [obs.spikes[PRIMARY_SPIKE_RULE].double().mean().item() for obs in seen]
+        alone = [(obs.sum.ratio >= SPIKE_RATIO).double().mean().item() for obs in seen]
+        rows.append(
+            {"stream": f"untrained model, T {T}", "C": C, "marked": max(marked), "by the median alone": max(alone)}
+        )
+    return rows
+
+
+def spike_curve(plan: Plan) -> list[Row]:
+    """Power by planted size, over the larger of the usual |h| of the layer and of the channel: one entry of each token
+    in an ordinary channel, or in the largest outlier channel."""
+    rows = []
+    for C in plan.widths:
+        for name, channel in (("normal", 5), ("outlier channels", 2), ("outlier channels", -1)):
+            for size in plan.sizes:
+                power = []
+                for seed in range(plan.seeds):
+                    torch.manual_seed(seed)
+                    usual, x = split(STREAMS[name](TOKENS, C))
+                    x[:, channel] = size * max(usual.layer, usual.channels[channel])
+                    power.append(spike_entries(x[None], usual)[0, :, channel].double().mean().item())
+                of = "an ordinary channel" if channel != 2 else "an outlier channel"
+                rows.append({"C": C, "stream": name, "channel": of, "size": size, "power": sum(power) / len(power)})
+    return rows
+
+
+def norm_table(plan: Plan) -> list[Row]:
+    """Behind RMSNorm: a spike of 1000 x the median before it, in a channel of a gain over the others'. The most that
+    an entry can be there is gain x sqrt(C)."""
+    rows = []
+    for C in plan.widths:
+        for gain in plan.gains:
+            torch.manual_seed(0)
+            first, second = normal(TOKENS, C).chunk(2)
+            second[:, 5] = 1000 * first.abs().median()
+            weight = torch.ones(C)
+            weight[5] = gain
+            norm = lambda x, weight=weight: torch.nn.functional.rms_norm(x, (x.size(-1),), weight)
+            usual, x = Usual.of(norm(first)), norm(second)
+            found = spike_entries(x[None], usual)[0, :, 5].double().mean().item()
+            ratio = (x[:, 5] / usual.layer).median().item()
+            rows.append({"C": C, "gain": gain, "bound": gain * C**0.5 / 0.6745, "ratio": ratio, "found": found})
     return rows
 
 
@@ -102,9 +176,10 @@ def sink_curve(plan: Plan, C: int, T: int) -> list[Row]:
             draw = torch.Generator().manual_seed(seed)
             subject, tokens = subject_of(C, T, seed), one_each(T, T // 2, draw)
             ids = torch.randint(256, (N, T), generator=draw)
+            ordinary = Ordinary.of(subject, ids, N)
             bias = [planted.bias_for(alpha, k, T) + 0.5 for k in tokens.int().argmax(1).tolist()]  # others: e^(1/2)
             with planted.sinks(subject, tokens, layer=1, head=seed, bias=torch.tensor(bias)):
-                obs = observe(subject, ids, batch_size=N, progress=False)
+                obs = observe(subject, ids, batch_size=N, progress=False, ordinary=ordinary)
             pairs.append(rates(obs.sink_heads > 0, tokens))
             measured.append(obs.max_alpha[tokens].mean().item())
         rows.append({"C": C, "T": T, "alpha": alpha, "measured": sum(measured) / plan.seeds, **mean(pairs)})
@@ -126,8 +201,9 @@ def verdict_of(n: int, prevalence: float, seed: int) -> str:
     draw = torch.Generator().manual_seed(seed)
     subject, tokens = subject_of(64, 64, seed), one_each(64, 64, draw, prevalence)[:n]
     ids = torch.randint(256, (n, 64), generator=draw)
+    ordinary = Ordinary.of(subject, ids, n)
     with planted.spikes(subject, tokens, channel=3, size=100):
-        obs = observe(subject, ids, batch_size=n, progress=False)
+        obs = observe(subject, ids, batch_size=n, progress=False, ordinary=ordinary)
     null: Nulls = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
     return calibrate.spike_verdict(obs, null, calibrate.weakness(n, 125e6, None, None)).verdict
 
@@ -144,18 +220,20 @@ def verdict_table(plan: Plan) -> list[Row]:
 
 
 def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
-    """The two power curves, with their false alarms."""
-    figure, axes = plt.subplots(1, 3, figsize=(12.6, 3.4), constrained_layout=True)
-    for (C, T), style in zip(plan.shapes, ("-o", "-s", "-^", "--d"), strict=False):
-        for panel, rule in ((axes[0], "ratio"), (axes[1], "percentile")):
-            rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
-            panel.plot([r["size"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}, T {T}")
+    """The power curves."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = ("-o", "-s", "-^", "--d")
+    for C, style in zip(plan.widths, styles, strict=False):
+        rows = [r for r in found["spikes"] if (r["C"], r["stream"]) == (C, "normal")]
+        left.plot([r["size"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}")
+    for (C, T), style in zip(plan.shapes, styles, strict=False):
         rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
-        axes[2].plot([r["measured"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}, T {T}")
-    axes[0].set(xscale="log", xlabel="planted |h| / median", ylabel="power", title="Spike, ratio rule (30x)")
-    axes[1].set(xscale="log", xlabel="planted |h| / median", title="Spike, percentile rule (99.9th, half the layers)")
-    axes[2].set(xlabel="planted alpha, as explicit maps have it on average", title="Sink, alpha > 0.3 in a head")
-    axes[0].legend(frameon=False)
+        right.plot([r["measured"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}, T {T}")
+    left.set(xscale="log", xlabel="planted |h| / usual |h|", ylabel="power", title="Spike, on the sum")
+    right.set(xlabel="planted alpha, as explicit maps have it on average", title="Sink, alpha > 0.3 in a head")
+    for axes in (left, right):
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -167,12 +245,21 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def markdown(plan: Plan, found: dict[str, Any]) -> str:
     """results/power.md."""
-    of_spikes, of_sinks, of_verdicts = [], [], []
+    percent = lambda x: f"{x:.2%}" if 0 < x < 0.1 else f"{x:.0%}"
+    groups = dict.fromkeys((r["C"], r["stream"], r["channel"]) for r in found["spikes"])
+    of_spikes = [
+        [*map(str, g), *(percent(r["power"]) for r in found["spikes"] if (r["C"], r["stream"], r["channel"]) == g)]
+        for g in groups
+    ]
+    alarms = [
+        [r["stream"], str(r["C"]), *(percent(r[k]) for k in ("marked", "by the median alone"))] for r in found["alarms"]
+    ]
+    norms = [
+        [str(r["C"]), f"{r['gain']:g}", *(f"{r[k]:.3g}" for k in ("bound", "ratio")), percent(r["found"])]
+        for r in found["norms"]
+    ]
+    of_sinks, of_verdicts = [], []
     for C, T in plan.shapes:
-        for rule in SPIKE_RULES:
-            rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
-            alarms = [f"{r['false_alarms']:.2%}" for r in rows if r["size"] in (5, 100)]
-            of_spikes.append([str(C), str(T), rule, *(f"{r['power']:.0%}" for r in rows), *alarms])
         rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
         most = max(r["false_alarms"] for r in rows)
         of_sinks.append([str(C), str(T), *(f"{r['power']:.0%}" for r in rows), f"at most {most:.2%}"])
@@ -180,22 +267,33 @@ def markdown(plan: Plan, found: dict[str, Any]) -> str:
         rows = [r for r in found["verdicts"] if r["n_seq"] == n]
         cells = [f"{r['present']:.0%} / {r['absent']:.0%} / {r['underpowered']:.0%}" for r in rows]
         of_verdicts.append([str(n), *cells])
-    sizes = [*(f"{size}x" for size in plan.sizes), "false alarms at 5x", "at 100x"]
     lines = [
         "# What is found, and what is made up: planted ground truth",
         "",
-        f"`python -m benchmarks.power`, commit {found['commit']}, 2 CPU cores, torch {torch.__version__}. Each number",
-        f"is from {plan.seeds} seeds x {N} sequences with one planted token each; the seeds' extremes: power.json.",
+        f"`python -m benchmarks.power`, commit {found['commit']}, torch {torch.__version__}.",
+        f"The spike rule: {PRIMARY.text}.",
+        f"Streams are random tensors, {TOKENS // 2} tokens to say what is usual and as many to judge, {plan.seeds}",
+        f"seeds; sinks and verdicts are of random models, {plan.seeds} seeds x {N} sequences with a planted token.",
         "",
         "![power](power.png)",
         "",
-        "The massive rule asks for |h| > 100 as well: where the stream's median is 0.06 or less (C 64 and 256) even",
-        "1,200x is not enough: it cannot see a small model's spikes. The percentile rule marks 3 to 7% of all tokens",
-        "in any case.",
+        "## False alarms: tokens that are marked where nothing was planted (the worst of the seeds)",
         "",
-        "## Spikes: power by planted size (x the median), and false alarms (share of other tokens)",
+        "At one tap. An outlier channel is large in every token, and heavy tails give every token of a wide layer some",
+        "extreme entry: by the layer's median alone all of these would be spikes.",
         "",
-        *markdown_table(["C", "T", "rule", *sizes], of_spikes),
+        *markdown_table(["stream", "width", "marked", "by 30 x the median alone"], alarms),
+        "",
+        "## Spikes on the sum: power by size, over the larger of the channel's and the layer's usual |h|",
+        "",
+        *markdown_table(["width", "stream", "planted in", *(f"{size}x" for size in plan.sizes)], of_spikes),
+        "",
+        "## Behind a norm: a spike of 1,000 x the median, as read behind RMSNorm",
+        "",
+        "No entry can be larger there than its gain x sqrt(width): the ratio is bounded by that over 0.6745. What is",
+        "not found there is not absent: look at the sum.",
+        "",
+        *markdown_table(["width", "gain of its channel", "largest possible ratio", "ratio", "found"], norms),
         "",
         "## Sinks: power by planted alpha (mean over sequences), and false alarms (share of other tokens, any head)",
         "",
@@ -219,14 +317,12 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    spikes, sinks = [], []
-    for C, T in tqdm(plan.shapes, disable=None):
-        spikes += spike_curve(plan, C, T)
-        sinks += sink_curve(plan, C, T)
     found = {
         "commit": commit.stdout.strip() or "unknown",
-        "spikes": spikes,
-        "sinks": sinks,
+        "alarms": alarm_table(plan),
+        "spikes": spike_curve(plan),
+        "norms": norm_table(plan),
+        "sinks": [row for C, T in tqdm(plan.shapes, disable=None) for row in sink_curve(plan, C, T)],
         "verdicts": verdict_table(plan),
     }
     schema.save(args.out / "power.json", found)
