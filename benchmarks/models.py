@@ -1,0 +1,333 @@
+"""Spikes and sinks of public models, with what others have published beside: one table, each row measured or marked.
+
+  python -m benchmarks.models                          those that the Hugging Face hub gives
+  python -m benchmarks.models --folder DIR             those that lie in DIR, by these names; of the hub the rest
+  python -m benchmarks.models --folder DIR --only smollm2-135m-instruct-q4_1 all-minilm-l6-v2
+
+Writes results/models.json after every row and goes on from there; results/models.md is the table. Text: Python's own
+documentation, which everybody has; published numbers are of other texts. Each model at T = 64 and 1,024 (or its
+longest), with and without BOS where it has one.
+"""
+
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import spikesink
+from benchmarks.power import markdown_table
+from spikesink import schema
+from spikesink.errors import Flags, UserError, cli
+from spikesink.files import save_text
+from spikesink.measure.findings import Findings, Interval, Measures
+from spikesink.show.text import visible
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A public model: its name on the hub, what others found, and where; `bos`: the ways to start its sequences."""
+
+    name: str
+    hub: str
+    published: str = "nothing found"
+    source: str = ""
+    bos: tuple[bool, ...] = (False, True)
+
+
+BLUORION = "bluorion, refine_massive_activations"
+GU = "Gu et al. 2410.10781, quoted"
+MODELS = (
+    Model(
+        "gpt2",
+        "openai-community/gpt2",
+        "channel 447, position 0, blocks 2 to 9: 2480 to 3024; zeroing is free",
+        BLUORION,
+    ),
+    Model("gpt2-xl", "openai-community/gpt2-xl", "Sink_1 77%", GU),
+    Model(
+        "llama-3.2-1b",
+        "meta-llama/Llama-3.2-1B",
+        "position 0, blocks 1 to 13: 195 to 217, without BOS 369 to 411",
+        BLUORION,
+    ),
+    Model(
+        "llama-2-7b", "meta-llama/Llama-2-7b-hf", "Sink_1 92.5%; zeroing: perplexity 5.13 to 8977", f"{GU}; Sun et al."
+    ),
+    Model("llama-2-13b", "meta-llama/Llama-2-13b-hf", "Sink_1 91.7%", GU),
+    Model("llama-3-8b", "meta-llama/Meta-Llama-3-8B", "Sink_1 99.0%", GU),
+    Model("mistral-7b", "mistralai/Mistral-7B-v0.1", "Sink_1 97.5%", GU),
+    Model("gemma-3-1b", "google/gemma-3-1b-pt", "BOS 2592 at block 0 rising to 95,232 at block 18", BLUORION),
+    Model("gemma-3-270m", "google/gemma-3-270m"),
+    Model("gemma-2-2b", "google/gemma-2-2b", "none without BOS, 728 to 2544 with", BLUORION),
+    Model("olmo-2-7b", "allenai/OLMo-2-1124-7B", "none by Sun et al.'s rule", BLUORION),
+    Model("pythia-70m", "EleutherAI/pythia-70m", "heads with BOS score >= .5: 0%", "Pythia audit"),
+    Model("pythia-160m", "EleutherAI/pythia-160m", "heads with BOS score >= .5: 23%", "Pythia audit"),
+    Model("pythia-410m", "EleutherAI/pythia-410m", "heads with BOS score >= .5: 45%", "Pythia audit"),
+    Model("pythia-2.8b", "EleutherAI/pythia-2.8b", "heads with BOS score >= .5: 66%", "Pythia audit"),
+    Model("opt-125m", "facebook/opt-125m", "inf norm 340, kurtosis 1778", "Bondarenko 2306.12929, quoted"),
+    Model(
+        "bert-base",
+        "google-bert/bert-base-uncased",
+        "inf norm 735, kurtosis 3076, trained anew",
+        "Bondarenko, quoted",
+        (True,),
+    ),
+    Model("roberta-base", "FacebookAI/roberta-base", bos=(True,)),
+    Model(
+        "gated-1b-baseline", "QwQZh/gated_attention/1B_baseline", "sink mass .439, residual 370x", "Rahulrayy's audit"
+    ),
+    Model(
+        "gated-1b-headwise",
+        "QwQZh/gated_attention/1B_gate_headwise",
+        "sink mass .057, residual 4.1x",
+        "Rahulrayy's audit",
+    ),
+    Model(
+        "gated-1b-elementwise",
+        "QwQZh/gated_attention/1B_gate_elementwise",
+        "sink mass .019, residual 2.2x",
+        "Rahulrayy's audit",
+    ),
+    Model("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", bos=(False,)),
+    Model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
+    Model("smollm2-135m-instruct-q4_1", "smollm2-135m-instruct-q4_1.gguf"),
+    Model("all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2", bos=(True,)),
+    Model("all-mpnet-base-v2", "sentence-transformers/all-mpnet-base-v2", bos=(True,)),
+)
+SHORT, LONG = 64, 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model showed under one condition, or why it was not run."""
+
+    model: str
+    asked_len: int
+    bos: bool
+    not_run: str | None = None
+    seq_len: int = 0  # what was asked for, or the model's longest
+    commit: str | None = None
+    n_seq: int = 0
+    weights: str | None = None
+    loss: float | None = None
+    spike_verdict: str | None = None
+    spike_tokens: float | None = None
+    spike_sequences: float | None = None
+    spike_sequences_ci95: Interval | None = None
+    states: int | None = None
+    read_tokens: float | None = None
+    last_tokens: float | None = None
+    first_tokens: float | None = None  # of the first tokens, the share that are spikes
+    largest: float | None = None
+    ratio: float | None = None
+    channel: int | None = None
+    token: str | None = None
+    position: int | None = None
+    kurtosis: float | None = None
+    step_up: str | None = None
+    step_down: str | None = None
+    episodes: list[str] | None = None
+    holds: list[float] | None = None
+    sink_1: float | None = None
+    sink_1_ci95: Interval | None = None
+    sink_tokens: float | None = None
+    p_sink_given_spike: float | None = None
+    p_sink_given_spike_ci95: Interval | None = None
+    nulls: dict[str, list[float]] | None = None  # name -> share of spike tokens, of sink tokens
+
+
+def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str) -> Row:
+    """The row of a model's findings."""
+    spikes, both, verdict = found.spikes, found.co_occurrence, found.verdicts.spike
+    top, steps, sink_1 = spikes.tokens[0], found.anatomy if spikes.sum.tokens else None, found.sinks.at()
+    shares = lambda of: [of.rules["spike"].tokens, of.rules["gu"].tokens]
+    finite = lambda x: None if x != x else x
+    return Row(
+        model.name,
+        asked_len,
+        bos,
+        seq_len=found.data.seq_len,
+        commit=commit,
+        n_seq=found.data.n_seq,
+        weights=found.model.get("weights"),
+        loss=finite(found.data.loss),
+        spike_verdict=verdict.verdict,
+        spike_tokens=spikes.sum.fraction,
+        spike_sequences=verdict.rate,
+        spike_sequences_ci95=verdict.ci95,
+        states=spikes.sum.states,
+        read_tokens=spikes.read.fraction if spikes.read else None,
+        last_tokens=spikes.sum.last,
+        first_tokens=spikes.by_position[0],
+        largest=max(layer.max for layer in found.layers),
+        ratio=found.largest_ratio,
+        channel=top.channel,
+        token=visible(top.text),
+        position=top.position,
+        kurtosis=found.largest_kurtosis,
+        step_up=steps.step_up.name if steps else None,
+        step_down=steps.step_down.name if steps and steps.step_down else None,
+        episodes=[
+            f"{e.start.name} to {e.end.name}: {e.tokens:.0%} of them, |h| {e.magnitude:.4g}, channel {e.channel}"
+            for e in (steps.episodes if steps else ())
+        ],
+        holds=verdict.holds,
+        sink_1=sink_1.first,
+        sink_1_ci95=sink_1.first_ci95,
+        sink_tokens=found.sinks.primary_rule.fraction,
+        p_sink_given_spike=finite(both.p_sink_given_spike),
+        p_sink_given_spike_ci95=both.ci95.p_sink_given_spike,
+        nulls={name: shares(of) for name, of in found.nulls.items() if isinstance(of, Measures)},
+    )
+
+
+def conditions() -> list[tuple[Model, int, bool]]:
+    """Every row of the table: (model, T, BOS)."""
+    return [(model, T, bos) for model in MODELS for T in (SHORT, LONG) for bos in model.bos]
+
+
+def target_of(model: Model, folder: Path | None) -> str:
+    """Where the model is: in the folder under its name or its hub's last one, else on the hub."""
+    for name in (model.name, f"{model.name}.gguf", model.hub.split("/")[-1]):
+        if folder and (folder / name).exists():
+            return str(folder / name)
+    return model.hub
+
+
+def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long: int, commit: str) -> Row:
+    """Runs one row; what cannot be had is said in it."""
+    target = target_of(model, folder)
+    options: dict[str, Any] = {"n_seq": 100} if asked_len == SHORT else {"n_seq": n_long, "nulls": min(4, n_long)}
+    reason = ""
+    for seq_len in (asked_len, 512) if asked_len == LONG else (asked_len,):
+        try:
+            with spikesink.open(target, seq_len=seq_len, bos=bos, **options) as look:
+                return row_of(model, asked_len, bos, spikesink.detect(look), commit)
+        except UserError as error:
+            reason = reason or str(error).splitlines()[0][:160]
+    return Row(model.name, asked_len, bos, not_run=reason)
+
+
+def number(x: float | None, form: str) -> str:
+    """A number, or a dash."""
+    return "–" if x is None else f"{x:{form}}"
+
+
+def ranged(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
+    """A number with its interval."""
+    return number(x, form) + (f" [{ci[0]:{form}}, {ci[1]:{form}}]" if ci else "")
+
+
+def markdown(rows: list[Row]) -> str:
+    """results/models.md."""
+    ran = [row for row in rows if not row.not_run]
+    names = {model.name: model for model in MODELS}
+    table, nulls, stories = [], [], []
+    for r in ran:
+        start = [r.model, str(r.seq_len), "yes" if r.bos else "no"]
+        table.append(
+            [
+                *start,
+                str(r.n_seq),
+                number(r.spike_tokens, ".2%"),
+                ranged(r.spike_sequences, r.spike_sequences_ci95),
+                str(r.states),
+                number(r.read_tokens, ".2%"),
+                number(r.last_tokens, ".2%"),
+                number(r.largest, ".4g"),
+                number(r.ratio, ".0f"),
+                number(r.kurtosis, ".3g"),
+                ranged(r.sink_1, r.sink_1_ci95, ".1%"),
+                number(r.sink_tokens, ".2%"),
+                ranged(r.p_sink_given_spike, r.p_sink_given_spike_ci95),
+                number(r.loss, ".3f"),
+            ]
+        )
+        nulls += [[*start, name.replace("_", " "), f"{s:.2%}", f"{k:.2%}"] for name, (s, k) in (r.nulls or {}).items()]
+        where = f"the strongest is {r.token} at position {r.position}, channel {r.channel}"
+        steps = f"step-up {r.step_up or '–'}, step-down {r.step_down or '–'}"
+        told = "; ".join(r.episodes or ()) or "no episodes"
+        holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
+        stories.append(
+            f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
+            f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; {where}; {steps}. {told}."
+        )
+    missing = [r for r in rows if r.not_run]
+    commits = ", ".join(sorted({r.commit for r in ran if r.commit}))
+    lines = [
+        "# Public models: spikes and sinks, both sides of every norm",
+        "",
+        f"`python -m benchmarks.models`, commit {commits}, torch {torch.__version__}, float32, on Python's own",
+        "documentation. Spikes are those of the sum, before a norm on the stream; *as read*: behind it, as the next",
+        "sub-layer reads it; *last*: at the last tap, which no attention reads. States: how many different states the",
+        "spikes are. Intervals: 95%, over sequences.",
+        "",
+        *markdown_table(
+            "model|T|BOS|sequences|spike tokens|sequences with one|states|as read|last|largest h|top1/median|kurtosis|"
+            "Sink_1|sink tokens|P(sink, spike)|loss".split("|"),
+            table,
+        ),
+        "",
+        *(f"- {name}: {weights}." for name, weights in {r.model: r.weights for r in ran if r.weights}.items()),
+        "",
+        "## Where the spikes are",
+        "",
+        *stories,
+        "",
+        "## Nulls: share of tokens",
+        "",
+        *markdown_table(["model", "T", "BOS", "measured on", "spikes", "sinks"], nulls),
+        "",
+        "## What others have published",
+        "",
+        *markdown_table(
+            ["model", "hub", "published", "source", "here"],
+            [
+                [
+                    m.name,
+                    m.hub,
+                    m.published,
+                    m.source,
+                    "measured" if m.name in {r.model for r in ran} else "**not run**",
+                ]
+                for m in names.values()
+            ],
+        ),
+        "",
+        f"{len(missing)} of {len(rows)} rows were not run here: the hub could not be reached, or a file was not at hand.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    flags = Flags(description=__doc__)
+    flags.add_argument("--folder", type=Path, metavar="DIR", help="where models lie, by the names of this file")
+    flags.add_argument("--only", nargs="+", choices=[m.name for m in MODELS], metavar="NAME", help="these models")
+    flags.add_argument("--n_long", type=int, default=24, help="sequences at T = 1,024 (100 at T = 64)")
+    flags.add_argument("--again", action="store_true", help="also rows that were run")
+    flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
+    args = flags.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    file = args.out / "models.json"
+    kept = schema.from_json(list[Row], json.loads(file.read_text())) if file.is_file() else []
+    rows = {(row.model, row.asked_len, row.bos): row for row in kept}
+    for model, *how in tqdm(conditions(), desc="models", disable=None):
+        row = rows.setdefault((model.name, *how), Row(model.name, *how, not_run="not asked for"))
+        if (args.only is None or model.name in args.only) and (args.again or row.not_run):
+            rows[model.name, *how] = measure(model, *how, args.folder, args.n_long, commit.stdout.strip() or "unknown")
+            schema.save(file, [asdict(row) for row in rows.values()])
+    text = markdown([rows[model.name, T, bos] for model, T, bos in conditions()])
+    save_text(args.out / "models.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    cli(main)
