@@ -64,23 +64,38 @@ NO_CHECKPOINT = (".py", ".jsonl", ".html", ".txt", ".md", ".npy", ".csv")
 
 def load(target: str | Path | nn.Module, options: Options, tokenizer: object = None, lab: Lab | None = None) -> Loaded:
     """The model that `target` names, or is. Raises UserError where it cannot be had, or not observed."""
+    loaded = _load(target, options, tokenizer, lab)
+    return dataclasses.replace(loaded, reader=loaded.reader.starting(options.bos))
+
+
+def _load(target: str | Path | nn.Module, options: Options, tokenizer: object, lab: Lab | None) -> Loaded:
+    no_revision = UserError("--revision goes with a Hugging Face folder or hub name")
     if isinstance(target, nn.Module):
+        if options.revision is not None:
+            raise no_revision
         return _in_memory(target, tokenizer)
     if tokenizer is not None:
         raise UserError(f"tokenizer= goes with a model in memory; {target} has its own")
     path = Path(target)
+    if path.suffix.lower() == ".gguf":
+        return _transformers(path, options)
     if path.suffix in (".json", ".safetensors") and path.is_file():
         raise UserError(f"{path} is a part of a folder; give the folder, {path.parent}")
     if path.suffix in NO_CHECKPOINT and path.is_file():
         raise UserError(f"{path} is no checkpoint; give the ckpt.pt of a run, or the folder that holds it")
     if path.is_file() or path.suffix == ".pt" or (path / "ckpt.pt").is_file():
+        if options.revision is not None:
+            raise no_revision
         return _checkpoint(path / "ckpt.pt" if path.is_dir() else path, options, lab)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and options.revision is None and not (path / "config.json").is_file():
+        revisions = hf.revisions_in(path)
+        if revisions:
+            raise UserError(f"{path} holds several models: give --revision with one of {', '.join(revisions)}")
         runs = ", ".join(str(run.parent) for run in sorted(path.glob("*/ckpt.pt"))[:5])
         raise UserError(
             f"{path} holds neither a ckpt.pt nor a Hugging Face config.json" + (f"; these do: {runs}" if runs else "")
         )
-    return _transformers(str(target), options)
+    return _transformers(target, options)
 
 
 def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
@@ -114,22 +129,24 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
         block_size, vocab_size = args["block_size"], args["vocab_size"]
     return Loaded(
         subjects,
-        Reader(tokenizer, meta, dataset, prefix_ids, (), block_size, vocab_size, split),
+        Reader(tokenizer, meta, dataset, prefix_ids, (), block_size, vocab_size, split, bos_id),
         about,
         architecture,
         data,
     )
 
 
-def _transformers(name: str, options: Options) -> Loaded:
-    """A model of the Hugging Face hub or of a folder; its default text is Python's own documentation."""
-    model = hf.open_model(name, options.device, disk_weights.free_bytes(options.max_memory))
-    about = CheckpointEntry(path=name, sha256=hf.weights_hash(name))
-    return _of_transformers(model, hf.Tokenizer.of(name) or NoTokenizer(), about)
+def _transformers(target: str | Path, options: Options) -> Loaded:
+    """A model of the Hugging Face hub, of a folder or a GGUF file; its default text is Python's own documentation."""
+    source = hf.Source.of(target, options.revision)
+    opened = hf.load(source, options.device, disk_weights.free_bytes(options.max_memory))
+    about = CheckpointEntry(path=source.name, sha256=hf.weights_hash(source.name), step=hf.step_of(options.revision))
+    loaded = _of_transformers(opened.model, hf.Tokenizer.of(source) or NoTokenizer(), about)
+    return dataclasses.replace(loaded, model=loaded.model | opened.about)
 
 
 def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntry) -> Loaded:
-    config = model.config
+    config = hf.text_config(model.config)
     prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
     shown = [
         "model_type",
@@ -142,7 +159,16 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntr
     architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, {}, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
+        Reader(
+            tokenizer,
+            {},
+            default_text.NAME,
+            prefix_ids,
+            suffix_ids,
+            hf.longest(config),
+            config.vocab_size,
+            bos_id=getattr(tokenizer, "bos_id", None),
+        ),
         about,
         {**architecture, "parameters": disk_weights.parameter_count(model)},
         Path("data"),
@@ -160,6 +186,7 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
         return _of_transformers(transformer, wrapped, about)
     config, prefix_ids = gpt.config, getattr(wrapped, "prefix_ids", ())
     reader = Reader(wrapped, {}, default_text.NAME, prefix_ids, (), config.block_size, config.vocab_size)
+    reader.bos_id = getattr(wrapped, "bos_id", None)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
     return Loaded([Subject.of_gpt(gpt, wrapped.decode)], reader, about, architecture, Path("data"))
 
@@ -222,6 +249,7 @@ class Look:
     def losses(self) -> torch.Tensor:
         """The mean loss of each sequence within the `edits`, in nats per token: (N,), float64. First part only."""
         self.check_open()
+        self.check_loss()
         subject = self.subjects[0]
         if not self.edits:
             return quantise.sequence_losses(subject, self.ids, self.options.batch_size)
@@ -237,6 +265,14 @@ class Look:
             raise UserError("the model was closed; open it again")
         if unedited and self.edits:
             raise UserError("detect and ablate look at the model as it is: call them outside the blocks of edits")
+
+    def check_loss(self) -> None:
+        """Raises UserError if the model has no language-model head."""
+        if not self.subjects[0].has_loss:
+            raise UserError(
+                f"{self.loaded.checkpoint.path} has no language-model head, so no loss that ablate could compare: "
+                "detect measures it"
+            )
 
     def close(self) -> None:
         """Gives a model that the caller holds back as it was: training mode, attention implementation, dropout."""
@@ -333,6 +369,7 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
     Raises UserError for an unknown name, and where there is no other text to take means from.
     """
     look.check_open(unedited=True)
+    look.check_loss()
     first, *others = (
         ablate_subject(
             subject,

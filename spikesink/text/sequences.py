@@ -1,5 +1,6 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,20 @@ class Reader:
     block_size: float
     vocab_size: int
     split: Split = validation_split
+    bos_id: int | None = None  # what --bos puts there
+
+    def starting(self, bos: bool | None) -> "Reader":
+        """This reader with BOS (or what the tokenizer puts there) before every sequence, or without; None: as it is.
+
+        Raises UserError where there is no BOS.
+        """
+        if bos is None or bos == bool(self.prefix_ids):
+            return self
+        if not bos:
+            return dataclasses.replace(self, prefix_ids=())
+        if self.bos_id is None:
+            raise UserError("--bos: the model's tokenizer has no BOS")
+        return dataclasses.replace(self, prefix_ids=(self.bos_id,))
 
     def sequences(self, options: Options, wanted: int) -> Sequences:
         """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
