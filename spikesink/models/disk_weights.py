@@ -67,9 +67,14 @@ def placement(kind: Any, config: Any, free: float, gguf: object = None) -> dict[
         )
     print(f"weights of {needed / 2**30:.1f} GiB are read from disk as the model runs", file=sys.stderr)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # which says the same
+    return {"device_map": {"": "disk"}, "offload_folder": passing_folder()}
+
+
+def passing_folder() -> str:
+    """A new folder that is removed when Python ends."""
     folder = tempfile.mkdtemp(prefix="spikesink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return {"device_map": {"": "disk"}, "offload_folder": folder}
+    return folder
 
 
 def weights_at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None]:

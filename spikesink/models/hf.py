@@ -310,7 +310,9 @@ class Source(NamedTuple):
         if path.suffix.lower() == ".gguf":
             if revision is not None or not path.is_file():
                 raise UserError(f"{path} has no revisions: it is one file" if path.is_file() else f"no file {path}")
-            return cls(str(path), str(path.parent), {"gguf_file": path.name})
+            alone = disk_weights.passing_folder()  # transformers would mix in a tokenizer that lies beside the file
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            return cls(str(path), alone, {"gguf_file": path.name})
         if revision is None:
             return cls(str(target), str(target))
         if not path.is_dir():
@@ -339,7 +341,7 @@ def step_of(revision: str | None) -> int | None:
 
 
 def gguf_types(file: Path) -> str:
-    """The types in which a GGUF file holds its matrices, that of most weights first. Raises UserError."""
+    """From which types a GGUF file's matrices are read, that of most weights first, in words. Raises UserError."""
     with extra("hf"):
         import gguf
     count: Counter[str] = Counter()
@@ -347,8 +349,9 @@ def gguf_types(file: Path) -> str:
         for tensor in gguf.GGUFReader(file).tensors:
             count[tensor.tensor_type.name] += int(tensor.n_elements) if len(tensor.shape) > 1 else 0
     except Exception as error:  # a broken file fails in many ways
-        raise UserError(f"{file} is no GGUF file that can be read: {first_line(error)}") from None
-    return ", ".join(name for name, n in count.most_common() if n)
+        raise UserError(f"cannot read {file}: it is no GGUF file, or not all of one ({first_line(error)})") from None
+    types = [name for name, n in count.most_common() if n]
+    return f"{'converted' if {*types} <= {'F32', 'F16', 'BF16'} else 'dequantised'} from {', '.join(types)}"
 
 
 def first_line(error: BaseException) -> str:
@@ -423,7 +426,7 @@ def load(source: Source, device: str = "cpu", free: float = math.inf, **kwargs: 
     safe = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32, "local_files_only": offline}
     about = {}
     if source.file:
-        about["weights"] = f"dequantised from {gguf_types(source.file)}"
+        about["weights"] = gguf_types(source.file)
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     elif local:
         check_folder(where)
@@ -482,6 +485,8 @@ def untie(model: Any) -> None:
     if getattr(model.config, "tie_word_embeddings", False) and last is not None and first.weight is not last.weight:
         with disk_weights.weights_at_hand(first), disk_weights.weights_at_hand(last):
             model.config.tie_word_embeddings = torch.equal(first.weight, last.weight)
+        if not model.config.tie_word_embeddings:
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def found_in(model: nn.Module) -> Any:
