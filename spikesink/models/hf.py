@@ -329,8 +329,9 @@ class Source(NamedTuple):
 
 
 def revisions_in(folder: str | Path) -> list[str]:
-    """The revisions of a model in a folder: the folders in it that hold a config.json, by their step."""
-    names = [config.parent.name for config in Path(folder).glob("*/config.json")]
+    """The revisions in a folder: its folders that hold a config.json, and no ckpt.pt of train.py, by their step."""
+    folders = [config.parent for config in Path(folder).glob("*/config.json")]
+    names = [one.name for one in folders if not (one / "ckpt.pt").exists()]
     return sorted(names, key=lambda name: (step_of(name) or 0, name))
 
 
