@@ -40,7 +40,7 @@ from .models.subject import Subject, gpt_in
 from .models.views import as_it_was
 from .options import Options
 from .text import default_text
-from .text.sequences import PADDING, Reader
+from .text.sequences import PADDING, Reader, bos_of
 from .text.tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
 
 N_SEQ = 100  # sequences, unless asked for otherwise: Gu et al.'s
@@ -113,8 +113,7 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     trained, meta, args = content.config, content.meta, content.model_args
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
-    bos_id = getattr(tokenizer, "bos_id", meta.get("bos_id"))
-    prefix_ids: tuple[Any, ...] = (bos_id,) if trained.get("bos", False) else ()
+    prefix_ids: tuple[Any, ...] = (bos_of(tokenizer, meta),) if trained.get("bos", False) else ()
     about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
         split, config = lab.split, model.config
@@ -129,7 +128,7 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
         block_size, vocab_size = args["block_size"], args["vocab_size"]
     return Loaded(
         subjects,
-        Reader(tokenizer, meta, dataset, prefix_ids, (), block_size, vocab_size, split, bos_id),
+        Reader(tokenizer, meta, dataset, prefix_ids, (), block_size, vocab_size, split),
         about,
         architecture,
         data,
@@ -159,16 +158,7 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntr
     architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(
-            tokenizer,
-            {},
-            default_text.NAME,
-            prefix_ids,
-            suffix_ids,
-            hf.longest(config),
-            config.vocab_size,
-            bos_id=getattr(tokenizer, "bos_id", None),
-        ),
+        Reader(tokenizer, {}, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
         about,
         {**architecture, "parameters": disk_weights.parameter_count(model)},
         Path("data"),
@@ -186,7 +176,6 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
         return _of_transformers(transformer, wrapped, about)
     config, prefix_ids = gpt.config, getattr(wrapped, "prefix_ids", ())
     reader = Reader(wrapped, {}, default_text.NAME, prefix_ids, (), config.block_size, config.vocab_size)
-    reader.bos_id = getattr(wrapped, "bos_id", None)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
     return Loaded([Subject.of_gpt(gpt, wrapped.decode)], reader, about, architecture, Path("data"))
 

@@ -159,6 +159,31 @@ def test_a_revision_that_is_not_there_names_those_that_are(course, cli, trained)
         spikesink.open(build("llama"), revision="x", **HOW)
 
 
+def test_revisions_of_the_hub(tmp_path, monkeypatch):
+    """Config, weights and tokenizer are all of the revision: here from the hub's cache, as it lies on a disk."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
+    losses = {}
+    for i, name in enumerate(("main", "step2000")):
+        torch.manual_seed(i)
+        model = shaken(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, "vocab_size": 257 + i}))
+        ).eval()
+        snapshot = tmp_path / "models--some--model" / "snapshots" / (str(i) * 40)
+        model.save_pretrained(snapshot)
+        if i:
+            byte_tokenizer().save_pretrained(snapshot)
+        (tmp_path / "models--some--model" / "refs" / name).write_text(snapshot.name)
+        losses[name] = model(IDS, labels=IDS).loss.item()
+    for revision, loss in ((None, losses["main"]), ("step2000", losses["step2000"])):
+        with spikesink.open("some/model", revision=revision, **HOW) as look:
+            assert look.loss() == pytest.approx(loss, rel=1e-4)
+            assert isinstance(look.loaded.reader.tokenizer, hf.Tokenizer) == (revision is not None)
+    assert (look.loaded.checkpoint.path, look.loaded.checkpoint.step) == ("some/model@step2000", 2000)
+    with pytest.raises(UserError, match=r"some/model@step5 .* cannot be opened"):
+        spikesink.open("some/model", revision="step5", **HOW)
+
+
 def test_the_step_that_a_name_says():
     steps = {
         "step1000": 1000,
