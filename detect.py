@@ -2,13 +2,14 @@
 
   python detect.py out/quickstart                        a run of train.py
   python detect.py gpt2                                  of the Hugging Face hub
+  python detect.py model.gguf                            a GGUF file
   python detect.py out/quickstart --prompt "The cat."    one text, by token
   python detect.py out/quickstart --data wikitext103     on other text
   python detect.py --compare out/prenorm out/postnorm    side by side
 
 Massive activations and attention sinks, in one streaming pass. Reads
-checkpoints of train.py, nanoGPT and transformers; nothing in them is executed.
-Writes detect.json and detect.html beside the checkpoint.
+checkpoints of train.py, nanoGPT and transformers, and GGUF files; nothing in
+them is executed. Writes detect.json and detect.html beside the checkpoint.
 """
 
 import sys

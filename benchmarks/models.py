@@ -256,7 +256,8 @@ def markdown(rows: list[Row]) -> str:
         holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
         stories.append(
             f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
-            f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; {where}; {steps}. {told}."
+            f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; {where}; {steps}. "
+            f"{told}."
         )
     missing = [r for r in rows if r.not_run]
     commits = ", ".join(sorted({r.commit for r in ran if r.commit}))
@@ -300,7 +301,7 @@ def markdown(rows: list[Row]) -> str:
             ],
         ),
         "",
-        f"{len(missing)} of {len(rows)} rows were not run here: the hub could not be reached, or a file was not at hand.",
+        f"{len(missing)} of {len(rows)} rows were not run here: the hub was not reached, or a file not at hand.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -319,10 +320,11 @@ def main() -> None:
     file = args.out / "models.json"
     kept = schema.from_json(list[Row], json.loads(file.read_text())) if file.is_file() else []
     rows = {(row.model, row.asked_len, row.bos): row for row in kept}
-    for model, *how in tqdm(conditions(), desc="models", disable=None):
-        row = rows.setdefault((model.name, *how), Row(model.name, *how, not_run="not asked for"))
+    for model, T, bos in tqdm(conditions(), desc="models", disable=None):
+        row = rows.setdefault((model.name, T, bos), Row(model.name, T, bos, not_run="not asked for"))
         if (args.only is None or model.name in args.only) and (args.again or row.not_run):
-            rows[model.name, *how] = measure(model, *how, args.folder, args.n_long, commit.stdout.strip() or "unknown")
+            row = measure(model, T, bos, args.folder, args.n_long, commit.stdout.strip() or "unknown")
+            rows[model.name, T, bos] = row
             schema.save(file, [asdict(row) for row in rows.values()])
     text = markdown([rows[model.name, T, bos] for model, T, bos in conditions()])
     save_text(args.out / "models.md", text)

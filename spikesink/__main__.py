@@ -20,12 +20,13 @@ from .errors import UserError, cli, nearest
 DETECT = """What does this checkpoint do?    spikesink detect CHECKPOINT [--flag ...]
 
   spikesink detect gpt2                                  of the Hugging Face hub
+  spikesink detect model.gguf                            a GGUF file
   spikesink detect path/to/folder --prompt "The cat."    one text, by token
   spikesink detect --compare A B                         side by side
 
 Massive activations and attention sinks, in one streaming pass. Reads
-checkpoints of train.py, nanoGPT and transformers. Writes detect.json and
-detect.html beside the checkpoint, or here for a model of the hub.
+checkpoints of train.py, nanoGPT and transformers, and GGUF files. Writes
+detect.json and detect.html beside the checkpoint, or here for the hub's.
 """
 ABLATE = """What changes when it cannot?    spikesink ablate CHECKPOINT [--flag ...]
 

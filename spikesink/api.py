@@ -40,7 +40,7 @@ from .models.subject import Subject, gpt_in
 from .models.views import as_it_was
 from .options import Options
 from .text import default_text
-from .text.sequences import PADDING, Reader
+from .text.sequences import PADDING, Reader, bos_of
 from .text.tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
 
 N_SEQ = 100  # sequences, unless asked for otherwise: Gu et al.'s
@@ -64,23 +64,38 @@ NO_CHECKPOINT = (".py", ".jsonl", ".html", ".txt", ".md", ".npy", ".csv")
 
 def load(target: str | Path | nn.Module, options: Options, tokenizer: object = None, lab: Lab | None = None) -> Loaded:
     """The model that `target` names, or is. Raises UserError where it cannot be had, or not observed."""
+    loaded = _load(target, options, tokenizer, lab)
+    return dataclasses.replace(loaded, reader=loaded.reader.starting(options.bos))
+
+
+def _load(target: str | Path | nn.Module, options: Options, tokenizer: object, lab: Lab | None) -> Loaded:
+    no_revision = UserError("--revision goes with a Hugging Face folder or hub name")
     if isinstance(target, nn.Module):
+        if options.revision is not None:
+            raise no_revision
         return _in_memory(target, tokenizer)
     if tokenizer is not None:
         raise UserError(f"tokenizer= goes with a model in memory; {target} has its own")
     path = Path(target)
+    if path.suffix.lower() == ".gguf":
+        return _transformers(path, options)
     if path.suffix in (".json", ".safetensors") and path.is_file():
         raise UserError(f"{path} is a part of a folder; give the folder, {path.parent}")
     if path.suffix in NO_CHECKPOINT and path.is_file():
         raise UserError(f"{path} is no checkpoint; give the ckpt.pt of a run, or the folder that holds it")
     if path.is_file() or path.suffix == ".pt" or (path / "ckpt.pt").is_file():
+        if options.revision is not None:
+            raise no_revision
         return _checkpoint(path / "ckpt.pt" if path.is_dir() else path, options, lab)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and options.revision is None and not (path / "config.json").is_file():
+        revisions = hf.revisions_in(path)
+        if revisions:
+            raise UserError(f"{path} holds several models: give --revision with one of {', '.join(revisions)}")
         runs = ", ".join(str(run.parent) for run in sorted(path.glob("*/ckpt.pt"))[:5])
         raise UserError(
             f"{path} holds neither a ckpt.pt nor a Hugging Face config.json" + (f"; these do: {runs}" if runs else "")
         )
-    return _transformers(str(target), options)
+    return _transformers(target, options)
 
 
 def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
@@ -98,8 +113,7 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     trained, meta, args = content.config, content.meta, content.model_args
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
-    bos_id = getattr(tokenizer, "bos_id", meta.get("bos_id"))
-    prefix_ids: tuple[Any, ...] = (bos_id,) if trained.get("bos", False) else ()
+    prefix_ids: tuple[Any, ...] = (bos_of(tokenizer, meta),) if trained.get("bos", False) else ()
     about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
         split, config = lab.split, model.config
@@ -121,15 +135,17 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     )
 
 
-def _transformers(name: str, options: Options) -> Loaded:
-    """A model of the Hugging Face hub or of a folder; its default text is Python's own documentation."""
-    model = hf.open_model(name, options.device, disk_weights.free_bytes(options.max_memory))
-    about = CheckpointEntry(path=name, sha256=hf.weights_hash(name))
-    return _of_transformers(model, hf.Tokenizer.of(name) or NoTokenizer(), about)
+def _transformers(target: str | Path, options: Options) -> Loaded:
+    """A model of the Hugging Face hub, of a folder or a GGUF file; its default text is Python's own documentation."""
+    source = hf.Source.of(target, options.revision)
+    opened = hf.load(source, options.device, disk_weights.free_bytes(options.max_memory))
+    about = CheckpointEntry(path=source.name, sha256=hf.weights_hash(source.name), step=hf.step_of(options.revision))
+    loaded = _of_transformers(opened.model, hf.Tokenizer.of(source) or NoTokenizer(), about)
+    return dataclasses.replace(loaded, model=loaded.model | opened.about)
 
 
 def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntry) -> Loaded:
-    config = model.config
+    config = hf.text_config(model.config)
     prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
     shown = [
         "model_type",
@@ -228,6 +244,7 @@ class Look:
     def losses(self) -> torch.Tensor:
         """The mean loss of each sequence within the `edits`, in nats per token: (N,), float64. First part only."""
         self.check_open()
+        self.check_loss()
         subject = self.subjects[0]
         if not self.edits:
             return quantise.sequence_losses(subject, self.ids, self.options.batch_size)
@@ -243,6 +260,14 @@ class Look:
             raise UserError("the model was closed; open it again")
         if unedited and self.edits:
             raise UserError("detect and ablate look at the model as it is: call them outside the blocks of edits")
+
+    def check_loss(self) -> None:
+        """Raises UserError if the model has no language-model head."""
+        if not self.subjects[0].has_loss:
+            raise UserError(
+                f"{self.loaded.checkpoint.path} has no language-model head, so no loss that ablate could compare: "
+                "detect measures it"
+            )
 
     def close(self) -> None:
         """Gives a model that the caller holds back as it was: training mode, attention implementation, dropout."""
@@ -341,6 +366,7 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
     Raises UserError for an unknown name, and where there is no other text to take means from.
     """
     look.check_open(unedited=True)
+    look.check_loss()
     first, *others = (
         ablate_subject(
             subject,

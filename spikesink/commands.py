@@ -20,7 +20,7 @@ from .files import check_writable
 from .measure import prompt
 from .measure.findings import Comparison
 from .measure.observe import ORDINARY_SEQUENCES, Ordinary
-from .models import checkpoint
+from .models import checkpoint, hf
 from .models.lab import Lab
 from .options import Options, add_flags, from_flags, option
 from .show import report
@@ -54,7 +54,9 @@ def parser_of(description: str) -> Flags:
     """The flags that say which model is looked at, on what, and where the findings go."""
     parser = Flags(description=description)
     parser.add_argument(
-        "checkpoint", nargs="?", help="ckpt.pt or the folder that holds it, or a Hugging Face folder or hub name"
+        "checkpoint",
+        nargs="?",
+        help="ckpt.pt or the folder that holds it, or a Hugging Face folder or hub name, or a GGUF file",
     )
     add_flags(parser, Options)
     add_flags(parser, Outputs)
@@ -70,18 +72,22 @@ def detect(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     asking = parser.add_argument_group("other questions, one at a time")
     asking.add_argument("--prompt", metavar="TEXT", help="one text, token by token")
     asking.add_argument("--compare", nargs="+", metavar="CKPT", help="several checkpoints side by side")
+    asking.add_argument("--revisions", metavar="A,B,...", help="several revisions of it side by side: over training")
     asking.add_argument("--vocab", action="store_true", help="every token of the vocabulary too: which of them spike?")
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.compare:
         raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")
-    asked = [name for name in ("prompt", "compare", "vocab") if getattr(args, name) not in (None, False)]
+    asked = [name for name in ("prompt", "compare", "revisions", "vocab") if getattr(args, name) not in (None, False)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two questions: ask one at a time")
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
     if args.prompt is not None:
         paths = _prompt(args.checkpoint, args.prompt, options, outputs, lab)
     elif args.compare:
-        paths = _compare(([args.checkpoint] if args.checkpoint else []) + args.compare, options, outputs, lab)
+        targets = ([args.checkpoint] if args.checkpoint else []) + args.compare
+        paths = _compare([(target, options) for target in targets], outputs, lab)
+    elif args.revisions is not None:
+        paths = _compare(revisions_of(args.checkpoint, args.revisions, options), outputs, lab)
     else:
         paths = _detect(args.checkpoint, args.vocab, options, outputs, lab)
     print(written(*paths))
@@ -149,15 +155,25 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
     return json_path, html_path if page else None
 
 
-def _compare(targets: list[str], options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
-    """--compare: several checkpoints side by side, each on the text that its flags give."""
+def revisions_of(target: str, listed: str, options: Options) -> list[tuple[str, Options]]:
+    """--revisions: what is opened for each of a list with commas. Raises UserError, before anything is measured."""
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if options.revision is not None or not names:
+        raise UserError("--revisions lists several, as in step0,step1000; --revision names one")
+    for name in names:
+        hf.Source.of(target, name)
+    return [(target, dataclasses.replace(options, revision=name)) for name in names]
+
+
+def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
+    """--compare, --revisions: several checkpoints side by side, each on the text that its flags give."""
     page = pages(outputs)
     json_path, html_path = outputs.paths("", "compare.json", "compare.html")
     found = []
-    for target in tqdm(targets, desc="checkpoints", disable=None, leave=False):
+    for target, options in tqdm(targets, desc="checkpoints", disable=None, leave=False):
         with api.open(target, options, lab=lab) as look:
             found.append(dataclasses.replace(api.detect(look), examples=None))  # of one checkpoint, for its own page
-    names = short_names(targets)
+    names = short_names([str(Path(target, options.revision or "")) for target, options in targets])
     schema.save(json_path, Comparison(names=names, findings=found))
     if page:
         page.comparison_page(html_path, names, found)
@@ -198,6 +214,7 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
     page = pages(outputs)
     with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
+        look.check_loss()
         path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
         if json_path.name == "detect.json":

@@ -34,6 +34,11 @@ class Options:
     tokens: str | Path | np.ndarray | torch.Tensor | None = option(
         "integer ids [n_seq, seq_len], used as they are; -100 is padding", metavar="FILE.npy", group=TEXT
     )
+    bos: bool | None = option(
+        "BOS before every sequence, or none (default: as its tokenizer or its training has it); of BERT's frame, "
+        "--no-bos drops [CLS] and leaves [SEP]",
+        group=TEXT,
+    )
     seq_len: int | None = option("tokens in a sequence, with BOS (default: 64, Gu et al.'s)", metavar="N", group=TEXT)
     n_seq: int | None = option("number of sequences (default: 100)", metavar="N", group=TEXT)
     bpe: str | Path | None = option("local file of GPT-2's BPE ranks", metavar="FILE", group=TEXT)
@@ -41,6 +46,11 @@ class Options:
     batch_size: int = option("sequences at a time (default: 8)", 8, metavar="N", group=RUN)
     nulls: int | None = option(
         "sequences of each null, 0 for none (default: up to 16)", metavar="N", group=RUN, least=0
+    )
+    revision: str | None = option(
+        "of a Hugging Face model: a branch, tag or commit of the hub, or a folder within the folder",
+        metavar="REV",
+        group=RUN,
     )
     max_memory: int | None = option(
         "on the CPU, a Hugging Face model that needs more is read from disk as it runs (default: what is free)",
@@ -57,6 +67,8 @@ class Options:
         texts = [name for name in ("data", "text", "tokens") if getattr(self, name) is not None]
         if len(texts) > 1:
             raise UserError(f"--{texts[0]} and --{texts[1]} are two texts: give one of them")
+        if self.bos is not None and self.tokens is not None:
+            raise UserError(f"--tokens are used as they are: --{'' if self.bos else 'no-'}bos goes with a text")
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata["least"]
             if type(value) is int and value < least:

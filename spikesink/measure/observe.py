@@ -463,7 +463,7 @@ def _observe_batch(
     with on_streams(*zip(*taps, strict=True)), hooked(seams):
         losses = subject.losses(ids)
     loss = losses.mean(1)
-    if not loss.isfinite().all():
+    if subject.has_loss and not loss.isfinite().all():
         raise UserError("the model's loss on this text is not finite: its weights are broken, or overflow in float32")
 
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)

@@ -124,7 +124,7 @@ def _data(subject: Subject, obs: Observation, text: TextEntry) -> DataEntry:
         **vars(text),
         n_register=subject.n_register,
         loss=(obs.loss * obs.predicted).sum().item() / max(1, int(obs.predicted.sum())),
-        loss_of="the next token" if subject.shift else "each token, none masked",
+        loss_of=subject.loss_of,
     )
 
 

@@ -46,11 +46,11 @@ def parameter_bytes(model: nn.Module) -> int:
     return 4 * parameter_count(model)
 
 
-def placement(kind: Any, config: Any, free: float) -> dict[str, Any]:
+def placement(kind: Any, config: Any, free: float, gguf: object = None) -> dict[str, Any]:
     """The arguments of `kind.from_pretrained` that leave the weights on disk; none where they fit into `free` bytes.
 
     `kind`: one of transformers' AutoModelFor... Raises UserError where they would have to stay on disk and accelerate
-    is missing.
+    is missing, or they are in a GGUF file, `gguf`.
     """
     if free == math.inf:
         return {}
@@ -58,16 +58,23 @@ def placement(kind: Any, config: Any, free: float) -> dict[str, Any]:
         needed = parameter_bytes(kind.from_config(config))
     if needed <= SHARE * free:
         return {}
+    short = f"the model needs {needed / SHARE / 2**30:.1f} GiB, {free / 2**30:.1f} are free, and"
+    if gguf:
+        raise UserError(f"{short} a GGUF file cannot be read part by part")
     if importlib.util.find_spec("accelerate") is None:
         raise UserError(
-            f"the model needs {needed / SHARE / 2**30:.1f} GiB, {free / 2**30:.1f} are free, and accelerate, which "
-            "could read it from disk part by part, is missing: pip install 'spikesink[hf]'"
+            f"{short} accelerate, which could read it from disk part by part, is missing: pip install 'spikesink[hf]'"
         )
     print(f"weights of {needed / 2**30:.1f} GiB are read from disk as the model runs", file=sys.stderr)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # which says the same
+    return {"device_map": {"": "disk"}, "offload_folder": passing_folder()}
+
+
+def passing_folder() -> str:
+    """A new folder that is removed when Python ends."""
     folder = tempfile.mkdtemp(prefix="spikesink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return {"device_map": {"": "disk"}, "offload_folder": folder}
+    return folder
 
 
 def weights_at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -4,20 +4,24 @@ Nothing of size T x T is made here: masks stay functions until a chunk of rows a
 edits runs through PyTorch's fused kernels (a model that passes a T x T position bias has made that itself).
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import socket
 import sys
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +34,7 @@ from .blocks import Stack, Taps, stacks_of
 from .subject import SEAM, Subject, after_start, device_of, for_heads, rows_at_once
 
 NAME = "spikesink"
+OLDEST = (5, 20)  # of transformers: before, T5's attention bypasses the interface
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
@@ -292,57 +297,210 @@ def hub_answers(seconds: float = 3.0) -> bool:
     return True
 
 
-def model_class(config: Any) -> Any:
-    """The transformers class that gives a model of this config its language-model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+def need_transformers() -> None:
+    """Raises UserError where transformers is missing, or older than the oldest that works here."""
+    with extra("hf"):
+        import transformers
+    if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < OLDEST:
+        raise UserError(
+            f"transformers {transformers.__version__} is too old, {'.'.join(map(str, OLDEST))} is needed: "
+            "pip install 'spikesink[hf]'"
+        )
 
+
+class Source(NamedTuple):
+    """Where a transformers model is. `name`: as findings have it; `where`, `how`: a folder or a name of the hub, and
+    the arguments with it (gguf_file, revision), as `from_pretrained` takes them."""
+
+    name: str
+    where: str
+    how: dict[str, str] = {}  # noqa: RUF012, never written to
+
+    @classmethod
+    def of(cls, target: str | Path, revision: str | None = None) -> "Source":
+        """A GGUF file, a folder or a name of the hub; a folder's revisions are folders in it. Raises UserError."""
+        path = Path(target)
+        if path.suffix.lower() == ".gguf":
+            if revision is not None or not path.is_file():
+                raise UserError(f"{path} has no revisions: it is one file" if path.is_file() else f"no file {path}")
+            alone = disk_weights.passing_folder()  # transformers would mix in a tokenizer that lies beside the file
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            return cls(str(path), alone, {"gguf_file": path.name})
+        if revision is None:
+            return cls(str(target), str(target))
+        if not path.is_dir():
+            return cls(f"{target}@{revision}", str(target), {"revision": revision})
+        known = revisions_in(path)
+        if revision not in known:
+            raise UserError(f"{path} holds no revision {revision}; it holds {', '.join(known) or 'none'}")
+        return cls(str(path / revision), str(path / revision))
+
+    @property
+    def file(self) -> Path | None:
+        """The GGUF file, if it is one."""
+        return Path(self.name) if "gguf_file" in self.how else None
+
+
+def revisions_in(folder: str | Path) -> list[str]:
+    """The revisions in a folder: its folders that hold a config.json, and no ckpt.pt of train.py, by their step."""
+    folders = [config.parent for config in Path(folder).glob("*/config.json")]
+    names = [one.name for one in folders if not (one / "ckpt.pt").exists()]
+    return sorted(names, key=lambda name: (step_of(name) or 0, name))
+
+
+def step_of(revision: str | None) -> int | None:
+    """The step of training that a revision's name says, as step1000, step-50K-105b and checkpoint-500 do, or None."""
+    said = re.search(r"(?:step|checkpoint)[-_]?(\d+)(k?)(?![\w.])", revision or "", re.IGNORECASE)
+    return int(said[1]) * (1000 if said[2] else 1) if said else None
+
+
+def gguf_types(file: Path) -> str:
+    """From which types a GGUF file's matrices are read, that of most weights first, in words. Raises UserError."""
+    with extra("hf"):
+        import gguf
+    count: Counter[str] = Counter()
+    try:
+        for tensor in gguf.GGUFReader(file).tensors:
+            count[tensor.tensor_type.name] += int(tensor.n_elements) if len(tensor.shape) > 1 else 0
+    except Exception as error:  # a broken file fails in many ways
+        raise UserError(f"cannot read {file}: it is no GGUF file, or not all of one ({first_line(error)})") from None
+    types = [name for name, n in count.most_common() if n]
+    return f"{'converted' if {*types} <= {'F32', 'F16', 'BF16'} else 'dequantised'} from {', '.join(types)}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model: all of it, but for a multimodal wrapper's."""
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that gives a model of this config its language-model head, or has none to give."""
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForTextEncoding,
+    )
+
+    name = (config.architectures or [""])[0]
+    if name.endswith("EncoderModel"):  # of an encoder-decoder, the encoder alone
+        return AutoModelForTextEncoding
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
-    names = config.architectures or [""]
-    causal = getattr(config, "is_decoder", False) or names[0].endswith(("ForCausalLM", "LMHeadModel"))
-    masked = type(config) in AutoModelForMaskedLM._model_mapping
-    return AutoModelForMaskedLM if masked and not causal else AutoModelForCausalLM
+    causal = getattr(config, "is_decoder", False) or name.endswith(("ForCausalLM", "LMHeadModel"))
+    kinds: list[Any] = [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel]
+    known = [kind for kind in kinds[causal:] if type(config) in kind._model_mapping]
+    return known[0] if known else AutoModelForCausalLM  # which says what is wrong
+
+
+class Opened(NamedTuple):
+    """A model, and what there is to say of its weights, as the findings' model entry has it."""
+
+    model: Any
+    about: dict[str, str]
 
 
 def open_model(name_or_path: str | Path, device: str = "cpu", free: float = math.inf, **kwargs: Any) -> Any:
-    """A language model of the hub or of a folder, in float32; `kwargs` go to transformers' `from_pretrained`.
+    """A language model of the hub or of a folder, as `load` has it. Raises UserError where it has no such head."""
+    model = load(Source.of(name_or_path), device, free, **kwargs).model
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{name_or_path} has no language-model head")
+    return model
+
+
+def load(source: Source, device: str = "cpu", free: float = math.inf, **kwargs: Any) -> Opened:
+    """A model in float32; `kwargs` go to transformers' `from_pretrained`.
 
     On the CPU, weights that do not fit into `free` bytes of memory are left on disk, and read whenever they are used.
 
-    Causal, masked (BERT) or encoder-decoder (T5, BART), as its config says.
+    Causal, masked (BERT) or encoder-decoder (T5, BART), as its config says; without a head where the files have none.
 
-    Safetensors only, no remote code, whatever they say. Raises UserError where it cannot be had whole.
+    Safetensors or GGUF only, no remote code, whatever they say. Raises UserError where it cannot be had whole.
     """
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # no third party converts other formats for us
-    with extra("hf"):
-        from transformers import AutoConfig
-        from transformers.utils import cached_file, logging
+    need_transformers()
+    from transformers import AutoConfig, GgufConfig
+    from transformers.utils import cached_file, logging
+
+    name, where, how = source
     device = device_named(device)
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    quiet = not sys.stderr.isatty()
+    if quiet:
         logging.disable_progress_bar()
-    local = Path(name_or_path).is_dir()
+    local = Path(where).is_dir()
     offline = local or not hub_answers()  # else a missing network costs half a minute of retries
     safe = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32, "local_files_only": offline}
-    if local:
-        check_folder(name_or_path)
+    about = {}
+    if source.file:
+        about["weights"] = gguf_types(source.file)
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    elif local:
+        check_folder(where)
     try:
         if not local:
-            check_config(str(cached_file(name_or_path, "config.json", local_files_only=offline)))
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
+            check_config(str(cached_file(where, "config.json", local_files_only=offline, **how)))
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=offline, **how)
         kind = model_class(config)
-        placed = disk_weights.placement(kind, config, free) if str(device) == "cpu" else {}
-        model, info = kind.from_pretrained(name_or_path, **{**kwargs, **safe, **placed}, output_loading_info=True)
+        on_disk = disk_weights.placement(kind, config, free, source.file) if str(device) == "cpu" else {}
+        with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
+            model, info = kind.from_pretrained(where, **{**kwargs, **safe, **on_disk, **how}, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # a hostile or broken folder fails in many ways
-        reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-        where = "" if local else "is no file or folder here, and as a model of the hub "
-        raise UserError(f"{name_or_path} {where}cannot be opened: {reason}") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{name_or_path} lacks {len(missing)} weights, the first {missing[0]}: it would be random")
-    return model if placed else to_device(model, device)
+        place = "" if local else "is no file or folder here, and as a model of the hub "
+        raise UserError(f"{name} {place}cannot be opened: {first_line(error)}") from None
+    model = without_new_head(model, sorted(info["missing_keys"]), name)
+    about |= unused_weights(model, sorted(info["unexpected_keys"]), name)
+    untie(model)
+    for key, words in about.items():
+        print(f"{name}: {key} {words}", file=sys.stderr)
+    if model.get_output_embeddings() is None:
+        print(f"{name}: no language-model head, so it is measured without a loss", file=sys.stderr)
+    return Opened(model if on_disk else to_device(model, device), about)
+
+
+def without_new_head(model: Any, missing: list[str], name: str) -> Any:
+    """The model, or what is below its head where weights of the head are `missing`, which would be random.
+
+    Raises UserError where others are.
+    """
+    if not missing:
+        return model
+    inside = [key for key in missing if model.base_model is model or key.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        raise UserError(f"{name} lacks {len(inside)} weights, the first {inside[0]}: it would be random")
+    return model.base_model
+
+
+def unused_weights(model: Any, unexpected: list[str], name: str) -> dict[str, str]:
+    """{"unused": what of the file the model has no place for}, or {}. Raises UserError for weights of blocks."""
+    lists = {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    blocks = [key for key in unexpected if any(re.search(rf"(^|\.){re.escape(one)}\.\d+\.", key) for one in lists)]
+    if blocks:
+        raise UserError(
+            f"{name} holds {len(blocks)} weights of blocks that its config has no place for, the first {blocks[0]}: "
+            "it would compute something else without them"
+        )
+    shown = ", ".join(unexpected[:4]) + (f" and {len(unexpected) - 4} more" if len(unexpected) > 4 else "")
+    return {"unused": shown} if unexpected else {}
+
+
+def untie(model: Any) -> None:
+    """Makes the config say so where the files have another unembedding than embedding, though it ties them."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(model.config, "tie_word_embeddings", False) and last is not None and first.weight is not last.weight:
+        with disk_weights.weights_at_hand(first), disk_weights.weights_at_hand(last):
+            model.config.tie_word_embeddings = torch.equal(first.weight, last.weight)
+        if not model.config.tie_word_embeddings:
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def found_in(model: nn.Module) -> Any:
@@ -356,8 +514,9 @@ def found_in(model: nn.Module) -> Any:
 
 def of_nanogpt(model_args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
     """The GPT-2 of transformers that computes what a checkpoint of nanoGPT does. Raises ValueError."""
-    with extra("hf"):
-        from transformers import GPT2LMHeadModel
+    need_transformers()
+    from transformers import GPT2LMHeadModel
+
     config, state = convert.to_gpt2(
         {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **model_args}, weights
     )
@@ -380,16 +539,18 @@ def subjects_of(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     Raises UserError unless trial runs give the logits that the model gave before, with one call of the seam per
     attention module and streams (B, T, C): what cannot be observed is refused, not guessed.
     """
+    need_transformers()
     kind = model.config.model_type
     model.eval()
-    model.config.use_cache, model.config.return_dict = False, True
+    model.config.return_dict = True
+    for config in (model.config, text_config(model.config)):
+        config.use_cache = False
     try:
         return _tried_subjects(model, decode)
     except UserError:
         raise
     except Exception as error:  # models fail in their own ways
-        reason = (str(error).strip() or "-").splitlines()[0]
-        raise UserError(f"{kind} cannot be observed: {type(error).__name__}: {reason}") from None
+        raise UserError(f"{kind} cannot be observed: {first_line(error)}") from None
 
 
 def subject_of(model: Any, decode: Callable[[int], str]) -> Subject:
@@ -413,7 +574,7 @@ def start_token(config: Any) -> int:
 
 def trial_inputs(model: Any) -> dict[str, torch.Tensor]:
     """Ids (1, T) to try a model on; a decoder's are fewer, so that cross-attention is told by its shape."""
-    ids = torch.arange(3, 19, device=device_of(model))[None] % model.config.vocab_size
+    ids = torch.arange(3, 19, device=device_of(model))[None] % text_config(model.config).vocab_size
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :11]} if model.config.is_encoder_decoder else {})
 
 
@@ -425,7 +586,7 @@ def _tried_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     parts: dict[str, dict[str, Any]] = {}
     stacks = stacks_of(model)
     for name, (key, ids), blocks in zip(("encoder", "decoder") if both else ("",), inputs.items(), stacks, strict=True):
-        other_end = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % model.config.vocab_size), dim=1)
+        other_end = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % text_config(model.config).vocab_size), dim=1)
         taps, causal = watch(Stack(blocks), run, {key: other_end})
         start = start_token(model.config) if name == "decoder" else None
         parts[name] = {**taps._asdict(), "causal": causal, "start": start}
@@ -454,6 +615,7 @@ def _tried_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
             "decode": decode,
             "logits": _caller(model),
             "shift": shift,
+            "has_loss": model.get_output_embeddings() is not None,
             "stages": stages,
         }
         subjects.append(
@@ -491,24 +653,25 @@ def watch(stack: Stack, run: Callable[..., torch.Tensor], other_end: dict[str, t
 class Tokenizer:
     """A transformers tokenizer as the instruments use one.
 
-    `prefix_ids`, `suffix_ids`: the special tokens that it puts before and after a text.
+    `prefix_ids`, `suffix_ids`: the special tokens that it puts before and after a text. `bos_id`: its BOS, or None.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.bos_id = tokenizer, getattr(tokenizer, "bos_token_id", None)
         self.prefix_ids, self.suffix_ids = self._frame()
 
     @classmethod
-    def of(cls, name_or_path: str | Path) -> "Tokenizer | None":
-        """The tokenizer beside a model, or None. Runs no remote code."""
+    def of(cls, source: Source) -> "Tokenizer | None":
+        """The tokenizer beside a model, or in its GGUF file; None where there is none. Runs no remote code."""
         from transformers import AutoTokenizer
 
-        folder = Path(name_or_path)
-        if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        folder = Path(source.where)
+        local = folder.is_dir()
+        if local and not (source.file or any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))):
             return None  # transformers would make one up
-        offline = folder.is_dir() or not hub_answers()
+        safe = {"trust_remote_code": False, "local_files_only": local or not hub_answers()}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=offline)
+            tokenizer = AutoTokenizer.from_pretrained(source.where, **safe, **source.how)
         except Exception:  # a folder without a tokenizer fails in many ways
             return None
         return cls(tokenizer) if tokenizer("a")["input_ids"] else None  # an empty one knows no text either
@@ -529,10 +692,12 @@ class Tokenizer:
         return self.tokenizer.decode([token])
 
 
-def weights_hash(name_or_path: str | Path) -> str | None:
-    """SHA-256 over the names and hashes of a folder's safetensors files; None for a name of the hub."""
+def weights_hash(path: str | Path) -> str | None:
+    """SHA-256 of a GGUF file, or over the names and hashes of a folder's safetensors files; None for the hub's."""
+    if Path(path).is_file():
+        return file_hash(path)
     digest = hashlib.sha256()
-    files = sorted(Path(name_or_path).glob("*.safetensors"))
+    files = sorted(Path(path).glob("*.safetensors"))
     for file in files:
         digest.update(f"{file.name} {file_hash(file)}\n".encode())
     return digest.hexdigest() if files else None

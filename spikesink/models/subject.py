@@ -136,7 +136,8 @@ class Subject:
     learned tokens that stand before every sequence, in the streams and the maps; instruments number them -1, -2, ...
     where token ids stand. `decode`: one token id -> text.
 
-    `logits`: token ids (B, T) -> (B, T, V). `shift`: how far ahead they predict, 1 for a causal model, 0 where they
+    `logits`: token ids (B, T) -> (B, T, V); without a language-model head (`has_loss` is False) whatever the model
+    returns. `shift`: how far ahead they predict, 1 for a causal model, 0 where they
     are of the token itself (a masked model; the decoder of an encoder-decoder, whose input is shifted already).
     `causal`: a query sees no later key. An encoder-decoder is three subjects: `part` is encoder, decoder or cross (the
     decoder's attention to the encoder's tokens, with the encoder's streams). `start`: the decoder's first token.
@@ -159,6 +160,7 @@ class Subject:
     shift: int = 1
     part: str = ""
     start: int | None = None
+    has_loss: bool = True
     rebuild: Callable[[], "Subject"] | None = None  # the same model with new random weights
     stages: list[nn.Module] = field(default_factory=list)
 
@@ -221,6 +223,13 @@ class Subject:
         return [f"{tap.name.removeprefix('attn ')}.{head}" for tap in self.attends for head in range(self.n_head)]
 
     @property
+    def loss_of(self) -> str:
+        """Of which token the loss is."""
+        if not self.has_loss:
+            return "nothing: no language-model head"
+        return "the next token" if self.shift else "each token, none masked"
+
+    @property
     def device(self) -> torch.device:
         """Where the model's input goes."""
         return device_of(self.model)
@@ -245,9 +254,12 @@ class Subject:
 
     @torch.no_grad()
     def losses(self, ids: torch.Tensor) -> torch.Tensor:
-        """One forward pass: the loss in nats of each token that is predicted, (B, T - shift), float32 on the CPU."""
+        """One forward pass: the loss in nats of each token that is predicted, (B, T - shift), float32 on the CPU; nan
+        without a head."""
         ids = ids.to(self.device)
         logits = self.logits(ids)
+        if not self.has_loss:
+            return torch.full((len(ids), ids.size(1) - self.shift), torch.nan)
         losses = logits.new_empty(len(ids), ids.size(1) - self.shift, dtype=torch.float32)
         for n, of_sequence in enumerate(losses):
             for first in range(0, len(of_sequence), 128):  # few rows at a time: logits are by far the largest tensor

@@ -1,5 +1,6 @@
 """Findings -> words and tables for a terminal; pages and figures, which need more packages, are made by page.py."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
@@ -43,10 +44,14 @@ def conditions(checkpoint: CheckpointEntry, data: DataEntry) -> str:
     start = "each starting with BOS" if data.bos else "no BOS"
     if data.n_register:
         start += f", after {data.n_register} registers (positions count from the first register)"
+    loss = f"loss {data.loss:.3f} nats per token" + (
+        "" if data.loss_of == "the next token" else f" (of {data.loss_of})"
+    )
+    if math.isnan(data.loss):
+        loss = "no language-model head: no loss"
     return (
         f"{data.n_seq} sequences of {ragged}{data.seq_len} tokens of {data.name}, {start}, {data.dtype}; "
-        f"{step}sha256 {digest}; loss {data.loss:.3f} nats per token"
-        + ("" if data.loss_of == "the next token" else f" (of {data.loss_of})")
+        f"{step}sha256 {digest}; {loss}"
     )
 
 
@@ -122,8 +127,8 @@ def _overlap_sentence(both: CoOccurrence) -> str:
     if both.by_construction:
         return (
             f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%}, P(spike | sink) "
-            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so this "
-            "is one observation, and that position explains it is so by construction. "
+            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so "
+            "this is one observation, and that position explains it is so by construction. "
             + _without_first(both.without_first)
         )
     return (

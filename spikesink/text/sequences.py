@@ -41,6 +41,11 @@ def validation_split(name: str, block_size: int, bos: bool = False) -> Windows:
     raise UserError(f"there is no dataset {name!r} here: give --data FOLDER, which holds its val.bin, or --text FILE")
 
 
+def bos_of(tokenizer: TextTokenizer, meta: Meta) -> int | None:
+    """The id of BOS; None where neither the tokenizer nor what is known of the data has one."""
+    return getattr(tokenizer, "bos_id", meta.get("bos_id"))
+
+
 @dataclass
 class Reader:
     """How a model reads text. `vocab_size`: ids that it takes; `block_size`: the longest sequence, or infinity."""
@@ -53,6 +58,20 @@ class Reader:
     block_size: float
     vocab_size: int
     split: Split = validation_split
+
+    def starting(self, bos: bool | None) -> "Reader":
+        """This reader with BOS (or what the tokenizer puts there) before every sequence, or without; None: as it is.
+
+        Raises UserError where there is no BOS.
+        """
+        if bos is None or bos == bool(self.prefix_ids):
+            return self
+        if not bos:
+            return dataclasses.replace(self, prefix_ids=())
+        bos_id = bos_of(self.tokenizer, self.meta)
+        if bos_id is None:
+            raise UserError("--bos: the model's tokenizer has no BOS")
+        return dataclasses.replace(self, prefix_ids=(bos_id,))
 
     def sequences(self, options: Options, wanted: int) -> Sequences:
         """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
