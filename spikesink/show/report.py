@@ -457,7 +457,7 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
     sink_1 = lambda rates: f"{rates.first:.1%} {interval(rates.first_ci95, '.1%')}"
     measures = [
         Column("part", lambda f: f.part or "–"),
-        Column("step", lambda f: str(f.checkpoint.step or "–")),
+        Column("step", attrgetter("checkpoint.step"), "d"),
         Column("parameters", lambda f: f"{f.model['parameters'] / 1e6:.4g}M"),
         Column("text", attrgetter("data.name")),
         Column("sequences x tokens", lambda f: f"{f.data.n_seq} x {f.data.seq_len}"),
