@@ -44,7 +44,7 @@ from spikesink.errors import Flags, StoppedError, UserError, cli, nearest
 from spikesink.options import whole
 from spikesink.show.text import grid, number
 from studies import aggregate, hypotheses, report, tables
-from studies.jobs import KINDS, ROOT, Job, Study, code_version, data_of, params_and_flops, plan, read_study, settings
+from studies.jobs import KINDS, ROOT, Job, Study, code_version, params_and_flops, plan, read_study, settings
 from studies.runs.rows import NOT_RUN, STARTED, Ended, Finished, Planned, read_finished
 from studies.runs.run import describe_machine, do_run, read_json, started
 from studies.table import Arm, Conditions, Table, load_table
@@ -137,7 +137,7 @@ def table_of(study: Study, jobs: Sequence[Job], asked: Asked) -> Table:
         **train.provenance(),
         baseline=baseline,
         config=base,
-        data=data_of(first.cfg.dataset)[1],
+        data=first.samples,
         seeds=study.seeds,
         asked=study.hypotheses,
         measured=Conditions(study.n_seq, study.seq_len, study.points, "float32"),

@@ -19,6 +19,8 @@ SHOWN = (
     *("P(sink | spike)", "P(spike | sink)"),
 )
 COMPARED = ("loss", "top1/median", "kurtosis", "Sink_1", "best head", "P(sink | spike)", "P(spike | sink)")
+INT8 = ("int8 per tensor: loss", "int8 per channel: loss")
+STARTED_FROM = ("short loss", "top1/median", "kurtosis", "spike sequences", "Sink_1", "best head", *INT8)
 DIFFERS = (
     "Published: Sun et al. 2026 (arXiv 2603.05498), one run per arm, 7B parameters, 100B tokens, T 4096, Llama's block "
     "(RMSNorm, RoPE, SwiGLU): perplexity, sink rate in %, largest |h|. Ours differs in size, tokens, length, block and "
@@ -66,14 +68,31 @@ def pairs_of(table: Table) -> dict[str, int]:
     return {name: len(both & seeds[table.baseline]) for name, both in seeds.items()}
 
 
+def compared(table: Table) -> list[str]:
+    """The measures in which arms are compared."""
+    return [*COMPARED, *(name for name in INT8 if name in table.base.mean)]
+
+
+def start_rows(table: Table) -> Rows:
+    """(header, rows): where arms start from a checkpoint, the same measures at step 0 and at the end."""
+    rows = []
+    for name, arm in table.arms.items() if table.config.get("init_from", "scratch") != "scratch" else ():
+        courses = [row.course for row in aggregate.done(arm.seeds).values()]
+        for step, i in ("step 0", 0), ("end", -1):
+            seeds = {m: [course[i].measures.get(m) for course in courses] for m in STARTED_FROM}
+            found = (cell(aggregate.t_interval(seeds[m], measure_of(m).kind), m, arm.done) for m in STARTED_FROM)
+            rows.append([f"{name}, {step}", *found])
+    return ["arm", *STARTED_FROM], rows
+
+
 def difference_rows(table: Table) -> Rows:
     """(header, rows): every arm against the baseline at equal tokens."""
-    header = ["arm - baseline", *COMPARED]
+    names = compared(table)
+    header = ["arm - baseline", *names]
     others = {name: arm.difference for name, arm in table.arms.items() if arm.difference is not None}
     runs = pairs_of(table)
     return header, [
-        [name, *(cell(differences.get(m), m, runs[name], True) for m in COMPARED)]
-        for name, differences in others.items()
+        [name, *(cell(differences.get(m), m, runs[name], True) for m in names)] for name, differences in others.items()
     ]
 
 
@@ -188,6 +207,10 @@ def verdict_rows(table: Table) -> Rows:
 
 SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its rows, a note on them)
     "The arms at the end of training": (arm_rows, "Mean over seeds [95% interval]."),
+    "Before and after": (
+        start_rows,
+        "At step 0 an arm is the checkpoint with what the arm adds, on detect.py's sequences.",
+    ),
     "Against the baseline, at equal tokens": (difference_rows, "Paired by seed; × for a factor."),
     "Against the baseline, at equal loss": (
         equal_loss_rows,
@@ -202,7 +225,10 @@ SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its ro
         f"A layer has a spike where top1/median is {SPIKE_RATIO:g} or more; tokens as detect.py lists the strongest.",
     ),
     "What two changes do beyond the sum of both": (interaction_rows, "AB - A - B + baseline, paired by seed."),
-    "What interventions do": (effect_rows, "ablate.py; – where there was nothing to edit."),
+    "What interventions do": (
+        effect_rows,
+        "ablate.py; – where there was nothing to edit. int8: simulated, what it and either half of it costs.",
+    ),
     "Every run": (
         run_rows,
         "Diverged runs are counted, and in no mean. Hashes: job of keys, data, measures, code; weights of the last.",
