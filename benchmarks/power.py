@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
@@ -29,6 +26,7 @@ from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import observe
 from spikesink.measure.spikes import SPIKE_RULES
 from spikesink.models.subject import Subject, sub_layers_of
+from studies.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 N, H = 100, 4  # sequences, heads
@@ -145,7 +143,8 @@ def verdict_table(plan: Plan) -> list[Row]:
 
 def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
     """The two power curves, with their false alarms."""
-    figure, axes = plt.subplots(1, 3, figsize=(12.6, 3.4), constrained_layout=True)
+    figure = Figure(figsize=(12.6, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for (C, T), style in zip(plan.shapes, ("-o", "-s", "-^", "--d"), strict=False):
         for panel, rule in ((axes[0], "ratio"), (axes[1], "percentile")):
             rows = [r for r in found["spikes"] if (r["C"], r["T"], r["rule"]) == (C, T, rule)]
@@ -157,12 +156,6 @@ def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
     axes[2].set(xlabel="planted alpha, as explicit maps have it on average", title="Sink, alpha > 0.3 in a head")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
 
 
 def markdown(plan: Plan, found: dict[str, Any]) -> str:

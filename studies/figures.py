@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
@@ -12,7 +12,7 @@ from studies.table import Arm, Table
 from studies.tables import INT8
 
 PANELS = {"loss": INK, "top1/median": SPIKE, "Sink_1": SINK, "P(sink | spike)": INK}
-SHADES = plt.get_cmap("tab10")
+SHADES = mpl.colormaps["tab10"]
 
 
 def _ended(table: Table) -> dict[str, Arm]:
