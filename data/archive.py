@@ -1,5 +1,9 @@
-"""Files of a release: from a network archive, a local .zip or .tar.*, or a folder. Nothing is ever unpacked to disk."""
+"""Files of a release: from a network archive, a local .zip or .tar.*, or a folder; and what a hub that is away says.
 
+Nothing is ever unpacked to disk.
+"""
+
+import contextlib
 import fnmatch
 import io
 import lzma
@@ -7,13 +11,28 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from spikesink.errors import UserError
+from spikesink.models import hf
 
 TIMEOUT = 30  # seconds without an answer
+
+
+@contextlib.contextmanager
+def hub(name: str) -> Iterator[None]:
+    """Within, a dataset of the Hugging Face hub is asked for. Raises UserError naming --parquet, the way without it."""
+    try:
+        if not hf.hub_answers():
+            raise ConnectionError("no answer")
+        yield
+    except Exception as error:
+        raise UserError(
+            f"cannot reach {name} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "
+            "copy its parquet shards here and give --parquet=DIR"
+        ) from None
 
 
 def fetch(url: str) -> bytes:

@@ -1,7 +1,7 @@
 """A study's table in words: for a terminal, for Markdown, and what its page shows."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.text import grid, interval, number
@@ -42,6 +42,11 @@ def cell(found: Estimate | None, name: str, runs: int, difference: bool = False)
     return " ".join(filter(None, (f"{sign}{number(found.mean, form)}", interval(found.ci95, form), some)))
 
 
+def cells(found: Mapping[str, Estimate], names: Iterable[str], runs: int, difference: bool = False) -> Iterator[str]:
+    """A cell for each of these measures."""
+    return (cell(found.get(name), name, runs, difference) for name in names)
+
+
 def changes(arm: Arm) -> str:
     """What an arm changes, as keys."""
     return ", ".join(f"{key}={value}" for key, value in arm.changes.items()) or "the baseline"
@@ -55,7 +60,7 @@ def arm_rows(table: Table) -> Rows:
     for name, arm in table.arms.items():
         ended = f"{arm.done} of {len(arm.seeds)}" + (f", {arm.diverged} diverged" if arm.diverged else "")
         parameters = f"{arm.parameters / 1e6:.3f}" + ("" if arm.matched else " (not matched)")
-        row = [name, changes(arm), parameters, ended, *(cell(arm.mean.get(m), m, arm.done) for m in SHOWN)]
+        row = [name, changes(arm), parameters, ended, *cells(arm.mean, SHOWN, arm.done)]
         if table.published:
             row.append(", ".join(number(x, "g") for x in table.published.get(name, ())) or "–")
         rows.append(row)
@@ -80,32 +85,26 @@ def start_rows(table: Table) -> Rows:
         courses = [row.course for row in aggregate.done(arm.seeds).values()]
         for step, i in ("step 0", 0), ("end", -1):
             seeds = {m: [course[i].measures.get(m) for course in courses] for m in STARTED_FROM}
-            found = (cell(aggregate.t_interval(seeds[m], measure_of(m).kind), m, arm.done) for m in STARTED_FROM)
-            rows.append([f"{name}, {step}", *found])
+            found = {m: aggregate.t_interval(of_seeds, measure_of(m).kind) for m, of_seeds in seeds.items()}
+            rows.append([f"{name}, {step}", *cells(found, STARTED_FROM, arm.done)])
     return ["arm", *STARTED_FROM], rows
 
 
 def difference_rows(table: Table) -> Rows:
     """(header, rows): every arm against the baseline at equal tokens."""
-    names = compared(table)
-    header = ["arm - baseline", *names]
-    others = {name: arm.difference for name, arm in table.arms.items() if arm.difference is not None}
-    runs = pairs_of(table)
-    return header, [
-        [name, *(cell(differences.get(m), m, runs[name], True) for m in names)] for name, differences in others.items()
-    ]
+    names, runs = compared(table), pairs_of(table)
+    others = [(name, arm.difference) for name, arm in table.arms.items() if arm.difference is not None]
+    return ["arm - baseline", *names], [[name, *cells(of, names, runs[name], True)] for name, of in others]
 
 
 def equal_loss_rows(table: Table) -> Rows:
     """(header, rows): the same at equal loss, and at which steps that is."""
-    header = ["arm - baseline", "at step", "baseline at", *COMPARED]
-    rows, runs = [], pairs_of(table)
-    for name, arm in table.arms.items():
-        at = arm.equal_loss
-        if at is not None:
-            cells = (cell(at.measures.get(m), m, runs[name], True) for m in COMPARED)
-            rows.append([name, number(at.step, ".0f"), number(at.baseline_step, ".0f"), *cells])
-    return header, rows
+    names, runs = compared(table), pairs_of(table)
+    others = [(name, arm.equal_loss) for name, arm in table.arms.items() if arm.equal_loss is not None]
+    steps = lambda at: [number(at.step, ".0f"), number(at.baseline_step, ".0f")]
+    return ["arm - baseline", "at step", "baseline at", *names], [
+        [name, *steps(at), *cells(at.measures, names, runs[name], True)] for name, at in others
+    ]
 
 
 def done_runs(table: Table) -> list[tuple[str, Done]]:
@@ -140,14 +139,13 @@ def effect_rows(table: Table) -> Rows:
     """(header, rows): what the interventions do in every arm."""
     means = [item for arm in table.arms.values() for item in arm.mean.items()]
     names = dict.fromkeys(name for name, mean in means if ": " in name and mean.n)
-    rows = [[name, *(cell(arm.mean.get(m), m, arm.done) for m in names)] for name, arm in table.arms.items()]
+    rows = [[name, *cells(arm.mean, names, arm.done)] for name, arm in table.arms.items()]
     return ["arm", *names], rows if names else []
 
 
 def interaction_rows(table: Table) -> Rows:
     """(header, rows): what two changes together do beyond the sum of both."""
-    runs = table.base.done
-    rows = [[name, *(cell(of.get(m), m, runs, True) for m in COMPARED)] for name, of in table.interactions.items()]
+    rows = [[name, *cells(of, COMPARED, table.base.done, True)] for name, of in table.interactions.items()]
     return ["both - each", *COMPARED], rows
 
 

@@ -270,7 +270,7 @@ def check_gradient(config, ids):
         model(ids, ids)[1].backward()
         slope = sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None)
         assert slope > 0
-        step = 1e-6 / slope**0.5
+        step = 1e-8 / slope**0.5  # some relu attention is so curved that 1e-6 is too long
         change = loss_after(model, ids, step) - loss_after(model, ids, -step)
         assert change == pytest.approx(-2 * step * slope, rel=1e-3)
     finally:
