@@ -4,6 +4,7 @@
   python study.py configs/studies/norm.py --dry    the plan and its cost
   python study.py configs/studies/norm.py --seeds=1,2 --max_iters=500 --name=try
   torchrun --nproc_per_node=8 study.py configs/studies/norm.py     a run per GPU
+  python study.py mitigate --init_from=ckpt.pt     fine-tunes against its spikes
 
 --key value (or --key=value) changes a key that all arms have in common (an arm
 keeps what it says), or what the study file says: --seeds=1,2 --arms=pre,post
@@ -21,15 +22,13 @@ With --extend, what the results' table holds is not run again either: more seeds
 or arms for a table that came with the clone, or its page and figures.
 """
 
-import argparse
 import dataclasses
-import functools
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,10 @@ from tqdm import tqdm
 
 import train
 from spikesink import files, schema
-from spikesink.errors import Flags, StoppedError, UserError, cli, nearest
-from spikesink.options import whole
+from spikesink.errors import StoppedError, UserError, cli
 from spikesink.show.text import grid, number
 from studies import aggregate, hypotheses, report, tables
-from studies.jobs import KINDS, ROOT, Job, Study, code_version, data_of, params_and_flops, plan, read_study, settings
+from studies.jobs import KINDS, ROOT, Job, Study, code_version, params_and_flops, plan, read_study, settings
 from studies.runs.rows import NOT_RUN, STARTED, Ended, Finished, Planned, read_finished
 from studies.runs.run import describe_machine, do_run, read_json, started
 from studies.table import Arm, Conditions, Table, load_table
@@ -55,26 +53,40 @@ from trainer.machine import Machine
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line says beside the study and its keys."""
+class Command:
+    """What is asked of the command itself. Raises ValueError for an impossible value."""
 
-    name: str  # of the folders of runs and results
-    out: Path
-    results: Path
-    command: str  # what makes the same table elsewhere
-    keep_code: bool
-    warmup: int
+    dry: bool = False  # print the plan and its cost, and stop
+    warmup: int = 3  # measured updates of --dry; 0: none
+    keep_code: bool = False  # do not run again what other code has finished
+    extend: bool = False  # do not run again what the results' table holds
+    keep_checkpoints: bool = False  # do not delete them once they are measured
+    name: str = ""  # of the folders of runs and results; default: the study's
+    out: str = ""  # folder of the runs; default: out/studies
+    results: str = ""  # folder of the tables; default: results
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Asked(Command):
+    """The same, and of which study."""
+
+    study: str = ""  # as it was named
+    command: str = ""  # what makes the same table elsewhere
     table: dict[str, Finished] = dataclasses.field(default_factory=dict)  # rows of the table that is extended, by job
 
     @property
     def table_folder(self) -> Path:
         """Where table.json and table.md go."""
-        return self.results / self.name
+        return Path(self.results or ROOT / "results") / self.name
 
     @property
     def runs_folder(self) -> Path:
         """Where the runs lie, and the page and the figures."""
-        return self.out / self.name
+        return Path(self.out or ROOT / "out" / "studies") / self.name
 
 
 def finished_row(job: Job, asked: Asked) -> Finished | None:
@@ -137,7 +149,7 @@ def table_of(study: Study, jobs: Sequence[Job], asked: Asked) -> Table:
         **train.provenance(),
         baseline=baseline,
         config=base,
-        data=data_of(first.cfg.dataset)[1],
+        data=first.samples,
         seeds=study.seeds,
         asked=study.hypotheses,
         measured=Conditions(study.n_seq, study.seq_len, study.points, "float32"),
@@ -225,90 +237,47 @@ def tokens_per_second(job: Job, updates: int, device: str) -> float:
 # ------------------------------------------------------------------------------------------------------ main
 
 
-def parser() -> Flags:
-    """The flags of the command itself."""
-    flags = Flags(description=__doc__)
-    switch = functools.partial(flags.add_argument, action=argparse.BooleanOptionalAction, default=False)
-    flags.add_argument("study", metavar="STUDY", help="a file of configs/studies/")
-    switch("--dry", help="print the plan and its cost, and stop")
-    flags.add_argument(
-        "--warmup",
-        type=functools.partial(whole, least=0),
-        default=3,
-        metavar="N",
-        help="measured updates of --dry (default: 3; 0: none)",
-    )
-    switch("--keep_code", help="do not run again what other code has finished")
-    switch("--extend", help="do not run again what the results' table holds")
-    switch("--keep_checkpoints", help="do not delete them once they are measured")
-    flags.add_argument("--name", metavar="NAME", help="of the folders of runs and results (default: the file's)")
-    flags.add_argument("--out", type=Path, default=ROOT / "out" / "studies", metavar="DIR", help="of the runs")
-    flags.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="of the results")
-    return flags
+def parse_argv(argv: Sequence[str]) -> tuple[Asked, dict[str, Any], dict[str, Any]]:
+    """(what is asked, {key: value} that change the study, {key: value} that change its common keys).
 
-
-def with_equals(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
-    """`--key value` as `--key=value`, for the keys in `kinds`; of a switch, --key as --key=true, --no-key as =false.
-
-    Raises UserError for `--key true`, which is no way to write it.
+    Raises UserError.
     """
-    made, rest = [], list(argv)
-    while rest:
-        option = rest.pop(0)
-        key = option.removeprefix("--") if option.startswith("--") else ""
-        if kinds.get(key) is bool:
-            if rest and rest[0].lower() in config.TRUTH:
-                raise UserError(f"{option} {rest[0]}: write {option}={rest[0]}")
-            option = f"--{key}=true"
-        elif key in kinds and rest and not rest[0].startswith("--"):
-            option = f"--{key}={rest.pop(0)}"
-        elif kinds.get(key.removeprefix("no-")) is bool:
-            option = f"--{key.removeprefix('no-')}=false"
-        made.append(option)
-    return made
-
-
-OWN = {"warmup": int, "name": str, "out": str, "results": str}  # flags of the command that take a value
-
-
-def parse_argv(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, str], str]:
-    """(flags, {key: value} that change the study, {key: value} that change its common keys, the command without where
-    its files go: what makes the same table elsewhere, from nothing). Raises UserError."""
-    of_run = {key: field.type for key, field in config.fields_of(train.SCHEMAS).items()}
-    argv, flags = with_equals(argv, {**of_run, **KINDS, **OWN}), parser()
-    args, rest = flags.parse_known_args(argv)
+    fields = config.fields_of((Command, Study, *train.SCHEMAS))
+    names, values = config.split_argv(argv, fields)
+    if len(names) != 1:
+        raise UserError(f"one study is run, not {' '.join(names) or 'none'}; keys are written --key=value")
+    of_command: dict[str, Any] = {}
     of_study: dict[str, Any] = {}
-    of_runs: dict[str, str] = {}
-    for option in rest:
-        key, equals, value = option.removeprefix("--").partition("=")
-        if option.startswith("--") and not equals and key in (*KINDS, *of_run):
-            raise UserError(f"--{key} needs a value: --{key}=VALUE")
-        if not option.startswith("--") or not equals:
-            known = [option for action in flags._actions for option in action.option_strings]
-            raise UserError(f"unknown argument {option}{nearest(option, known)}; keys are written --key=value")
-        if key not in KINDS:
+    of_runs: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in (*Command.__dataclass_fields__, *KINDS):
             of_runs[key] = value
         elif key == "seeds":
             of_study[key] = [config.typed(key, seed, int, "command line") for seed in value.split(",")]
-        elif KINDS[key] is list or key == "arms":
+        elif key == "arms" or KINDS.get(key) is list:
             of_study[key] = [name for name in value.split(",") if name]
-        elif KINDS[key] is dict:
+        elif KINDS.get(key) is dict:
             raise UserError(f"--{key}: write it into the study file")
         else:
-            of_study[key] = config.typed(key, value, KINDS[key], "command line")
-    shown = [arg for arg in argv if not arg.startswith(("--out=", "--results=", "--extend", "--no-extend"))]
-    return args, of_study, of_runs, " ".join(["python", "study.py", *shown])
+            of_keys, kind = (of_study, KINDS[key]) if key in KINDS else (of_command, fields[key].type)
+            of_keys[key] = config.typed(key, value, kind, "command line")
+    kept = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+    flags = [f"--{key}={value}" for key, value in kept.items() if key not in ("out", "results", "extend")]
+    asked = config.build((Asked,), {"name": Path(names[0]).stem, **of_command, "study": names[0]})[0]
+    return dataclasses.replace(asked, command=" ".join(["python", "study.py", *names, *flags])), of_study, of_runs
 
 
 def main() -> None:
-    args, of_study, of_runs, command = parse_argv(sys.argv[1:])
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print((__doc__ or "") + config.describe((Command,)))
+        return
+    asked, of_study, of_runs = parse_argv(sys.argv[1:])
     device = of_runs.pop("device", "auto")
-    study, name = read_study(args.study, of_study), args.name or Path(args.study).stem
-    asked = Asked(name, args.out, args.results, command, args.keep_code, args.warmup)
+    study = read_study(asked.study, of_study)
     jobs = plan(study, asked.runs_folder, of_runs, code_version())
-    if args.extend:
+    if asked.extend:
         asked = dataclasses.replace(asked, table=rows_of_table(asked.table_folder / "table.json", jobs))
-    if args.dry:
+    if asked.dry:
         header, rows, sentence = cost(jobs, asked, device)
         print(f"{study.question}\n\n{grid(header, rows)}\n\n{sentence}")
         return
@@ -323,7 +292,7 @@ def main() -> None:
     with tqdm(total=sum(job.tokens for job in left), unit="token", unit_scale=True, disable=None, desc="study") as bar:
         for i, job in enumerate(left):
             bar.set_postfix_str(f"{job.name}, run {i + 1} of {len(left)}")
-            do_run(job, study, device, args.keep_checkpoints)
+            do_run(job, study, device, asked.keep_checkpoints)
             bar.update(job.tokens)
             write_results(study, jobs, asked, last=False)
     table = write_results(study, jobs, asked, last=True)

@@ -9,19 +9,18 @@ the output is configs/README.md.
 import ast
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data.loader import Tokens
-from model import GPT, GPTConfig
 from spikesink.errors import Flags, cli
 from spikesink.measure.observe import observe
 from spikesink.measure.summarise import summarise
 from spikesink.models.subject import Subject
 from spikesink.show.text import grid
-from train import Run, TrainConfig
+from studies.jobs import params_and_flops
+from studies.tables import markdown_table
+from train import SCHEMAS, Run
 from trainer import config
 from trainer.machine import Machine
 
@@ -51,29 +50,23 @@ def changes(name: str) -> tuple[str, str]:
     return (ast.get_docstring(tree) or " ").splitlines()[0].rstrip("."), ", ".join(lines).replace(" = ", "=")
 
 
-def try_arm(name: str, steps: int, dataset: str) -> dict[str, Any]:
-    """One row: size at 125M, and loss, spike and sink of the nano model after `steps` steps."""
-    (full, _), _, _ = config.load((GPTConfig, TrainConfig), [name], ROOT)
-    with torch.device("meta"):
-        large = GPT(full)
+HEADER = ["arm", "params (M)", "MFLOPs/token", "loss", "val loss", "top1/median", "Sink_1 (0.3)"]
+
+
+def try_arm(name: str, steps: int, dataset: str) -> list[str]:
+    """A row below HEADER: size at 125M, and loss, spike and sink of the nano model after `steps` steps."""
+    parameters, flops = params_and_flops(config.load(SCHEMAS, [name], ROOT)[0][0])
     options = [f"--dataset={dataset}", f"--max_iters={steps}", "--warmup_iters=10", "--dtype=float32", "--no-compile"]
     with tempfile.TemporaryDirectory() as folder:
-        overrides, _ = config.parse_argv((GPTConfig, TrainConfig), ["scale/nano", name, *options], ROOT)
-        trial = Run.open(overrides, folder, Machine.find())
+        trial = Run.open(config.parse_argv(SCHEMAS, ["scale/nano", name, *options], ROOT)[0], folder, Machine.find())
         for _ in range(steps):
             loss = trial.update().loss
-        data = Tokens(dataset, "val", 64, trial.cfg.bos)
         subject = Subject.of_gpt(trial.model, str)
-        found = summarise(subject, observe(subject, data.read(range(16))[0], progress=False))
-    return {
-        "arm": name,
-        "params": large.num_params(),
-        "flops": large.flops_per_token(full.block_size),
-        "loss": loss,
-        "val_loss": found.data.loss,
-        "spike": found.largest_ratio,
-        "sink": found.sinks.first,
-    }
+        ids = Tokens(dataset, "val", 64, trial.cfg.bos).read(range(16))[0]
+        found = summarise(subject, observe(subject, ids, progress=False))
+    losses = f"{loss:.3f}", f"{found.data.loss:.3f}"
+    spike_and_sink = f"{found.largest_ratio:.1f}", f"{found.sinks.first:.3f}"
+    return [name, f"{parameters / 1e6:.1f}", f"{flops / 1e6:.1f}", *losses, *spike_and_sink]
 
 
 def main() -> None:
@@ -84,25 +77,15 @@ def main() -> None:
     flags.add_argument("--markdown", action="store_true", help="print configs/README.md")
     args = flags.parse_args()
     rows = [try_arm(name, args.steps, args.dataset) for name in tqdm(args.arms or arm_names(), disable=None)]
-    forms = {"loss": ".3f", "val_loss": ".3f", "spike": ".1f", "sink": ".3f"}
-    header = ["arm", "params (M)", "MFLOPs/token", "loss", "val loss", "top1/median", "Sink_1 (0.3)"]
-    cells = [
-        [
-            row["arm"],
-            *(f"{row[key] / 1e6:.1f}" for key in ("params", "flops")),
-            *(format(row[key], form) for key, form in forms.items()),
-        ]
-        for row in rows
-    ]
     if not args.markdown:
-        print(grid(header, cells))
+        print(grid(HEADER, rows))
         return
-    print(MARKDOWN.format(steps=args.steps))
-    print("| arm | changes | what and whence | " + " | ".join(header[1:]) + " |")
-    print("|" + "---|" * (len(header) + 2))
-    for row in cells:
-        text, assignments = changes(row[0])
-        print("| " + " | ".join([f"`{row[0]}`", f"`{assignments}`" if assignments else "-", text, *row[1:]]) + " |")
+    described = []
+    for name, *cells in rows:
+        text, assignments = changes(name)
+        described.append([f"`{name}`", f"`{assignments}`" if assignments else "-", text, *cells])
+    lines = markdown_table(["arm", "changes", "what and whence", *HEADER[1:]], described)
+    print("\n".join([MARKDOWN.format(steps=args.steps), *lines]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ longest), with and without BOS where it has one.
 """
 
 import json
+import math
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 import spikesink
-from benchmarks.power import markdown_table
 from spikesink import schema
 from spikesink.errors import Flags, UserError, cli
 from spikesink.files import save_text
 from spikesink.measure.findings import Findings, Interval, Measures
 from spikesink.show.text import visible
+from studies.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -147,7 +148,7 @@ def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str
     spikes, both, verdict = found.spikes, found.co_occurrence, found.verdicts.spike
     top, steps, sink_1 = spikes.tokens[0], found.anatomy if spikes.sum.tokens else None, found.sinks.at()
     shares = lambda of: [of.rules["spike"].tokens, of.rules["gu"].tokens]
-    finite = lambda x: None if x != x else x
+    finite = lambda x: None if math.isnan(x) else x
     return Row(
         model.name,
         asked_len,
@@ -270,8 +271,24 @@ def markdown(rows: list[Row]) -> str:
         "spikes are. Intervals: 95%, over sequences.",
         "",
         *markdown_table(
-            "model|T|BOS|sequences|spike tokens|sequences with one|states|as read|last|largest h|top1/median|kurtosis|"
-            "Sink_1|sink tokens|P(sink, spike)|loss".split("|"),
+            [
+                "model",
+                "T",
+                "BOS",
+                "sequences",
+                "spike tokens",
+                "sequences with one",
+                "states",
+                "as read",
+                "last",
+                "largest h",
+                "top1/median",
+                "kurtosis",
+                "Sink_1",
+                "sink tokens",
+                "P(sink, spike)",
+                "loss",
+            ],
             table,
         ),
         "",

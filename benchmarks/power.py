@@ -27,6 +27,7 @@ from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import Ordinary, observe
 from spikesink.measure.spikes import PRIMARY, PRIMARY_SPIKE_RULE, SPIKE_RATIO, Usual, spike_entries
 from spikesink.models.subject import Subject, sub_layers_of
+from studies.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 N, H = 100, 4  # sequences, heads
@@ -235,12 +236,6 @@ def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
 
 
 def markdown(plan: Plan, found: dict[str, Any]) -> str:

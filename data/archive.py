@@ -1,5 +1,9 @@
-"""Files of a release: from a network archive, a local .zip or .tar.*, or a folder. Nothing is ever unpacked to disk."""
+"""Files of a release: from a network archive, a local .zip or .tar.*, or a folder; and what a hub that is away says.
 
+Nothing is ever unpacked to disk.
+"""
+
+import contextlib
 import fnmatch
 import io
 import lzma
@@ -7,11 +11,28 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from spikesink.errors import UserError
+from spikesink.models import hf
 
 TIMEOUT = 30  # seconds without an answer
+
+
+@contextlib.contextmanager
+def hub(name: str) -> Iterator[None]:
+    """Within, a dataset of the Hugging Face hub is asked for. Raises UserError naming --parquet, the way without it."""
+    try:
+        if not hf.hub_answers():
+            raise ConnectionError("no answer")
+        yield
+    except Exception as error:
+        raise UserError(
+            f"cannot reach {name} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "
+            "copy its parquet shards here and give --parquet=DIR"
+        ) from None
 
 
 def fetch(url: str) -> bytes:
@@ -26,39 +47,29 @@ def fetch(url: str) -> bytes:
 def members(archive: str | None, pattern: str, url: str) -> dict[str, bytes]:
     """{file name: bytes} of every file whose name matches `pattern`, from `archive` or, without one, from `url`.
 
-    Folders inside an archive do not matter, and never become paths here. Raises UserError.
+    Hidden files are left out. Folders inside an archive do not matter, and never become paths here. Raises UserError.
     """
-    source = Path(archive) if archive else None
-    if source and source.is_dir():
-        found = [path for path in sorted(source.rglob(pattern)) if path.is_file() and matches(path.name, pattern)]
-        files = {path.name: path.read_bytes() for path in found}
-    else:
-        if source and not source.is_file():
-            raise UserError(f"there is no archive {archive}")
-        content = io.BytesIO(source.read_bytes() if source else fetch(url))
-        try:
-            files = _zip(content, pattern) if zipfile.is_zipfile(content) else _tar(content, pattern)
-        except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-            raise UserError(f"{archive or url} is no archive that can be read: {error}") from None
+    if archive and not Path(archive).exists():
+        raise UserError(f"there is no archive {archive}")
+    try:
+        of_name = {PurePosixPath(path).name: read for path, read in entries(archive, url)}
+        files = {name: read() for name, read in of_name.items() if fnmatch.fnmatch(name, pattern) and name[0] != "."}
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"{archive or url} is no archive that can be read: {error}") from None
     if not files:
         raise UserError(f"{archive or url} holds no {pattern}")
     return files
 
 
-def _zip(content: io.BytesIO, pattern: str) -> dict[str, bytes]:
-    with zipfile.ZipFile(content) as archive:
-        names = [name for name in archive.namelist() if matches(name, pattern)]
-        return {PurePosixPath(name).name: archive.read(name) for name in names}
-
-
-def _tar(content: io.BytesIO, pattern: str) -> dict[str, bytes]:
+def entries(archive: str | None, url: str) -> list[tuple[str, Callable[[], bytes]]]:
+    """[(path, what reads it)] of the files of a folder, a .zip or a .tar.*; None stands for what is behind `url`."""
+    if archive and Path(archive).is_dir():
+        return [(path.name, path.read_bytes) for path in sorted(Path(archive).rglob("*")) if path.is_file()]
+    content = io.BytesIO(Path(archive).read_bytes() if archive else fetch(url))
+    if zipfile.is_zipfile(content):
+        packed = zipfile.ZipFile(content)
+        return [(info.filename, partial(packed.read, info)) for info in packed.infolist() if not info.is_dir()]
     content.seek(0)
-    with tarfile.open(fileobj=content) as archive:
-        found = ((m.name, archive.extractfile(m)) for m in archive if m.isfile() and matches(m.name, pattern))
-        return {PurePosixPath(name).name: file.read() for name, file in found if file}
-
-
-def matches(name: str, pattern: str) -> bool:
-    """True if the last part of a path matches, and it is no hidden file."""
-    last = PurePosixPath(name).name
-    return fnmatch.fnmatch(last, pattern) and not last.startswith(".")
+    tar = tarfile.open(fileobj=content)
+    opened = [(member.name, tar.extractfile(member)) for member in tar if member.isfile()]
+    return [(name, file.read) for name, file in opened if file]

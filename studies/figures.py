@@ -2,16 +2,17 @@
 
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
 from studies.aggregate import done, t_interval
 from studies.runs.measures import measure_of
 from studies.table import Arm, Table
+from studies.tables import INT8
 
 PANELS = {"loss": INK, "top1/median": SPIKE, "Sink_1": SINK, "P(sink | spike)": INK}
-SHADES = plt.get_cmap("tab10")
+SHADES = mpl.colormaps["tab10"]
 
 
 def _ended(table: Table) -> dict[str, Arm]:
@@ -26,8 +27,10 @@ def _known(arm: Arm, name: str) -> list[float]:
 
 def _arms(table: Table) -> Any:
     arms = _ended(table)
-    figure, panels = canvas(1, len(PANELS), lines=1.6 * len(arms) + 2, sharey=True)
-    for axes, (name, color) in zip(panels, PANELS.items(), strict=True):
+    names = [*PANELS, *(name for name in INT8 if name in table.base.mean)]
+    figure, panels = canvas(1, len(names), lines=1.6 * len(arms) + 2, sharey=True)
+    for axes, name in zip(panels, names, strict=True):
+        color = PANELS.get(name, SPIKE)
         for i, arm in enumerate(arms.values()):
             mean, values = arm.mean[name], _known(arm, name)
             axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)

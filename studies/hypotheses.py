@@ -56,6 +56,11 @@ def lacks(arm: Arm, *phenomena: str) -> str:
     return f"; {' and '.join(f'{what}s' for what in gone)} are not present in all of its runs" if gone else ""
 
 
+def where_present(verdict: str, words: str, arm: Arm, *phenomena: str) -> tuple[str, str]:
+    """A verdict and its words, of an arm in which these must be present."""
+    return (UNDERPOWERED if missing(arm, *phenomena) else verdict), words + lacks(arm, *phenomena)
+
+
 def shares(table: Table) -> tuple[str, str]:
     """H1: spikes on about 0.2% of tokens, sinks on about 0.5%. Within half and twice that, in the baseline.
 
@@ -93,11 +98,9 @@ def zeroing(table: Table) -> tuple[str, str]:
     if name not in arm.mean:
         return NOT_ASKED, "spike_zero is not among the study's ablations"
     rise, control = arm.mean[name], arm.mean["spike_zero: control loss"]
-    verdict = UNDERPOWERED if missing(arm, "spike") else within(rise, math.log(1.03), math.log(1.05))
-    return verdict, (
-        f"{in_words(rise, name)} nats, under its controls at most {number(control.mean, '+.4f')}"
-        f"; 3 to 5% of perplexity are +0.0296 to +0.0488{lacks(arm, 'spike')}"
-    )
+    words = f"{in_words(rise, name)} nats, under its controls at most {number(control.mean, '+.4f')}"
+    words += "; 3 to 5% of perplexity are +0.0296 to +0.0488"
+    return where_present(within(rise, math.log(1.03), math.log(1.05)), words, arm, "spike")
 
 
 def syntax(table: Table) -> tuple[str, str]:
@@ -119,9 +122,8 @@ def syntax(table: Table) -> tuple[str, str]:
             lost[seed], risen[seed] = -change / (grammar - 0.5), rise / loss
     found = paired(lost, risen)
     words = f"accuracy lost minus loss risen, as parts: {number(found.mean, '+.3f')} {brackets(found.ci95, '+.3f')}"
-    verdict = within(found, 0.0, float("inf"))
-    gaps = lacks(arm, "spike", "sink")
-    return (UNDERPOWERED if gaps else verdict), f"{words} ({found.n} seeds){gaps}"
+    words += f" ({found.n} seeds)"
+    return where_present(within(found, 0.0, math.inf), words, arm, "spike", "sink")
 
 
 def tokens(table: Table) -> tuple[str, str]:
@@ -136,8 +138,7 @@ def tokens(table: Table) -> tuple[str, str]:
     if first and first[0] > 0.5:
         verdict = CONTRADICTED  # most spikes are no punctuation, whatever the others are
     words = ", ".join(in_words(mean[name], name) for name in ("spikes first", "spikes punctuation", "sinks first"))
-    gaps = lacks(arm, "spike", "sink")
-    return (UNDERPOWERED if gaps else verdict), f"{words}{gaps}"
+    return where_present(verdict, words, arm, "spike", "sink")
 
 
 def thresholds(table: Table) -> tuple[str, str]:

@@ -12,19 +12,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, cast, get_origin, get_type_hints
 
 import torch
 
 import train
 from data.loader import Tokens
+from detect import LAB
 from model import GPT, GPTConfig
-from spikesink import files
+from spikesink import api, files
 from spikesink.edit import interventions
 from spikesink.errors import UserError, nearest
+from spikesink.hooks import on_streams
+from spikesink.measure import metrics
+from spikesink.models import checkpoint
+from spikesink.options import Options
 from spikesink.text.sequences import SHORTEST
 from studies import hypotheses
 from trainer import config
+from trainer.machine import DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 # The source that the numbers of a row depend on: the scripts, and the folders that take part in making a row, whole, so
@@ -55,6 +61,8 @@ class Study:
     seq_len: int = 64  # and their length
     ablations: list[str] = field(default_factory=lambda: ["spike_zero", "sink_mask"])
     probes: bool = False  # BLiMP and linear probes under the ablations, where they are prepared
+    int8: bool = False  # what int8 costs, at every point
+    clip: float = 10.0  # medians: what an arm's stream_clip="medians" is, by the checkpoint that it starts from
     # arm -> (perplexity, Sink_1 in %, largest |h|) of Sun et al. 2026
     published: dict[str, list[float | int | None]] = field(default_factory=dict)
 
@@ -71,6 +79,8 @@ class Study:
         for key, least in (("points", 1), ("n_seq", 2), ("seq_len", SHORTEST)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
+        if self.clip <= 0:
+            raise ValueError(f"clip={self.clip} must be above 0")
         odd = next((name for name in self.arms if not re.fullmatch(r"[\w.+-]+", name)), None)
         if odd is not None:
             raise ValueError(f"the arm {odd!r} is to name a folder: letters, digits and _ . + - only")
@@ -90,6 +100,7 @@ class Job:
     given: dict[str, Any]  # keys for train.py
     model: GPTConfig
     cfg: train.TrainConfig
+    samples: list[str]  # hashes: of samples of its data, and of the checkpoint that it starts from if there is one
     config_hash: str  # of config, data and what is measured
     code_hash: str
 
@@ -115,7 +126,8 @@ KINDS = {name: get_origin(kind) or kind for name, kind in get_type_hints(Study).
 
 def read_study(name: str, changes: dict[str, Any]) -> Study:
     """The Study of a file, with what the command line changes of it. Raises UserError."""
-    path = config.find_config(name, ROOT)
+    of_studies = ROOT / "configs" / "studies" / f"{name}.py"
+    path = of_studies if of_studies.is_file() else config.find_config(name, ROOT)
     values = config.read_config(path)
     for key in ("question", "arms", "seeds"):
         if key not in values:
@@ -149,9 +161,56 @@ def keys_of(entry: Any, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin}: {own} is set by the study: see seeds, points, --device")
     argv = [*entry.get("configs", "").split(), *(f"--{key}={value}" for key, value in rest.items())]
     values = config.parse_argv(train.SCHEMAS, argv, ROOT)[0]
-    if values.get("init_from", "scratch") != "scratch":
-        raise UserError(f"{origin}: a study trains from scratch, so init_from has no place in it")
     return {key: value for key, value in values.items() if key not in SET_HERE}
+
+
+def arm_keys(study: Study, arm: str, common: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """({key: value} of an arm, the hash of the checkpoint that it starts from if there is one). Raises UserError."""
+    entry = study.arms[arm]
+    medians = isinstance(entry, dict) and entry.get("stream_clip") == "medians"
+    values = {**common, **keys_of({**entry, "stream_clip": 0.0} if medians else entry, f"arm {arm}")}
+    start, hashes = start_of(values.get("init_from", "scratch"))
+    values = {**start, **values}
+    if medians and not hashes:
+        raise UserError(f'arm {arm}: stream_clip="medians" takes a checkpoint to start from, init_from')
+    if medians:
+        values["stream_clip"] = clip_limit(study.clip, values["init_from"], values["dataset"], values["bos"])
+    return values, hashes
+
+
+@functools.cache
+def start_of(name: str) -> tuple[dict[str, Any], list[str]]:
+    """({key: value} of a checkpoint, [its hash]): what runs that start from it have in common with the run that made
+    it, at the learning rate at which that ended. Of "scratch", nothing. Raises UserError."""
+    if name == "scratch":
+        return {}, []
+    try:
+        content = checkpoint.load(name)
+    except UserError as error:
+        raise UserError(f"{error}; of a Hugging Face GPT-2 or Llama, train.py --init_from={name} makes one") from None
+    if "dataset" not in content.config:
+        raise UserError(f"{name} does not say what it was trained on, so it cannot be trained further on the same")
+    fields, settings = config.fields_of(train.SCHEMAS), content.model_args | content.config
+    fits = lambda value, kind: type(value) is kind or (kind is float and type(value) is int)
+    known = {key: value for key, value in settings.items() if key in fields and fits(value, fields[key].type)}
+    if known.get("dtype") not in DTYPES:  # nanoGPT's float16
+        known["dtype"] = "auto"
+    left_out = (*train.OF_COMMAND, *SET_HERE, "min_lr", "lr_decay_iters", "warmup_iters", "max_iters")
+    rate = {"learning_rate": known.get("min_lr", train.TrainConfig.min_lr), "min_lr": 0.0, "lr_schedule": "constant"}
+    path = Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
+    return {key: value for key, value in known.items() if key not in left_out} | rate, [files.file_hash(path)[:16]]
+
+
+@functools.cache
+def clip_limit(clip: float, name: str, dataset: str, bos: bool) -> float:
+    """`clip` times the largest median |h| of any tap of a checkpoint's stream, on 16 validation windows."""
+    subject = api.load(name, Options(), lab=LAB).subjects[0]
+    data = Tokens(dataset, "val", cast(GPT, subject.model).config.block_size, bos)
+    medians: list[float] = []
+    record = lambda x: medians.append(metrics.median_magnitude(x.float()).mean().item())
+    with on_streams(subject.streams, [record] * len(subject.streams)):
+        subject.losses(data.read([i * (data.n_windows - 1) // 15 for i in range(16)])[0])
+    return float(f"{clip * max(medians):.4g}")
 
 
 @functools.cache
@@ -203,11 +262,11 @@ def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) ->
     `changes`: the command line's keys, which come after the scale and the common keys and before the arm's.
     """
     common = {**keys_of(study.scale, "scale"), **keys_of(study.common, "common"), **keys_of(changes, "command line")}
-    of_arms = {arm: {**common, **keys_of(entry, f"arm {arm}")} for arm, entry in study.arms.items()}
+    of_arms = {arm: arm_keys(study, arm, common) for arm in study.arms}
     jobs: list[Job] = []
     arms: dict[str, str] = {}
     for seed in study.seeds:
-        for arm, of_arm in of_arms.items():
+        for arm, (of_arm, start) in of_arms.items():
             interval = max(1, of_arm.get("max_iters", train.TrainConfig.max_iters) // study.points)
             given = {
                 **of_arm,
@@ -223,14 +282,17 @@ def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) ->
             if model.block_size < study.seq_len:
                 raise UserError(f"arm {arm}: seq_len={study.seq_len} is more than block_size={model.block_size}")
             check_sequences(study.n_seq, study.seq_len, cfg.dataset, cfg.bos)
+            samples = [*samples, *start]
             asked = [settings(model, cfg), seed, samples, study.n_seq, study.seq_len, study.ablations, study.probes]
+            asked += ["int8"] if study.int8 else []
             config_hash = files.content_hash(asked)
             if arms.setdefault(config_hash, arm) != arm:
                 others = ",".join(name for name in study.arms if name != arm)
                 raise UserError(
                     f"arms {arms[config_hash]} and {arm} are the same here: leave one out, as by --arms={others}"
                 )
-            jobs.append(Job(arm, seed, folder / f"{arm}-{seed}", given, model, cfg, config_hash, code_hash))
+            where = folder / f"{arm}-{seed}"
+            jobs.append(Job(arm, seed, where, given, model, cfg, samples, config_hash, code_hash))
     return jobs
 
 

@@ -92,7 +92,7 @@ class Table:
     git_commit: str
     baseline: str
     config: dict[str, Any]  # the baseline's, but for the seed
-    data: list[str]  # hashes of samples of both splits
+    data: list[str]  # hashes of samples of both splits, and of the checkpoint that is started from if there is one
     seeds: list[int]
     asked: list[str]
     measured: Conditions

@@ -1,7 +1,7 @@
 """A study's table in words: for a terminal, for Markdown, and what its page shows."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.text import grid, interval, number
@@ -19,6 +19,8 @@ SHOWN = (
     *("P(sink | spike)", "P(spike | sink)"),
 )
 COMPARED = ("loss", "top1/median", "kurtosis", "Sink_1", "best head", "P(sink | spike)", "P(spike | sink)")
+INT8 = ("int8 per tensor: loss", "int8 per channel: loss")
+STARTED_FROM = ("short loss", "top1/median", "kurtosis", "spike sequences", "Sink_1", "best head", *INT8)
 DIFFERS = (
     "Published: Sun et al. 2026 (arXiv 2603.05498), one run per arm, 7B parameters, 100B tokens, T 4096, Llama's block "
     "(RMSNorm, RoPE, SwiGLU): perplexity, sink rate in %, largest |h|. Ours differs in size, tokens, length, block and "
@@ -40,6 +42,11 @@ def cell(found: Estimate | None, name: str, runs: int, difference: bool = False)
     return " ".join(filter(None, (f"{sign}{number(found.mean, form)}", interval(found.ci95, form), some)))
 
 
+def cells(found: Mapping[str, Estimate], names: Iterable[str], runs: int, difference: bool = False) -> Iterator[str]:
+    """A cell for each of these measures."""
+    return (cell(found.get(name), name, runs, difference) for name in names)
+
+
 def changes(arm: Arm) -> str:
     """What an arm changes, as keys."""
     return ", ".join(f"{key}={value}" for key, value in arm.changes.items()) or "the baseline"
@@ -53,7 +60,7 @@ def arm_rows(table: Table) -> Rows:
     for name, arm in table.arms.items():
         ended = f"{arm.done} of {len(arm.seeds)}" + (f", {arm.diverged} diverged" if arm.diverged else "")
         parameters = f"{arm.parameters / 1e6:.3f}" + ("" if arm.matched else " (not matched)")
-        row = [name, changes(arm), parameters, ended, *(cell(arm.mean.get(m), m, arm.done) for m in SHOWN)]
+        row = [name, changes(arm), parameters, ended, *cells(arm.mean, SHOWN, arm.done)]
         if table.published:
             row.append(", ".join(number(x, "g") for x in table.published.get(name, ())) or "–")
         rows.append(row)
@@ -66,27 +73,38 @@ def pairs_of(table: Table) -> dict[str, int]:
     return {name: len(both & seeds[table.baseline]) for name, both in seeds.items()}
 
 
+def compared(table: Table) -> list[str]:
+    """The measures in which arms are compared."""
+    return [*COMPARED, *(name for name in INT8 if name in table.base.mean)]
+
+
+def start_rows(table: Table) -> Rows:
+    """(header, rows): where arms start from a checkpoint, the same measures at step 0 and at the end."""
+    rows = []
+    for name, arm in table.arms.items() if table.config.get("init_from", "scratch") != "scratch" else ():
+        courses = [row.course for row in aggregate.done(arm.seeds).values()]
+        for step, i in ("step 0", 0), ("end", -1):
+            seeds = {m: [course[i].measures.get(m) for course in courses] for m in STARTED_FROM}
+            found = {m: aggregate.t_interval(of_seeds, measure_of(m).kind) for m, of_seeds in seeds.items()}
+            rows.append([f"{name}, {step}", *cells(found, STARTED_FROM, arm.done)])
+    return ["arm", *STARTED_FROM], rows
+
+
 def difference_rows(table: Table) -> Rows:
     """(header, rows): every arm against the baseline at equal tokens."""
-    header = ["arm - baseline", *COMPARED]
-    others = {name: arm.difference for name, arm in table.arms.items() if arm.difference is not None}
-    runs = pairs_of(table)
-    return header, [
-        [name, *(cell(differences.get(m), m, runs[name], True) for m in COMPARED)]
-        for name, differences in others.items()
-    ]
+    names, runs = compared(table), pairs_of(table)
+    others = [(name, arm.difference) for name, arm in table.arms.items() if arm.difference is not None]
+    return ["arm - baseline", *names], [[name, *cells(of, names, runs[name], True)] for name, of in others]
 
 
 def equal_loss_rows(table: Table) -> Rows:
     """(header, rows): the same at equal loss, and at which steps that is."""
-    header = ["arm - baseline", "at step", "baseline at", *COMPARED]
-    rows, runs = [], pairs_of(table)
-    for name, arm in table.arms.items():
-        at = arm.equal_loss
-        if at is not None:
-            cells = (cell(at.measures.get(m), m, runs[name], True) for m in COMPARED)
-            rows.append([name, number(at.step, ".0f"), number(at.baseline_step, ".0f"), *cells])
-    return header, rows
+    names, runs = compared(table), pairs_of(table)
+    others = [(name, arm.equal_loss) for name, arm in table.arms.items() if arm.equal_loss is not None]
+    steps = lambda at: [number(at.step, ".0f"), number(at.baseline_step, ".0f")]
+    return ["arm - baseline", "at step", "baseline at", *names], [
+        [name, *steps(at), *cells(at.measures, names, runs[name], True)] for name, at in others
+    ]
 
 
 def done_runs(table: Table) -> list[tuple[str, Done]]:
@@ -121,14 +139,13 @@ def effect_rows(table: Table) -> Rows:
     """(header, rows): what the interventions do in every arm."""
     means = [item for arm in table.arms.values() for item in arm.mean.items()]
     names = dict.fromkeys(name for name, mean in means if ": " in name and mean.n)
-    rows = [[name, *(cell(arm.mean.get(m), m, arm.done) for m in names)] for name, arm in table.arms.items()]
+    rows = [[name, *cells(arm.mean, names, arm.done)] for name, arm in table.arms.items()]
     return ["arm", *names], rows if names else []
 
 
 def interaction_rows(table: Table) -> Rows:
     """(header, rows): what two changes together do beyond the sum of both."""
-    runs = table.base.done
-    rows = [[name, *(cell(of.get(m), m, runs, True) for m in COMPARED)] for name, of in table.interactions.items()]
+    rows = [[name, *cells(of, COMPARED, table.base.done, True)] for name, of in table.interactions.items()]
     return ["both - each", *COMPARED], rows
 
 
@@ -188,6 +205,10 @@ def verdict_rows(table: Table) -> Rows:
 
 SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its rows, a note on them)
     "The arms at the end of training": (arm_rows, "Mean over seeds [95% interval]."),
+    "Before and after": (
+        start_rows,
+        "At step 0 an arm is the checkpoint with what the arm adds, on detect.py's sequences.",
+    ),
     "Against the baseline, at equal tokens": (difference_rows, "Paired by seed; × for a factor."),
     "Against the baseline, at equal loss": (
         equal_loss_rows,
@@ -202,7 +223,10 @@ SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its ro
         f"A layer has a spike where top1/median is {SPIKE_RATIO:g} or more; tokens as detect.py lists the strongest.",
     ),
     "What two changes do beyond the sum of both": (interaction_rows, "AB - A - B + baseline, paired by seed."),
-    "What interventions do": (effect_rows, "ablate.py; – where there was nothing to edit."),
+    "What interventions do": (
+        effect_rows,
+        "ablate.py; – where there was nothing to edit. int8: simulated, what it and either half of it costs.",
+    ),
     "Every run": (
         run_rows,
         "Diverged runs are counted, and in no mean. Hashes: job of keys, data, measures, code; weights of the last.",

@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +16,7 @@ from spikesink.measure.findings import Findings
 from spikesink.show import figures, page
 from spikesink.show.text import visible
 
-from .conftest import SMALL_RUN
+from .conftest import ROOT, SMALL_RUN
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -245,3 +247,22 @@ def test_figures_for_a_paper(made):
             with Image.open(folder / f"{name}.png") as image:
                 assert image.width in (1005, 2070)
     assert all(f"{name}: " in captions for name in names)
+
+
+def test_the_backend_stays_as_it_is():
+    """In a notebook another is chosen. Neither the import nor a figure touches it, or loads pyplot."""
+    program = """
+import matplotlib as mpl
+mpl.rcParams["backend"] = "svg"
+from spikesink.show import drawing, figures, page, ablation_figures
+import studies.figures
+def draw(found):
+    figure, axes = drawing.canvas()
+    axes.plot([1, 2])
+    return figure
+table = {"one": drawing.Figure(draw, lambda found: "")}
+assert drawing.for_page(table, None)["one"].svg.startswith("<svg") and list(drawing.for_paper(table, None))[0][2]
+print(mpl.rcParams["backend"], "matplotlib.pyplot" in __import__("sys").modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "svg False\n"

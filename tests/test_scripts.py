@@ -251,10 +251,10 @@ def test_checkpoint_that_is_not_one(cli, tmp_path):
         assert code == 2 and name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "studies.mitigate"])
+@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "study.py"])
 def test_help(cli, script):
     code, out, _ = cli(script, "--help")
-    assert code == 0 and f"python {'-m ' * ('.' in script.removesuffix('.py'))}{script}" in out
+    assert code == 0 and f"python {script}" in out
 
 
 def test_training_on_an_unprepared_dataset_names_the_command():

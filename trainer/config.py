@@ -127,7 +127,8 @@ def split_argv(argv: Sequence[str], fields: Mapping[str, dataclasses.Field[Any]]
         elif words and not words[0].startswith("--"):
             values[key] = words.pop(0)
         else:
-            raise UserError(f"--{key} needs a value: --{key}={fields[key].default}")
+            default = fields[key].default
+            raise UserError(f"--{key} needs a value: --{key}={'VALUE' if default is dataclasses.MISSING else default}")
     return names, values
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
+from data.archive import hub
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, cli
-from spikesink.models.hf import hub_answers
 from spikesink.text.tokenizers import GPT2Tokenizer
 
 NAME, CONFIG, REVISION = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -34,15 +34,8 @@ def shards(parquet: str | None = None) -> list[str]:
         return files
     from datasets import load_dataset_builder
 
-    try:
-        if not hub_answers():
-            raise ConnectionError("no answer")
+    with hub(NAME):
         return sorted(load_dataset_builder(NAME, CONFIG, revision=REVISION).config.data_files["train"])
-    except Exception as error:
-        raise UserError(
-            f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "
-            "copy its parquet shards here and give --parquet=DIR"
-        ) from None
 
 
 def texts(shard: str) -> Iterator[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
+from data.archive import hub
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, UserError, cli
-from spikesink.models.hf import hub_answers
 from spikesink.text.tokenizers import GPT2Tokenizer
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
@@ -33,15 +33,8 @@ def rows(split: str, parquet: str | None = None) -> Iterator[str]:
             raise UserError(f"there is no {split}-*.parquet under {parquet}")
         lines = load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
-        try:
-            if not hub_answers():
-                raise ConnectionError("no answer")
+        with hub(NAME):
             lines = load_dataset(NAME, CONFIG, split=split, streaming=True)
-        except Exception as error:
-            raise UserError(
-                f"cannot reach {NAME} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "
-                "copy its parquet shards here and give --parquet=DIR"
-            ) from None
     return (row["text"] for row in lines)
 
 

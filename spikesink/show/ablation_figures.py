@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable
 
-import matplotlib.patches
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Patch
 from matplotlib.ticker import SymmetricalLogLocator
 
 from ..edit.findings import Ablation, Blimp, Effect, Left, Linear
@@ -60,10 +60,10 @@ def _two_by_two(found: Ablation) -> Canvas:
         _bars(axes, [run.sinks_remain for run in runs], 0.18, SINK)
         names = [cell.by, *(control.name for control in cell.control)]
         axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name in names])
-        axes.tick_params(axis="x", labelsize=0.85 * plt.rcParams["font.size"])
+        axes.tick_params(axis="x", labelsize=0.85 * mpl.rcParams["font.size"])
         axes.set(ylim=(0, 1.05), title=REMOVED[removed][0])
     both[0].set_ylabel("share that remains")
-    handles = [matplotlib.patches.Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]
+    handles = [Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]
     figure.legend(handles=handles, ncols=2, loc="outside lower center")
     return figure
 
@@ -153,7 +153,7 @@ def _blimp(found: Ablation) -> Canvas:
         axes.set_title(name.replace("_", " "))
     panels[0].set_yticks(range(len(rows)), [row.name.replace("/", " / ") for row in rows])
     panels[0].invert_yaxis()
-    figure.supxlabel("change of BLiMP accuracy", fontsize=plt.rcParams["font.size"])
+    figure.supxlabel("change of BLiMP accuracy", fontsize=mpl.rcParams["font.size"])
     return figure
 
 

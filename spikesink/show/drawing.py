@@ -6,10 +6,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
@@ -56,7 +53,7 @@ STYLES = {"page": _sizes(9, 5.2, 2.9, 10.4), "paper": _sizes(8, 3.35, 2.1, 6.9)}
 
 def _style(kind: str, wide: bool) -> contextlib.AbstractContextManager[None]:
     entries: Any = STYLES[kind][wide]
-    return plt.rc_context(entries)
+    return mpl.rc_context(entries)
 
 
 class Figure(NamedTuple):
@@ -80,10 +77,11 @@ class Drawn(NamedTuple):
 def canvas(
     rows: int = 1, columns: int = 1, height: float = 1.0, lines: float = 0, **options: Any
 ) -> tuple[Canvas, Any]:
-    """plt.subplots on a canvas of the style's width; `height` in its usual heights, or enough for `lines` of text."""
-    width, usual = plt.rcParams["figure.figsize"]
-    inches = (lines + 4) * 1.45 * plt.rcParams["font.size"] / 72 if lines else height * usual
-    return plt.subplots(rows, columns, figsize=(width, inches), **options)
+    """`subplots` on a canvas of the style's width; `height` in its usual heights, or enough for `lines` of text."""
+    width, usual = mpl.rcParams["figure.figsize"]
+    inches = (lines + 4) * 1.45 * mpl.rcParams["font.size"] / 72 if lines else height * usual
+    figure = Canvas(figsize=(width, inches))
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def _svg(figure: Canvas, **options: Any) -> str:
@@ -108,7 +106,6 @@ def for_page(table: Mapping[str, Figure], found: Any) -> dict[str, Drawn]:
             with _style("page", of.wide):
                 figure = of.draw(found)
                 drawn[name] = Drawn(name, page_svg(figure), of.caption(found), of.wide)
-                plt.close(figure)
     return drawn
 
 
@@ -120,7 +117,6 @@ def for_paper(table: Mapping[str, Figure], found: Any) -> Iterator[tuple[str, st
                 figure, png = of.draw(found), io.BytesIO()
                 figure.savefig(png, format="png")
                 yield name, _svg(figure), png.getvalue(), of.caption(found)
-                plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------- parts of figures

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
@@ -66,8 +66,8 @@ def largest_matrix(examples: ExamplesEntry) -> tuple[MatrixEntry, np.ndarray]:
 def _matrix(found: Found) -> Canvas:
     of, values = largest_matrix(examples_of(found))
     starts = [int(start) for start in of.starts.split()]
-    width, height = plt.rcParams["figure.figsize"]
-    figure = plt.figure(figsize=(width, 1.25 * height))
+    width, height = mpl.rcParams["figure.figsize"]
+    figure = Canvas(figsize=(width, 1.25 * height))
     figure.set_layout_engine("none")
     axes: Any = figure.add_axes((0.0, 0.04, 0.93, 1.0), projection="3d", computed_zorder=False)
     lines = [[(x, t, z) for x, z in zip(starts, row, strict=True)] for t, row in enumerate(values.tolist())]
@@ -178,7 +178,7 @@ def _text(found: Found) -> Canvas:
     examples = examples_of(found)
     sequence, layer = examples.sequences[0], best_layer(examples)
     relative = unpacked(sequence.relative)[layer]
-    (width, _), size = plt.rcParams["figure.figsize"], plt.rcParams["font.size"]
+    (width, _), size = mpl.rcParams["figure.figsize"], mpl.rcParams["font.size"]
     columns = int(width / (0.602 * size / 72)) - 1
     placed, x, line = [], 0.0, 0
     for text in sequence.texts:
@@ -189,7 +189,7 @@ def _text(found: Found) -> Canvas:
         placed.append((shown, x, line, n))
         x += n + 0.4
     lines = line + 1
-    figure = plt.figure(figsize=(width, lines * 1.75 * size / 72))
+    figure = Canvas(figsize=(width, lines * 1.75 * size / 72))
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, columns + 0.5), ylim=(lines, 0))
     axes.axis("off")
@@ -419,7 +419,7 @@ def _prompt_received(found: PromptFindings) -> Canvas:
 
 def _comparison(pairs: Pairs) -> Canvas:
     figure, (top, bottom) = canvas(2, 1, height=1.9)
-    shades = plt.get_cmap("viridis")
+    shades = mpl.colormaps["viridis"]
     many = len(pairs) > 8 or bool(history.of_findings([found for _, found in pairs]))
     for i, (name, found) in enumerate(pairs):
         color = shades(0.3 + 0.45 * i / max(1, len(pairs) - 1)) if many else f"C{i}"

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from spikesink import schema
+from spikesink.api import Look
 from spikesink.edit.findings import Ablation, Blimp, Entry
+from spikesink.edit.quantise import quantised_losses
 from spikesink.measure.findings import Findings, LayerStats, RuleCount
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SHARE
 from spikesink.measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -181,6 +183,16 @@ def of_ablation(ablation: Ablation) -> dict[str, float | None]:
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values
+
+
+def of_int8(look: Look) -> Measures:
+    """{'int8 per tensor: loss': number, ...} of an open model: what int8 costs, and what either half of it does."""
+    subject, batch_size = look.subjects[0], look.options.batch_size
+    return {
+        f"int8 {name.replace('_', ' ')}{half}: loss": change.delta_loss
+        for name, cost in quantised_losses(subject, look.ids, look.other_ids, batch_size).items()
+        for half, change in (("", cost), (", weights", cost.weights_only), (", activations", cost.activations_only))
+    }
 
 
 KEPT = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left")

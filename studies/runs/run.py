@@ -36,7 +36,7 @@ from trainer.machine import Machine
 if TYPE_CHECKING:
     from studies.jobs import Job, Study
 
-OF_A_RUN = ("job.json", "log.jsonl", "detect.json", "course.json", "ablate.json", "row.json")
+OF_A_RUN = ("job.json", "log.jsonl", "detect.json", "int8.json", "course.json", "ablate.json", "row.json")
 
 
 def read_json(path: Path) -> Any:
@@ -167,7 +167,10 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
         api.detect(look()).save(file)
     found = Findings.load(file)
     numbers: Measures = {"loss": loss, **measures.of_findings(found)}
-    points = cached_json(job.folder / "course.json", lambda: {"points": schema.to_json(course(job, options))})["points"]
+    if study.int8:
+        numbers |= cached_json(job.folder / "int8.json", lambda: measures.of_int8(look()))
+    made = lambda: {"points": schema.to_json(course(job, options, study.int8))}
+    points = cached_json(job.folder / "course.json", made)["points"]
     of_run = identity(job, job.cfg.max_iters, machine)
     last = Point(of_run["step"], of_run["tokens"], loss, numbers)
     ablations: dict[str, Any] = {}
@@ -190,7 +193,7 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
     )
 
 
-def course(job: Job, options: Options) -> list[Point]:
+def course(job: Job, options: Options, int8: bool) -> list[Point]:
     """What the checkpoints at the study's points show, but for the last, on the same sequences.
 
     A run that was stopped has one of another step too, which is not looked at.
@@ -204,5 +207,6 @@ def course(job: Job, options: Options) -> list[Point]:
             observation = observe(subject, look.ids, options.batch_size, desc=f"step {step}")
             found = summarise(subject, observation, **look.about)
             numbers = {"loss": losses.get(step), **measures.of_findings(found)}
+            numbers |= measures.of_int8(look) if int8 else {}
             points.append(Point(step, step * job.tokens // job.cfg.max_iters, losses.get(step), numbers))
     return points
