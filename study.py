@@ -40,6 +40,7 @@ from tqdm import tqdm
 import train
 from spikesink import files, schema
 from spikesink.errors import StoppedError, UserError, cli
+from spikesink.measure.findings import SCHEMA
 from spikesink.show.text import grid, number
 from studies import aggregate, hypotheses, report, tables
 from studies.jobs import KINDS, ROOT, Job, Study, code_version, params_and_flops, plan, read_study, settings
@@ -143,6 +144,7 @@ def table_of(study: Study, jobs: Sequence[Job], asked: Asked) -> Table:
         arms[name] = arm_entry(study.arms[name], of_arm[0], rows, base, arms.get(baseline))
     table = Table(
         name=asked.name,
+        findings=SCHEMA,
         question=study.question,
         command=asked.command,
         code=first.code_hash,

@@ -100,6 +100,7 @@ class Table:
     arms: dict[str, Arm]
     interactions: dict[str, dict[str, Estimate]]
     times: dict[str, float | None]  # seconds, by ARM-SEED
+    findings: str | None = schema.sometimes()  # the schema of the findings that it was measured with
     hypotheses: dict[str, Verdict] = field(default_factory=dict)
     schema: str = "spikesink-study-1"
 

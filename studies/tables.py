@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from spikesink.measure.findings import SCHEMA
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.text import grid, interval, number
 from studies import aggregate
@@ -25,6 +26,10 @@ DIFFERS = (
     "Published: Sun et al. 2026 (arXiv 2603.05498), one run per arm, 7B parameters, 100B tokens, T 4096, Llama's block "
     "(RMSNorm, RoPE, SwiGLU): perplexity, sink rate in %, largest |h|. Ours differs in size, tokens, length, block and "
     "text: directions may be compared, numbers not."
+)
+OLD_RULES = (
+    "Measured by rules that have been replaced since: a spike was any |h| of 30 times its layer's median, outlier "
+    "channels too, and a post-norm stream was read behind its norm only. These numbers are being measured again."
 )
 NOTE = " ".join((aggregate.__doc__ or "").partition("\n\n")[2].split())
 
@@ -180,6 +185,7 @@ def conditions(table: Table) -> list[str]:
         f"Measured on {of.n_seq} sequences of {of.seq_len} tokens of the validation split, {start}, "
         f"{of.dtype}, by detect.py and ablate.py; {of.points} checkpoints of each run and that of step 0 for the "
         "time course and for equal loss, which is so fine and no finer.",
+        *([] if table.findings == SCHEMA else [OLD_RULES]),
         f"Ran on {machines}; Python {table.python}, spikesink {table.spikesink}, commit {table.git_commit[:12]}, "
         f"code {table.code}.",
     ]
