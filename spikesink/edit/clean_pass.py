@@ -91,6 +91,26 @@ class CleanPass:
                     module.forward = forward
 
 
+class Means:
+    """The mean of each channel over what is marked, and over all others, batch by batch."""
+
+    def __init__(self) -> None:
+        self.sums: Any = 0  # (2, C): of what is marked, of all
+        self.counts: Any = 0
+
+    def add(self, total: torch.Tensor, n: int, marked: torch.Tensor, counts: torch.Tensor) -> None:
+        """`total` (C,): the sum over `n` tokens; `marked` (K, C): what is marked of some, 0 elsewhere; `counts`: alike,
+        1 where it is."""
+        self.sums = self.sums + torch.stack((marked.sum(0), total))
+        self.counts = self.counts + torch.stack((counts.double().sum(0), torch.full_like(total, n)))
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean of the marked, where none is of the others; mean of the others), (C,) each, float32."""
+        others = (self.sums[1] - self.sums[0]) / (self.counts[1] - self.counts[0]).clamp_min(1)
+        marked = torch.where(self.counts[0] > 0, self.sums[0] / self.counts[0].clamp_min(1), others)
+        return marked.float(), others.float()
+
+
 class Reference:
     """What other text than the one intervened on says of a model's spikes and sinks.
 
@@ -105,23 +125,22 @@ class Reference:
         self, subject: Subject, ids: torch.Tensor, batch_size: int = 8, ordinary: Ordinary | None = None
     ) -> None:
         self.ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
-        sums: list[Any] = [0] * len(subject.streams)  # then (4, 2, C) each: sums and counts under the masks below
+        entries, tokens = ([Means() for _ in subject.streams] for _ in range(2))
         new, hits = torch.zeros(len(subject.streams)), torch.zeros(())
         for numbers, batch in batches(ids, batch_size):
             clean = CleanPass.of(subject, batch, numbers, ordinary=self.ordinary)
             seen = torch.zeros_like(clean.spikes[0])
             for i, (x, marked) in enumerate(zip(clean.streams, clean.spikes, strict=True)):
-                tokens = marked.any(-1, keepdim=True)
-                masks = (marked, ~marked, tokens.expand_as(x), ~tokens.expand_as(x))
-                sums[i] += torch.stack([torch.stack((x * m, m)).double().sum((1, 2)) for m in masks])
+                of_token = marked.any(-1)
+                rows, total = x[of_token].double(), x.sum((0, 1), dtype=torch.float64)
+                entries[i].add(total, of_token.numel(), rows * marked[of_token], marked[of_token])
+                tokens[i].add(total, of_token.numel(), rows, torch.ones_like(rows))
                 seen = seen.to(x.device)
                 new[i] += (marked & ~seen).sum().cpu()
                 seen = marked | seen
             hits = hits + torch.stack([found.any(-1) for found in clean.sinks]).double().sum(1)
-        means = lambda s: (s[:, 0] / s[:, 1].clamp_min(1)).float()  # (4, C)
-        known = lambda s, i: torch.where(s[i, 1] > 0, means(s)[i], means(s)[i + 1])
-        self.entries: list[tuple[torch.Tensor, torch.Tensor]] = [(known(s, 0), means(s)[1]) for s in sums]
-        self.states: list[tuple[torch.Tensor, torch.Tensor]] = [(known(s, 2), means(s)[3]) for s in sums]
+        self.entries = [means.result() for means in entries]
+        self.states = [means.result() for means in tokens]
         self.direction = [nn.functional.normalize(spike, dim=0) for spike, _ in self.states]
         new[[not tap.writable for tap in subject.streams]] = 0
         self.step_up = int(new.argmax()) if new.any() else None

@@ -37,10 +37,12 @@ def uniform(numbers: Tensor, shape: Sequence[int], seed: int) -> Tensor:
 
 def as_many(marked: Tensor, scores: Tensor, free: Tensor | None = None, dim: int = -1) -> Tensor:
     """Along `dim`, as many unmarked (and `free`) entries as are marked, those of the highest scores: bool."""
-    free = ~marked if free is None else free & ~marked
-    scores = scores.to(marked.device).masked_fill(~free, -torch.inf)
-    ranks = scores.argsort(dim, descending=True).argsort(dim)
-    return (ranks < marked.sum(dim, keepdim=True)) & free
+    marked, scores = marked.movedim(dim, -1), scores.to(marked.device).movedim(dim, -1)
+    free = ~marked if free is None else free.expand(marked.movedim(-1, dim).shape).movedim(dim, -1) & ~marked
+    chosen, some = torch.zeros_like(marked), marked.any(-1)  # in most rows there is nothing to choose
+    ranks = scores[some].masked_fill(~free[some], -torch.inf).argsort(-1, descending=True).argsort(-1)
+    chosen[some] = (ranks < marked[some].sum(-1, keepdim=True)) & free[some]
+    return chosen.movedim(-1, dim)
 
 
 def _random_channels(clean: CleanPass, i: int) -> Tensor:
@@ -96,7 +98,7 @@ _KEYS_OF: dict[str | None, Callable[[CleanPass], list[Tensor]]] = {
 
 def entries_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
     """Per tap the entries to edit: the spikes, or a control's. bool (B, T, C)."""
-    return [_ENTRIES_OF[control](clean, i) for i in range(len(clean.spikes))]
+    return [_ENTRIES_OF[control](clean, i) if found.any() else found for i, found in enumerate(clean.spikes)]
 
 
 def tokens_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
