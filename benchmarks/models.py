@@ -166,7 +166,7 @@ def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str
         read_tokens=spikes.read.fraction if spikes.read else None,
         last_tokens=spikes.sum.last,
         first_tokens=spikes.by_position[0],
-        largest=max(layer.max for layer in found.layers),
+        largest=max(layer.max for layer in found.attended),
         ratio=found.largest_ratio,
         channel=top.channel,
         token=visible(top.text),

@@ -698,14 +698,19 @@ class Findings(Record):
         return [(self.part, self), *(self.parts or {}).items()]
 
     @property
+    def attended(self) -> list[SideStats]:
+        """The layers whose stream some attention reads: all but the last, unless a decoder attends to it."""
+        return self.layers if self.part in ("encoder", "cross") else self.layers[:-1]
+
+    @property
     def largest_ratio(self) -> float:
-        """top-1 over the median of the layer where it is largest."""
-        return max(layer.ratio for layer in self.layers)
+        """top-1 over the median of the attended layer where it is largest."""
+        return max(layer.ratio for layer in self.attended)
 
     @property
     def largest_kurtosis(self) -> float:
-        """The channel kurtosis of the layer where it is largest."""
-        return max(layer.kurtosis for layer in self.layers)
+        """The channel kurtosis of the attended layer where it is largest."""
+        return max(layer.kurtosis for layer in self.attended)
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, atomically. Raises UserError."""

@@ -466,7 +466,7 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("spike", attrgetter("verdicts.spike.verdict")),
         Column("sink", attrgetter("verdicts.sink.verdict")),
         Column("co-occurrence", attrgetter("verdicts.co_occurrence.verdict")),
-        Column("largest |h|", lambda f: max(layer.max for layer in f.layers), ".4g"),
+        Column("largest |h|", lambda f: max(layer.max for layer in f.attended), ".4g"),
         Column("largest top1/median", attrgetter("largest_ratio"), ".1f"),
         Column("largest kurtosis", attrgetter("largest_kurtosis")),
         *_compared_rules(SPIKE_RULES),

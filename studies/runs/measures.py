@@ -31,14 +31,14 @@ class Measure(NamedTuple):
 
 def _largest(key: str) -> Callable[[Findings], float | None]:
     def of(found: Findings) -> float | None:
-        return max((x for layer in found.layers if math.isfinite(x := getattr(layer, key))), default=None)
+        return max((x for layer in found.attended if math.isfinite(x := getattr(layer, key))), default=None)
 
     return of
 
 
 def _finite(found: Findings) -> list[LayerStats]:
     """The layers whose magnitudes are: not all are in a model about to diverge."""
-    return [layer for layer in found.layers if math.isfinite(layer.top1) and math.isfinite(layer.median)]
+    return [layer for layer in found.attended if math.isfinite(layer.top1) and math.isfinite(layer.median)]
 
 
 def _first(rates: list[float]) -> float | None:
@@ -72,7 +72,12 @@ SPIKE = SPIKE_RULES[PRIMARY_SPIKE_RULE].text
 MEASURES = {
     "loss": Measure("validation loss at the training length, nats per token", "plain", ".4f"),
     "short loss": Measure("loss on detect.py's sequences, nats per token", "plain", ".4f", lambda f: f.data.loss),
-    "largest |h|": Measure("largest |h| in the stream, over all layers and tokens", "log", ".4g", _largest("max")),
+    "largest |h|": Measure(
+        "largest |h| of a sequence, averaged over sequences, in the layer where that is largest",
+        "log",
+        ".4g",
+        _largest("inf_norm"),
+    ),
     "top1/median": Measure(
         "top-1 over the median |h|, in the layer where it is largest; means over sequences",
         "log",
@@ -83,6 +88,21 @@ MEASURES = {
         "He et al.'s channel kurtosis of the layer where it is largest", "log", ".3g", _largest("kurtosis")
     ),
     "spike tokens": Measure(f"share of tokens with {SPIKE}", "share", ".2%", lambda f: f.spikes.primary_rule.fraction),
+    "spikes as read": Measure(
+        "the same, of what sub-layers read behind their norms",
+        "share",
+        ".2%",
+        lambda f: f.spikes.read.fraction if f.spikes.read else None,
+    ),
+    "spikes last": Measure(
+        "the same, at the last tap, which no attention reads", "share", ".2%", lambda f: f.spikes.sum.last
+    ),
+    "spikes in embedding": Measure(
+        "of the spike tokens, the share that are spikes in the embedding already",
+        "share",
+        ".0%",
+        lambda f: f.spikes.sum.in_embedding,
+    ),
     "spike sequences": Measure(
         "share of sequences with such a token",
         "share",
