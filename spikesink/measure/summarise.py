@@ -325,12 +325,13 @@ def _uniform(subject: Subject, n: int, T: int) -> torch.Tensor:
 def co_occurrence(subject: Subject, obs: Observation) -> CoOccurrence:
     """Do the tokens that the two primary rules mark coincide?"""
     spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
-    one_state = lambda tokens: len({state_of(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}) == 1
+    states = lambda tokens: {state_of(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}
+    one_state = lambda tokens: len(states(tokens)) == 1 and int(tokens.sum()) > 1
     return CoOccurrence(
         **vars(_overlap(spike, sink, obs.tokens)),
         without_first=_overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
         read=_overlap(obs.read.spikes[PRIMARY_SPIKE_RULE], sink, obs.tokens) if obs.read.known else None,
-        by_construction=len(obs.ids) > 1 and (one_state(spike) or one_state(sink)),
+        by_construction=one_state(spike) or one_state(sink),
     )
 
 

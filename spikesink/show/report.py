@@ -122,8 +122,8 @@ def _overlap_sentence(both: CoOccurrence) -> str:
     if both.by_construction:
         return (
             f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%}, P(spike | sink) "
-            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so this "
-            "is one observation, and that position explains it is so by construction. "
+            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so "
+            "this is one observation, and that position explains it is so by construction. "
             + _without_first(both.without_first)
         )
     return (
