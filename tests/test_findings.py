@@ -17,6 +17,7 @@ from spikesink.measure.sinks import SinkRule
 from spikesink.measure.spikes import ThresholdRule
 from spikesink.show import figures, page, report
 
+from .conftest import tiny
 from .test_observe import planted
 from .test_outcomes import many
 
@@ -39,6 +40,19 @@ def test_what_is_written_is_read_back(tmp_path):
     assert "history" not in keys and "parts" not in keys
     with pytest.raises(KeyError, match=r"0\.4 was not measured, but 0\.2, 0\.3, 0\.5, 0\.8"):
         read.sinks.at(0.4)
+
+
+def test_where_windows_leave_no_key_enough_queries(tmp_path):
+    with spikesink.open(tiny(window=4), tokens=many(8), nulls=0) as look:
+        narrow = spikesink.detect(look)
+    narrow.save(tmp_path / "f.json")
+    narrow = Findings.load(tmp_path / "f.json")
+    assert narrow.sinks.possible == [False, False] and narrow.sinks.at().best_eligible is None
+    assert narrow.sinks.primary_rule.tokens == 0
+    terminal = " ".join(report.terminal(narrow).split())
+    assert "with at least T/4 queries is none" in terminal and "In attn 0, attn 1 the window is too short" in terminal
+    with spikesink.open(tiny(window=8), tokens=many(8), nulls=0) as look:  # a quarter of 32 queries see it
+        assert spikesink.detect(look).sinks.possible == [True, True]
 
 
 def test_what_was_not_run_is_an_empty_object(tmp_path):

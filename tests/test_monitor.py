@@ -48,7 +48,8 @@ def row_of(subject, ids):
         (_, queries), (seen, _) = max(stats.possible.items())
         alpha = stats.sums["alpha"].mean(0) * (seen >= queries / 4)  # (T,), of keys that enough queries see
         rate = (obs.best_alpha[:, i] > PRIMARY_SINK_EPSILON).double().mean().item()
-        attention.append({"name": tap.name, "sink_rate": rate, "best_position": int(alpha.argmax())})
+        best = int(alpha.argmax()) if alpha.any() else None
+        attention.append({"name": tap.name, "sink_rate": rate, "best_position": best})
     spike, sink, n = obs.spikes["spike"], SINK_RULES["gu"].tokens(obs), int(obs.tokens.sum())
     overlap = metrics.overlap(spike, sink, obs.tokens)
     return {

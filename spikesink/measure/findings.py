@@ -324,7 +324,8 @@ class SinkRates(Record):
     """Gu et al.'s sink metric (2410.10781) at one threshold: shares of heads and sequences with alpha > epsilon.
 
     `first`, `by_layer`, `by_head`: on the first key (Sink_1). `first_second_half_queries`: the same, of the second
-    half's queries alone. `max_first_half`: on any key of the first half.
+    half's queries alone. `max_first_half`: on any key of the first half. `best_eligible`: None where windows leave no
+    key enough queries.
     """
 
     epsilon: float
@@ -333,7 +334,7 @@ class SinkRates(Record):
     first_ci95: Interval | None
     by_layer: list[float]
     by_head: list[list[float]]
-    best_eligible: BestKey
+    best_eligible: BestKey | None
     first_second_half_queries: float
     max_first_half: float
 

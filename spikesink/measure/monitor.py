@@ -14,7 +14,8 @@ A row, made at monitored steps and else None, is what log.jsonl has under "monit
                            of |h| over a sequence's T x C entries, averaged over sequences, ratio = top1 / median, and
                            He et al.'s kurtosis
     attention              [{name, sink_rate, best_position}]: the share of heads x sequences in which an eligible key
-                           (at least T/4 queries) has alpha > 0.3, and the eligible key with the largest mean alpha
+                           (that T/4 queries see) has alpha > 0.3, and the eligible key with the largest mean alpha,
+                           None where a window leaves none
     spike_tokens           the share of tokens that the primary spike rule marks in any layer that attention reads: all
                            but the last; None where there is none
     sink_tokens            the share that are sinks in at least a twentieth of all heads (sinks.needed_heads); None
@@ -202,7 +203,7 @@ class Look:
         self.heads += alpha.size(1)
         self.attention[attention.name] = {
             "sink_rate": torch.cat(hits).double().mean().item(),
-            "best_position": int(mass.argmax()),
+            "best_position": int(mass.argmax()) if mass.any() else None,
         }
 
     def row(self) -> Row:

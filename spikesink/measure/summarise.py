@@ -301,8 +301,8 @@ def _sink_rates(
     by_position = rate.mean((0, 1))
     first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
     strong = (total(f"eligible hits {epsilon}") / eligible).mean((0, 1)).nan_to_num(0.0)  # (T,)
-    strong = strong.masked_fill(eligible < N / 2, -1)  # positions that most sequences have
-    best = int(strong.argmax())
+    among = (eligible >= N / 2) & (eligible > 0)  # positions that most sequences have
+    best = int(strong.masked_fill(~among, -1).argmax())
     return SinkRates(
         epsilon=epsilon,
         by_position=by_position.tolist(),
@@ -310,7 +310,7 @@ def _sink_rates(
         first_ci95=metrics.rate_ci(first),
         by_layer=rate[..., 0].mean(1).tolist(),
         by_head=rate[..., 0].tolist(),
-        best_eligible=BestKey(position=best, rate=strong[best].item()),
+        best_eligible=BestKey(position=best, rate=strong[best].item()) if among.any() else None,
         first_second_half_queries=(total(f"late first {epsilon}") / N).mean().item(),
         max_first_half=(total(f"first half {epsilon}") / N).mean().item(),
     )

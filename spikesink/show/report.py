@@ -59,11 +59,12 @@ def summary(findings: Findings) -> list[str]:
     """What was found, a sentence each for spikes, sinks and co-occurrence, with the numbers."""
     sinks = findings.sinks
     gu = sinks.at(PRIMARY_SINK_EPSILON)
+    best = gu.best_eligible
+    strongest = f"is position {best.position}, {best.rate:.1%}" if best else "is none: no key has as many"
     return [
         _spike_sentences(findings),
         f"Sinks: Gu et al.'s Sink_1 at epsilon {gu.epsilon} is {gu.first:.1%} {interval(gu.first_ci95, '.1%')} of "
-        f"heads; the strongest key with at least T/4 queries is position {gu.best_eligible.position}, "
-        f"{gu.best_eligible.rate:.1%}. Position 0 holds {sinks.share[0]:.1%} of all attention; "
+        f"heads; the strongest key with at least T/4 queries {strongest}. Position 0 holds {sinks.share[0]:.1%} of all attention; "
         f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see. A token is called a "
         f"sink if it is one in at least {sinks.heads_needed} of the {sum(map(len, sinks.alpha_first))} heads."
         + _windows(sinks),
