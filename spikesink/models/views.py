@@ -49,8 +49,8 @@ class View:
     streams: list[Tap]
     attends: list[Attention] = field(default_factory=list)
     mask: str = "attention_mask"
-    attended: slice = field(default_factory=lambda: slice(-1))
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    attended: slice = field(default_factory=lambda: slice(-1))
 
 
 def view_of(model: nn.Module, streams: Mapping[str, nn.Module] | None = None) -> View:
