@@ -64,10 +64,10 @@ def summary(findings: Findings) -> list[str]:
     return [
         _spike_sentences(findings),
         f"Sinks: Gu et al.'s Sink_1 at epsilon {gu.epsilon} is {gu.first:.1%} {interval(gu.first_ci95, '.1%')} of "
-        f"heads; the strongest key with at least T/4 queries {strongest}. Position 0 holds {sinks.share[0]:.1%} of all attention; "
-        f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see. A token is called a "
-        f"sink if it is one in at least {sinks.heads_needed} of the {sum(map(len, sinks.alpha_first))} heads."
-        + _windows(sinks),
+        f"heads; the strongest key with at least T/4 queries {strongest}. Position 0 holds "
+        f"{sinks.share[0]:.1%} of all attention; {sinks.share_uniform[0]:.1%} if every query spread it evenly over "
+        f"all that it may see. A token is called a sink if it is one in at least {sinks.heads_needed} of the "
+        f"{sum(map(len, sinks.alpha_first))} heads." + _windows(sinks),
         _overlap_sentence(findings.co_occurrence),
     ]
 
