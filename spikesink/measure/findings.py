@@ -265,7 +265,8 @@ class SideSpikes(Record):
     marked tokens are (a first token that is always the same is one state, however many sequences there are);
     `strength`: the largest |h| over its threshold; `norm_ratio`, `energy_share`, `persistence`: medians over the
     marked tokens of what SpikeToken has. `in_embedding`: the share of them that are marked in the embedding already,
-    where a spike is a parameter. `last`: the share of all tokens that are marked at the last tap.
+    where a spike is a parameter. `last`: the share of all tokens that are marked at the last tap, None
+    where attention reads that too.
     """
 
     tokens: int

@@ -1,5 +1,6 @@
 """Observation -> findings."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -223,6 +224,7 @@ def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
     order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
     middle = lambda x: x[marked].double().median().item() if marked.any() else None
     last = len(side.taps) - 1
+    apart = last not in range(len(side.taps))[side.attended]
     return SideSpikes(
         tokens=int(marked.sum()),
         fraction=marked.sum().item() / tokens,
@@ -233,7 +235,7 @@ def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
         norm_ratio=middle(peaks.norm_ratio),
         persistence=middle(peaks.persistence),
         in_embedding=(side.strengths[0][marked] >= 1).double().mean().item() if marked.any() else None,
-        last=(side.strengths[last] >= 1).sum().item() / tokens if side.taps[last] is not None else None,
+        last=(side.strengths[last] >= 1).sum().item() / tokens if apart and side.taps[last] is not None else None,
         channels=order[:SHOWN].tolist(),
     )
 
@@ -242,7 +244,8 @@ def _outlier_channels(side: Side) -> list[OutlierChannel]:
     """Channels that are large in nearly every token of some layer, those of most layers first."""
     usual = [u for i, u in enumerate(side.usual) if u is not None and i in range(len(side.taps))[side.attended]]
     found = Counter(channel for u in usual for channel in u.outlier_channels)
-    ratio = lambda channel: max((u.channels[channel] / u.layer).item() for u in usual if u.layer > 0)
+    # a layer whose median is 0, most of it being 0, has outlier channels and no ratio
+    ratio = lambda channel: max((float(u.channels[channel] / u.layer) for u in usual if u.layer > 0), default=math.nan)
     return [
         OutlierChannel(channel=channel, layers=n / len(usual), ratio=ratio(channel))
         for channel, n in found.most_common(SHOWN)

@@ -75,14 +75,15 @@ def summary(findings: Findings) -> list[str]:
 def _spike_sentences(findings: Findings) -> str:
     spikes, top = findings.spikes, findings.spikes.tokens[0]
     here, layer = spikes.sum, findings.layers[top.index]
+    usual = layer.usual.layer  # 0 where most of the stream is
     lines = [
         f"Spikes: {here.tokens} tokens ({here.fraction:.2%}) are spikes, in {here.sequences:.0%} of sequences; they "
         f"are {here.states} different {'state' if here.states == 1 else 'states'}.",
         f"The rule: {spikes.primary_rule.threshold}.",
         f"The strongest is {visible(top.text)} at position {top.position}: |h| {top.magnitude:.4g} in channel "
-        f"{top.channel} after {layer.name}, {top.magnitude / layer.usual.layer:.0f} x the median there and "
-        f"{top.strength:.1f} x the threshold, with {top.energy_share:.0%} of the token's energy and "
-        f"{top.norm_ratio:.3g} x a typical token's norm.",
+        f"{top.channel} after {layer.name}, {number(top.magnitude / usual if usual else None, '.0f')} x the median "
+        f"there and {top.strength:.1f} x the threshold, with {number(top.energy_share, '.0%')} of the token's energy "
+        f"and {number(top.norm_ratio)} x a typical token's norm.",
     ]
     if here.in_embedding:
         lines.append(
