@@ -184,3 +184,25 @@ def test_states_of_the_edited_tokens_move_and_those_before_the_edit_do_not():
     change = outcomes.table_entries(TABLE, measured)[0].state_change
     assert [tap.spike_tokens for tap in change[:2]] == [0, 0]
     assert all(tap.spike_tokens > 0.9 and tap.others < 0.01 for tap in change[2:])
+
+
+def spikes_last():
+    """A model whose last FFN makes a spike of token 63, and which has no other."""
+    model = planted()
+    ffn = model.transformer.h[1].mlp.f
+    with torch.no_grad():
+        ffn.c_fc.weight[0], ffn.c_fc.bias[0] = 0, 0
+        ffn.c_fc.weight[0, 31], ffn.c_proj.weight[7, 0] = 1 / MARK, 300
+    return model
+
+
+def test_what_no_attention_reads_is_no_spike_token():
+    """Spikes at the last tap alone are edited there, but no token is called a spike for them, before and after."""
+    subject, ids = subject_of(spikes_last()), many()
+    clean = CleanPass.of(subject, ids)
+    assert clean.spikes[-1].sum() == 16 and not clean.spike_tokens.any()
+    attn = subject.inner["update"][0]
+    edits = {"last": interventions.spike_zero, "first": lambda c: interventions.remove_sub_layer(c, attn)}
+    measured = outcomes.measure(subject, ids, edits, 4)
+    assert measured.by_name["last"].edited == 16
+    assert all(outcome.spikes.sum() == 0 for outcome in measured.by_name.values())
