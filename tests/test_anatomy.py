@@ -8,7 +8,8 @@ from torch import nn
 
 from spikesink.measure import anatomy
 from spikesink.measure.findings import Place, QuadraticForm
-from spikesink.measure.observe import observe
+from spikesink.measure.observe import Side, observe, state_at
+from spikesink.measure.spikes import Usual
 from spikesink.models import subject
 from spikesink.models.subject import Tap
 
@@ -25,6 +26,9 @@ def test_planted_spike_rises_at_its_ffn_in_its_channel(marked_ids):  # noqa: F81
     assert found.step_up.tokens == 1
     assert found.step_up.part_of_peak == pytest.approx(1, abs=0.01)
     assert found.step_down is None
+    (episode,) = found.episodes  # until the last tap that attention reads
+    assert (episode.start.index, episode.end.index, episode.tokens, episode.channel) == (2, 3, 1, 7)
+    assert episode.magnitude == pytest.approx(300, rel=0.01)
     top = found.channels[0]
     assert (top.channel, top.same_sign, top.ratio) == (7, 1, -1)
     assert top.value == pytest.approx(-300, rel=0.01)
@@ -46,6 +50,25 @@ def test_step_down_is_where_the_entry_is_cancelled():
     assert found.path["3"][2] == pytest.approx(50)
 
 
+def test_episodes_are_runs_that_begin_at_the_same_tap():
+    """40 tokens: all rise at tap 1 and most fall after 3, one after 2, one after 4; half rise again at 5."""
+    taps = [Tap(i // 2, ("ffn", "attn")[i % 2], nn.Identity()) for i in range(8)]
+    usual = [Usual(torch.tensor(2.0), torch.ones(4), torch.ones(())) for _ in taps]
+    side = Side.empty(taps, usual, slice(0, -1), 1, 50)
+    side.spikes["spike"][0, :40] = True
+    side.strengths[1:4, 0, :39], side.strengths[1:3, 0, 39] = 1.5, 1.5
+    side.strengths[2, 0, :40] = 0.5  # no spike, but it holds on
+    side.strengths[5:, 0, :20], side.strengths[4, 0, 30] = 2.0, 1.0
+    side.strengths[0, 0, :40] = 0.49  # not yet
+    side.magnitudes[:] = side.strengths * 60
+    side.magnitudes[6, 0, :20], side.channels[6, 0, :20] = 300, 3
+    first, second = anatomy.episodes(side, taps)
+    assert (first.start.index, first.start.tokens, first.end.index, first.end.tokens) == (1, 1, 3, 38 / 40)
+    assert (first.tokens, first.channel, first.magnitude, first.ratio) == (1, 0, 90, 45)
+    assert (second.start.index, second.tokens, second.end.index) == (5, 0.5, 6)  # the last tap stands apart
+    assert (second.channel, second.magnitude, second.ratio) == (3, 300, 150)
+
+
 def test_mean_cosine_is_that_of_all_pairs():
     x = torch.randn(7, 5)
     all_pairs = nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
@@ -65,12 +88,12 @@ def test_equal_first_tokens_count_once():
 
 def test_what_a_state_depends_on():
     decoder = subject_of(tiny(n_register=2))
-    assert anatomy.state_of(decoder, 0, 1, -2) == anatomy.state_of(decoder, 5, 1, -2)
-    assert anatomy.state_of(decoder, 0, 2, 7) == anatomy.state_of(decoder, 5, 2, 7)
-    assert anatomy.state_of(decoder, 0, 2, 7) != anatomy.state_of(decoder, 5, 2, 8)
-    assert anatomy.state_of(decoder, 0, 3, 7) != anatomy.state_of(decoder, 5, 3, 7)
+    assert state_at(decoder, 0, 1, -2) == state_at(decoder, 5, 1, -2)
+    assert state_at(decoder, 0, 2, 7) == state_at(decoder, 5, 2, 7)
+    assert state_at(decoder, 0, 2, 7) != state_at(decoder, 5, 2, 8)
+    assert state_at(decoder, 0, 3, 7) != state_at(decoder, 5, 3, 7)
     for other in (dataclasses.replace(decoder, causal=False), dataclasses.replace(decoder, part="decoder")):
-        assert anatomy.state_of(other, 0, 2, 7) != anatomy.state_of(other, 5, 2, 7)
+        assert state_at(other, 0, 2, 7) != state_at(other, 5, 2, 7)
 
 
 def test_key_subspace_counts_dimensions():

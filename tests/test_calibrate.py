@@ -1,16 +1,22 @@
 """Verdicts, nulls, sensitivity and co-occurrence, on planted ground truth and against written formulas."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from model import GPT, GPTConfig
 from spikesink.measure import calibrate, metrics, planted
-from spikesink.measure.findings import Overlap, OverlapIntervals, Skipped, Verdict
-from spikesink.measure.observe import observe
+from spikesink.measure.findings import CoOccurrence, Measures, Overlap, OverlapIntervals, Skipped, Verdict
+from spikesink.measure.observe import Ordinary, observe
 from spikesink.measure.sinks import queries_per_key, uniform_share
+from spikesink.measure.spikes import Usual
+from spikesink.measure.summarise import co_occurrence
 from spikesink.text.sequences import PADDING
 
 from .conftest import TINY, subject_of
+from .test_observe import marked_ids  # noqa: F401
+from .test_observe import planted as planted_model
 
 HEADS = ["0.0", "0.1", "1.0", "1.1"]
 
@@ -47,15 +53,16 @@ def test_wilson_interval():
 def test_verdict_on_planted_spikes(n, prevalence, expected):
     subject, ids = fresh(), ids_of(n)
     tokens = one_each(n, 32, 32) & (torch.arange(n) < prevalence * n)[:, None]
-    with planted.spikes(subject, tokens, channel=5, size=60.0):
-        obs = observe(subject, ids, batch_size=n, progress=False)
+    ordinary = Ordinary.of(subject, ids)
+    with planted.spikes(subject, tokens, channel=5, size=75.0):
+        obs = observe(subject, ids, batch_size=n, progress=False, ordinary=ordinary)
     null = calibrate.nulls(subject, ids, 64, 16)
-    assert torch.equal(obs.spikes["ratio"], tokens)
+    assert torch.equal(obs.spikes["spike"], tokens)
     verdict = calibrate.spike_verdict(obs, null, weak(obs))
     assert verdict.verdict == expected
     if prevalence:
-        # the model's own other tokens are at most some 10x, the planted ones 60x
-        assert (max(verdict.holds), obs.spike_channels["ratio"].argmax()) == (50, 5)
+        # the model's own other tokens are at most some 10x their layer, the planted ones 75x: 2.5 thresholds
+        assert (max(verdict.holds), obs.sum.spike_channels["spike"].argmax()) == (2, 5)
     assert calibrate.spike_verdict(obs, null, weak(obs, 1e6)).verdict in (
         "present",
         "underpowered",
@@ -67,15 +74,16 @@ def test_verdict_on_planted_sinks(alpha, expected):
     """The planted strength is the closed form's, and the verdict holds up to about that epsilon."""
     subject, ids, keys = fresh(), ids_of(64), one_each(64, 32, 16)
     bias = torch.tensor([planted.bias_for(alpha, int(k), 32) for k in keys.int().argmax(1)])
+    ordinary = Ordinary.of(subject, ids)
     with planted.sinks(subject, keys, layer=1, head=1, bias=bias):
-        obs = observe(subject, ids, batch_size=64, progress=False)
+        obs = observe(subject, ids, batch_size=64, progress=False, ordinary=ordinary)
         null = calibrate.nulls(fresh(), ids, 64, 16)
     assert obs.best_alpha[:, 1, 1] == pytest.approx(torch.full((64,), alpha), abs=0.02)  # logits of step 0 are ~0
     verdict = calibrate.sink_verdict(obs, null, weak(obs), HEADS)
     assert verdict.verdict == expected
     assert max(verdict.holds, default=0) == pytest.approx(alpha if alpha > 0.3 else 0, abs=0.051)
     if alpha > 0.3:
-        assert torch.equal(obs.sink_heads > 0, keys)
+        assert torch.equal(obs.strong_alpha > 0.3, keys)
         assert "head 1.1, the best of 4" in verdict.reason
 
 
@@ -106,18 +114,37 @@ def test_nulls_keep_what_they_say_and_take_the_rest():
     assert (rotated.triu(6) == 0).all()  # still causal
     ids = torch.randint(1, 60, (5, 9))
     ids[:, 0], ids[2, 6:] = 63, PADDING
-    for changed in calibrate.other_text(ids, 60, 0).values():
-        assert (changed[:, 0] == 63).all()  # a first token that all share
-        assert torch.equal(changed == PADDING, ids == PADDING)
-    assert (calibrate.other_text(ids, 60, 0)["repeated_token"][0, 1:].unique().numel()) == 1
+    changed = calibrate.other_text(ids, 60, 0)
+    assert torch.equal(changed.pop("no_first"), ids[:, 1:])
+    for other in changed.values():
+        assert (other[:, 0] == 63).all()  # a first token that all share
+        assert torch.equal(other == PADDING, ids == PADDING)
+    assert changed["repeated_token"][0, 1:].unique().numel() == 1
+    shuffled = changed["shuffled_text"]
+    assert torch.equal(shuffled.sort(1).values, ids.sort(1).values) and not torch.equal(shuffled, ids)
+
+
+def test_texts_that_share_a_last_token_keep_it_and_those_that_share_none_have_no_null_without_it():
+    ids = torch.arange(40).view(4, 10)
+    ids[torch.arange(4), torch.tensor([9, 9, 6, 3])] = 50
+    ids[2, 7:], ids[3, 4:] = PADDING, PADDING
+    changed = calibrate.other_text(ids, 40, 0)
+    assert list(changed) == ["random_tokens", "repeated_token", "shuffled_text"]
+    for other in changed.values():
+        assert torch.equal(other == 50, ids == 50)
+    assert torch.equal(changed["shuffled_text"].sort(1).values, ids.sort(1).values)
+    # every place gets every token: of 10 tokens, 9 change places
+    places = [calibrate.other_text(ids, 40, seed)["shuffled_text"][0, 0].item() for seed in range(200)]
+    assert {*places} == {*range(9)}
 
 
 def test_a_sink_is_gone_when_positions_are_shuffled():
     subject, ids, keys = fresh(), ids_of(32), one_each(32, 32, 1)
     bias = torch.full((32,), planted.bias_for(0.9, 0, 32))
+    how = {"batch_size": 32, "progress": False, "ordinary": Ordinary.of(subject, ids)}
     with planted.sinks(subject, keys, layer=0, head=0, bias=bias):
-        kept = observe(subject, ids, 32, False)
-        gone = observe(subject, ids, 32, False, shuffle=calibrate.shuffles(0)["shuffled_positions"])
+        kept = observe(subject, ids, **how)
+        gone = observe(subject, ids, shuffle=calibrate.shuffles(0)["shuffled_positions"], **how)
     assert (kept.sink_heads > 0).sum() == 32
     assert (gone.sink_heads > 0).sum() == 0
     uniform = uniform_share(queries_per_key(32), causal=True)
@@ -126,19 +153,22 @@ def test_a_sink_is_gone_when_positions_are_shuffled():
     torch.testing.assert_close(one_head[:16], expected[:16], atol=0.05, rtol=0.3)
 
 
-def test_nulls_are_the_named_five_and_leave_the_random_state_alone():
+def test_nulls_are_the_named_ones_and_leave_the_random_state_alone():
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
     subject, ids = fresh(), ids_of(6)
     before = torch.random.get_rng_state()
     null = calibrate.nulls(subject, ids, 64)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert list(null) == ["init", "shuffled_channels", "shuffled_positions", "random_tokens", "repeated_token"]
+    names = ["init", "shuffled_channels", "shuffled_positions", "random_tokens", "repeated_token", "shuffled_text"]
+    assert list(null) == names
+    ids[:, 0] = 63
+    assert list(calibrate.nulls(subject, ids, 64, 2)) == [*names, "no_first"]
     assert null["init"].n_seq == 6
     assert calibrate.nulls(subject, ids, 64, 0) == {}
     skipped = calibrate.nulls(subject, ids, 64, no_init="too large")
     assert skipped["init"] == Skipped(skipped="too large")
-    assert calibrate.false_positives(skipped, "ratio") is None
+    assert calibrate.false_positives(skipped, "spike") is None
     assert calibrate.false_positives(null, "percentile").rate >= null["init"].rules["percentile"].sequences
 
 
@@ -151,22 +181,45 @@ def test_padding_enters_no_statistic():
         padded[i, :n] = whole[i, :n] if i % 2 else padded[i, :n]
         if i % 2 == 0:
             padded[i, 32 - n :] = whole[i, :n]  # on the left
-    together = observe(subject, padded, batch_size=4, progress=False)
+    ordinary = Ordinary.of(subject, whole)  # of other text
+    together = observe(subject, padded, batch_size=4, progress=False, ordinary=ordinary)
     for i, n in enumerate(lengths):
-        alone = observe(subject, whole[i : i + 1, :n], progress=False)
-        for name in ("ratio", "share", "max_alpha", "sink_heads", "eligible", "ids"):
+        alone = observe(subject, whole[i : i + 1, :n], progress=False, ordinary=ordinary)
+        for name in ("share", "max_alpha", "strong_alpha", "sink_heads", "eligible", "ids"):
             got = getattr(together, name)[i]
             torch.testing.assert_close(got[:n], getattr(alone, name)[0])
             assert (got[n:] == (PADDING if name == "ids" else 0)).all()
         torch.testing.assert_close(together.best_alpha[i], alone.best_alpha[0])
         torch.testing.assert_close(together.loss[i], alone.loss[0])
-        for rule, hits in together.spikes.items():
-            assert torch.equal(hits[i, :n], alone.spikes[rule][0])
+        for side, other in ((together.sum, alone.sum), (together.read, alone.read)):
+            torch.testing.assert_close(side.ratio[i, :n], other.ratio[0])
+            for name in ("magnitudes", "norms", "strengths"):
+                torch.testing.assert_close(getattr(side, name)[:, i, :n], getattr(other, name)[:, 0])
+                assert (getattr(side, name)[:, i, n:] == 0).all()
+            for rule, hits in side.spikes.items():
+                assert torch.equal(hits[i, :n], other.spikes[rule][0]) and not hits[i, n:].any()
     entropy = sum(
-        observe(subject, whole[i : i + 1, :n], progress=False).attention[0].sums["entropy"]
+        observe(subject, whole[i : i + 1, :n], progress=False, ordinary=ordinary).attention[0].sums["entropy"]
         for i, n in enumerate(lengths)
     )
     torch.testing.assert_close(together.attention[0].sums["entropy"], entropy)
+
+
+def test_padding_is_not_what_is_usual():
+    """What is usual is that of the tokens alone: medians written out."""
+    subject, whole, lengths = fresh(3), ids_of(4), [32, 20, 20, 11]
+    padded = torch.where(torch.arange(32) < torch.tensor(lengths)[:, None], whole, PADDING)
+    found = Ordinary.of(subject, padded)
+    with torch.no_grad():
+        x = torch.cat([subject.model.transformer.wte(whole[i, :n]) for i, n in enumerate(lengths)])
+        x = x + torch.cat([subject.model.transformer.wpe(torch.arange(n)) for n in lengths])
+    size = x.abs()
+    median = lambda values: values.sort(0).values[(len(values) - 1) // 2]
+    layer, channels = median(size.flatten()), median(size)
+    prominence = (size / channels.clamp_min(layer.item())).amax(1)
+    for ours, theirs in zip(dataclasses.astuple(found.sums[0]), (layer, channels, median(prominence)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert found.reads[-1] is None and all(isinstance(usual, Usual) for usual in (*found.sums, *found.reads[:-1]))
 
 
 def test_what_position_explains():
@@ -195,16 +248,40 @@ def test_co_occurrence_verdict_needs_both_and_says_what_position_explains():
         of = {"lift_anywhere": [low, high], "lift": [1.0, 1.0]}
         unknown = ("p_sink_given_spike", "p_spike_given_sink", "jaccard", "expected", "explained_by_position")
         ci = OverlapIntervals(**of, **dict.fromkeys(unknown))
-        return Overlap(**vars(metrics.overlap(first, first)), **counts, ci95=ci)
+        of = {**vars(metrics.overlap(first, first)), **counts, "ci95": ci}
+        return CoOccurrence(**of, without_first=Overlap(**of), read=None, by_construction=False)
 
-    both = calibrate.co_verdict(present, present, overlap(15.0, 17.0), [])
+    both = calibrate.co_verdict(present, present, overlap(15.0, 17.0), [], {})
     assert both.verdict == "present"
     assert "100% of the excess" in both.reason and "no more than that" in both.reason
-    assert calibrate.co_verdict(present, absent, overlap(15.0, 17.0), []).verdict == "underpowered"
-    assert calibrate.co_verdict(present, present, overlap(0.2, 1.1), []).verdict == "absent"
-    assert calibrate.co_verdict(present, present, overlap(0.2, 1.1), ["small"]).verdict == "underpowered"
+    assert calibrate.co_verdict(present, absent, overlap(15.0, 17.0), [], {}).verdict == "underpowered"
+    assert calibrate.co_verdict(present, present, overlap(0.2, 1.1), [], {}).verdict == "absent"
+    assert calibrate.co_verdict(present, present, overlap(0.2, 1.1), ["small"], {}).verdict == "underpowered"
     # a failure to reject is no absence
-    assert calibrate.co_verdict(present, present, overlap(0.2, 7.7), []).verdict == "underpowered"
+    assert calibrate.co_verdict(present, present, overlap(0.2, 7.7), [], {}).verdict == "underpowered"
+
+
+def test_one_state_in_every_sequence_is_one_observation(marked_ids):  # noqa: F811
+    """The same token first in every sequence is the same state: text without it decides, if it can."""
+    subject = subject_of(planted_model(size=300.0, sink_logit=10.0))
+    apart = co_occurrence(subject, observe(subject, marked_ids, progress=False))
+    assert (apart.spike_tokens, apart.both, apart.by_construction) == (6, 6, False)
+    once = marked_ids.clone()
+    once[1:][once[1:] == 63] = 0
+    assert not co_occurrence(subject, observe(subject, once, progress=False)).by_construction  # in one sequence only
+    first = marked_ids.clamp_max(62)
+    first[:, 0] = 63
+    overlap = co_occurrence(subject, observe(subject, first, progress=False))
+    assert (overlap.spike_tokens, overlap.both, overlap.by_construction) == (6, 6, True)
+    present = Verdict(verdict="present", reason="")
+    of = lambda null: calibrate.co_verdict(present, present, overlap, [], null)
+    assert (of({}).verdict, "nothing" in of({}).reason) == ("underpowered", True)
+    null = calibrate.nulls(subject, first, 64)
+    assert isinstance(null["no_first"], Measures) and null["no_first"].rules["spike"].tokens == 0
+    assert (of(null).verdict, "no spikes" in of(null).reason) == ("underpowered", True)
+    first[torch.arange(6), 1 + torch.arange(6)] = 63  # the token elsewhere, too
+    null = calibrate.nulls(subject, first, 64)
+    assert null["no_first"].p_sink_given_spike == 1 and of(null).verdict == "present"
 
 
 def rejections(make, runs=200):
@@ -250,10 +327,12 @@ def test_intervals_of_rates_have_a_width():
 
 def test_a_verdict_is_only_said_to_hold_where_the_null_differs():
     subject, ids = fresh(), ids_of(64)
-    with planted.spikes(subject, one_each(64, 32, 32), channel=5, size=60.0):
-        obs = observe(subject, ids, batch_size=64, progress=False)
+    ordinary = Ordinary.of(subject, ids)
+    with planted.spikes(subject, one_each(64, 32, 32), channel=5, size=75.0):
+        obs = observe(subject, ids, batch_size=64, progress=False, ordinary=ordinary)
     null = calibrate.nulls(subject, ids, 64, 16)
-    holds = calibrate.spike_verdict(obs, null, weak(obs)).holds
-    own = {p.at: p.sequences for p in null["init"].curves["ratio"]}
-    assert own[5] > 0.8 and 5 not in holds  # nearly every untrained sequence has 5x the median
-    assert min(holds) >= 10
+    holds = lambda: calibrate.spike_verdict(obs, null, weak(obs)).holds
+    assert holds() == [0.2, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2]
+    curve = null["init"].curves["strictness"]
+    curve[:] = [dataclasses.replace(point, sequences=0.9 if point.at <= 0.5 else 0.0) for point in curve]
+    assert holds() == [0.67, 0.8, 1, 1.25, 1.5, 2]

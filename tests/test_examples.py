@@ -39,7 +39,7 @@ def test_examples_are_what_explicit_maps_say(batch_size):
         alpha = maps.sum(1) / torch.arange(T, 0, -1)
         torch.testing.assert_close(torch.tensor(unpacked(sequence.alpha)), alpha, atol=1e-4, rtol=0.005)
         assert sequence.texts == [of.text(i) for i in sequence.ids] == [f"<{i}>" for i in ids[n, :T].tolist()]
-        assert sequence.spikes == obs.spikes["ratio"][n, :T].int().tolist()
+        assert sequence.spikes == obs.spikes["spike"][n, :T].int().tolist()
     assert found.sequences[0].spikes[3] == 1 and found.sequences[0].sink_heads[3] == 2
     streams = []
     hooks = [t.module.register_forward_hook(lambda m, a, out: streams.append(out[0])) for t in of.streams]
@@ -83,7 +83,7 @@ def test_a_large_model_has_a_small_entry():
         ids=torch.randint(9**5, (4, T)),
         tokens=torch.ones(4, T, dtype=torch.bool),
         eligible=torch.ones(4, T, dtype=torch.bool),
-        spikes={"ratio": torch.zeros(4, T)},
+        spikes={"spike": torch.zeros(4, T)},
         sink_heads=torch.zeros(4, T),
         share=torch.rand(4, T),
         loss=torch.rand(4),

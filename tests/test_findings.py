@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -12,11 +13,14 @@ import spikesink
 from spikesink.errors import UserError
 from spikesink.measure import sinks, spikes
 from spikesink.measure.findings import Findings, Skipped
+from spikesink.measure.observe import observe
 from spikesink.measure.rules import Curve
 from spikesink.measure.sinks import SinkRule
 from spikesink.measure.spikes import ThresholdRule
+from spikesink.measure.summarise import summarise
 from spikesink.show import figures, page, report
 
+from .conftest import subject_of, tiny
 from .test_observe import planted
 from .test_outcomes import many
 
@@ -39,6 +43,19 @@ def test_what_is_written_is_read_back(tmp_path):
     assert "history" not in keys and "parts" not in keys
     with pytest.raises(KeyError, match=r"0\.4 was not measured, but 0\.2, 0\.3, 0\.5, 0\.8"):
         read.sinks.at(0.4)
+
+
+def test_where_windows_leave_no_key_enough_queries(tmp_path):
+    with spikesink.open(tiny(window=4), tokens=many(8), nulls=0) as look:
+        narrow = spikesink.detect(look)
+    narrow.save(tmp_path / "f.json")
+    narrow = Findings.load(tmp_path / "f.json")
+    assert narrow.sinks.possible == [False, False] and narrow.sinks.at().best_eligible is None
+    assert narrow.sinks.primary_rule.tokens == 0
+    terminal = " ".join(report.terminal(narrow).split())
+    assert "with at least T/4 queries is none" in terminal and "In attn 0, attn 1 the window is too short" in terminal
+    with spikesink.open(tiny(window=8), tokens=many(8), nulls=0) as look:  # a quarter of 32 queries see it
+        assert spikesink.detect(look).sinks.possible == [True, True]
 
 
 def test_what_was_not_run_is_an_empty_object(tmp_path):
@@ -109,3 +126,25 @@ def test_without_the_packages_of_pages_the_rest_is_written(cli, trained, tmp_pat
     assert Findings.load(tmp_path / "f.json").data.n_seq == 8 and not (tmp_path / "f.html").exists()
     code, _, err = cli("detect.py", trained, "--seq_len=16", "--n_seq=8", f"--figures={tmp_path}", *files)
     assert code == 2 and f"{package} is missing here: pip install 'spikesink[pages]'" in err
+
+
+def test_a_stream_that_is_mostly_nothing_has_no_ratio():
+    """A median of 0: outlier channels, but no spike and no number of times."""
+    model = tiny(norm_place="none", position="none", bias=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.wte.weight[:, 5] = 1.0
+    with spikesink.open(model, tokens=many(8), nulls=0) as look:
+        of = spikesink.detect(look)
+    (channel,) = of.spikes.outlier_channels
+    assert (channel.channel, channel.layers, math.isnan(channel.ratio)) == (5, 1, True)
+    assert of.spikes.primary_rule.tokens == 0 and "channel 5 after embedding, – x the median" in report.summary(of)[0]
+
+
+def test_the_last_tap_stands_apart_only_where_no_attention_reads_it():
+    subject = subject_of(planted(size=300.0))
+    for part in ("", "encoder"):
+        one = dataclasses.replace(subject, part=part)
+        of = summarise(one, observe(one, many(8), progress=False))
+        assert of.spikes.sum.last == (None if part else 8 / (8 * 32))

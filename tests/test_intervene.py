@@ -262,7 +262,7 @@ def test_key_controls_are_matched(both):
     sinks = torch.stack(clean.sinks)
     random, same = (torch.stack(interventions.keys_of(clean, c)) for c in ("random_keys", "same_positions"))
     assert torch.equal(random.sum(-1), sinks.sum(-1)) and not (random & sinks).any()
-    assert not random[..., ~eligible_keys(queries_per_key(32))].any()
+    assert not random[..., ~eligible_keys(queries_per_key(32), 32)].any()
     assert torch.equal(same.sum((0, 2)), sinks.sum((0, 2))) and not (same & sinks).any()
 
 

@@ -19,7 +19,7 @@ from spikesink.hooks import hooked
 from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor, MonitorCallback, flat, headline
 from spikesink.measure.observe import observe
-from spikesink.measure.sinks import PRIMARY_SINK_EPSILON
+from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SINK_RULES
 from spikesink.models import checkpoint, hf
 from spikesink.models.subject import attention_received
 from spikesink.text.sequences import PADDING
@@ -29,6 +29,7 @@ from trainer.log import Tracker, numbers
 
 from .conftest import ROOT, SMALL_RUN, TINY, same, subject_of, tiny
 from .test_hf import FAMILIES
+from .test_outcomes import many, spikes_last
 
 ARMS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 HF = ("gpt2", "llama")
@@ -38,18 +39,19 @@ def row_of(subject, ids):
     """A monitor's row, from detect's pass over the same ids."""
     obs = observe(subject, ids, progress=False)
     layers = []
-    for tap, stats in zip(subject.streams, obs.streams, strict=True):
+    for tap, stats in zip(subject.streams, obs.sum.stats, strict=True):
         found = stats.result()
         of = {key: getattr(found, key) for key in ("top1", "median", "kurtosis")}
         layers.append({"name": tap.name, **of, "ratio": found.top1 / found.median})
     attention = []
     for i, tap in enumerate(subject.attends):
-        alpha = obs.attention[i].sums["alpha"].mean(0)  # (T,); the eligible keys are the first ones
-        n = int(obs.eligible.sum(1).max())
+        stats = obs.attention[i]
+        (_, queries), (seen, _) = max(stats.possible.items())
+        alpha = stats.sums["alpha"].mean(0) * (seen >= queries / 4)  # (T,), of keys that enough queries see
         rate = (obs.best_alpha[:, i] > PRIMARY_SINK_EPSILON).double().mean().item()
-        best = int(alpha[:n].argmax()) if subject.causal else int(alpha.argmax())
+        best = int(alpha.argmax()) if alpha.any() else None
         attention.append({"name": tap.name, "sink_rate": rate, "best_position": best})
-    spike, sink, n = obs.spikes["ratio"], obs.sink_heads > 0, int(obs.tokens.sum())
+    spike, sink, n = obs.spikes["spike"], SINK_RULES["gu"].tokens(obs), int(obs.tokens.sum())
     overlap = metrics.overlap(spike, sink, obs.tokens)
     return {
         "layers": layers,
@@ -146,6 +148,33 @@ def test_padding_is_left_out(family, attention, side):
     assert_same_row(monitor.row, expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", HF)
+def test_texts_packed_in_one_row_are_what_they_are_apart(family, attention):
+    """Rows of texts of 14 and 10 tokens, and of one of 24."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention).eval()
+    ids = torch.randint(3, 60, (2, 24))
+    text = torch.stack(((torch.arange(24) >= 14).long(), torch.zeros(24, dtype=torch.int64)))
+    positions = torch.stack((torch.cat((torch.arange(14), torch.arange(10))), torch.arange(24)))
+    seen = (text[:, :, None] == text[:, None]) & torch.ones(24, 24, dtype=torch.bool).tril()
+    mask = torch.zeros(2, 1, 24, 24).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    monitor, apart = Monitor(model), Monitor(model)
+    with monitor(0), torch.no_grad():
+        packed = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    texts = [ids[0, :14], ids[0, 14:], ids[1]]
+    padded = torch.stack([nn.functional.pad(one, (0, 24 - len(one))) for one in texts])
+    tokens = torch.arange(24) < torch.tensor([14, 10, 24])[:, None]
+    with apart(0), torch.no_grad():
+        logits = model(input_ids=padded, attention_mask=tokens.long()).logits
+    torch.testing.assert_close(packed.flatten(0, 1), logits[tokens], atol=1e-4, rtol=1e-4)  # the model agrees
+    subject = hf.subject_of(copy.deepcopy(model), str)
+    expected = row_of(subject, torch.where(tokens, padded, PADDING))
+    for found in (monitor, apart):
+        assert_same_row(found.row, expected, rel=1e-4)
+    assert monitor.row["sequences"] == 3
+
+
 def test_sequences_of_padding_alone(ids):
     """They are left out; where there is nothing else, something is measured all the same."""
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).eval()
@@ -200,6 +229,80 @@ def test_compiled_sub_layers_are_seen_and_not_compiled_again(ids):
             with monitor(step):
                 model(ids, ids)[1].backward()
     assert_same_row(monitor.last, expected, rel=1e-4)
+
+
+def spikes_before_the_norm():
+    """A post-norm model whose first FFN makes a spike of token 7, which the norm of the sum takes away."""
+    model = tiny(norm_place="post", bias=True, activation="relu")
+    attn, ffn = model.transformer.h[0].attn.f, model.transformer.h[0].mlp.f
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 3] = 0
+        model.transformer.wte.weight[7, 3] = 1.5  # a mark: normalised about 5, others' are about 1
+        for parameter in (attn.c_proj.weight, attn.c_proj.bias, ffn.c_fc.weight[0]):
+            parameter.zero_()
+        ffn.c_fc.weight[0, 3], ffn.c_fc.bias[0], ffn.c_proj.weight[5, 0] = 1.0, -3.5, 150.0
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.skipif(not cpp_compiler(), reason="no C++ compiler"))]
+)
+def test_a_spike_that_a_norm_of_the_sum_takes_away_is_seen(ids, compiled):
+    model, ids = spikes_before_the_norm(), ids.masked_fill(ids == 7, 8)
+    ids[:4, 5] = 7
+    sub_layer, sums, after = model.transformer.h[0].mlp, [], []
+    before = [(sub_layer.norm_after, lambda module, args, kwargs: sums.append(args[0]))]
+    with torch.no_grad(), hooked([(sub_layer, lambda module, args, kwargs, out: after.append(out))], before):
+        model(ids[:4])
+    largest = sums[0].abs().flatten(1).amax(1)
+    assert (largest > 50).all() and after[0].abs().max() < 6
+    expected = row_of(subject_of(model), ids[:4])
+    monitor = Monitor(model.train())
+    if compiled:
+        model.compile_sublayers()
+    for _ in range(2):
+        with monitor(0):
+            model(ids, ids)[1].backward()
+    assert_same_row(monitor.row, expected, rel=1e-4)
+    layers = {layer["name"]: layer for layer in monitor.row["layers"]}
+    assert layers["ffn 0"]["top1"] == pytest.approx(largest.mean().item(), rel=1e-4)
+    assert layers["attn 1"]["top1"] < 10 and monitor.row["spike_tokens"] == 1 / 32
+
+
+def test_what_no_attention_reads_does_not_count():
+    """Spikes of the last sub-layer alone: it is among the layers, and in no token, unless it is named."""
+    model, ids = spikes_last(), many(4)
+    for streams, share in ((None, 0), ({"last": model.transformer.h[-1].mlp}, 1 / 32)):
+        with (monitor := Monitor(model, streams=streams))(0), torch.no_grad():
+            model(ids)
+        assert monitor.row["layers"][-1]["ratio"] > 100 and monitor.row["spike_tokens"] == share
+
+
+def test_a_sink_token_is_one_in_a_twentieth_of_all_heads(ids):
+    """Of 24 heads, two; a token that one head alone looks at is none."""
+    one, two = (of_planted_heads(ids, heads) for heads in ([(0, 1)], [(0, 1), (1, 3)]))
+    assert (one["sink_tokens"], two["sink_tokens"]) == (0, 1 / 32)
+    rates = [sum(row["sink_rate"] for row in found["attention"]) for found in (one, two)]
+    assert rates == pytest.approx([1 / 12, 2 / 12])
+
+
+def of_planted_heads(ids, heads):
+    """A monitor's row of a model of 2 x 12 heads, in some of which, (layer, head), all queries look at token 7, which
+    stands at position 2."""
+    model = tiny(n_head=12, n_embd=96, bias=True, position="none", norm_place="none")
+    ids = ids.masked_fill(ids == 7, 8)
+    ids[:, 2] = 7
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.1)
+        model.transformer.wte.weight[:, 95], model.transformer.wte.weight[7, 95] = 0, 1.0
+        for layer, head in heads:
+            c_attn = model.transformer.h[layer].attn.f.c_attn
+            c_attn.weight[8 * head], c_attn.bias[8 * head] = 0, 1.0
+            c_attn.weight[96 + 8 * head, 95] = 60.0
+    with (monitor := Monitor(model))(0), torch.no_grad():
+        model(ids)
+    return monitor.row
 
 
 def test_what_is_not_finite_is_none(ids):

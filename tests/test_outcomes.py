@@ -18,8 +18,9 @@ TABLE = {name: INTERVENTIONS[name] for name in ("spike_zero", "spike_stepup", "s
 
 
 def many(n=16):
-    """n sequences of 32 in which token 63 stands once, within the first 8."""
+    """n sequences of 32 in which token 63 stands once, within the first 8, and token 62 once, after 20 others."""
     ids = torch.randint(62, (n, 32), generator=torch.Generator().manual_seed(2))
+    ids[torch.arange(n), 20 + torch.arange(n) % 8] = 62
     ids[torch.arange(n), torch.arange(n) % 8] = 63
     return ids
 
@@ -41,7 +42,8 @@ def sink_needs_spike():
 
 
 def spike_needs_sink():
-    """A sink in block 0 brings the mark of token 63 to whoever attends to it, and the FFN makes a spike of that."""
+    """A sink in block 0 brings the mark of token 63 to whoever attends to it, and the FFN makes a spike of that in
+    token 62, which has a mark of its own."""
     model = planted(size=300.0)
     attn, ffn = model.transformer.h[0].attn.f, model.transformer.h[0].mlp.f
     with torch.no_grad():
@@ -54,12 +56,16 @@ def spike_needs_sink():
         attn.c_proj.weight[:, 0] = 0
         attn.c_proj.weight[9] = 0
         attn.c_proj.bias[9], attn.c_proj.weight[9, 0] = 0, 1.0  # arrives in channel 9, which nobody else uses
-        model.transformer.wte.weight[:, 9] = 0
+        model.transformer.wte.weight[:, [9, 10]] = 0
+        model.transformer.wte.weight[62, 10] = MARK
         ffn.c_fc.weight[0] = 0
-        ffn.c_fc.weight[0, 9], ffn.c_fc.bias[0] = 2.0, -1.0  # relu(1) where the mark has arrived
+        # relu(1) where the one mark has arrived and the other is
+        ffn.c_fc.weight[0, 9], ffn.c_fc.weight[0, 10], ffn.c_fc.bias[0] = 2.0, 2 / MARK, -3.0
         for block in model.transformer.h:
-            block.mlp.f.c_proj.weight[9] = 0
-            block.mlp.f.c_proj.bias[9] = 0
+            block.mlp.f.c_proj.weight[[9, 10]] = 0
+            block.mlp.f.c_proj.bias[[9, 10]] = 0
+            block.attn.f.c_proj.weight[10] = 0
+            block.attn.f.c_proj.bias[10] = 0
     return model
 
 
@@ -178,3 +184,25 @@ def test_states_of_the_edited_tokens_move_and_those_before_the_edit_do_not():
     change = outcomes.table_entries(TABLE, measured)[0].state_change
     assert [tap.spike_tokens for tap in change[:2]] == [0, 0]
     assert all(tap.spike_tokens > 0.9 and tap.others < 0.01 for tap in change[2:])
+
+
+def spikes_last():
+    """A model whose last FFN makes a spike of token 63, and which has no other."""
+    model = planted()
+    ffn = model.transformer.h[1].mlp.f
+    with torch.no_grad():
+        ffn.c_fc.weight[0], ffn.c_fc.bias[0] = 0, 0
+        ffn.c_fc.weight[0, 31], ffn.c_proj.weight[7, 0] = 1 / MARK, 300
+    return model
+
+
+def test_what_no_attention_reads_is_no_spike_token():
+    """Spikes at the last tap alone are edited there, but no token is called a spike for them, before and after."""
+    subject, ids = subject_of(spikes_last()), many()
+    clean = CleanPass.of(subject, ids)
+    assert clean.spikes[-1].sum() == 16 and not clean.spike_tokens.any()
+    attn = subject.inner["update"][0]
+    edits = {"last": interventions.spike_zero, "first": lambda c: interventions.remove_sub_layer(c, attn)}
+    measured = outcomes.measure(subject, ids, edits, 4)
+    assert measured.by_name["last"].edited == 16
+    assert all(outcome.spikes.sum() == 0 for outcome in measured.by_name.values())

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from spikesink.edit.clean_pass import CleanPass
 from spikesink.measure import prompt
 from spikesink.measure.findings import COMPARISON_SCHEMA, CheckpointEntry, LookedAt
-from spikesink.measure.observe import observe
-from spikesink.measure.spikes import SPIKE_RULES
+from spikesink.measure.observe import Ordinary, observe
+from spikesink.measure.spikes import Usual, spike_entries
 from spikesink.measure.summarise import summarise
 
 from .conftest import SMALL_RUN, subject_of, tiny
@@ -18,7 +19,9 @@ from .test_observe import explicit_maps, planted
 def test_prompt_is_what_explicit_maps_say():
     model, ids = planted(size=300.0, sink_logit=10.0), torch.randint(62, (1, 20))
     ids[0, 3] = 63
-    found = prompt.inspect(subject_of(model), ids, CheckpointEntry(path="p"), {})
+    of = subject_of(model)
+    ordinary = Ordinary.of(of, torch.randint(62, (8, 32)))
+    found = prompt.inspect(of, ids, CheckpointEntry(path="p"), {}, ordinary)
     maps, _ = explicit_maps(model, ids)  # (L, 1, H, T, T)
     flat = maps.flatten(0, 2)
     assert [head.head for head in found.heads] == ["0.0", "0.1", "1.0", "1.1"]
@@ -30,7 +33,12 @@ def test_prompt_is_what_explicit_maps_say():
         alpha = of_head.sum(0) / torch.arange(20, 0, -1)
         torch.testing.assert_close(torch.tensor(head.alpha), alpha, atol=1e-5, rtol=1e-5)
     token = found.tokens[3]
-    assert "massive" in token.rules and token.channel == 7 and token.sink_heads == 2
+    assert {"spike", "massive"} <= {*token.rules} and token.channel == 7 and token.sink_heads == 2
+    # of one text, but compared with ordinary text
+    size, usual = found.magnitudes[found.layers.index(token.after)][3], ordinary.sums[found.layers.index(token.after)]
+    assert (token.magnitude, token.ratio) == pytest.approx((size, size / usual.layer.item()))
+    scale = max(usual.layer.item(), usual.channels[7].item())
+    assert token.strength == pytest.approx(size / max(30 * usual.layer.item(), 5 * usual.typical.item() * scale))
     assert found.tokens[10].looks_at == LookedAt(position=3, heads=2) or found.tokens[10].looks_at.heads >= 2
 
 
@@ -43,19 +51,26 @@ def test_vocabulary_finds_the_one_token_that_spikes():
         assert place.spiking == 1
         assert (place.tokens[0].id, place.tokens[0].channel) == (63, 7)
         assert sum(place.histogram.counts) == 64
-        assert len(place.ratio) == 64
+        assert len(place.strength) == 64 and (torch.tensor(place.strength) >= 1).sum() == 1
+        assert place.strength[63] == pytest.approx(place.tokens[0].strength, abs=0.001)
 
 
 def test_vocabulary_in_second_place_sees_the_first():
-    """A token's ratio there is that of the whole two-token sequence's last token."""
+    """A token's strength there is that of the whole two-token sequence's last token, compared with ordinary text, at
+    the taps that attention reads."""
     of = subject_of(tiny())
     ids = torch.randint(64, (2, 32))
-    found = summarise(of, observe(of, ids, progress=False))
+    ordinary = Ordinary.of(of, ids)
+    found = summarise(of, observe(of, ids, progress=False, ordinary=ordinary))
     probe = prompt.vocabulary(of, found, ids, 64)
-    obs = observe(of, torch.tensor([[int(ids[0, 0]), 17]]), progress=False)
-    medians = torch.tensor([layer.median for layer in found.layers])
-    expected = (obs.magnitudes[:, 0, 1] / medians).max().item()
-    assert probe.second.ratio[17] == pytest.approx(expected, abs=0.006)
+    pair = torch.tensor([[int(ids[0, 0]), 17]])
+    streams = CleanPass.of(of, pair, ordinary=ordinary).streams
+    strengths = []
+    for x, usual in zip(streams[:-1], ordinary.sums[:-1], strict=True):
+        scale = torch.maximum(usual.channels, usual.layer)
+        thresholds = torch.maximum(30 * usual.layer, 5 * usual.typical * scale)
+        strengths.append((x[0, 1].abs() / thresholds).max().item())
+    assert probe.second.strength[17] == pytest.approx(max(strengths), rel=0.01, abs=0.001)
 
 
 @pytest.fixture(scope="module")
@@ -115,4 +130,7 @@ def test_compare_and_vocab_commands(cli, bytes_run, trained, tmp_path):
 
 
 def test_a_ratio_of_zero_medians_is_no_spike():
-    assert not SPIKE_RULES["ratio"].entries(torch.zeros(1, 8, 4)).any()
+    x = torch.zeros(1, 8, 4)
+    usual = Usual.of(x.flatten(0, 1))
+    x[0, 3, 2] = 1e9
+    assert not spike_entries(x, usual).any()

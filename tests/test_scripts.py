@@ -50,7 +50,7 @@ def test_findings_hold_the_promised_keys(detected, trained):
     ].items()
     assert len(found["layers"]) == 3
     for layer in found["layers"]:
-        assert {"index", "kind", "top1", "top2", "top3", "median", "mmr", "kurtosis", "inf_norm"} <= layer.keys()
+        assert {"index", "kind", "top1", "top2", "top3", "median", "usual", "kurtosis", "inf_norm"} <= layer.keys()
     for rule in found["spikes"]["rules"].values():
         assert {"threshold", "tokens", "fraction", "channels"} <= rule.keys()
     for epsilon in ("0.2", "0.3", "0.5", "0.8"):

@@ -65,8 +65,8 @@ class CleanPass:
 
     @property
     def spike_tokens(self) -> torch.Tensor:
-        """Tokens with a spike at some tap: bool (B, T)."""
-        return torch.stack([marked.any(-1).cpu() for marked in self.spikes]).any(0)
+        """Tokens with a spike at some attended tap: bool (B, T)."""
+        return torch.stack([marked.any(-1).cpu() for marked in self.spikes[self.subject.attended]]).any(0)
 
     @property
     def sink_tokens(self) -> torch.Tensor:

@@ -170,7 +170,8 @@ class _Watch:
     def __init__(self, edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome) -> None:
         self.edit, self.clean, self.rows, self.outcome = edit, clean, rows, outcome
         self.tokens = clean.spike_tokens  # bool (B, T)
-        self.still = torch.zeros_like(self.tokens)  # those with a spike at some tap under the edit
+        self.still = torch.zeros_like(self.tokens)  # those with a spike at some attended tap under the edit
+        self.attended = range(len(clean.streams))[clean.subject.attended]
         self.sinks = torch.zeros(len(rows), 2)  # the very same, and all
 
     def hooks(self) -> contextlib.ExitStack:
@@ -182,7 +183,8 @@ class _Watch:
                 taps.append(tap)
                 functions.append(functools.partial(self.on_stream, i))
             else:
-                self.still |= clean.spikes[i].any(-1).cpu()
+                if i in self.attended:
+                    self.still |= clean.spikes[i].any(-1).cpu()
                 for kind, of in enumerate((self.tokens, ~self.tokens)):
                     self.outcome.moved[i, self.rows, kind] = torch.where(of.any(1), 0.0, nan)
         for i, tap in enumerate(subject.attends):
@@ -198,7 +200,8 @@ class _Watch:
     def on_stream(self, i: int, x: Tensor) -> None:
         """The stream (B, T, C), or flattened, at tap i."""
         x = x.view(self.clean.streams[i].shape)
-        self.still.logical_or_(self.clean.ordinary.spikes_at(i, x).any(-1).cpu())
+        if i in self.attended:
+            self.still.logical_or_(self.clean.ordinary.spikes_at(i, x).any(-1).cpu())
         old = self.clean.streams[i].float()
         relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
         for kind, of in enumerate((self.tokens, ~self.tokens)):

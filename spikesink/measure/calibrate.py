@@ -362,7 +362,7 @@ def _of_one_state(overlap: CoOccurrence, null: Nulls) -> Verdict:
     )
     other = null.get("no_first")
     if not isinstance(other, Measures) or math.isnan(other.p_sink_given_spike):
-        more = "no spikes" if isinstance(other, Measures) else "nothing measured"
-        return Verdict(verdict="underpowered", reason=f"{reason}; without that first token there are {more}")
+        more = "there are no spikes" if isinstance(other, Measures) else "nothing was measured"
+        return Verdict(verdict="underpowered", reason=f"{reason}; without that first token {more}")
     reason += f"; without that first token it is {other.p_sink_given_spike:.0%}, in {other.n_seq} sequences"
     return Verdict(verdict="present" if other.p_sink_given_spike > MAJORITY else "underpowered", reason=reason)

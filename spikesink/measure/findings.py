@@ -265,7 +265,8 @@ class SideSpikes(Record):
     marked tokens are (a first token that is always the same is one state, however many sequences there are);
     `strength`: the largest |h| over its threshold; `norm_ratio`, `energy_share`, `persistence`: medians over the
     marked tokens of what SpikeToken has. `in_embedding`: the share of them that are marked in the embedding already,
-    where a spike is a parameter. `last`: the share of all tokens that are marked at the last tap.
+    where a spike is a parameter. `last`: the share of all tokens that are marked at the last tap, None
+    where attention reads that too.
     """
 
     tokens: int
@@ -324,7 +325,8 @@ class SinkRates(Record):
     """Gu et al.'s sink metric (2410.10781) at one threshold: shares of heads and sequences with alpha > epsilon.
 
     `first`, `by_layer`, `by_head`: on the first key (Sink_1). `first_second_half_queries`: the same, of the second
-    half's queries alone. `max_first_half`: on any key of the first half.
+    half's queries alone. `max_first_half`: on any key of the first half. `best_eligible`: None where windows leave no
+    key enough queries.
     """
 
     epsilon: float
@@ -333,7 +335,7 @@ class SinkRates(Record):
     first_ci95: Interval | None
     by_layer: list[float]
     by_head: list[list[float]]
-    best_eligible: BestKey
+    best_eligible: BestKey | None
     first_second_half_queries: float
     max_first_half: float
 

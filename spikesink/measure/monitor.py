@@ -14,11 +14,14 @@ A row, made at monitored steps and else None, is what log.jsonl has under "monit
                            of |h| over a sequence's T x C entries, averaged over sequences, ratio = top1 / median, and
                            He et al.'s kurtosis
     attention              [{name, sink_rate, best_position}]: the share of heads x sequences in which an eligible key
-                           (at least T/4 queries) has alpha > 0.3, and the eligible key with the largest mean alpha
-    spike_tokens           the share of tokens that the primary spike rule marks in any layer
-    sink_tokens            the share that are sinks in any head; None where no attention was seen
+                           (that T/4 queries see) has alpha > 0.3, and the eligible key with the largest mean alpha,
+                           None where a window leaves none
+    spike_tokens           the share of tokens that the primary spike rule marks in any layer that attention reads: all
+                           but the last; None where there is none
+    sink_tokens            the share that are sinks in at least a twentieth of all heads (sinks.needed_heads); None
+                           where no attention was seen
     p_sink_given_spike, p_spike_given_sink    None where undefined
-    sequences              how many were measured
+    sequences              how many were measured; texts that are packed in one row count as what they are
 
 Definitions and sources are those of metrics.py, in float32; what is not finite is None.
 """
@@ -38,7 +41,7 @@ from ..models.views import Attention, Part, View, compiled, no_stream, view_of
 from ..schema import to_json
 from . import metrics
 from .observe import StreamStats
-from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, queries_that_see, sink_alpha
+from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, needed_heads, queries_that_see, sink_alpha
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES, Usual
 
 Row = dict[str, Any]  # of a log, as said above
@@ -53,7 +56,8 @@ class Monitor:
     Attention is seen in the first two, in transformers models with sdpa or eager attention.
 
     `every`: steps between looks; 0: never. `sequences`: how many of the batch are measured, the first ones; padding,
-    where the model is given a 2-D `attention_mask`, is left out. `row`: what the last block saw, None if it did not
+    where the model is given a 2-D `attention_mask`, is left out, and texts packed in one row, where it is given 2-D
+    `position_ids` that start again, are measured each by itself. `row`: what the last block saw, None if it did not
     look. Raises UserError for a model whose stream is not found, or that is compiled as a whole.
     """
 
@@ -88,14 +92,16 @@ class Look:
 
     def __init__(self, view: View, sequences: int) -> None:
         self.view, self.sequences = view, sequences
+        self.attended = {tap.name for tap in view.streams[view.attended]}
         self.mask: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.shape = torch.Size()  # (B, T) of the batch
         self.parts: list[Part] | None = None
         self.layers: dict[str, Row] = {}  # name -> what a row says of it
         self.attention: dict[str, Row] = {}
-        self.spikes: list[torch.Tensor] = []  # of each part, bool (sequences, T): in any layer
-        self.sinks: list[torch.Tensor] = []  # in any head
+        self.spikes: list[torch.Tensor] = []  # of each part, bool (sequences, T): in any layer that is attended to
+        self.sink_heads: list[torch.Tensor] = []  # in how many heads
+        self.heads = 0  # that were seen
 
     def watching(self) -> contextlib.ExitStack:
         """A context in which the model is looked at."""
@@ -153,10 +159,11 @@ class Look:
         usual = Usual.of(torch.cat([x.flatten(0, 1) for x in states]))  # the batch is ordinary text
         for i, x in enumerate(states):
             batch = stats.add(x)
-            B, T, C = batch.x.shape
-            if len(self.spikes) == i:
-                self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
-            self.spikes[i].view(-1)[rule.marked(batch, usual, batch.strength(usual)) // C] = True
+            if name in self.attended:
+                B, T, C = batch.x.shape
+                if len(self.spikes) == i:
+                    self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
+                self.spikes[i].view(-1)[rule.marked(batch, usual, batch.strength(usual)) // C] = True
         found = stats.result()
         self.layers[name] = {
             "top1": found.top1,
@@ -190,31 +197,33 @@ class Look:
             is_sink = (alpha > PRIMARY_SINK_EPSILON) & eligible
             hits.append(is_sink.any(-1).flatten())
             mass[:T] += (alpha * eligible).sum((0, 1))
-            if len(self.sinks) == i:
-                self.sinks.append(torch.zeros(len(alpha), T, dtype=torch.bool))
-            self.sinks[i] |= is_sink.any(1)
+            if len(self.sink_heads) == i:
+                self.sink_heads.append(torch.zeros(len(alpha), T, dtype=torch.int64))
+            self.sink_heads[i] += is_sink.sum(1)
+        self.heads += alpha.size(1)
         self.attention[attention.name] = {
             "sink_rate": torch.cat(hits).double().mean().item(),
-            "best_position": int(mass.argmax()),
+            "best_position": int(mass.argmax()) if mass.any() else None,
         }
 
     def row(self) -> Row:
         """What was seen, as the row of a log has it."""
         if not self.layers:
             raise no_stream(self.view.model)
-        together = lambda parts: torch.cat([part.flatten() for part in parts])[None]
-        spike = together(self.spikes)
-        sink = together(self.sinks) if self.sinks else torch.zeros_like(spike)
-        overlap = metrics.overlap(spike, sink)
+        parts = self.parts or []
+        together = lambda of_parts: torch.cat([of_part.flatten() for of_part in of_parts])[None] if of_parts else None
+        spike, heads = together(self.spikes), together(self.sink_heads)
+        sink = None if heads is None else heads >= needed_heads(self.heads)
+        both = None if spike is None or sink is None else metrics.overlap(spike, sink)
         return to_json(
             {
                 "layers": [{"name": n, **of} for n, of in self.layers.items()],
                 "attention": [{"name": n, **of} for n, of in self.attention.items()],
-                "spike_tokens": spike.double().mean().item(),
-                "sink_tokens": sink.double().mean().item() if self.sinks else None,
-                "p_sink_given_spike": overlap.p_sink_given_spike if self.sinks else None,
-                "p_spike_given_sink": overlap.p_spike_given_sink if self.sinks else None,
-                "sequences": sum(len(part) for part in self.spikes),
+                "spike_tokens": None if spike is None else spike.double().mean().item(),
+                "sink_tokens": None if sink is None else sink.double().mean().item(),
+                "p_sink_given_spike": both.p_sink_given_spike if both else None,
+                "p_spike_given_sink": both.p_spike_given_sink if both else None,
+                "sequences": sum(len(range(self.sequences)[part.rows]) for part in parts),
             }
         )
 

@@ -1,7 +1,8 @@
 """Planted ground truth: spikes of known size and channel, sinks of known strength, in any Subject.
 
+ordinary = Ordinary.of(subject, ids)     # what is usual without them
 with planted.spikes(subject, tokens, channel=3, size=50.0):
-    obs = observe(subject, ids)          # finds them, or does not
+    obs = observe(subject, ids, batch_size=len(ids), ordinary=ordinary)  # finds them, or does not
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Observation -> findings."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -223,6 +224,7 @@ def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
     order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
     middle = lambda x: x[marked].double().median().item() if marked.any() else None
     last = len(side.taps) - 1
+    apart = last not in range(len(side.taps))[side.attended]
     return SideSpikes(
         tokens=int(marked.sum()),
         fraction=marked.sum().item() / tokens,
@@ -233,7 +235,7 @@ def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
         norm_ratio=middle(peaks.norm_ratio),
         persistence=middle(peaks.persistence),
         in_embedding=(side.strengths[0][marked] >= 1).double().mean().item() if marked.any() else None,
-        last=(side.strengths[last] >= 1).sum().item() / tokens if side.taps[last] is not None else None,
+        last=(side.strengths[last] >= 1).sum().item() / tokens if apart and side.taps[last] is not None else None,
         channels=order[:SHOWN].tolist(),
     )
 
@@ -242,7 +244,8 @@ def _outlier_channels(side: Side) -> list[OutlierChannel]:
     """Channels that are large in nearly every token of some layer, those of most layers first."""
     usual = [u for i, u in enumerate(side.usual) if u is not None and i in range(len(side.taps))[side.attended]]
     found = Counter(channel for u in usual for channel in u.outlier_channels)
-    ratio = lambda channel: max((u.channels[channel] / u.layer).item() for u in usual if u.layer > 0)
+    # a layer whose median is 0, most of it being 0, has outlier channels and no ratio
+    ratio = lambda channel: max((float(u.channels[channel] / u.layer) for u in usual if u.layer > 0), default=math.nan)
     return [
         OutlierChannel(channel=channel, layers=n / len(usual), ratio=ratio(channel))
         for channel, n in found.most_common(SHOWN)
@@ -301,8 +304,8 @@ def _sink_rates(
     by_position = rate.mean((0, 1))
     first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
     strong = (total(f"eligible hits {epsilon}") / eligible).mean((0, 1)).nan_to_num(0.0)  # (T,)
-    strong = strong.masked_fill(eligible < N / 2, -1)  # positions that most sequences have
-    best = int(strong.argmax())
+    among = (eligible >= N / 2) & (eligible > 0)  # positions that most sequences have
+    best = int(strong.masked_fill(~among, -1).argmax())
     return SinkRates(
         epsilon=epsilon,
         by_position=by_position.tolist(),
@@ -310,7 +313,7 @@ def _sink_rates(
         first_ci95=metrics.rate_ci(first),
         by_layer=rate[..., 0].mean(1).tolist(),
         by_head=rate[..., 0].tolist(),
-        best_eligible=BestKey(position=best, rate=strong[best].item()),
+        best_eligible=BestKey(position=best, rate=strong[best].item()) if among.any() else None,
         first_second_half_queries=(total(f"late first {epsilon}") / N).mean().item(),
         max_first_half=(total(f"first half {epsilon}") / N).mean().item(),
     )
@@ -325,12 +328,13 @@ def _uniform(subject: Subject, n: int, T: int) -> torch.Tensor:
 def co_occurrence(subject: Subject, obs: Observation) -> CoOccurrence:
     """Do the tokens that the two primary rules mark coincide?"""
     spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
-    one_state = lambda tokens: len({state_of(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}) == 1
+    states = lambda tokens: {state_of(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}
+    one_state = lambda tokens: len(states(tokens)) == 1 and int(tokens.sum()) > 1
     return CoOccurrence(
         **vars(_overlap(spike, sink, obs.tokens)),
         without_first=_overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
         read=_overlap(obs.read.spikes[PRIMARY_SPIKE_RULE], sink, obs.tokens) if obs.read.known else None,
-        by_construction=len(obs.ids) > 1 and (one_state(spike) or one_state(sink)),
+        by_construction=one_state(spike) or one_state(sink),
     )
 
 

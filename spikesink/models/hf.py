@@ -126,7 +126,7 @@ class HFSeam(nn.Module):
     def seen(self, first: int, R: int, T: int) -> torch.Tensor:
         """As of Seam. The first sequence's: batches hold sequences of one length, without padding."""
         seen = self._seen(first, R, T, torch.device("cpu" if self.mask is None else self.mask.device))
-        return seen.expand(1, 1, R, T)[0, 0]
+        return seen[(0,) * (seen.dim() - 2)].expand(R, T)
 
     def _seen(self, first: int, R: int, T: int, device: torch.device) -> torch.Tensor:
         """bool, broadcastable to (B, H, R, T)."""

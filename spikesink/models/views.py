@@ -40,6 +40,7 @@ class Attention:
 class View:
     """What is watched of a model: taps of the stream (B, T, C) and its attention, perhaps none.
 
+    `attended`: the taps whose stream some attention reads, as Subject has it; those that a user names all count.
     `model`: what is called with the batch. `mask`: the argument in which a 2-D mask says what is padding. `around`:
     makes a context in which the attention modules' hooks are called.
     """
@@ -49,6 +50,7 @@ class View:
     attends: list[Attention] = field(default_factory=list)
     mask: str = "attention_mask"
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    attended: slice = field(default_factory=lambda: slice(-1))
 
 
 def view_of(model: nn.Module, streams: Mapping[str, nn.Module] | None = None) -> View:
@@ -56,7 +58,7 @@ def view_of(model: nn.Module, streams: Mapping[str, nn.Module] | None = None) ->
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
         raise compiled(model)
     if streams:
-        return View(model, [Tap(-1, name, module) for name, module in streams.items()])
+        return View(model, [Tap(-1, name, module) for name, module in streams.items()], attended=slice(None))
     return of_gpt(model) or of_transformers(model) or of_blocks(model)
 
 

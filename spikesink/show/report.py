@@ -64,14 +64,15 @@ def summary(findings: Findings) -> list[str]:
     """What was found, a sentence each for spikes, sinks and co-occurrence, with the numbers."""
     sinks = findings.sinks
     gu = sinks.at(PRIMARY_SINK_EPSILON)
+    best = gu.best_eligible
+    strongest = f"is position {best.position}, {best.rate:.1%}" if best else "is none: no key has as many"
     return [
         _spike_sentences(findings),
         f"Sinks: Gu et al.'s Sink_1 at epsilon {gu.epsilon} is {gu.first:.1%} {interval(gu.first_ci95, '.1%')} of "
-        f"heads; the strongest key with at least T/4 queries is position {gu.best_eligible.position}, "
-        f"{gu.best_eligible.rate:.1%}. Position 0 holds {sinks.share[0]:.1%} of all attention; "
-        f"{sinks.share_uniform[0]:.1%} if every query spread it evenly over all that it may see. A token is called a "
-        f"sink if it is one in at least {sinks.heads_needed} of the {sum(map(len, sinks.alpha_first))} heads."
-        + _windows(sinks),
+        f"heads; the strongest key with at least T/4 queries {strongest}. Position 0 holds "
+        f"{sinks.share[0]:.1%} of all attention; {sinks.share_uniform[0]:.1%} if every query spread it evenly over "
+        f"all that it may see. A token is called a sink if it is one in at least {sinks.heads_needed} of the "
+        f"{sum(map(len, sinks.alpha_first))} heads." + _windows(sinks),
         _overlap_sentence(findings.co_occurrence),
     ]
 
@@ -79,14 +80,15 @@ def summary(findings: Findings) -> list[str]:
 def _spike_sentences(findings: Findings) -> str:
     spikes, top = findings.spikes, findings.spikes.tokens[0]
     here, layer = spikes.sum, findings.layers[top.index]
+    usual = layer.usual.layer  # 0 where most of the stream is
     lines = [
         f"Spikes: {here.tokens} tokens ({here.fraction:.2%}) are spikes, in {here.sequences:.0%} of sequences; they "
         f"are {here.states} different {'state' if here.states == 1 else 'states'}.",
         f"The rule: {spikes.primary_rule.threshold}.",
         f"The strongest is {visible(top.text)} at position {top.position}: |h| {top.magnitude:.4g} in channel "
-        f"{top.channel} after {layer.name}, {top.magnitude / layer.usual.layer:.0f} x the median there and "
-        f"{top.strength:.1f} x the threshold, with {top.energy_share:.0%} of the token's energy and "
-        f"{top.norm_ratio:.3g} x a typical token's norm.",
+        f"{top.channel} after {layer.name}, {number(top.magnitude / usual if usual else None, '.0f')} x the median "
+        f"there and {top.strength:.1f} x the threshold, with {number(top.energy_share, '.0%')} of the token's energy "
+        f"and {number(top.norm_ratio)} x a typical token's norm.",
     ]
     if here.in_embedding:
         lines.append(
