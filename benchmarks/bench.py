@@ -1,6 +1,6 @@
 """Time beside named baselines, measured in one run: what is compared runs in turn, so that noise cancels.
 
-  python -m benchmarks.bench --quick                        a few minutes: training the small model
+  python -m benchmarks.bench --quick                        minutes: training the small model
   python -m benchmarks.bench --json results/bench.json --model DIR_OR_GGUF     everything but the arms
   python -m benchmarks.bench --only ablate --model DIR_OR_GGUF --rounds 3      one of train, detect, ablate, arms
   python -m benchmarks.bench --only arms                    what each arm costs a token
