@@ -327,6 +327,7 @@ def clock(times: dict[str, float], name: str) -> Iterator[None]:
 def command_job(memory: Memory, name: str, model: str, T: int, n_seq: int | None) -> Callable[[], dict[str, Any]]:
     """A call runs a command as a user does, and then plainly what it passed through the model."""
     command, flags = COMMANDS[name]
+    commands.pages(commands.Outputs())  # a library too
     argv = [model, f"--seq_len={T}", *flags, *([f"--n_seq={n_seq}"] if n_seq else [])]
 
     def call() -> dict[str, Any]:
@@ -440,10 +441,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         field("of the ceiling", "of_ceiling", ".0%"),
         field("peak MB", "peak_mb", ",.0f"),
     ],
-    "matmul": [
-        field("matmul, beside", "model"),
-        *(field(f"{dtype} TFLOP/s", dtype, ".2f", 1e-12) for dtype in DTYPES),
-    ],
+    "matmul": [field("matmul", "model"), *(field(f"{dtype} TFLOP/s", dtype, ".2f", 1e-12) for dtype in DTYPES)],
     "monitor": [
         field("monitor", "model"),
         field("step s", "step_s", ".3f"),
@@ -454,8 +452,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "arms": [
         field("arm", "arm"),
         *ranged("time a token", "time", "time_range"),
-        field("FLOPs a token", "flops", ".2f"),
-        field("peak memory", "peak", ".2f"),
+        *(field("FLOPs a token", "flops", ".2f"), field("peak memory", "peak", ".2f")),
     ],
     "detect": OF_COMMANDS,
     "ablate": [
@@ -478,13 +475,9 @@ def main() -> None:
     if args.worker:
         work(json.loads(args.worker))
         return
-    device = torch.cuda.get_device_name() if CUDA else platform.machine()
-    found: dict[str, Any] = {
-        "machine": {
-            **{"torch": torch.__version__, "python": platform.python_version(), "device": device},
-            **{"cpu_threads": torch.get_num_threads(), "cpus": os.cpu_count()},
-        }
-    }
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    machine |= {"device": torch.cuda.get_device_name() if CUDA else platform.machine()}
+    found: dict[str, Any] = {"machine": {**machine, "cpu_threads": torch.get_num_threads()}}
     for name in args.only or [name for name in BENCHMARKS if name != "arms"]:
         tables = BENCHMARKS[name](args)
         for key, rows in tables.items():
