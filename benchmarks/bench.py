@@ -1,23 +1,29 @@
-"""Time and memory beside named baselines, measured in one run: what is compared runs in turn, so that noise cancels.
+"""Time beside named baselines, measured in one run: what is compared runs in turn, so that noise cancels.
 
-  python -m benchmarks.bench --quick                        under a minute: the small model, detection on a short text
-  python -m benchmarks.bench --json results/bench.json      everything but the arms: a quarter of an hour on 2 cores
+  python -m benchmarks.bench --quick                        minutes: training the small model
+  python -m benchmarks.bench --json results/bench.json --model DIR_OR_GGUF     everything but the arms
+  python -m benchmarks.bench --only ablate --model DIR_OR_GGUF --rounds 3      one of train, detect, ablate, arms
   python -m benchmarks.bench --only arms                    what each arm costs a token
 
-train: updates of train.py's Run, as a run makes them, beside nanoGPT's recipe (nanogpt_recipe.py). ratio: its time over
-ours.
-Use of the machine: model FLOPs a second over the best matrix product of the same minutes, in train.py's dtype.
-monitor: what a look at spikes and sinks adds to such an update, and its share of the time, one look every 100 steps.
+train: updates of train.py's Run, as a run makes them, beside nanoGPT's recipe (nanogpt_recipe.py) in two variants: in
+bfloat16 and compiled, and in float32 and eager. its time over ours: above 1, train.py is faster.
+of the ceiling: model FLOPs a second over those of the best matrix product of the same minutes, which matmul lists; it
+travels between machines, and the ratio of times does not.
+monitor: what a look at spikes and sinks adds to an update, and its share of the time, one look every 100 steps.
 arms: every arm of configs/ beside pre-norm at the tiny scale: time and memory a token, and FLOPs.
-detect: the observing pass beside the plain forward pass with its loss, and beside what most scripts do, transformers
-with output_attentions=True; one sequence, float32. ratio: observing over plain.
+detect, ablate: the commands as a user calls them on a trained model, ablate with --no-probes, but for the time to load
+the model. plain: the forward pass with its loss of the very batches that the command passed through the model, right
+after it. ratio: the command's time over plain. passes a condition: the time of ablate without detect, over as many
+plain passes of its text as it had conditions: interventions, removals and controls that had something to edit, and the
+six of int8.
 Every method lives in a process of its own; a ratio is the median over rounds, with the lowest and the highest. Memory
-is the peak above what the process held with its libraries loaded (train) or its model (detect).
+is the peak above what the process held with its libraries loaded (train) or its model (detect, ablate).
 """
 
 import argparse
 import contextlib
 import functools
+import io
 import json
 import os
 import platform
@@ -26,23 +32,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from benchmarks.arms import arm_names
 from benchmarks.nanogpt_recipe import Recipe
-from model import GPT, GPTConfig
-from spikesink import schema
-from spikesink.errors import Flags, cli
-from spikesink.measure.observe import observe
-from spikesink.models import hf
+from detect import LAB
+from spikesink import api, commands, schema
+from spikesink.edit.findings import Ablation
+from spikesink.errors import Flags, UserError, cli
 from spikesink.models.subject import Subject
-from spikesink.show.text import grid
+from spikesink.show.text import Column, grid, table
 from train import ROOT, SCHEMAS, Run, TrainConfig, be_deterministic
 from trainer import config
 from trainer.machine import Machine
@@ -50,6 +57,7 @@ from trainer.machine import Machine
 CUDA = torch.cuda.is_available()
 Answer = dict[str, Any]  # of a worker to one call: seconds, mb (None where nothing tells), and facts of its job
 Row = dict[str, Any]  # of a table, as the JSON has it
+Tables = dict[str, list[Row]]
 
 # ---------------------------------------------------------------------------------- a method in its own process
 
@@ -115,7 +123,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):  # else a remark of a library
                 return json.loads(line)
-        raise RuntimeError(f"a worker of bench.py ended with exit code {self.process.wait()}")
+        raise UserError(f"a worker of bench.py ended with exit code {self.process.wait()}; what it said is above")
 
     def __enter__(self) -> "Worker":
         return self
@@ -124,20 +132,20 @@ class Worker:
         self.process.communicate()
 
 
-def in_turn(workers: Mapping[str, Worker], rounds: int, bar: tqdm) -> dict[str, list[Answer]]:
-    """{name: [what each call said]} of {name: Worker}, one call of each a round."""
-    said: dict[str, list[Answer]] = {name: [] for name in workers}
-    for _ in range(rounds):
-        for name, worker in workers.items():
-            said[name].append(worker.once())
-            bar.update()
+def measured(
+    jobs: Mapping[str, Mapping[str, Any]], rounds: int, text: str, running: Mapping[str, Worker] | None = None
+) -> dict[str, list[Answer]]:
+    """{name: [what each call said]} of {name: job}, one call of each a round, each in a worker that is started for it.
+
+    `running`: more workers, called before those, that go on living.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = dict(running or {}) | {name: stack.enter_context(Worker(job)) for name, job in jobs.items()}
+        said: dict[str, list[Answer]] = {name: [] for name in workers}
+        for _ in trange(rounds, desc=text, unit="round", disable=None, leave=False):
+            for name, worker in workers.items():
+                said[name].append(worker.once())
     return said
-
-
-def measured(jobs: Mapping[str, Mapping[str, Any]], rounds: int, text: str) -> dict[str, list[Answer]]:
-    """The same of {name: job}, each in a worker that is started for it."""
-    with contextlib.ExitStack() as stack, _bar(text, len(jobs) * rounds) as bar:
-        return in_turn({name: stack.enter_context(Worker(job)) for name, job in jobs.items()}, rounds, bar)
 
 
 def seconds(said: Iterable[Answer]) -> float:
@@ -145,10 +153,15 @@ def seconds(said: Iterable[Answer]) -> float:
     return statistics.median(each["seconds"] for each in said)
 
 
-def ratios(above: list[Answer], below: list[Answer]) -> tuple[float, list[float]]:
-    """(median, [lowest, highest]) of the ratio of two methods' seconds, round by round."""
-    each = sorted(a["seconds"] / b["seconds"] for a, b in zip(above, below, strict=True))
+def spread(values: Iterable[float]) -> tuple[float, list[float]]:
+    """(median, [lowest, highest])."""
+    each = sorted(values)
     return statistics.median(each), [each[0], each[-1]]
+
+
+def ratios(above: list[Answer], below: list[Answer]) -> tuple[float, list[float]]:
+    """`spread` of the ratio of two methods' seconds, round by round."""
+    return spread(a["seconds"] / b["seconds"] for a, b in zip(above, below, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- train
@@ -158,7 +171,10 @@ SHAPES: dict[str, dict[str, int]] = {
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257},
 }
 BATCH = {"10M": 64, "124M": 12} if CUDA else {"10M": 16, "124M": 1}
-TRAIN_ROUNDS, ARM_ROUNDS = {"10M": 12, "124M": 8}, 4
+TRAIN_ROUNDS, QUICK_ROUNDS, ARM_ROUNDS = {"10M": 12, "124M": 8}, {"10M": 3}, 4
+OURS = "train.py"
+RECIPES = {"nanoGPT, bfloat16, compiled": True, "nanoGPT, float32, eager": False}  # method -> Recipe's `fast`
+DTYPES, SIZES = ("bfloat16", "float32"), (4096, 8192) if CUDA else (1024, 2048)  # of matrix products
 
 
 def random_tokens(folder: str, vocab_size: int) -> None:
@@ -169,15 +185,16 @@ def random_tokens(folder: str, vocab_size: int) -> None:
     (Path(folder) / "meta.json").write_text(json.dumps(meta))
 
 
-def recipe_job(memory: Memory, shape: dict[str, int], batch_size: int, data: str) -> Callable[[], None]:
+def recipe_job(memory: Memory, shape: dict[str, int], batch_size: int, data: str, fast: bool) -> Callable[[], None]:
     """A call is one update of nanoGPT's recipe, its batch read as nanoGPT reads it."""
+    torch.compile(lambda x: x + 1)(torch.zeros(1))  # the compiler is a library too
     torch.manual_seed(0)
     memory.start()
     T, device = shape["block_size"], torch.device("cuda" if CUDA else "cpu")
     if CUDA:
         torch.backends.cuda.matmul.allow_tf32 = True
     vocab_size = -(-shape["vocab_size"] // 64) * 64
-    recipe = Recipe((shape["n_layer"], shape["n_head"], shape["n_embd"], T, vocab_size), device)
+    recipe = Recipe((shape["n_layer"], shape["n_head"], shape["n_embd"], T, vocab_size), device, fast)
 
     def call() -> None:
         tokens = np.memmap(Path(data) / "train.bin", dtype=np.uint16, mode="r")
@@ -209,10 +226,10 @@ def run_job(memory: Memory, argv: list[str], data: str) -> Callable[[], dict[str
     return call
 
 
-def matmul_job(memory: Memory, sizes: list[int]) -> Callable[[], dict[str, Any]]:
-    """A call says the best FLOPs a second of a square matrix product, in bfloat16 where the machine has it."""
-    machine = Machine.find().with_dtype("auto")
-    matrices = {n: torch.randn(n, n, device=machine.device, dtype=machine.dtype) for n in sizes}
+def matmul_job(memory: Memory, dtype: str) -> Callable[[], dict[str, Any]]:
+    """A call says the best FLOPs a second of a square matrix product."""
+    machine = Machine.find().with_dtype(dtype)
+    matrices = {n: torch.randn(n, n, device=machine.device, dtype=machine.dtype) for n in SIZES}
 
     def timed(matrix: torch.Tensor) -> float:
         start = time.perf_counter()
@@ -230,154 +247,154 @@ def arguments(shape: dict[str, int], batch_size: int, **more: Any) -> list[str]:
     return [f"--{key}={value}" for key, value in keys.items() if key != "vocab_size"]
 
 
-def bench_train(names: Iterable[str], rounds_of: Mapping[str, int]) -> dict[str, list[Row]]:
-    """A row per model, of training and of the monitor."""
-    rows, looks = [], []
-    for name in names:
-        shape, batch_size, rounds = SHAPES[name], BATCH[name], rounds_of[name]
+def bench_train(args: argparse.Namespace) -> Tables:
+    """A row per model and method; of the machine's matrix products and of the monitor, a row per model."""
+    tables: Tables = {"train": [], "matmul": [], "monitor": []}
+    for name, rounds in (QUICK_ROUNDS if args.quick else TRAIN_ROUNDS).items():
+        shape, batch_size = SHAPES[name], BATCH[name]
         with tempfile.TemporaryDirectory() as data:
             random_tokens(data, shape["vocab_size"])
+            run = {"job": "run", "data": data}
+            recipe = {"job": "recipe", "shape": shape, "batch_size": batch_size, "data": data}
             jobs: dict[str, dict[str, Any]] = {
-                "recipe": {"job": "recipe", "shape": shape, "batch_size": batch_size, "data": data},
-                "ours": {"job": "run", "argv": arguments(shape, batch_size, monitor=0), "data": data},
-                "watched": {"job": "run", "argv": arguments(shape, batch_size, monitor=1), "data": data},
-                "matmul": {"job": "matmul", "sizes": [4096, 8192] if CUDA else [1024, 2048]},
+                OURS: {**run, "argv": arguments(shape, batch_size, monitor=0)},
+                **{method: {**recipe, "fast": fast} for method, fast in RECIPES.items()},
+                "watched": {**run, "argv": arguments(shape, batch_size, monitor=1)},
+                **{dtype: {"job": "matmul", "dtype": dtype} for dtype in DTYPES},
             }
             said = measured(jobs, rounds, f"train {name}")
-        tokens, flops = said["ours"][-1]["tokens"], said["ours"][-1]["flops"]
-        ceiling = statistics.median(each["flops_per_s"] for each in said["matmul"])
-        ratio, between = ratios(said["recipe"], said["ours"])
-        peaks = {key: said[key][-1]["mb"] for key in ("recipe", "ours")}
-        per_s = {key: tokens / seconds(said[key]) for key in ("recipe", "ours")}
-        rows.append(
-            {
-                "model": name,
-                "batch_size": batch_size,
-                "T": shape["block_size"],
-                "ratio": ratio,
-                "ratio_range": between,
-                "tokens_per_s": per_s["ours"],
-                "recipe_tokens_per_s": per_s["recipe"],
-                "matmul_flops_per_s": ceiling,
-                "model_flops_use": flops * per_s["ours"] / ceiling,
-                "recipe_model_flops_use": flops * per_s["recipe"] / ceiling,
-                "peak_mb": peaks["ours"],
-                "recipe_peak_mb": peaks["recipe"],
-                "peak_ratio": peaks["ours"] / peaks["recipe"] if peaks["recipe"] else None,
-            }
-        )
-        of_looks = [w["seconds"] - o["seconds"] for w, o in zip(said["watched"], said["ours"], strict=True)]
-        look_s, step_s, every = statistics.median(of_looks), seconds(said["ours"]), TrainConfig.monitor
-        row = {"model": name, "every": every, "step_s": step_s, "look_s": look_s, "share": look_s / step_s / every}
-        looks.append({**row, "look_range_s": [min(of_looks), max(of_looks)]})
-    return {"train": rows, "monitor": looks}
+        tokens, flops = said[OURS][-1]["tokens"], said[OURS][-1]["flops"]
+        rates = {dtype: statistics.median(each["flops_per_s"] for each in said[dtype]) for dtype in DTYPES}
+        tables["matmul"].append({"model": name, **rates})
+        for method in (OURS, *RECIPES):
+            ratio, between = ratios(said[method], said[OURS])
+            per_s, peak = tokens / seconds(said[method]), said[method][-1]["mb"]
+            row = {"model": name, "batch_size": batch_size, "T": shape["block_size"], "method": method}
+            row |= {"tokens_per_s": per_s, "ratio": ratio, "ratio_range": between, "peak_mb": peak}
+            tables["train"].append({**row, "of_ceiling": flops * per_s / max(rates.values())})
+        pairs = zip(said["watched"], said[OURS], strict=True)
+        look_s, between = spread(watched["seconds"] - plain["seconds"] for watched, plain in pairs)
+        step_s, every = seconds(said[OURS]), TrainConfig.monitor
+        row = {"model": name, "every": every, "step_s": step_s, "look_s": look_s, "look_range_s": between}
+        tables["monitor"].append({**row, "share": look_s / step_s / every})
+    return tables
 
 
 # -------------------------------------------------------------------------------------------------------- arms
 
 
-def bench_arms() -> dict[str, list[Row]]:
+def bench_arms(args: argparse.Namespace) -> Tables:
     """A row per arm, each in turn with pre-norm."""
-    baseline_name, *names = arm_names()
+    first, *names = arm_names()
     rows = []
-    with tempfile.TemporaryDirectory() as data, _bar("arms", ARM_ROUNDS * 2 * len(names)) as bar:
+    with tempfile.TemporaryDirectory() as data:
         random_tokens(data, SHAPES["10M"]["vocab_size"])
         job = lambda name: {"job": "run", "argv": [name, "scale/tiny", "--compile=True", "--monitor=0"], "data": data}
-        with Worker(job(baseline_name)) as baseline:
+        with Worker(job(first)) as baseline:
             for name in names:
-                with Worker(job(name)) as worker:
-                    said = in_turn({baseline_name: baseline, name: worker}, ARM_ROUNDS, bar)
-                ratio, between = ratios(said[name], said[baseline_name])
-                of = {key: said[name][-1][key] / said[baseline_name][-1][key] for key in ("flops", "mb")}
+                said = measured({name: job(name)}, 1 if args.quick else ARM_ROUNDS, f"arm {name}", {first: baseline})
+                ratio, between = ratios(said[name], said[first])
+                of = {key: said[name][-1][key] / said[first][-1][key] for key in ("flops", "mb")}
                 rows.append({"arm": name, "time": ratio, "time_range": between, "flops": of["flops"], "peak": of["mb"]})
     return {"arms": sorted(rows, key=lambda row: -row["time"])}
 
 
-# ------------------------------------------------------------------------------------------------------ detect
+# --------------------------------------------------------------------------------------------- detect and ablate
 
-LENGTHS, QUICK_LENGTHS = (512, 1024, 2048, 4096, 8192), (256,)
-LONG: dict[str, Any] = {
-    "n_layer": 4,
-    "n_head": 4,
-    "n_embd": 256,
-    "vocab_size": 8192,
-    "block_size": 32768,
-    "position": "rope",
-}
-EAGER_LIMIT = 12e9  # bytes of attention maps: more is not tried
-DETECT_ROUNDS = lambda T: 5 if T <= 2048 else 1
+COMMANDS = {"detect": (commands.detect, ()), "ablate": (commands.ablate, ("--no-probes",))}
+N_SEQ, QUICK_N_SEQ = {64: None, 1024: 8}, {64: 2}  # T -> sequences; None: as many as the command takes by default
 
 
-def gpt2(T: int, attention: str) -> Any:
-    """A random transformers GPT-2 small for T tokens."""
-    import transformers
+def counted(subject: Subject, passed: list[torch.Tensor]) -> Subject:
+    """The same Subject, which notes the ids of every pass; made anew it does so too."""
 
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_positions=T, use_cache=False)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        passed.append(ids)
+        return subject.logits(ids)
 
-
-@torch.no_grad()
-def maps_of(model: Any, ids: torch.Tensor) -> None:
-    """What most scripts do: all maps at once, then Gu et al.'s alpha."""
-    out = model(ids, labels=ids, output_attentions=True)
-    for attention in out.attentions:
-        attention.sum(2) / torch.arange(ids.size(1), 0, -1)
+    rebuild = subject.rebuild
+    return replace(subject, logits=logits, rebuild=rebuild and (lambda: counted(rebuild(), passed)))
 
 
-def detect_job(memory: Memory, method: str, T: int) -> Callable[[], None]:
-    """A call is one pass over a sequence of T tokens: plain, observe or eager."""
-    torch.manual_seed(0)
-    long = LONG["block_size"] == T
-    ids = torch.randint(LONG["vocab_size"] if long else 50257, (1, T))
-    one_pass: Callable[[], Any]
-    if method == "eager":
-        one_pass = functools.partial(maps_of, gpt2(T, "eager"), ids)
-    else:
-        subject = Subject.of_gpt(GPT(GPTConfig(**LONG)), str) if long else hf.subject_of(gpt2(T, "sdpa"), str)
-        observing = functools.partial(observe, subject, ids, 1, progress=False)
-        one_pass = observing if method == "observe" else functools.partial(subject.losses, ids)
-    memory.start()
+@contextlib.contextmanager
+def clock(times: dict[str, float], name: str) -> Iterator[None]:
+    """Notes the seconds of the block, and as NAME_cpu those of the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    times |= {name: time.perf_counter() - wall, f"{name}_cpu": time.process_time() - cpu}
 
-    def call() -> None:
-        one_pass()
+
+def command_job(memory: Memory, name: str, model: str, T: int, n_seq: int | None) -> Callable[[], dict[str, Any]]:
+    """A call runs a command as a user does, and then plainly what it passed through the model."""
+    command, flags = COMMANDS[name]
+    commands.pages(commands.Outputs())  # a library too
+    argv = [model, f"--seq_len={T}", *flags, *([f"--n_seq={n_seq}"] if n_seq else [])]
+
+    def call() -> dict[str, Any]:
+        times: dict[str, float] = {}
+        passed: list[torch.Tensor] = []
+        subjects: list[Subject] = []
+        ablations: list[Ablation] = []
+
+        def load(*args: Any, load: Any = api.load) -> api.Loaded:
+            with clock(times, "load"):
+                loaded = load(*args)
+            memory.start()
+            subjects.extend(loaded.subjects)
+            return replace(loaded, subjects=[counted(subject, passed) for subject in subjects])
+
+        def ablate(*args: Any, ablate: Any = api.ablate) -> Ablation:
+            with clock(times, "ablate"):
+                ablations.append(ablate(*args))
+            return ablations[0]
+
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.multiple(api, load=load, ablate=ablate),
+            contextlib.redirect_stdout(io.StringIO()),
+            clock(times, "command"),
+        ):
+            command([*argv, f"--json={folder}/found.json", f"--html={folder}/page.html"], "", LAB)
+        facts: dict[str, Any] = {"mb": memory.peak(), "sequences": sum(map(len, passed))}
+        with clock(times, "plain"):
+            for ids in passed:
+                subjects[0].losses(ids)
+        for key in ("", "_cpu"):
+            facts[f"seconds{key}"] = times[f"command{key}"] - times[f"load{key}"]
+            facts[f"plain{key}"] = times[f"plain{key}"]
+            facts[f"ratio{key}"] = facts[f"seconds{key}"] / facts[f"plain{key}"]
+        for found in ablations:
+            one_pass = times["plain"] * found.data.tokens / sum(ids.numel() for ids in passed)
+            n = conditions_in(found)
+            facts |= {"conditions": n, "passes": times["ablate"] / (n * one_pass)}
+        return facts
 
     return call
 
 
-def map_bytes(T: int) -> int:
-    """Bytes of all attention maps of the model at T tokens, in float32."""
-    heads = LONG["n_layer"] * LONG["n_head"] if LONG["block_size"] == T else 12 * 12
-    return 4 * heads * T * T
+def conditions_in(found: Ablation) -> int:
+    """Interventions, removals and controls that edited something, and int8's: either half and both, by granularity."""
+    effects = [effect for _, part in found.all_parts for entry in part.entries for effect in (entry, *entry.control)]
+    int8s = [part.int8 for _, part in found.all_parts if isinstance(part.int8, dict)]
+    return sum(effect.edited > 0 for effect in effects) + 3 * sum(map(len, int8s))
 
 
-def bench_detect(lengths: Iterable[int], rounds_of: Callable[[int], int]) -> dict[str, list[Row]]:
+def bench_command(name: str, args: argparse.Namespace) -> Tables:
     """A row per length."""
+    if not args.model:
+        print(f"{name}: not timed, for want of a trained model: --model DIR_OR_GGUF\n")
+        return {}
     rows = []
-    for T in lengths:
-        names = ["plain", "observe"]
-        if map_bytes(T) < EAGER_LIMIT:
-            names.append("eager")
-        rounds = rounds_of(T)
-        jobs = {name: {"job": "detect", "method": name, "T": T, "warm": rounds > 1} for name in names}
-        said = measured(jobs, rounds, f"detect T={T}")
-        ratio, between = ratios(said["observe"], said["plain"])
-        rows.append(
-            {
-                "T": T,
-                "model": "4 layers, 256 wide" if LONG["block_size"] == T else "GPT-2 small",
-                **{f"{name}_s": seconds(said[name]) if name in said else None for name in DETECT_METHODS},
-                "ratio": ratio,
-                "ratio_range": between,
-                **{f"{name}_mb": said[name][-1]["mb"] if name in said else None for name in DETECT_METHODS},
-                "maps_mb": map_bytes(T) / 2**20,
-            }
-        )
-    return {"detect": rows}
-
-
-DETECT_METHODS = ("plain", "observe", "eager")
+    for T, n_seq in (QUICK_N_SEQ if args.quick else N_SEQ).items():
+        model = str(Path(args.model).resolve())  # a worker runs in the root of the clone
+        job = {"job": "command", "warm": False, "name": name, "model": model, "T": T, "n_seq": n_seq}
+        (said,) = measured({name: job}, args.rounds, f"{name}, T {T}").values()
+        row: Row = {"model": Path(model).name, "T": T, "rounds": args.rounds, "peak_mb": said[0]["mb"]}
+        row |= {key: statistics.median(each[key] for each in said) for key in said[0] if key != "mb"}
+        for key in ("ratio", "ratio_cpu", *(["passes"] if "passes" in row else [])):
+            row[key], row[f"{key}_range"] = spread(each[key] for each in said)
+        rows.append(row)
+    return {name: rows}
 
 
 # --------------------------------------------------------------------------------------------------- all of it
@@ -386,108 +403,86 @@ JOBS: dict[str, Callable[..., Callable[[], dict[str, Any] | None]]] = {
     "recipe": recipe_job,
     "run": run_job,
     "matmul": matmul_job,
-    "detect": detect_job,
+    "command": command_job,
 }
-QUICK_ROUNDS = {"10M": 3}
-BENCHMARKS: dict[
-    str, tuple[Callable[[], dict], Callable[[], dict]]
-] = {  # name -> what is measured in full, what with --quick
-    "train": (lambda: bench_train(SHAPES, TRAIN_ROUNDS), lambda: bench_train(QUICK_ROUNDS, QUICK_ROUNDS)),
-    "detect": (
-        lambda: bench_detect((*LENGTHS, LONG["block_size"]), DETECT_ROUNDS),
-        lambda: bench_detect(QUICK_LENGTHS, lambda T: 3),
-    ),
-    "arms": (bench_arms, dict),
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Tables]] = {
+    "train": bench_train,
+    "detect": functools.partial(bench_command, "detect"),
+    "ablate": functools.partial(bench_command, "ablate"),
+    "arms": bench_arms,
 }
-Form = str | Callable[[Row], str]
-COLUMNS: dict[str, list[tuple[str, Form]]] = {  # table -> its columns: title, and how a row's fields are written
+
+
+def field(title: str, key: str, form: str = "", times: float = 1) -> Column:
+    """A column of a field of the rows: text, or a number, with a dash where one was not measured."""
+    of = lambda value: value if value is None or isinstance(value, str) else times * value
+    return Column(title, lambda row: of(row[key]), form)
+
+
+def ranged(title: str, key: str, range_key: str, form: str = ".2f") -> list[Column]:
+    """Columns of a median, and of the lowest and the highest."""
+    between = lambda row: ", ".join(format(x, form) for x in row[range_key])
+    return [field(title, key, form), Column("lowest, highest", between)]
+
+
+OF_COMMANDS = [
+    *(field("model", "model"), field("T", "T", ",d"), field("sequences passed", "sequences", ",.0f")),
+    *(field("s", "seconds", ",.1f"), field("plain s", "plain", ",.1f"), *ranged("ratio", "ratio", "ratio_range")),
+    *(field("CPU s", "seconds_cpu", ",.1f"), field("plain CPU s", "plain_cpu", ",.1f")),
+    *(*ranged("CPU ratio", "ratio_cpu", "ratio_cpu_range"), field("peak MB", "peak_mb", ",.0f")),
+]
+COLUMNS: dict[str, Sequence[Column]] = {
     "train": [
-        ("train", "{model}"),
-        ("batch x T", "{batch_size} x {T}"),
-        ("tokens/s", "{tokens_per_s:,.0f}"),
-        ("recipe's", "{recipe_tokens_per_s:,.0f}"),
-        ("ratio", "{ratio:.2f}"),
-        ("lowest, highest", "{ratio_range[0]:.2f}, {ratio_range[1]:.2f}"),
-        ("FLOPs use", "{model_flops_use:.0%}"),
-        ("recipe's", "{recipe_model_flops_use:.0%}"),
-        ("matmul TFLOP/s", lambda row: f"{row['matmul_flops_per_s'] / 1e12:.2f}"),
-        ("peak MB", "{peak_mb:,.0f}"),
-        ("recipe's", "{recipe_peak_mb:,.0f}"),
-        ("ratio", "{peak_ratio:.2f}"),
+        field("train", "model"),
+        Column("batch x T", lambda row: f"{row['batch_size']} x {row['T']}"),
+        field("method", "method"),
+        field("tokens/s", "tokens_per_s", ",.0f"),
+        *ranged("its time over ours", "ratio", "ratio_range"),
+        field("of the ceiling", "of_ceiling", ".0%"),
+        field("peak MB", "peak_mb", ",.0f"),
     ],
+    "matmul": [field("matmul", "model"), *(field(f"{dtype} TFLOP/s", dtype, ".2f", 1e-12) for dtype in DTYPES)],
     "monitor": [
-        ("monitor", "{model}"),
-        ("step s", "{step_s:.3f}"),
-        ("a look adds s", "{look_s:.3f}"),
-        ("lowest, highest", "{look_range_s[0]:.3f}, {look_range_s[1]:.3f}"),
-        ("share of the time", "{share:.2%}"),
-        ("one look every", "{every} steps"),
+        field("monitor", "model"),
+        field("step s", "step_s", ".3f"),
+        *ranged("a look adds s", "look_s", "look_range_s", ".3f"),
+        field("share of the time", "share", ".2%"),
+        Column("one look every", lambda row: f"{row['every']} steps"),
     ],
     "arms": [
-        ("arm", "{arm}"),
-        ("time a token", "{time:.2f}"),
-        ("lowest, highest", "{time_range[0]:.2f}, {time_range[1]:.2f}"),
-        ("FLOPs a token", "{flops:.2f}"),
-        ("peak memory", "{peak:.2f}"),
+        field("arm", "arm"),
+        *ranged("time a token", "time", "time_range"),
+        *(field("FLOPs a token", "flops", ".2f"), field("peak memory", "peak", ".2f")),
     ],
-    "detect": [
-        ("detect, T", "{T:,}"),
-        ("model", "{model}"),
-        ("plain s", "{plain_s:.3g}"),
-        ("observe s", "{observe_s:.3g}"),
-        ("ratio", "{ratio:.2f}"),
-        ("lowest, highest", "{ratio_range[0]:.2f}, {ratio_range[1]:.2f}"),
-        ("eager maps s", "{eager_s:.3g}"),
-        ("plain MB", "{plain_mb:,.0f}"),
-        ("observe MB", "{observe_mb:,.0f}"),
-        ("eager MB", "{eager_mb:,.0f}"),
-        ("all maps MB", "{maps_mb:,.0f}"),
+    "detect": OF_COMMANDS,
+    "ablate": [
+        *OF_COMMANDS,
+        field("conditions", "conditions", ".0f"),
+        *ranged("passes a condition", "passes", "passes_range"),
     ],
 }
-
-
-def cell(form: Form, row: Row) -> str:
-    """A row's fields in a cell; a dash where one was not measured."""
-    try:
-        return form.format_map(row) if isinstance(form, str) else form(row)
-    except TypeError:  # None has no format
-        return "–"
-
-
-def table(name: str, rows: list[Row]) -> str:
-    """The rows of a table as text in columns."""
-    columns = COLUMNS[name]
-    return grid([title for title, _ in columns], [[cell(form, row) for _, form in columns] for row in rows])
-
-
-def _bar(text: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=text, unit="call", disable=None, leave=False)
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("--quick", action="store_true", help="under a minute on a CPU")
+    flags.add_argument("--quick", action="store_true", help="the small model, few rounds, few sequences")
     flags.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    flags.add_argument("--model", metavar="DIR_OR_GGUF", help="a trained model, for detect and ablate")
+    flags.add_argument("--rounds", type=int, default=1, choices=(1, 2, 3), help="of detect and ablate (default: 1)")
     flags.add_argument("--json", metavar="FILE", help="where the numbers go")
     flags.add_argument("--worker", metavar="JOB", help=argparse.SUPPRESS)  # how it calls itself
     args = flags.parse_args()
     if args.worker:
         work(json.loads(args.worker))
         return
-    names = args.only or [name for name in BENCHMARKS if name != "arms"]
-    device = torch.cuda.get_device_name() if CUDA else platform.machine()
-    found = {
-        "machine": {
-            **{"torch": torch.__version__, "python": platform.python_version(), "device": device},
-            **{"cpu_threads": torch.get_num_threads(), "cpus": os.cpu_count()},
-        }
-    }
-    for name in names:
-        full, quick = BENCHMARKS[name]
-        measured_now = quick() if args.quick else full()
-        for key, rows in measured_now.items():
-            print(f"{table(key, rows)}\n", flush=True)
-        found |= measured_now
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    machine |= {"device": torch.cuda.get_device_name() if CUDA else platform.machine()}
+    found: dict[str, Any] = {"machine": {**machine, "cpu_threads": torch.get_num_threads()}}
+    for name in args.only or [name for name in BENCHMARKS if name != "arms"]:
+        tables = BENCHMARKS[name](args)
+        for key, rows in tables.items():
+            print(f"{grid(*table(COLUMNS[key], rows))}\n", flush=True)
+        found |= tables
         if args.json:
             schema.save(args.json, found)
 

@@ -1,7 +1,9 @@
 """nanoGPT's recipe written out plainly: what bench.py measures the trainer against.
 
-The model and the step of Karpathy's nanoGPT as its readers run it, and nothing of ours: float32 and eager on a CPU;
-bfloat16 autocast, torch.compile and fused AdamW on a GPU. Whole logits, PyTorch's attention, no bias, no dropout.
+The model and the step of Karpathy's nanoGPT, and nothing of ours: bfloat16 autocast and torch.compile of the whole
+model (its defaults on a GPU), or float32 and eager (what its train.py does on a CPU with --compile=False). AdamW as it
+has it: fused on a GPU, PyTorch's loop over the parameters on a CPU. Whole logits, PyTorch's attention, no bias, no
+dropout.
 """
 
 import contextlib
@@ -57,14 +59,15 @@ class Recipe:
         self,
         shape: tuple[int, int, int, int, int],
         device: torch.device,
+        fast: bool,
         learning_rate: float = 6e-4,
         weight_decay: float = 0.1,
     ) -> None:
-        """`shape`: the arguments of PlainGPT, as a tuple."""
+        """`shape`: the arguments of PlainGPT, as a tuple. `fast`: bfloat16 autocast and compiled."""
         cuda = device.type == "cuda"
         self.model = PlainGPT(*shape).to(device)
-        self.forward = torch.compile(self.model) if cuda else self.model
-        self.autocast = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+        self.forward = torch.compile(self.model) if fast else self.model
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
