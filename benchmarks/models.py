@@ -225,100 +225,83 @@ def ranged(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
     return number(x, form) + (f" [{ci[0]:{form}}, {ci[1]:{form}}]" if ci else "")
 
 
+def start_of(row: Row) -> list[str]:
+    """A row's first cells: the model, T, BOS."""
+    return [row.model, str(row.seq_len), "yes" if row.bos else "no"]
+
+
+def cells(r: Row) -> list[str]:
+    """The row in the table."""
+    return [
+        *start_of(r),
+        str(r.n_seq),
+        number(r.spike_tokens, ".2%"),
+        ranged(r.spike_sequences, r.spike_sequences_ci95),
+        str(r.states),
+        number(r.read_tokens, ".2%"),
+        number(r.last_tokens, ".2%"),
+        number(r.largest, ".4g"),
+        number(r.ratio, ".0f"),
+        number(r.kurtosis, ".3g"),
+        ranged(r.sink_1, r.sink_1_ci95, ".1%"),
+        number(r.sink_tokens, ".2%"),
+        ranged(r.p_sink_given_spike, r.p_sink_given_spike_ci95),
+        number(r.loss, ".3f"),
+    ]
+
+
+def story(r: Row) -> str:
+    """Where the spikes of a row are, in words."""
+    holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
+    return (
+        f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
+        f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; the strongest is {r.token} "
+        f"at position {r.position}, channel {r.channel}; step-up {r.step_up or '–'}, step-down {r.step_down or '–'}. "
+        f"Episodes: {'; '.join(r.episodes or ()) or 'none'}."
+    )
+
+
+HEADER = ["model", "T", "BOS", "sequences", "spike tokens", "sequences with one", "states", "as read", "last"]
+HEADER += ["largest h", "top1/median", "kurtosis", "Sink_1", "sink tokens", "P(sink given spike)", "loss"]
+
+
 def markdown(rows: list[Row]) -> str:
     """results/models.md."""
     ran = [row for row in rows if not row.not_run]
-    names = {model.name: model for model in MODELS}
-    table, nulls, stories = [], [], []
-    for r in ran:
-        start = [r.model, str(r.seq_len), "yes" if r.bos else "no"]
-        table.append(
-            [
-                *start,
-                str(r.n_seq),
-                number(r.spike_tokens, ".2%"),
-                ranged(r.spike_sequences, r.spike_sequences_ci95),
-                str(r.states),
-                number(r.read_tokens, ".2%"),
-                number(r.last_tokens, ".2%"),
-                number(r.largest, ".4g"),
-                number(r.ratio, ".0f"),
-                number(r.kurtosis, ".3g"),
-                ranged(r.sink_1, r.sink_1_ci95, ".1%"),
-                number(r.sink_tokens, ".2%"),
-                ranged(r.p_sink_given_spike, r.p_sink_given_spike_ci95),
-                number(r.loss, ".3f"),
-            ]
-        )
-        nulls += [[*start, name.replace("_", " "), f"{s:.2%}", f"{k:.2%}"] for name, (s, k) in (r.nulls or {}).items()]
-        where = f"the strongest is {r.token} at position {r.position}, channel {r.channel}"
-        steps = f"step-up {r.step_up or '–'}, step-down {r.step_down or '–'}"
-        told = "; ".join(r.episodes or ()) or "no episodes"
-        holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
-        stories.append(
-            f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
-            f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; {where}; {steps}. "
-            f"{told}."
-        )
-    missing = [r for r in rows if r.not_run]
-    commits = ", ".join(sorted({r.commit for r in ran if r.commit}))
+    null_rows = [
+        [*start_of(r), name.replace("_", " "), f"{spikes:.2%}", f"{sinks:.2%}"]
+        for r in ran
+        for name, (spikes, sinks) in (r.nulls or {}).items()
+    ]
+    here = {row.model for row in ran}
+    published = [
+        [m.name, m.hub, m.published, m.source, "measured" if m.name in here else "**not run**"] for m in MODELS
+    ]
     lines = [
         "# Public models: spikes and sinks, both sides of every norm",
         "",
-        f"`python -m benchmarks.models`, commit {commits}, torch {torch.__version__}, float32, on Python's own",
-        "documentation. Spikes are those of the sum, before a norm on the stream; *as read*: behind it, as the next",
-        "sub-layer reads it; *last*: at the last tap, which no attention reads. States: how many different states the",
-        "spikes are. Intervals: 95%, over sequences.",
+        f"`python -m benchmarks.models`, commit {', '.join(sorted({r.commit for r in ran if r.commit}))}, torch",
+        f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before a norm on",
+        "the stream; *as read*: behind it, as the next sub-layer reads it; *last*: at the last tap, which no attention",
+        "reads. States: how many different states the spikes are. Intervals: 95%, over sequences.",
         "",
-        *markdown_table(
-            [
-                "model",
-                "T",
-                "BOS",
-                "sequences",
-                "spike tokens",
-                "sequences with one",
-                "states",
-                "as read",
-                "last",
-                "largest h",
-                "top1/median",
-                "kurtosis",
-                "Sink_1",
-                "sink tokens",
-                "P(sink, spike)",
-                "loss",
-            ],
-            table,
-        ),
+        *markdown_table(HEADER, [cells(row) for row in ran]),
         "",
         *(f"- {name}: {weights}." for name, weights in {r.model: r.weights for r in ran if r.weights}.items()),
         "",
         "## Where the spikes are",
         "",
-        *stories,
+        *map(story, ran),
         "",
         "## Nulls: share of tokens",
         "",
-        *markdown_table(["model", "T", "BOS", "measured on", "spikes", "sinks"], nulls),
+        *markdown_table(["model", "T", "BOS", "measured on", "spikes", "sinks"], null_rows),
         "",
         "## What others have published",
         "",
-        *markdown_table(
-            ["model", "hub", "published", "source", "here"],
-            [
-                [
-                    m.name,
-                    m.hub,
-                    m.published,
-                    m.source,
-                    "measured" if m.name in {r.model for r in ran} else "**not run**",
-                ]
-                for m in names.values()
-            ],
-        ),
+        *markdown_table(["model", "hub", "published", "source", "here"], published),
         "",
-        f"{len(missing)} of {len(rows)} rows were not run here: the hub was not reached, or a file not at hand.",
+        f"{len(rows) - len(ran)} of {len(rows)} rows were not run: the hub was not reached, or a file not at hand.",
     ]
     return "\n".join(lines) + "\n"
 

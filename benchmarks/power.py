@@ -10,6 +10,7 @@ that the rule marks. False alarms: other tokens that it marks.
 """
 
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,21 +239,49 @@ def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def markdown(plan: Plan, found: dict[str, Any]) -> str:
-    """results/power.md."""
-    percent = lambda x: f"{x:.2%}" if 0 < x < 0.1 else f"{x:.0%}"
+def percent(x: float) -> str:
+    """A share."""
+    return f"{x:.2%}" if 0 < x < 0.1 else f"{x:.0%}"
+
+
+def of_spikes(found: dict[str, Any], sizes: Sequence[int]) -> list[str]:
+    """The sections on spikes."""
     groups = dict.fromkeys((r["C"], r["stream"], r["channel"]) for r in found["spikes"])
-    of_spikes = [
-        [*map(str, g), *(percent(r["power"]) for r in found["spikes"] if (r["C"], r["stream"], r["channel"]) == g)]
-        for g in groups
-    ]
+    power = lambda g: [percent(r["power"]) for r in found["spikes"] if (r["C"], r["stream"], r["channel"]) == g]
     alarms = [
-        [r["stream"], str(r["C"]), *(percent(r[k]) for k in ("marked", "by the median alone"))] for r in found["alarms"]
+        [r["stream"], str(r["C"]), percent(r["marked"]), percent(r["by the median alone"])] for r in found["alarms"]
     ]
     norms = [
-        [str(r["C"]), f"{r['gain']:g}", *(f"{r[k]:.3g}" for k in ("bound", "ratio")), percent(r["found"])]
+        [str(r["C"]), f"{r['gain']:g}", f"{r['bound']:.3g}", f"{r['ratio']:.3g}", percent(r["found"])]
         for r in found["norms"]
     ]
+    return [
+        "## False alarms: tokens that are marked where nothing was planted (the worst of the seeds)",
+        "",
+        "At one tap. An outlier channel is large in every token, and heavy tails give every token of a wide layer some",
+        "extreme entry: by the layer's median alone these would be spikes.",
+        "",
+        *markdown_table(["stream", "width", "marked", "by 30 x the median alone"], alarms),
+        "",
+        "## Spikes on the sum: power by size, over the larger of the channel's and the layer's usual |h|",
+        "",
+        *markdown_table(
+            ["width", "stream", "planted in", *(f"{size}x" for size in sizes)],
+            [[*map(str, g), *power(g)] for g in groups],
+        ),
+        "",
+        "## Behind a norm: a spike of 1,000 x the median, as read behind RMSNorm",
+        "",
+        "No entry can be larger there than its gain x sqrt(width): the ratio is bounded by that over 0.6745. What is",
+        "not found there is not absent: look at the sum.",
+        "",
+        *markdown_table(["width", "gain of its channel", "largest possible ratio", "ratio", "found"], norms),
+        "",
+    ]
+
+
+def markdown(plan: Plan, found: dict[str, Any]) -> str:
+    """results/power.md."""
     of_sinks, of_verdicts = [], []
     for C, T in plan.shapes:
         rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
@@ -267,29 +296,12 @@ def markdown(plan: Plan, found: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.power`, commit {found['commit']}, torch {torch.__version__}.",
         f"The spike rule: {PRIMARY.text}.",
-        f"Streams are random tensors, {TOKENS // 2} tokens to say what is usual and as many to judge, {plan.seeds}",
-        f"seeds; sinks and verdicts are of random models, {plan.seeds} seeds x {N} sequences with a planted token.",
+        f"Streams are random tensors: {TOKENS // 2} tokens say what is usual, as many are judged; {plan.seeds} seeds.",
+        f"Sinks and verdicts are of random models, {plan.seeds} seeds x {N} sequences with a planted token each.",
         "",
         "![power](power.png)",
         "",
-        "## False alarms: tokens that are marked where nothing was planted (the worst of the seeds)",
-        "",
-        "At one tap. An outlier channel is large in every token, and heavy tails give every token of a wide layer some",
-        "extreme entry: by the layer's median alone all of these would be spikes.",
-        "",
-        *markdown_table(["stream", "width", "marked", "by 30 x the median alone"], alarms),
-        "",
-        "## Spikes on the sum: power by size, over the larger of the channel's and the layer's usual |h|",
-        "",
-        *markdown_table(["width", "stream", "planted in", *(f"{size}x" for size in plan.sizes)], of_spikes),
-        "",
-        "## Behind a norm: a spike of 1,000 x the median, as read behind RMSNorm",
-        "",
-        "No entry can be larger there than its gain x sqrt(width): the ratio is bounded by that over 0.6745. What is",
-        "not found there is not absent: look at the sum.",
-        "",
-        *markdown_table(["width", "gain of its channel", "largest possible ratio", "ratio", "found"], norms),
-        "",
+        *of_spikes(found, plan.sizes),
         "## Sinks: power by planted alpha (mean over sequences), and false alarms (share of other tokens, any head)",
         "",
         *markdown_table(["C", "T", *(f"{alpha:g}" for alpha in plan.alphas), "false alarms"], of_sinks),

@@ -121,8 +121,13 @@ def test_power_on_a_few_sizes(cli, tmp_path):
     code, out, err = cli("benchmarks.power", "--quick", "--out", tmp_path)
     assert code == 0, err
     found = json.loads((tmp_path / "power.json").read_text())
-    of_ratio = {row["size"]: row["power"] for row in found["spikes"] if row["rule"] == "ratio"}
-    assert of_ratio == {5: 0, 100: 1} and [row["power"] for row in found["sinks"]][-1] == 1
+    assert {(row["size"], row["power"]) for row in found["spikes"]} == {(5, 0), (100, 1)}
+    assert (
+        max(row["marked"] for row in found["alarms"])
+        < 0.01
+        < max(row["by the median alone"] for row in found["alarms"])
+    )
+    assert [row["power"] for row in found["sinks"]][-1] == 1
     assert (tmp_path / "power.md").read_text() in out and (tmp_path / "power.png").stat().st_size > 0
 
 
