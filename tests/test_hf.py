@@ -199,7 +199,7 @@ def test_updates_add_up_to_the_stream(family):
             before = [seen[i]]
             if subject.reads[i] is not None:  # post-norm, what is read is what goes on
                 before.append(seen[streams + updates + reads.index(subject.reads[i])])
-            assert any(torch.equal(x + seen[streams + i], seen[i + 1]) for x in before)
+            assert any(torch.equal(state + seen[streams + i], seen[i + 1]) for state in before)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
