@@ -255,8 +255,8 @@ def story(r: Row) -> str:
     holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
     return (
         f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
-        f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; the strongest is {r.token} "
-        f"at position {r.position}, channel {r.channel}; step-up {r.step_up or '–'}, step-down {r.step_down or '–'}. "
+        f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; the strongest is "
+        f"{r.token} at position {r.position}, channel {r.channel}; step-up {r.step_up or '–'}, step-down {r.step_down or '–'}. "
         f"Episodes: {'; '.join(r.episodes or ()) or 'none'}."
     )
 
