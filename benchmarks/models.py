@@ -256,8 +256,8 @@ def story(r: Row) -> str:
     return (
         f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
         f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; the strongest is "
-        f"{r.token} at position {r.position}, channel {r.channel}; step-up {r.step_up or '–'}, step-down {r.step_down or '–'}. "
-        f"Episodes: {'; '.join(r.episodes or ()) or 'none'}."
+        f"{r.token} at position {r.position}, channel {r.channel}; step-up {r.step_up or '–'}, step-down "
+        f"{r.step_down or '–'}. Episodes: {'; '.join(r.episodes or ()) or 'none'}."
     )
 
 
