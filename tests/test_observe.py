@@ -304,6 +304,16 @@ def test_a_spike_stands_out_from_its_layer_its_channel_and_other_tokens():
     assert spike_entries(x[None], usual)[0].nonzero().tolist() == [[100, 9], [200, 5]]
 
 
+def test_a_token_that_is_large_as_a_whole_has_no_spike():
+    """As an untrained model's first token, whose attention averages nothing."""
+    x = states()
+    x[100] *= 60
+    usual = Usual.of(x)
+    assert (x[100].abs() >= usual.thresholds).any() and not spike_entries(x[None], usual).any()
+    x[100, 9] = 6.5 * x[100].norm() / 8  # 6 x the rms of the others, and now a spike
+    assert bool(spike_entries(x[None], usual)[0, 100, 9])
+
+
 def test_heavy_tails_are_no_spikes():
     """Where every token has some extreme entry, none stands out: Student's t of 3 degrees at 1024 channels."""
     x = torch.distributions.StudentT(torch.tensor(3.0))

@@ -27,7 +27,7 @@ from .findings import (
     VocabularyToken,
 )
 from .observe import Observation, Ordinary, observe
-from .spikes import Usual
+from .spikes import Usual, peaked
 from .summarise import Peaks
 
 BINS = tuple(round(10 ** (i / 4), 3) for i in range(-8, 9))  # of largest |h| / its threshold, 0.01 ... 100
@@ -179,8 +179,10 @@ def _peaks(subject: Subject, ids: torch.Tensor, usual: list[Usual]) -> tuple[tor
     rows: list[torch.Tensor] = []
 
     def last_token(x: torch.Tensor) -> None:
-        size, of = x.float().view(*subject.seen(ids).shape, -1)[:, -1].abs().cpu(), usual[len(rows)]
+        state, of = x.float().view(*subject.seen(ids).shape, -1)[:, -1].cpu(), usual[len(rows)]
+        size = state.abs()
         strength, channel = (size * of.per_threshold).max(-1)
+        strength = torch.minimum(strength, peaked(size.amax(-1), state.norm(dim=-1), state.size(-1)))
         ratio = size.gather(1, channel[:, None])[:, 0] / of.layer.clamp_min(1e-30)
         rows.append(torch.stack((strength, ratio, channel.float())))
         if len(rows) == len(usual):

@@ -3,7 +3,8 @@
 A massive activation (Sun et al. 2402.17762) is an entry of one token that stands far above its layer. Two things look
 like one and are not: a channel that is large in nearly every token (an *outlier channel*: Kovaleva et al. 2105.06990,
 Dettmers et al. 2208.07339), and the tail of a layer whose every token has some large entry. So the primary rule
-compares an entry with its layer, with its channel and with other tokens, on ordinary text: see Usual.
+compares an entry with its layer, with its channel and with other tokens, on ordinary text (see Usual), and with the
+other channels of its own token: a token that is large as a whole has no spike.
 
 Shapes: N sequences, T tokens, C channels. `stream` is a residual stream (N, T, C) in float32.
 """
@@ -19,6 +20,7 @@ from .rules import Curve, Rule
 
 SPIKE_RATIO = 30.0  # of a spike, over its layer's median |h|
 PROMINENCE = 5.0  # of a spike, over a typical token's most prominent entry
+PEAKED = 6.0  # of a spike token's largest |h|, over the rms of its other channels
 OUTLIER_RATIO = 10.0  # of an outlier channel's median |h|, over its layer's
 PERCENTILE, PERSISTENCE = 99.9, 0.5
 # what the sensitivity curves run over
@@ -67,6 +69,14 @@ class Usual:
         return order[found[order]].tolist()
 
 
+def peaked(magnitude: torch.Tensor, norm: torch.Tensor, channels: int) -> torch.Tensor:
+    """A token's largest |h|, over 6 x the rms of its other channels, from that and its norm: alike. From 1 on it is
+    large in few channels, and not as a whole, as an untrained model's first token is, whose attention averages nothing.
+    """
+    rest = ((norm.double().square() - magnitude.double().square()).clamp_min(0) / max(1, channels - 1)).sqrt()
+    return (magnitude / (PEAKED * rest).clamp_min(1e-30)).float()
+
+
 def massive_threshold(median: torch.Tensor) -> torch.Tensor:
     """max(100, 1000 x median |h|) of each sequence: (N,). Massive activations, Sun et al. 2402.17762.
 
@@ -113,8 +123,10 @@ class TapBatch:
         return above, self.size.flatten()[above]
 
     def strength(self, usual: Usual) -> torch.Tensor:
-        """Each token's largest |x| over its channel's threshold: (B, T). A spike from 1 on."""
-        return (self.size * usual.per_threshold).amax(-1)
+        """How many times its thresholds each token's |x| is, at the least: (B, T). A spike from 1 on."""
+        return torch.minimum(
+            (self.size * usual.per_threshold).amax(-1), peaked(self.magnitude, self.norm, self.x.size(-1))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +207,8 @@ PERCENTILE_RULES = {  # of the curve; one of them is a rule of its own
     for percentile in PERCENTILES
 }
 PRIMARY = UsualRule(
-    text=f"|h| >= {SPIKE_RATIO:g} x its layer's median, and {PROMINENCE:g} x as prominent as a typical token's most "
-    "prominent entry",
+    text=f"|h| >= {SPIKE_RATIO:g} x its layer's median, {PROMINENCE:g} x as prominent as a typical token's most "
+    f"prominent entry, in a token whose largest |h| is >= {PEAKED:g} x the rms of its other channels",
     heading="spikes",
     compared="spike tokens",
     curve=Curve(
@@ -228,4 +240,7 @@ SPIKE_RULES: dict[str, SpikeRule] = {
 
 def spike_entries(x: torch.Tensor, usual: Usual) -> torch.Tensor:
     """Entries of a stream (B, T, C) that the primary spike rule marks: bool (B, T, C)."""
-    return x.float().abs() >= usual.thresholds
+    x = x.float()
+    size = x.abs()
+    token = peaked(size.amax(-1), torch.linalg.vector_norm(x, dim=-1), x.size(-1)) >= 1
+    return (size >= usual.thresholds) & token[..., None]
