@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import model as model_module
 from model import CHOICES, GPT, GPTConfig
 from spikesink.errors import UserError
-from spikesink.measure.observe import observe
+from spikesink.measure.observe import Ordinary, observe
 from spikesink.models import convert
 from spikesink.models.checkpoint import Checkpoint
 
@@ -95,10 +95,12 @@ def test_received_attention_of_every_kind_is_that_of_its_explicit_map(kind, ids)
             weights / weights.sum(-1, keepdim=True).clamp_min(1e-30) if kind in ("sigmoid", "relu") else weights
         )
 
+    subject, ids = subject_of(model), ids[:, :T]
+    ordinary = Ordinary.of(subject, ids)  # a pass of its own
     for block in model.transformer.h:
         block.attn.f.attend.register_forward_hook(keep)
     with torch.no_grad():
-        obs = observe(subject_of(model), ids[:, :T], batch_size=6, progress=False)
+        obs = observe(subject, ids, batch_size=6, progress=False, ordinary=ordinary)
     for stats, weights in zip(obs.attention, maps, strict=True):
         alpha = weights.sum(2) / torch.arange(T, 0, -1)
         torch.testing.assert_close(stats.sums["alpha"], alpha.sum(0).double(), atol=1e-5, rtol=1e-4)
