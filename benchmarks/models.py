@@ -11,7 +11,6 @@ longest), with and without BOS where it has one.
 
 import json
 import math
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from spikesink import schema
 from spikesink.errors import Flags, UserError, cli
 from spikesink.files import save_text
 from spikesink.measure.findings import Findings, Interval, Measures
-from spikesink.show.text import visible
+from spikesink.show.text import interval, number, visible
 from studies.tables import markdown_table
+from train import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,14 +215,9 @@ def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long
     return Row(model.name, asked_len, bos, not_run=reason)
 
 
-def number(x: float | None, form: str) -> str:
-    """A number, or a dash."""
-    return "–" if x is None else f"{x:{form}}"
-
-
 def ranged(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
     """A number with its interval."""
-    return number(x, form) + (f" [{ci[0]:{form}}, {ci[1]:{form}}]" if ci else "")
+    return " ".join(filter(None, (number(x, form), interval(ci, form))))
 
 
 def start_of(row: Row) -> list[str]:
@@ -314,16 +309,14 @@ def main() -> None:
     flags.add_argument("--again", action="store_true", help="also rows that were run")
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     args = flags.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    commit = provenance()["git_commit"][:7]
     file = args.out / "models.json"
     kept = schema.from_json(list[Row], json.loads(file.read_text())) if file.is_file() else []
     rows = {(row.model, row.asked_len, row.bos): row for row in kept}
     for model, T, bos in tqdm(conditions(), desc="models", disable=None):
         row = rows.setdefault((model.name, T, bos), Row(model.name, T, bos, not_run="not asked for"))
         if (args.only is None or model.name in args.only) and (args.again or row.not_run):
-            row = measure(model, T, bos, args.folder, args.n_long, commit.stdout.strip() or "unknown")
+            row = measure(model, T, bos, args.folder, args.n_long, commit)
             rows[model.name, T, bos] = row
             schema.save(file, [asdict(row) for row in rows.values()])
     text = markdown([rows[model.name, T, bos] for model, T, bos in conditions()])

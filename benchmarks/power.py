@@ -9,7 +9,6 @@ models of model.py with random weights, whose queries and keys are scaled so tha
 that the rule marks. False alarms: other tokens that it marks.
 """
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from spikesink.measure.observe import Ordinary, observe
 from spikesink.measure.spikes import PRIMARY, PRIMARY_SPIKE_RULE, SPIKE_RATIO, Usual, spike_entries
 from spikesink.models.subject import Subject, sub_layers_of
 from studies.tables import markdown_table
+from train import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 N, H = 100, 4  # sequences, heads
@@ -321,11 +321,9 @@ def main() -> None:
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     args = flags.parse_args()
     plan = QUICK if args.quick else Plan()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    commit = provenance()["git_commit"][:7]
     found = {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit,
         "alarms": alarm_table(plan),
         "spikes": spike_curve(plan),
         "norms": norm_table(plan),

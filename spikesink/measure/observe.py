@@ -205,6 +205,11 @@ class Side:
         return self.strengths[self.attended].amax(0)
 
     @property
+    def attended_taps(self) -> range:
+        """The numbers of the attended taps."""
+        return range(len(self.taps))[self.attended]
+
+    @property
     def known(self) -> list[tuple[int, Tap]]:
         """The taps that were seen on this side, with their numbers."""
         return [(i, tap) for i, tap in enumerate(self.taps) if tap is not None]
@@ -253,11 +258,6 @@ class Observation:
     def percentiles(self) -> dict[float, torch.Tensor]:
         """See Side."""
         return self.sum.percentiles
-
-    @property
-    def ordinary(self) -> "Ordinary":
-        """With what spikes were compared."""
-        return Ordinary(self.sum.usual, self.read.usual)
 
 
 def state_at(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
@@ -397,7 +397,7 @@ class SideBatch:
             "strengths": strength,
         }.items():
             getattr(side, name)[index, self.rows, :T] = value.cpu()
-        if index in range(len(side.taps))[side.attended]:
+        if index in side.attended_taps:
             relative = batch.magnitude / metrics.zero_is_nan(batch.median)[:, None]
             torch.maximum(self.ratio, relative.nan_to_num(0.0).cpu(), out=self.ratio)
             for rule, entries in self.marked.items():
@@ -408,8 +408,7 @@ class SideBatch:
         """Fills in what the rules mark in these sequences."""
         (B, T), side = self.shape, self.side
         side.ratio[self.rows, :T] = self.ratio
-        taps = len(range(len(side.taps))[side.attended])
-        needed = lambda rule: max(1, math.ceil(rule.persistence * taps))
+        needed = lambda rule: max(1, math.ceil(rule.persistence * len(side.attended_taps)))
         hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in self.marked.items()}
         for name, rule in SPIKE_RULES.items():
             side.spikes[name][self.rows, :T] = _tokens_of(hits[rule], B, T, self.C)

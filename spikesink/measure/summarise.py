@@ -213,7 +213,7 @@ class Peaks:
         present = side.norms.masked_fill(side.norms == 0, torch.nan)  # padding
         typical = present.flatten(1).nanmedian(1).values[:, None, None].expand_as(present)
         self.norm_ratio = norm / of(typical)
-        known = [i for i, _ in side.known if i in range(len(side.taps))[side.attended]]
+        known = [i for i, _ in side.known if i in side.attended_taps]
         self.persistence = (side.strengths[known] >= 1).double().mean(0)
 
 
@@ -224,7 +224,7 @@ def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
     order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
     middle = lambda x: x[marked].double().median().item() if marked.any() else None
     last = len(side.taps) - 1
-    apart = last not in range(len(side.taps))[side.attended]
+    apart = last not in side.attended_taps
     return SideSpikes(
         tokens=int(marked.sum()),
         fraction=marked.sum().item() / tokens,
@@ -242,7 +242,7 @@ def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
 
 def _outlier_channels(side: Side) -> list[OutlierChannel]:
     """Channels that are large in nearly every token of some layer, those of most layers first."""
-    usual = [u for i, u in enumerate(side.usual) if u is not None and i in range(len(side.taps))[side.attended]]
+    usual = [u for i, u in enumerate(side.usual) if u is not None and i in side.attended_taps]
     found = Counter(channel for u in usual for channel in u.outlier_channels)
     # a layer whose median is 0, most of it being 0, has outlier channels and no ratio
     ratio = lambda channel: max((float(u.channels[channel] / u.layer) for u in usual if u.layer > 0), default=math.nan)
