@@ -14,7 +14,7 @@ from spikesink.errors import UserError
 from spikesink.models import checkpoint, lab
 from spikesink.models.export import byte_tokenizer
 
-from .conftest import ROOT, same, tiny
+from .conftest import ROOT, same, subject_of, tiny
 
 IDS = torch.randint(64, (9, 24), generator=torch.Generator().manual_seed(1))
 HOW = {"tokens": IDS, "nulls": 0}
@@ -185,3 +185,10 @@ def test_a_clone_is_found_from_within_and_said(trained, monkeypatch, capsys):
     with spikesink.open(trained, seq_len=16, n_seq=4, nulls=0) as look:
         assert look.data.n_seq == 4
     assert f"running {ROOT / 'model.py'}" in capsys.readouterr().err
+
+
+def test_a_fork_whose_attention_is_older_is_told_what_it_lacks(monkeypatch):
+    model = tiny()
+    monkeypatch.delattr(type(model.transformer.h[0].attn.f.attend), "seen")
+    with pytest.raises(UserError, match="has no seen, which instruments"):
+        subject_of(model)

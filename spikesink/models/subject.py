@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..hooks import Tap
 from ..text.sequences import PADDING
 from .disk_weights import weights_at_hand
@@ -19,6 +20,9 @@ PLACES = {
     "output": "the output of attention or FFN, before any norm",
     "update": "what is added to the stream, after any norm of the update",
 }
+
+
+SEAM_NEEDS = ("shares", "weights", "seen", "rows")
 
 
 class Seam(Protocol):
@@ -166,7 +170,8 @@ class Subject:
 
     @classmethod
     def of_gpt(cls, model: Any, decode: Callable[[int], str]) -> "Subject":
-        """A GPT of model.py (recognised by its taps, not imported)."""
+        """A GPT of model.py (recognised by its taps, not imported). Raises UserError where its attention lacks what a
+        Seam has."""
         streams, seams, gated, stages = [Tap(-1, "embedding", model.transformer.stream)], [], [], []
         inner: dict[str, list[Tap]] = {place: [] for place in PLACES}
         for layer, kind, sub_layer in sub_layers_of(model):
@@ -178,6 +183,12 @@ class Subject:
             post = not isinstance(sub_layer.norm_after, nn.Identity)
             streams.append(Tap(layer, kind, *((sub_layer.norm_after, "input") if post else (sub_layer.stream,))))
             if hasattr(f, "attend"):
+                missing = [name for name in SEAM_NEEDS if not hasattr(f.attend, name)]
+                if missing:
+                    raise UserError(
+                        f"the attention of this model.py has no {' and no '.join(missing)}, which instruments of this "
+                        "version ask for: take them over from the class Attend of ours"
+                    )
                 seams.append(Tap(layer, kind, f.attend))
             gated += gated_ffn(layer, f, sub_layer.norm_before)
         model.eval()
