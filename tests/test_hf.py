@@ -246,17 +246,27 @@ def test_every_edit_is_the_same_on_the_shared_prefix(family):
             assert subject.part == "encoder" or not torch.equal(whole, clean.losses)
 
 
-def test_edited_stream_reaches_the_next_block():
-    model = build("llama")
-    subject = hf.subject_of(model, str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_on_the_stream_is_written_for_all_that_follows(family):
+    """To add a vector to the sum after a sub-layer is to add it to the sub-layer's update."""
     from spikesink.hooks import on_streams
 
-    seen = []
-    taps = [tap for tap in subject.streams if tap.writable]
-    functions = [lambda x: torch.zeros_like(x), lambda x: seen.append(x), lambda x: None]
-    with on_streams(taps, functions):
-        subject.losses(IDS)
-    assert seen[0].abs().max() == 0  # attention and FFN of zeros, without biases, are zeros
+    for subject in hf.subjects_of(build(family), str):
+        updates = {(tap.layer, tap.kind): tap for tap in subject.inner["update"]}
+        both = [(tap, updates[tap.layer, tap.kind]) for tap in subject.streams if (tap.layer, tap.kind) in updates]
+        assert len(both) == len(subject.streams) - 1 or subject.streams[-1].kind == "block"
+        for tap, update in both:
+            assert tap.writable
+            added = torch.randn(5, generator=torch.Generator().manual_seed(tap.layer)).mean() * torch.ones(())
+            add = lambda x, added=added: x.index_add(-1, torch.tensor([1]), added.expand_as(x[..., :1]))
+            seen, losses = [], []
+            for at in (tap, update):
+                taps = [at, *subject.streams]
+                with on_streams(taps, [add] + [lambda x: seen.append(x.detach().flatten())] * len(subject.streams)):
+                    losses.append(subject.losses(IDS))
+            torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
+            for one, two in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+                torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 
 REFUSED = {

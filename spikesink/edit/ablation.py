@@ -22,8 +22,9 @@ NOTE = (
     "at every tap of the residual stream where an edit reaches all that follows; sinks are keys with alpha > 0.3 that "
     "T/4 queries see, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
     "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
-    "there, in the sequences that had what was edited. Intervals: 95%, paired bootstrap over sequences. "
-    + quantise.NOTE
+    "there, in the sequences that had what was edited. dose: of a control, how much energy (squared norm of what is "
+    "added to the stream) or attention (of the keys) it moves, as a part of its intervention's. Intervals: 95%, "
+    "paired bootstrap over sequences. " + quantise.NOTE
 )
 # sizes at which an interval is some +- 3% wide, and all of it takes a minute for the quickstart's model
 PAIRS, SENTENCES = 12, {"train": 600, "test": 300}  # pairs of each paradigm; sentences
@@ -61,7 +62,7 @@ def ablate_subject(
         baseline=outcomes.baseline(measured),
         interventions=entries,
         removals=outcomes.table_entries(removals, measured),
-        two_by_two=outcomes.two_by_two(entries),
+        causes=outcomes.causes_of(table, measured),
         attention=outcomes.attention_change(measured),
         int8=int8(subject, ids, other_ids, batch_size),
         probes=(

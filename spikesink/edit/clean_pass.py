@@ -1,17 +1,26 @@
 """The model left alone: where its spikes and sinks are on a batch, and what other text says of them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..hooks import hooked, on_streams
 from ..measure.observe import Ordinary
-from ..measure.sinks import eligible_keys, needed_heads, queries_that_see, sinks_in
+from ..measure.sinks import alpha_in, are_sinks, eligible_keys, needed_heads
 from ..models.subject import Subject, batches
+
+
+class Call(NamedTuple):
+    """A call of an attention seam: q (B, H, T, D), k (B, heads of keys, T, D)."""
+
+    module: Any
+    q: torch.Tensor
+    k: torch.Tensor
 
 
 @dataclass
@@ -28,8 +37,10 @@ class CleanPass:
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B, T - shift), nats
     streams: list[torch.Tensor] = field(default_factory=list)  # at each tap (B, T, C)
     spikes: list[torch.Tensor] = field(default_factory=list)  # at each tap bool (B, T, C)
-    sinks: list[torch.Tensor] = field(default_factory=list)  # at each seam bool (B, H, T), on the CPU
-    eligible: list[torch.Tensor] = field(default_factory=list)  # and which keys could be: bool (T,)
+    calls: list[Call] = field(default_factory=list)  # of each seam
+    alpha: list[torch.Tensor] = field(default_factory=list)  # at each seam (B, H, T), on the CPU
+    sinks: list[torch.Tensor] = field(default_factory=list)  # of these, which are sinks: bool
+    queries: list[torch.Tensor] = field(default_factory=list)  # how many see each key (T,)
     outputs: list[Any] = field(default_factory=list)  # of each stage, as its module returned it
 
     @classmethod
@@ -38,11 +49,9 @@ class CleanPass:
         subject: Subject,
         ids: torch.Tensor,
         numbers: torch.Tensor | None = None,
-        watch: Iterable[tuple[nn.Module, Any]] = (),
         ordinary: Ordinary | None = None,
     ) -> "CleanPass":
-        """One forward pass over ids (B, T); `watch`: more forward hooks, (module, hook). `ordinary`: what is usual, by
-        default on these very ids."""
+        """One forward pass over ids (B, T). `ordinary`: what is usual, by default on these very ids."""
         ordinary = ordinary or Ordinary.of(subject, ids)
         clean = cls(subject, ids, torch.arange(len(ids)) if numbers is None else numbers, ordinary)
 
@@ -53,20 +62,52 @@ class CleanPass:
 
         def on_attention(module: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
             q, k, *_ = args
-            clean.sinks.append(sinks_in(module, q, k, subject.causal))
-            queries, _ = queries_that_see(module, k.size(-2), q.size(-2), subject.causal)
-            clean.eligible.append(eligible_keys(queries, q.size(-2)))
+            alpha, queries = alpha_in(module, q, k, subject.causal)
+            clean.calls.append(Call(module, q, k))
+            clean.alpha.append(alpha)
+            clean.sinks.append(are_sinks(alpha, queries, q.size(-2)))
+            clean.queries.append(queries)
 
         hooks: list[tuple[nn.Module, Any]] = [(tap.module, on_attention) for tap in subject.attends]
         hooks += [(stage, lambda m, a, k, output: clean.outputs.append(output)) for stage in subject.stages]
-        with on_streams(subject.streams, [on_stream] * len(subject.streams)), hooked([*hooks, *watch]):
+        with on_streams(subject.streams, [on_stream] * len(subject.streams)), hooked(hooks):
             clean.losses = subject.losses(ids)
         return clean
+
+    @functools.cached_property
+    def eligible(self) -> list[torch.Tensor]:
+        """At each seam which keys could be sinks: bool (T,)."""
+        pairs = zip(self.queries, self.calls, strict=True)
+        return [eligible_keys(queries, call.q.size(-2)) for queries, call in pairs]
+
+    @functools.cached_property
+    def mass(self) -> list[torch.Tensor]:
+        """At each seam the attention that each key gets, summed over queries: (B, H, T)."""
+        return [alpha * queries for alpha, queries in zip(self.alpha, self.queries, strict=True)]
+
+    @functools.cached_property
+    def marked(self) -> list[torch.Tensor]:
+        """At each tap the tokens with a spike there: bool (B, T), on the CPU."""
+        return [entries.any(-1).cpu() for entries in self.spikes]
+
+    @functools.cached_property
+    def channel(self) -> list[torch.Tensor]:
+        """At each tap the channel of every token's largest |h|: (B, T, 1)."""
+        return [x.abs().argmax(-1, keepdim=True) for x in self.streams]
+
+    @functools.cached_property
+    def magnitude(self) -> list[torch.Tensor]:
+        """At each tap every token's largest |h|: (B, T), on the CPU."""
+        return [self.entry(i, x) for i, x in enumerate(self.streams)]
+
+    def entry(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """|h| of a stream x (B, T, C) at tap i, of every token in the channel of `channel`: (B, T), on the CPU."""
+        return x.gather(-1, self.channel[i])[..., 0].float().abs().cpu()
 
     @property
     def spike_tokens(self) -> torch.Tensor:
         """Tokens with a spike at some attended tap: bool (B, T)."""
-        return torch.stack([marked.any(-1).cpu() for marked in self.spikes[self.subject.attended]]).any(0)
+        return torch.stack(self.marked[self.subject.attended]).any(0)
 
     @property
     def sink_tokens(self) -> torch.Tensor:
@@ -142,6 +183,5 @@ class Reference:
         self.entries = [means.result() for means in entries]
         self.states = [means.result() for means in tokens]
         self.direction = [nn.functional.normalize(spike, dim=0) for spike, _ in self.states]
-        new[[not tap.writable for tap in subject.streams]] = 0
         self.step_up = int(new.argmax()) if new.any() else None
         self.sink_rate = hits / len(ids)

@@ -11,7 +11,7 @@ from .. import schema
 from ..measure.findings import CheckpointEntry, Interval, Place, TextEntry
 from ..schema import Record, sometimes
 
-SCHEMA = "spikesink-ablation-1"
+SCHEMA = "spikesink-ablation-2"
 
 
 class Named(Record):
@@ -94,20 +94,18 @@ class StateChange(Record):
 class Effect(LossChange, Named):
     """What an intervention changes.
 
-    `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `by_class`: by outcomes.CLASSES.
-    `by_position`: the change of the loss. `state_change`: one per tap.
+    `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `dose`: of how much energy (the squared
+    norm of what was added to the stream), or attention mass (of the keys); None where that is not known. `by_class`:
+    by outcomes.CLASSES. `by_position`: the change of the loss. `state_change`: one per tap.
     """
 
     edited: int
+    dose: float | None
     by_class: dict[str, ClassChange]
     by_position: list[float]
     spikes_left: Left
     sinks_left: Left
     state_change: list[StateChange]
-
-    def left(self, phenomenon: str) -> Left:
-        """What is left of "spikes" or "sinks"."""
-        return {"spikes": self.spikes_left, "sinks": self.sinks_left}[phenomenon]
 
 
 class ControlEffect(Effect):
@@ -128,32 +126,43 @@ class Entry(Effect):
         return [control for control in self.control if control.edited]
 
 
-class Remains(Record):
-    """What of the spikes and of the sinks remains when the other, or a control's choice, is removed."""
+class Lost(Record):
+    """The share of the judged sinks' alpha, or of the judged spikes' |h|, that is lost; or a difference of two."""
 
-    spikes_remain: Left
-    sinks_remain: Left
-
-    def remain(self, phenomenon: str) -> Left:
-        """What remains of "spikes" or "sinks"."""
-        return {"spikes": self.spikes_remain, "sinks": self.sinks_remain}[phenomenon]
+    share: float | None
+    ci95: Interval | None
 
 
-class ControlRemains(Remains, Named):
-    """What remains under a control."""
+class CauseControl(Named):
+    """What is lost under a control, and how much more than that under the intervention."""
+
+    lost: Lost
+    beyond: Lost
 
 
-class Cell(Remains):
-    """One half of the causal 2 x 2: what remains when spikes, or sinks, are removed `by` an intervention.
+class Cause(Record):
+    """Does what is `asked` for need what was `removed`? "sinks" or "spikes", either. See causes.py for the rules.
 
-    `asked`: the name of the field that answers. `needs`: yes, no, unclear or underpowered: see outcomes.needs_verdict.
+    `by`: an intervention. `edited`: spikes (tokens at taps) or sinks (keys of heads) that it was to remove; `still`:
+    of these, how many are there. `there`: how many there are of what is asked for; `judged`: of these, those downstream
+    of the edit, in so many `sequences` and on tokens of so many different `states`; `left`: of the judged ones, by the
+    rule. `verdict`: yes, partly, no, cannot tell, not removed, out of reach.
     """
 
     by: str
-    edited: int
-    control: list[ControlRemains]
+    removed: str
     asked: str
-    needs: str
+    edited: int
+    still: int
+    there: int
+    judged: int
+    left: int
+    sequences: int
+    states: int
+    lost: Lost
+    control: list[CauseControl]
+    verdict: str
+    reason: str
 
 
 # ----------------------------------------------------------------------------------------------- attention, int8
@@ -284,8 +293,8 @@ class Calibration(Record):
 class Ablation(Record):
     """What changes in a model, or in a part of an encoder-decoder, under every intervention.
 
-    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by granularity. `two_by_two`: by what was removed,
-    remove_spikes and remove_sinks. `parts`: the other parts of an encoder-decoder, by name.
+    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by granularity. `causes`: whether sinks need
+    spikes, and spikes sinks, by intervention. `parts`: the other parts of an encoder-decoder, by name.
     """
 
     schema: str = SCHEMA
@@ -299,7 +308,7 @@ class Ablation(Record):
     baseline: Baseline
     interventions: list[Entry]
     removals: list[Entry]
-    two_by_two: dict[str, Cell]
+    causes: list[Cause]
     attention: AttentionChange
     int8: Unavailable | dict[str, Int8]
     probes: Probes

@@ -6,13 +6,17 @@
 
 What is edited is fixed by the clean model on the same ids: a spike is an entry of the residual stream that the
 primary rule marks, at whatever tap it stands; a sink is a key with alpha > 0.3 that at least T/4 queries see, head by
-head. So an intervention and its control edit as many entries, and interventions can be combined in any order.
+head. So an intervention and its controls edit alike, and interventions can be combined in any order.
+
+A control is matched in number (as many other entries, tokens, keys) or in size: the same energy, which is the squared
+norm of what is added to the stream, or the same attention mass. `dose` says how much of either an edit moves.
 
 Every intervention is called as (clean, reference=None, control=None): `reference` holds what other text says, `control`
 names one of its CONTROLS, whose draws depend on the number of a sequence and on nothing else.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -49,9 +53,17 @@ def _random_channels(clean: CleanPass, i: int) -> Tensor:
     return as_many(clean.spikes[i], uniform(clean.numbers, clean.spikes[i].shape[1:], i))
 
 
-def _median_entries(clean: CleanPass, i: int) -> Tensor:
-    size = clean.streams[i].float().abs()
-    return as_many(clean.spikes[i], -(size - metrics.median_magnitude(size)[:, None, None]).abs())
+def direction_of(clean: CleanPass, seed: int) -> Tensor:
+    """A random unit direction for each sequence, off every channel in which it has a spike: (B, 1, C), float32."""
+    draws = uniform(clean.numbers, (1, clean.streams[0].size(-1)), seed)
+    normal = torch.erfinv(2 * draws - 1).to(clean.streams[0].device)
+    spiking = torch.stack([entries.any(1, keepdim=True).to(normal.device) for entries in clean.spikes]).any(0)
+    return torch.nn.functional.normalize(normal.masked_fill(spiking, 0), dim=-1)
+
+
+def displaced(x: Tensor, clean: Tensor, u: Tensor, size: Tensor) -> Tensor:
+    """The state x moved along u until it is `size` away from the `clean` one in that direction: as x."""
+    return x + (size - ((x - clean) * u).sum(-1, keepdim=True)) * u
 
 
 def _other_tokens(clean: CleanPass, i: int) -> Tensor:
@@ -64,53 +76,46 @@ def _random_keys(clean: CleanPass) -> list[Tensor]:
     return [as_many(f, d, e) for f, d, e in zip(clean.sinks, draws, clean.eligible, strict=True)]
 
 
-def _same_positions(clean: CleanPass) -> list[Tensor]:
-    sinks = torch.stack(clean.sinks, dim=1)  # (B, L, H, T)
-    draws = uniform(clean.numbers, sinks.shape[1:], len(clean.sinks))
-    chosen = as_many(sinks.flatten(1, 2), draws.flatten(1, 2), dim=1)
-    return list(chosen.view_as(sinks).unbind(1))
+def _same_mass(clean: CleanPass) -> list[Tensor]:
+    """At each seam the other keys that get the most attention, until they have as much as the sinks of all heads."""
+    chosen = []
+    for sinks, mass in zip(clean.sinks, clean.mass, strict=True):
+        wanted = (mass * sinks).sum((1, 2))[:, None]
+        free, order = mass.masked_fill(sinks, 0).flatten(1).sort(-1, descending=True)
+        taken = (free.cumsum(-1) <= wanted) & (free > 0)
+        chosen.append(torch.zeros_like(taken).scatter(-1, order, taken).view_as(sinks))
+    return chosen
 
 
 CONTROLS = {
     "random_channels": "as many random other channels of the same tokens",
-    "median_entries": "as many entries of the same tokens, those nearest to the median magnitude",
-    "random_direction": "a random direction, projected out of the same tokens",
+    "same_energy": "the same tokens, moved as far in a random direction off the spike channels",
     "other_tokens": "as many random other tokens of the same sequence",
     "random_keys": "as many random other keys of the same head",
-    "same_positions": "the same positions in as many other heads, drawn at random, where they are no sinks",
-    "second_token": "the token after BOS",
+    "same_mass": "the other keys of the same layer that get the most attention, until it is as much",
+    "second_token": "the token after the first",
     "random_heads": "as many random other heads",
     "other_sub_layer": "another sub-layer of the same kind, drawn at random",
 }
 
 
-_ENTRIES_OF: dict[str | None, Callable[[CleanPass, int], Tensor]] = {
-    None: lambda clean, i: clean.spikes[i],
-    "random_channels": _random_channels,
-    "median_entries": _median_entries,
-}
-_KEYS_OF: dict[str | None, Callable[[CleanPass], list[Tensor]]] = {
-    None: lambda clean: clean.sinks,
-    "random_keys": _random_keys,
-    "same_positions": _same_positions,
-}
-
-
 def entries_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
-    """Per tap the entries to edit: the spikes, or a control's. bool (B, T, C)."""
-    return [_ENTRIES_OF[control](clean, i) if found.any() else found for i, found in enumerate(clean.spikes)]
+    """Per tap the entries to edit: the spikes, or as many random channels. bool (B, T, C)."""
+    random = control == "random_channels"
+    return [_random_channels(clean, i) if random and found.any() else found for i, found in enumerate(clean.spikes)]
 
 
 def tokens_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
-    """Per tap the tokens to edit: those with a spike there, or a control's. bool (B, T)."""
+    """Per tap the tokens to edit: those with a spike there, or a control's. bool (B, T, 1)."""
     if control == "other_tokens":
-        return [_other_tokens(clean, i) for i in range(len(clean.spikes))]
-    return [marked.any(-1) for marked in clean.spikes]
+        return [_other_tokens(clean, i)[..., None] for i in range(len(clean.spikes))]
+    return [marked.any(-1, keepdim=True) for marked in clean.spikes]
 
 
 def keys_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
     """Per seam the keys to edit: the sinks, or a control's. bool (B, H, T)."""
-    return _KEYS_OF[control](clean)
+    choose = {"random_keys": _random_keys, "same_mass": _same_mass}
+    return choose[control](clean) if control else clean.sinks
 
 
 # -------------------------------------------------------------------------------------------- the edits
@@ -123,8 +128,10 @@ class Edit:
     """An intervention, to be entered as often as needed. Hooks go when the block is left, whatever happens in it.
 
     `edited`: how many entries, tokens, keys, heads or sub-layers, over the sequences. `stage`: the first that it
-    touches; all before are as in the clean model. `rows`: per seam whose map it changes in a way that cannot be seen in
-    (q, k, bias), the function (rows of the map, first query) -> rows.
+    touches; all before are as in the clean model. `tokens`: by tap of the stream, whose states it writes, bool (B, T);
+    `keys`: by seam, whose attention it changes, bool (B, H, T). `rows`: per seam whose map it changes in a way that
+    cannot be seen in (q, k, bias), the function (rows of the map, first query) -> rows. `dose`: of keys the attention
+    that they get; of an edit of the stream, after it has run, the squared norm of all that it added; else 0.
     """
 
     def __init__(
@@ -132,16 +139,20 @@ class Edit:
         clean: CleanPass,
         taps: Sequence[Tap],
         edited: int,
-        hooks: Callable[[], contextlib.AbstractContextManager[None]],
+        hooks: Callable[[Any], contextlib.AbstractContextManager[Any]],  # of the Edit
+        *,
+        tokens: dict[int, Tensor] | None = None,
+        keys: dict[int, Tensor] | None = None,
         rows: dict[int, Rows] | None = None,
     ) -> None:
         subject = clean.subject
         self.stage = min(map(subject.stage_of, taps), default=len(subject.stages))
-        self.edited, self.hooks, self.rows = edited, hooks, rows or {}
+        self.edited, self.hooks, self.tokens, self.keys, self.rows = edited, hooks, tokens or {}, keys or {}, rows or {}
+        self.dose = sum(float((clean.mass[i] * found).sum()) for i, found in self.keys.items())
         self._entered: list[contextlib.AbstractContextManager[None]] = []
 
     def __enter__(self) -> "Edit":
-        hooks = self.hooks()
+        hooks = self.hooks(self)
         hooks.__enter__()
         self._entered.append(hooks)
         return self
@@ -156,64 +167,111 @@ def nothing(clean: CleanPass, reference: Reference | None = None, control: str |
 
 
 def _on_streams(
-    clean: CleanPass, where: list[Tensor], function: Callable[[int, Tensor], Tensor], only: int | None = None
+    clean: CleanPass,
+    where: list[Tensor],
+    function: Callable[[int, Tensor], Tensor],
+    control: str | None = None,
+    only: int | None = None,
 ) -> Edit:
-    """An Edit: at each writable tap i, `where[i]` (bool (B, T, C) or (B, T, 1)) of x become function(i, x)'s."""
+    """An Edit: at each writable tap i, `where[i]` (bool (B, T, C) or (B, T, 1)) of x become function(i, x)'s.
+
+    Under the control same_energy the same tokens are moved as far from their clean state, in a random direction.
+    """
     subject = clean.subject
     chosen = [
         i
         for i, tap in enumerate(subject.streams)
         if tap.writable and bool(where[i].any()) and (only is None or i == only)
     ]
+    edit_of = lambda i, x: torch.where(where[i], function(i, x), x)
+    if control == "same_energy":
+        u, real = direction_of(clean, SEED_OF_ENERGY), edit_of
 
-    def write(i: int) -> Callable[[Tensor], Tensor]:
-        # transformers may flatten a stream to (B T, C) on its way
-        return lambda x: torch.where(
-            where[i], function(i, x.view(clean.streams[i].shape)), x.view_as(clean.streams[i])
-        ).view_as(x)
+        def edit_of(i: int, x: Tensor) -> Tensor:
+            before = clean.streams[i]
+            size = torch.linalg.vector_norm((real(i, before) - before).float(), dim=-1, keepdim=True)
+            return torch.where(where[i].any(-1, keepdim=True), displaced(x, before, u.to(x), size.to(x)), x)
+
+    def write(edit: Edit, i: int) -> Callable[[Tensor], Tensor]:
+        def on_stream(x: Tensor) -> Tensor:
+            old = x.view(clean.streams[i].shape)  # transformers may flatten a stream to (B T, C) on its way
+            new = edit_of(i, old)
+            edit.dose += float((new - old).float().square().sum())
+            return new.view_as(x)
+
+        return on_stream
 
     taps = [subject.streams[i] for i in chosen]
-    hooks = lambda: on_streams(taps, [write(i) for i in chosen])
-    return Edit(clean, taps, sum(int(where[i].sum()) for i in chosen), hooks)
+    hooks = lambda edit: on_streams(taps, [write(edit, i) for i in chosen])
+    tokens = {i: where[i].any(-1).cpu() for i in chosen}
+    return Edit(clean, taps, sum(int(where[i].sum()) for i in chosen), hooks, tokens=tokens)
 
 
 # ------------------------------------------------------------------------------------------------- spikes
 
 
 CLIP_RATIO = 10.0  # well below the spike rule's
+SEED_OF_ENERGY, SEED_OF_DIRECTION = 10_001, 10_002  # of random directions; those below are taps'
 
 
 def spike_zero(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
     """h = 0 at every spike entry of every tap."""
-    return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x))
+    return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x), control)
 
 
 def spike_mean(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
     """h = the mean of its channel over spike entries of other text (Sun et al. 2024); a control's, over the others."""
-    mean = lambda i, x: reference.entries[i][control is not None].to(x).expand_as(x)
-    return _on_streams(clean, entries_of(clean, control), mean)
+    mean = lambda i, x: reference.entries[i][control == "random_channels"].to(x).expand_as(x)
+    return _on_streams(clean, entries_of(clean, control), mean, control)
 
 
 def spike_clip(
     clean: CleanPass, reference: Reference | None = None, control: str | None = None, ratio: float = CLIP_RATIO
 ) -> Edit:
-    """|h| cut down to `ratio` x the layer's median |h|; a control's entries shrink by their token's mean factor."""
+    """|h| cut down to `ratio` x the layer's median |h|; random channels shrink by their token's mean factor."""
 
     def clip(i: int, x: Tensor) -> Tensor:
         threshold = ratio * metrics.median_magnitude(x.float())[:, None, None]
         factor = (threshold / x.float().abs().clamp_min(1e-30)).clamp_max(1)
-        if control:
+        if control == "random_channels":
             marked = clean.spikes[i]
             factor = (factor * marked).sum(-1, keepdim=True) / marked.sum(-1, keepdim=True).clamp_min(1)
         return x * factor.to(x.dtype)
 
-    return _on_streams(clean, entries_of(clean, control), clip)
+    return _on_streams(clean, entries_of(clean, control), clip, control)
 
 
 def spike_stepup(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
     """h = 0 at the spike entries of the step-up tap alone: later sub-layers may raise them again."""
     only = -1 if reference.step_up is None else reference.step_up
-    return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x), only)
+    return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x), control, only)
+
+
+def spike_scale(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
+    """The whole state of every spike token, at every tap, scaled to its sequence's median norm: its size goes, its
+    direction stays."""
+
+    def scale(i: int, x: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(clean.streams[i].float(), dim=-1)
+        usual = norms.median(1).values[:, None, None]
+        return x * (usual / torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp_min(1e-30)).to(x)
+
+    return _on_streams(clean, tokens_of(clean), scale, control)
+
+
+def spike_direction(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
+    """The spike entries' energy goes into a random direction off all spike channels, the norm stays: a state as large
+    as the spike token's, that points elsewhere."""
+    u = direction_of(clean, SEED_OF_DIRECTION)
+
+    def turn(i: int, x: Tensor) -> Tensor:
+        before, marked = clean.streams[i].float(), clean.spikes[i]
+        size = torch.linalg.vector_norm(before * marked, dim=-1, keepdim=True)
+        turned = displaced(x.float() * ~marked, before, u, size)
+        norm = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
+        return (torch.nn.functional.normalize(turned, dim=-1) * norm).to(x)
+
+    return _on_streams(clean, tokens_of(clean), turn, control)
 
 
 def spike_project(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
@@ -221,21 +279,18 @@ def spike_project(clean: CleanPass, reference: Reference, control: str | None = 
 
     def project(i: int, x: Tensor) -> Tensor:
         u = reference.direction[i].to(x)
-        if control == "random_direction":
-            u = torch.nn.functional.normalize(torch.randn(u.shape, generator=torch.Generator().manual_seed(i)), dim=0)
-        u = u.to(x)
         return x - (x @ u)[..., None] * u
 
-    return _on_streams(clean, [tokens[..., None] for tokens in tokens_of(clean, control)], project)
+    return _on_streams(clean, tokens_of(clean, control), project, control)
 
 
 def spike_constant(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
     """The whole state of every spike token, at every tap, is the mean state of other text's spike tokens there.
 
-    Sun et al. 2026: spikes act as near-constant, implicit parameters. A control's tokens get the others' mean state.
+    Sun et al. 2026: spikes act as near-constant, implicit parameters. Other tokens get the others' mean state.
     """
-    constant = lambda i, x: reference.states[i][control is not None].to(x).expand_as(x)
-    return _on_streams(clean, [tokens[..., None] for tokens in tokens_of(clean, control)], constant)
+    constant = lambda i, x: reference.states[i][control == "other_tokens"].to(x).expand_as(x)
+    return _on_streams(clean, tokens_of(clean, control), constant, control)
 
 
 # -------------------------------------------------------------------------------------------------- sinks
@@ -250,12 +305,14 @@ def _on_seams(
     """An Edit of the seams where keys (per seam bool (B, H, T)) has any; hooks_of(its keys) -> arguments of hooked."""
     chosen = [(tap, found) for tap, found in zip(clean.subject.attends, keys, strict=True) if found.any()]
 
-    def hooks() -> contextlib.AbstractContextManager[None]:
+    def hooks(_: Edit) -> contextlib.AbstractContextManager[None]:
         found = [{kind: (tap.module, hook) for kind, hook in hooks_of(at).items()} for tap, at in chosen]
         return hooked(**{kind: [of[kind] for of in found] for kind in (found[0] if found else ())})
 
-    rows = {i: rows_of(found) for i, found in enumerate(keys) if found.any()} if rows_of else None
-    return Edit(clean, [tap for tap, _ in chosen], sum(int(found.sum()) for _, found in chosen), hooks, rows)
+    of_seam = {i: found for i, found in enumerate(keys) if found.any()}
+    rows = {i: rows_of(found) for i, found in of_seam.items()} if rows_of else None
+    edited = sum(int(found.sum()) for _, found in chosen)
+    return Edit(clean, [tap for tap, _ in chosen], edited, hooks, keys=of_seam, rows=rows)
 
 
 def biased(clean: CleanPass, keys: list[Tensor], value: float) -> Edit:
@@ -375,14 +432,8 @@ def remove_heads(clean: CleanPass, heads: Tensor) -> Edit:
     def hook_of(off: Tensor) -> Callable[..., Tensor]:
         return lambda module, args, kwargs, output: output.masked_fill(off.to(output.device)[:, None, None], 0)
 
-    hooks = lambda: hooked([(tap.module, hook_of(off)) for tap, off in chosen])
+    hooks = lambda _: hooked([(tap.module, hook_of(off)) for tap, off in chosen])
     return Edit(clean, [tap for tap, _ in chosen], len(clean.ids) * sum(int(off.sum()) for _, off in chosen), hooks)
-
-
-def remove_sub_layer(clean: CleanPass, tap: Tap | None) -> Edit:
-    """A sub-layer adds nothing to the stream; `tap`: one of subject.inner["update"], or None for none."""
-    taps = [] if tap is None else [tap]
-    return Edit(clean, taps, len(clean.ids) * len(taps), lambda: on_streams(taps, [torch.zeros_like] * len(taps)))
 
 
 def sink_heads(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
@@ -395,18 +446,53 @@ def sink_heads(clean: CleanPass, reference: Reference, control: str | None = Non
     return remove_heads(clean, heads)
 
 
+def _of_step_up(clean: CleanPass, reference: Reference, other: bool) -> tuple[int, Tap] | None:
+    """(the tap after it, the Tap of its update) of the sub-layer at which spikes first stand, or of an `other` of its
+    kind, drawn at random; None where there is none."""
+    if reference.step_up is None:
+        return None
+    subject, at = clean.subject, clean.subject.streams[reference.step_up]
+    after = {(tap.layer, tap.kind): i for i, tap in enumerate(subject.streams)}
+    known = {(tap.layer, tap.kind): tap for tap in subject.inner["update"] if (tap.layer, tap.kind) in after}
+    if (at.layer, at.kind) not in known:
+        return None
+    place = (at.layer, at.kind)
+    if other:
+        others = [one for one in known if one[1] == at.kind and one != place]
+        if not others:
+            return None
+        place = others[int(torch.randint(len(others), (), generator=torch.Generator().manual_seed(0)))]
+    return after[place], known[place]
+
+
 def step_up(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
     """The sub-layer at which spikes first stand adds nothing to the stream."""
-    if reference.step_up is None:
-        return remove_sub_layer(clean, None)
-    at = clean.subject.streams[reference.step_up]
-    updates = clean.subject.inner["update"]
-    chosen = [tap for tap in updates if (tap.layer, tap.kind) == (at.layer, at.kind)]
-    if control:
-        others = [tap for tap in updates if chosen and tap.kind == at.kind and tap not in chosen]
-        draw = torch.Generator().manual_seed(0)
-        chosen = [others[int(torch.randint(len(others), (), generator=draw))]] if others else []
-    return remove_sub_layer(clean, next(iter(chosen), None))
+    found = _of_step_up(clean, reference, control is not None)
+    taps = [found[1]] if found else []
+    return Edit(clean, taps, len(clean.ids) * len(taps), lambda _: on_streams(taps, [torch.zeros_like] * len(taps)))
+
+
+def bos_ffn(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
+    """The FFN at which spikes first stand adds nothing to the first token, BOS where there is one.
+
+    Queipo-de-Llano et al. 2025 (2510.06477), who say that the spike on BOS goes, and the sinks with it.
+    """
+    found = _of_step_up(clean, reference, control == "other_sub_layer")
+    if found is None or found[1].kind != "ffn":
+        return nothing(clean)
+    index, update = found
+    token, shape = clean.subject.n_register + (control == "second_token"), clean.streams[index].shape
+
+    def write(edit: Edit, x: Tensor) -> Tensor:
+        new = x.view(shape).clone()
+        edit.dose += float(new[:, token].float().square().sum())
+        new[:, token] = 0
+        return new.view_as(x)
+
+    written = torch.zeros(shape[:2], dtype=torch.bool)
+    written[:, token] = True
+    hooks = lambda edit: on_streams([update], [functools.partial(write, edit)])
+    return Edit(clean, [update], len(clean.ids), hooks, tokens={index: written})
 
 
 # ----------------------------------------------------------------------------------------------- the table
@@ -428,22 +514,25 @@ class Intervention(NamedTuple):
     needs_reference: bool = False  # whether it takes anything from other text
 
 
-_ENTRIES, _KEYS = ("random_channels", "median_entries"), ("random_keys", "same_positions")
+_ENTRIES, _KEYS = ("same_energy", "random_channels"), ("same_mass", "random_keys")
 INTERVENTIONS = {
     "spike_zero": Intervention("spike", spike_zero, _ENTRIES),
     "spike_mean": Intervention("spike", spike_mean, _ENTRIES, needs_reference=True),
     "spike_clip": Intervention("spike", spike_clip, _ENTRIES),
     "spike_stepup": Intervention("spike", spike_stepup, _ENTRIES, needs_reference=True),
-    "spike_project": Intervention("spike", spike_project, ("random_direction", "other_tokens"), needs_reference=True),
+    "spike_scale": Intervention("spike", spike_scale, ("same_energy",)),
+    "spike_direction": Intervention("spike", spike_direction, ("same_energy",)),
+    "spike_project": Intervention("spike", spike_project, ("same_energy", "other_tokens"), needs_reference=True),
     "sink_mask": Intervention("sink", sink_mask, _KEYS),
     "sink_damp": Intervention("sink", sink_damp, _KEYS),
     "sink_relocate": Intervention("sink", sink_relocate, _KEYS),
     "sink_null": Intervention("sink", sink_null, _KEYS),
     "bos_remove": Intervention("bos", bos_remove, ("second_token",)),
+    "bos_ffn": Intervention("bos", bos_ffn, ("second_token", "other_sub_layer"), needs_reference=True),
 }
 # on whole tokens, heads and sub-layers
 REMOVALS = {
-    "spike_constant": Intervention("spike", spike_constant, ("other_tokens",), needs_reference=True),
+    "spike_constant": Intervention("spike", spike_constant, ("same_energy", "other_tokens"), needs_reference=True),
     "remove_sink_heads": Intervention("sink", sink_heads, ("random_heads",), needs_reference=True),
     "remove_step_up": Intervention("spike", step_up, ("other_sub_layer",), needs_reference=True),
 }

@@ -6,7 +6,7 @@ Everything is kept per sequence, so that every interval is a bootstrap over sequ
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +17,19 @@ from tqdm import tqdm
 from ..hooks import hooked, on_streams
 from ..measure import metrics
 from ..measure.observe import Ordinary
-from ..measure.sinks import sinks_in
+from ..measure.sinks import alpha_in, are_sinks
 from ..models.subject import Subject, batches, map_rows
-from . import interventions
+from . import causes, interventions
+from .causes import Judged
 from .clean_pass import CleanPass, Reference
 from .findings import (
     AttentionChange,
     Baseline,
-    Cell,
+    Cause,
     ClassChange,
     ClassLoss,
     ControlChange,
     ControlEffect,
-    ControlRemains,
     Entry,
     Interval,
     Left,
@@ -37,15 +37,13 @@ from .findings import (
     ShareIntervals,
     StateChange,
 )
-from .interventions import Edit, Intervention
+from .interventions import Edit, Intervention, intervention_named
 
 CLASSES = ("spike", "sink", "after", "other")
-ENOUGH = 10  # sequences that have a phenomenon: with fewer, whether it needs the other is not said
 nan = float("nan")
 
 Condition = Callable[[CleanPass], Edit]
 Conditions = Mapping[str, Condition]
-Seams = list[tuple[Any, Tensor, Tensor]]  # every call of an attention seam: (its module, q, k)
 
 
 @dataclass
@@ -56,13 +54,17 @@ class Outcome:
     spikes: Tensor  # (N, 2): tokens that were spikes and still are; that are now
     sinks: Tensor  # (N, 2): (head, key) pairs, alike
     moved: Tensor  # (taps, N, 2): mean |h' - h| / |h| of spike tokens and of the others; nan without
+    sums: Tensor  # (N, 6): causes.SUMS
     edited: int = 0
+    dose: float = 0.0
 
     @classmethod
     def empty(cls, taps: int, n: int, length: int) -> "Outcome":
         """Nothing measured yet, of `n` sequences."""
         losses = torch.full((n, length), nan, dtype=torch.float64)
-        return cls(losses, torch.zeros(n, 2), torch.zeros(n, 2), torch.full((taps, n, 2), nan))
+        counts = torch.zeros(n, 2), torch.zeros(n, 2)
+        sums = torch.zeros(n, len(causes.SUMS), dtype=torch.float64)
+        return cls(losses, *counts, torch.full((taps, n, 2), nan), sums)
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Outcomes:
     classes: Tensor  # bool (4, N, T - shift): CLASSES of the token at which a prediction is made
     spikes: Tensor  # (N,): spike tokens in the clean model
     sinks: Tensor  # (N,): (head, key) sinks in the clean model
+    spikes_at_taps: Tensor  # (N,): spike tokens, counted at every attended tap
+    states: dict[str, set[Hashable]] = field(default_factory=dict)  # of what is judged, by intervention
     spread: dict[str, Tensor] = field(default_factory=dict)  # of `spread_of`: name -> (N, 2), nan without sinks
 
 
@@ -95,29 +99,34 @@ def measure(
         torch.zeros(len(CLASSES), N, T, dtype=torch.bool),
         torch.zeros(N),
         torch.zeros(N),
-        {name: torch.full((N, 2), nan) for name in ("with", "without", "control")},
+        torch.zeros(N),
+        spread={name: torch.full((N, 2), nan) for name in ("with", "without", "control")},
     )
     parts = [*batches(ids, batch_size)]
     with tqdm(total=len(parts) * (len(conditions) + 1), desc=description, disable=None, leave=False) as bar:
         for rows, batch in parts:
             clean = _clean(subject, batch, rows, result, ordinary)
             bar.update()
+            judged: dict[str, Judged] = {}
             for name, condition in conditions.items():
                 bar.set_postfix_str(name, refresh=False)
-                _under(condition(clean), clean, rows, result.by_name[name])
+                edit, intervention = condition(clean), name.partition("/")[0]  # controls follow their intervention
+                if name in causes.CAUSES:
+                    judged[name] = Judged(clean, edit, causes.ASKED[intervention_named(name).kind])
+                    result.states.setdefault(name, set()).update(judged[name].states())
+                _under(edit, clean, rows, result.by_name[name], judged.get(intervention))
                 bar.update()
     return result
 
 
 def _clean(subject: Subject, batch: Tensor, rows: Tensor, result: Outcomes, ordinary: Ordinary) -> CleanPass:
     """The clean pass over one batch; fills in what it showed."""
-    calls: Seams = []
-    keep = lambda module, args, kwargs, output: calls.append((module, *args[:2]))
-    clean = CleanPass.of(subject, batch, rows, [(tap.module, keep) for tap in subject.attends], ordinary)
+    clean = CleanPass.of(subject, batch, rows, ordinary)
     outcome = result.by_name["none"]
     T = clean.losses.size(1)
     outcome.losses[rows, :T] = clean.losses.double()
     result.spikes[rows] = clean.spike_tokens.sum(1).float()
+    result.spikes_at_taps[rows] = torch.stack(clean.marked[subject.attended]).sum((0, 2)).float()
     result.sinks[rows] = torch.stack([found.sum((1, 2)) for found in clean.sinks]).sum(0).float()
     outcome.spikes[rows] = result.spikes[rows, None].expand(-1, 2)
     outcome.sinks[rows] = result.sinks[rows, None].expand(-1, 2)
@@ -125,7 +134,7 @@ def _clean(subject: Subject, batch: Tensor, rows: Tensor, result: Outcomes, ordi
         result.classes[:, rows, :T] = classes_of(clean)[..., subject.n_register :][..., :T]
     masks = {"with": None, "without": clean.sinks, "control": interventions.keys_of(clean, "random_keys")}
     for name, keys in masks.items():
-        result.spread[name][rows] = spread_of(clean, calls, keys)
+        result.spread[name][rows] = spread_of(clean, keys)
     return clean
 
 
@@ -138,14 +147,14 @@ def classes_of(clean: CleanPass) -> Tensor:
 
 
 @torch.no_grad()
-def spread_of(clean: CleanPass, calls: Seams, masked: list[Tensor] | None = None) -> Tensor:
+def spread_of(clean: CleanPass, masked: list[Tensor] | None = None) -> Tensor:
     """Entropy (nats) and mean distance (tokens) of the maps of heads that have a sink, averaged over them: (B, 2).
 
     `masked`: per seam keys (B, H, T) that get no attention but for their own query, the rest of each row renormalised;
     q and k are the clean model's. nan for a sequence without sinks.
     """
     total, heads = torch.zeros(len(clean.ids), 2), torch.zeros(len(clean.ids), 1)
-    for i, (seam, q, k) in enumerate(calls):
+    for i, (seam, q, k) in enumerate(clean.calls):
         wanted = clean.sinks[i].any(-1)  # (B, H)
         if not wanted.any():
             continue
@@ -167,12 +176,13 @@ def spread_of(clean: CleanPass, calls: Seams, masked: list[Tensor] | None = None
 class _Watch:
     """Hooks that compare a pass under an edit with the clean one, over the taps and seams that the edit can reach."""
 
-    def __init__(self, edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome) -> None:
-        self.edit, self.clean, self.rows, self.outcome = edit, clean, rows, outcome
+    def __init__(self, edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome, judged: Judged | None) -> None:
+        self.edit, self.clean, self.rows, self.outcome, self.judged = edit, clean, rows, outcome, judged
         self.tokens = clean.spike_tokens  # bool (B, T)
         self.still = torch.zeros_like(self.tokens)  # those with a spike at some attended tap under the edit
         self.attended = range(len(clean.streams))[clean.subject.attended]
         self.sinks = torch.zeros(len(rows), 2)  # the very same, and all
+        outcome.sums[rows] = 0.0
 
     def hooks(self) -> contextlib.ExitStack:
         """A context manager of all hooks. What the edit cannot reach is as it was, and is filled in at once."""
@@ -183,15 +193,14 @@ class _Watch:
                 taps.append(tap)
                 functions.append(functools.partial(self.on_stream, i))
             else:
-                if i in self.attended:
-                    self.still |= clean.spikes[i].any(-1).cpu()
+                self.count_tap(i, clean.marked[i], clean.magnitude[i], clean.magnitude[i])
                 for kind, of in enumerate((self.tokens, ~self.tokens)):
                     self.outcome.moved[i, self.rows, kind] = torch.where(of.any(1), 0.0, nan)
         for i, tap in enumerate(subject.attends):
             if subject.stage_of(tap) >= first:
                 seams.append((tap.module, functools.partial(self.on_attention, i)))
             else:
-                self.sinks += clean.sinks[i].sum((1, 2))[:, None]
+                self.count_seam(i, clean.sinks[i], clean.alpha[i])
         stack = contextlib.ExitStack()
         stack.enter_context(on_streams(taps, functions))
         stack.enter_context(hooked(seams))
@@ -200,8 +209,8 @@ class _Watch:
     def on_stream(self, i: int, x: Tensor) -> None:
         """The stream (B, T, C), or flattened, at tap i."""
         x = x.view(self.clean.streams[i].shape)
-        if i in self.attended:
-            self.still.logical_or_(self.clean.ordinary.spikes_at(i, x).any(-1).cpu())
+        size = x.float().abs().amax(-1).cpu()
+        self.count_tap(i, self.clean.ordinary.spikes_at(i, x).any(-1).cpu(), size, self.clean.entry(i, x))
         old = self.clean.streams[i].float()
         relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
         for kind, of in enumerate((self.tokens, ~self.tokens)):
@@ -210,18 +219,31 @@ class _Watch:
     def on_attention(self, i: int, module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         """A call of seam i."""
         q, k, *_ = args
-        now = sinks_in(module, q, k, self.clean.subject.causal, kwargs.get("bias"), self.edit.rows.get(i))
-        self.sinks.add_(torch.stack(((now & self.clean.sinks[i]).sum((1, 2)), now.sum((1, 2))), dim=1))
+        alpha, queries = alpha_in(module, q, k, self.clean.subject.causal, kwargs.get("bias"), self.edit.rows.get(i))
+        self.count_seam(i, are_sinks(alpha, queries, q.size(-2)), alpha)
+
+    def count_tap(self, i: int, marked: Tensor, magnitude: Tensor, entry: Tensor) -> None:
+        """What is at tap i: see Judged.count_tap."""
+        if i in self.attended:
+            self.still |= marked
+        if self.judged:
+            self.outcome.sums[self.rows] += self.judged.count_tap(i, marked, magnitude, entry)
+
+    def count_seam(self, i: int, sinks: Tensor, alpha: Tensor) -> None:
+        """What is at seam i: sinks, bool (B, H, T), and alpha (B, H, T)."""
+        self.sinks += torch.stack(((sinks & self.clean.sinks[i]).sum((1, 2)), sinks.sum((1, 2))), dim=1)
+        if self.judged:
+            self.outcome.sums[self.rows] += self.judged.count_seam(i, sinks, alpha)
 
 
 @torch.no_grad()
-def _under(edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome) -> None:
+def _under(edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome, judged: Judged | None = None) -> None:
     """One pass under an edit, with the stages before it as they were; fills in the outcome of these sequences."""
-    watch = _Watch(edit, clean, rows, outcome)
+    watch = _Watch(edit, clean, rows, outcome, judged)
     with clean.prefix(edit.stage), edit, watch.hooks():  # the edit's hooks first: what is watched is edited
         losses = clean.subject.losses(clean.ids)
     outcome.losses[rows, : losses.size(1)] = losses.double()
-    outcome.edited += edit.edited
+    outcome.edited, outcome.dose = outcome.edited + edit.edited, outcome.dose + edit.dose
     still = torch.stack(((watch.still & watch.tokens).sum(1), watch.still.sum(1)), dim=1)
     outcome.spikes[rows], outcome.sinks[rows] = still.float(), watch.sinks
 
@@ -325,6 +347,7 @@ def effect_entry(name: str, kind: str, outcomes: Outcomes) -> dict[str, Any]:
     moved = [[none_if_nan(x) for x in tap] for tap in outcome.moved.nanmean(1).tolist()]
     return {
         "edited": outcome.edited,
+        "dose": outcome.dose or None,
         **metrics.paired_effect(clean.losses.nanmean(1), outcome.losses.nanmean(1)),
         "by_class": {name: _class_change(delta, at) for name, at in zip(CLASSES, outcomes.classes, strict=True)},
         "by_position": mean_by_position(delta),
@@ -374,48 +397,18 @@ def baseline(outcomes: Outcomes) -> Baseline:
     )
 
 
-REMOVE = {"spikes": ("spike_zero", "sinks"), "sinks": ("sink_mask", "spikes")}  # what -> (by what, what is asked for)
-
-
-def two_by_two(entries: Iterable[Entry]) -> dict[str, Cell]:
-    """The causal 2 x 2: remove spikes - do sinks remain? Remove sinks - do spikes remain?"""
-    by_name = {entry.name: entry for entry in entries}
-    cells = {}
-    for removed, (name, asked) in REMOVE.items():
-        if name in by_name:
-            entry = by_name[name]
-            cells[f"remove_{removed}"] = Cell(
-                by=name,
-                edited=entry.edited,
-                spikes_remain=entry.spikes_left,
-                sinks_remain=entry.sinks_left,
-                control=[
-                    ControlRemains(
-                        name=control.name, spikes_remain=control.spikes_left, sinks_remain=control.sinks_left
-                    )
-                    for control in entry.controls_that_edited
-                ],
-                asked=f"{asked}_remain",
-                needs=needs_verdict(entry, asked),
-            )
-    return cells
-
-
-def needs_verdict(entry: Entry, asked: str) -> str:
-    """Whether what is `asked` for, "spikes" or "sinks", needs what an intervention removed.
-
-    "yes" if less than half is left, and less than under every control (intervals apart); "no" if more than half is
-    left; "underpowered" where fewer than ENOUGH sequences have it, or nothing was removed; else "unclear".
-    """
-    real, controls = entry.left(asked), [control.left(asked) for control in entry.controls_that_edited]
-    if not entry.edited or real.sequences < ENOUGH or not controls or real.same_ci95 is None:
-        return "underpowered"
-    low, high = real.same_ci95
-    if low > 0.5:
-        return "no"
-    if high < 0.5 and all(control.same_ci95 is not None and high < control.same_ci95[0] for control in controls):
-        return "yes"
-    return "unclear"
+def causes_of(table: Mapping[str, Intervention], outcomes: Outcomes) -> list[Cause]:
+    """Whether sinks need spikes, and spikes sinks, by each intervention of a table that asks it."""
+    there = {"sinks": outcomes.sinks, "spikes": outcomes.spikes_at_taps}
+    found = []
+    for name in (name for name in causes.CAUSES if name in table):
+        real, one = outcomes.by_name[name], table[name]
+        of_controls = {control: outcomes.by_name[f"{name}/{control}"] for control in one.controls}
+        sums = {control: outcome.sums for control, outcome in of_controls.items() if outcome.edited}
+        asked = causes.ASKED[one.kind]
+        states = len(outcomes.states.get(name, ()))
+        found.append(causes.cause(name, asked, real.edited, states, real.sums, sums, there[asked]))
+    return found
 
 
 def attention_change(outcomes: Outcomes) -> AttentionChange:

@@ -72,16 +72,15 @@ def uniform_share(queries: torch.Tensor, causal: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sinks_in(
+def alpha_in(
     seam: Seam,
     q: torch.Tensor,
     k: torch.Tensor,
     causal: bool,
     bias: torch.Tensor | None = None,
     rows: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Which keys of a seam's map are sinks: alpha > 0.3, and a quarter of the queries see it. bool (B, H, T), on the
-    CPU.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(alpha of every key of a seam's map (B, H, T), how many queries see it (T,)), on the CPU.
 
     `rows`: (rows of the map, first query) -> the rows that are used instead.
     """
@@ -89,8 +88,17 @@ def sinks_in(
     for first, weights in map_rows(seam, q, k, causal, bias):
         received[..., : weights.size(-1)] += (rows(weights, first) if rows else weights).sum(-2)
     queries, _ = queries_that_see(seam, k.size(-2), q.size(-2), causal)
-    alpha = sink_alpha(received.cpu(), queries)
-    return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries, q.size(-2))
+    return sink_alpha(received.cpu(), queries), queries
+
+
+def are_sinks(alpha: torch.Tensor, queries: torch.Tensor, n_queries: int) -> torch.Tensor:
+    """Which keys are sinks, of what `alpha_in` gives: alpha > 0.3, and a quarter of the queries see it. As alpha."""
+    return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries, n_queries)
+
+
+def sinks_in(seam: Seam, q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Which keys of a seam's map are sinks: bool (B, H, T), on the CPU."""
+    return are_sinks(*alpha_in(seam, q, k, causal), q.size(-2))
 
 
 # ------------------------------------------------------------------------------------------------------- rules

@@ -5,6 +5,7 @@ returned is the sum after it. It goes on as it is (pre-norm), or as what a norm 
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -149,7 +150,7 @@ class Stack:
                 if of and of.norm:
                     found.gated.extend(gated_ffn(layer, event.module, of.norm))
         found.reads.append(None)  # what the last norm makes of the stream is read by no block
-        return found
+        return found._replace(streams=written_again(found.streams))
 
 
 class Taps(NamedTuple):
@@ -160,6 +161,21 @@ class Taps(NamedTuple):
     inner: dict[str, list[Tap]]
     gated: list[GatedFFN]
     attends: list[Tap]
+
+
+def written_again(streams: list[Tap]) -> list[Tap]:
+    """The taps of a stream, in order; what is written at one past which the stream goes on is carried to the next ones,
+    up to one where it does not. Each sum is the one before plus an update, so an addition there is one here."""
+    found: list[Tap] = []
+    later: tuple[Tap, ...] = ()
+    for tap in reversed(streams):
+        if tap.writable or not later:
+            found.append(tap)
+            later = (tap,) if tap.writable else ()
+        else:
+            found.append(dataclasses.replace(tap, writable=True, carried=later))
+            later = (tap, *later)
+    return found[::-1]
 
 
 def tap_of(layer: int, kind: str, event: Event) -> Tap:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Patch
 from matplotlib.ticker import SymmetricalLogLocator
 
-from ..edit.findings import Ablation, Blimp, Effect, Left, Linear
+from ..edit.causes import MARGIN, NEEDED
+from ..edit.findings import Ablation, Blimp, Cause, Effect, Linear, Lost
 from ..measure.findings import Place
 from .drawing import GREY, INK, SINK, SPIKE, Figure, canvas, name_ticks, thinned
 from .text import on_text
@@ -43,29 +43,30 @@ def _deltas(found: Ablation) -> Canvas:
     return figure
 
 
-def _bars(axes: Axes, left: Iterable[Left], shift: float, color: str) -> None:
-    """A bar per run, the first of full colour, each with its interval; none where nothing could be left."""
-    for i, of in enumerate(left):
-        if of.same is not None:
-            axes.bar(i + shift, of.same, 0.34, color=color, alpha=1 if i == 0 else 0.4)
-            if of.same_ci95:
-                axes.plot([i + shift, i + shift], of.same_ci95, color=INK, lw=1)
-
-
-def _two_by_two(found: Ablation) -> Canvas:
-    figure, both = canvas(1, 2, sharey=True)
-    for axes, (removed, cell) in zip(both, found.two_by_two.items(), strict=False):
-        runs = [cell, *cell.control]
-        _bars(axes, [run.spikes_remain for run in runs], -0.18, SPIKE)
-        _bars(axes, [run.sinks_remain for run in runs], 0.18, SINK)
-        names = [cell.by, *(control.name for control in cell.control)]
-        axes.set_xticks(range(len(runs)), [name.replace("_", "\n") for name in names])
-        axes.tick_params(axis="x", labelsize=0.85 * mpl.rcParams["font.size"])
-        axes.set(ylim=(0, 1.05), title=REMOVED[removed][0])
-    both[0].set_ylabel("share that remains")
-    handles = [Patch(color=c, label=n) for n, c in (("spikes", SPIKE), ("sinks", SINK))]
-    figure.legend(handles=handles, ncols=2, loc="outside lower center")
+def _causes(found: Ablation) -> Canvas:
+    shown: list[tuple[str, Lost, str]] = []
+    for cause in _judged(found):
+        color = {"sinks": SINK, "spikes": SPIKE}[cause.asked]
+        shown.append((f"{cause.asked} without {cause.removed}: {cause.by}, {cause.verdict}", cause.lost, color))
+        shown += [(f"control: {control.name}", control.lost, GREY) for control in cause.control]
+    figure, axes = canvas(lines=0.95 * len(shown))
+    for i, (_, lost, color) in enumerate(shown):
+        if lost.ci95:
+            axes.plot(lost.ci95, [i, i], color=color, lw=2)
+        if lost.share is not None:
+            axes.plot(lost.share, i, "o", color=color, markersize=4)
+    axes.set_yticks(range(len(shown)), [label for label, _, _ in shown])
+    axes.margins(y=0.02)
+    axes.invert_yaxis()
+    for bound in (MARGIN, NEEDED):
+        axes.axvline(bound, color=GREY, lw=0.8, ls=":")
+    axes.set_xscale("symlog", linthresh=1)  # sinks may grow many times
+    axes.set_xlabel("share lost of what lies downstream; dotted: the rule's bounds")
     return figure
+
+
+def _judged(found: Ablation) -> list[Cause]:
+    return [cause for cause in found.causes if cause.judged]
 
 
 def _loss_by_position(found: Ablation) -> Canvas:
@@ -157,23 +158,12 @@ def _blimp(found: Ablation) -> Canvas:
     return figure
 
 
-REMOVED = {  # title, question
-    "remove_spikes": ("spikes removed", "Do sinks need spikes?"),
-    "remove_sinks": ("sinks removed", "Do spikes need sinks?"),
-}
-
-
 def _on_this(found: Ablation) -> str:
     return f" Measured on {on_text(found.data)}."
 
 
 def _edits(found: Ablation) -> bool:
     return bool(_shown(found))
-
-
-def _needs(found: Ablation) -> str:
-    """What the two by two says, in words."""
-    return " ".join(f"{REMOVED[removed][1]} {cell.needs}." for removed, cell in found.two_by_two.items())
 
 
 def _probed(kind: type[Blimp] | type[Linear]) -> Callable[[Ablation], bool]:
@@ -195,13 +185,14 @@ ABLATION = {
         ),
         needs=_edits,
     ),
-    "two_by_two": Figure(
-        _two_by_two,
+    "causes": Figure(
+        _causes,
         lambda found: (
-            "What is left of the very same spikes and sinks when the other is removed, and, paler, under the controls. "
-            f"{_needs(found)}" + _on_this(found)
+            "Do sinks need spikes, do spikes need sinks? How much of the attention of sinks, or of |h| of spikes, that "
+            "lie downstream is lost when the other is removed, and, in grey, under the controls; and the verdicts."
+            + _on_this(found)
         ),
-        needs=lambda found: _edits(found) and any(cell.edited for cell in found.two_by_two.values()),
+        needs=lambda found: bool(_judged(found)),
     ),
     "loss_by_position": Figure(
         _loss_by_position,

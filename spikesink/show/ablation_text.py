@@ -7,7 +7,7 @@ from ..edit.findings import (
     Ablation,
     AttentionChange,
     Blimp,
-    Cell,
+    Cause,
     ClassChange,
     Effect,
     Entry,
@@ -41,6 +41,8 @@ def _beside(entry: Entry) -> str:
 
 QUESTIONS = {
     "spike_zero": "What are the spikes for? Zeroing them changes the loss by {}.",
+    "spike_scale": "Is it their size? Scaling spike tokens to the median norm changes it by {}.",
+    "spike_direction": "Is it their direction? States as large that point elsewhere change it by {}.",
     "spike_mean": "Does their value matter? Setting each to its mean on other text changes it by {}.",
     "spike_constant": "Are spike tokens constants? Giving them one constant state per layer changes it by {}.",
     "sink_mask": "What are the sinks for? Masking them changes the loss by {}.",
@@ -54,32 +56,22 @@ def answers(found: Ablation) -> list[str]:
     lines = [QUESTIONS[entry.name].format(_beside(entry)) for entry in asked if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in asked if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
-    return lines + _needs(found.two_by_two) + _short_range(found.attention) + _quantised(found.int8)
+    return lines + [_need(cause) for cause in found.causes] + _short_range(found.attention) + _quantised(found.int8)
 
 
-VERDICTS = {
-    "yes": "Yes",
-    "no": "No",
-    "unclear": "Unclear",
-    "underpowered": "Underpowered: too few sequences have what would be removed and what would be left",
-}
-
-
-def _needs(cells: dict[str, Cell]) -> list[str]:
-    pairs = (("spikes", "sinks"), ("sinks", "spikes"))
-    known = [(removed, asked, cells[f"remove_{removed}"]) for removed, asked in pairs if f"remove_{removed}" in cells]
-    return [f"Do {asked} need {removed}? {_needs_sentence(cell, removed, asked)}." for removed, asked, cell in known]
-
-
-def _needs_sentence(cell: Cell, removed: str, asked: str) -> str:
-    left, verdict = cell.remain(asked), VERDICTS[cell.needs]
-    if left.same is None or not cell.edited:
-        return verdict
-    shares = ((control.name, control.remain(asked).same) for control in cell.control)
-    controls = ", ".join(f"{number(share, '.0%')} under {_spoken(name)}" for name, share in shares)
+def _need(cause: Cause) -> str:
+    """Does one need the other, by one intervention? The verdict, its reason, and the numbers."""
+    start = f"Do {cause.asked} need {cause.removed}? By {cause.by}: {cause.verdict}, {cause.reason}."
+    if not cause.judged or cause.lost.share is None:
+        return start
+    what = {"sinks": "attention", "spikes": "|h|"}[cause.asked]
+    controls = ", ".join(f"{_spoken(control.name)} {number(control.lost.share, '.0%')}" for control in cause.control)
+    still = f"{cause.still} of {cause.edited:,} removed {cause.removed} are still there"
+    states = "one state" if cause.states == 1 else f"{cause.states:,} states"
     return (
-        f"{verdict}. With {removed} removed ({cell.by}) {left.same:.0%} {interval(left.same_ci95, '.0%')} of the "
-        f"{asked} remain" + (f"; {controls}" if controls else "") + f" ({left.sequences} sequences)"
+        f"{start} {cause.judged:,} of {cause.there:,} {cause.asked} lie downstream, on {states} in {cause.sequences} "
+        f"sequences; they lose {cause.lost.share:.0%} {interval(cause.lost.ci95, '.0%')} of their {what}"
+        f"{f' (controls: {controls})' if controls else ''}; {still}."
     )
 
 
@@ -107,26 +99,38 @@ def _quantised(int8: dict[str, Int8] | Unavailable) -> list[str]:
     return [f"Do they break int8? Weights and activations in 8 bits change the loss by {'; '.join(parts)}."]
 
 
-def _labelled(found: Ablation) -> Iterable[tuple[str, Effect]]:
-    """(label, effect) of every intervention, each followed by its controls if it edited something."""
+def _labelled(found: Ablation) -> Iterable[tuple[str, Effect, str]]:
+    """(label, effect, a control's dose as a part of its intervention's) of every intervention, each followed by its
+    controls if it edited something."""
     for entry in found.entries:
-        yield entry.name, entry
+        yield entry.name, entry, ""
         for control in entry.control if entry.edited else ():
-            yield f"  control: {control.name}", control
+            dose = number(control.dose / entry.dose, ".3g") if control.dose and entry.dose else "–"
+            yield f"  control: {control.name}", control, f"x{dose}" if dose != "–" else dose
 
 
 def rows(found: Ablation) -> Table:
     """(header, rows) of the interventions, each followed by its controls."""
-    header = ["intervention", "edited", "loss", "ppl", "delta loss", "95% interval", "spikes left", "sinks left"]
+    header = [
+        "intervention",
+        "edited",
+        "dose",
+        "loss",
+        "ppl",
+        "delta loss",
+        "95% interval",
+        "spikes left",
+        "sinks left",
+    ]
     base = found.baseline
     share: Callable[[Left], str] = lambda left: number(left.same, ".0%")
-    table = [["none (baseline)", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", "", "", "", ""]]
-    for label, effect in _labelled(found):
+    table = [["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", "", "", "", ""]]
+    for label, effect, dose in _labelled(found):
         what = [NOTHING, "", "", ""]
         if effect.edited:
             what = [f"{effect.delta_loss:+.4f}", interval(effect.ci95, "+.4f")]
             what += [share(effect.spikes_left), share(effect.sinks_left)]
-        table.append([label, f"{effect.edited:,}", f"{effect.loss:.4f}", f"{effect.ppl:.3f}", *what])
+        table.append([label, f"{effect.edited:,}", dose, f"{effect.loss:.4f}", f"{effect.ppl:.3f}", *what])
     return header, table
 
 

@@ -225,7 +225,7 @@ def ablations(ablation: Ablation) -> dict[str, Any]:
         entry.name: {**kept(entry), "control": [{**kept(control), "name": control.name} for control in entry.control]}
         for entry in ablation.interventions
     }
-    return {"interventions": found, "needs": {name: cell.needs for name, cell in ablation.two_by_two.items()}}
+    return {"interventions": found, "needs": {cause.by: cause.verdict for cause in ablation.causes}}
 
 
 def measure_of(name: str) -> Measure:

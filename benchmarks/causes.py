@@ -1,0 +1,236 @@
+"""Are the verdicts on causes right? Models whose wiring is planted, and so known, against what ablate says of them.
+
+  python -m benchmarks.causes               writes results/causes.json and causes.md; some minutes on 2 CPU cores
+  python -m benchmarks.causes --n 20 --out DIR       fewer models, to try it
+
+Pre-norm models of three layers. In each sequence stands a token A and, later, a token B. Layer 0 may have a sink on A,
+whose value all later tokens read; the FFN of layer 1 may write a spike on A or B; layer 2 may have a sink on B. What
+depends on what is drawn (WIRINGS), and sizes, widths and positions are. The truth is another model: the same with what
+is to be removed taken out of its weights. Sinks need spikes if their alpha falls by half or more in it, do not if by
+less than a tenth, else partly; alike spikes and |h|.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from model import GPT, GPTConfig
+from spikesink import schema
+from spikesink.edit import causes, outcomes
+from spikesink.edit.clean_pass import CleanPass, Reference
+from spikesink.edit.interventions import INTERVENTIONS
+from spikesink.errors import Flags, cli
+from spikesink.files import save_text
+from spikesink.models.subject import Subject
+from studies.tables import markdown_table
+from train import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+T, VOCAB, HEADS = 32, 64, 4
+MARK_A, MARK_B, FROM_A, SPIKE = 0, 1, 2, 3  # channels of the stream: two marks, what A's value brings, the spike
+TOKEN_A, TOKEN_B = 62, 63
+MARK = 8.0
+TABLE = {name: INTERVENTIONS[name] for name in ("spike_zero", "spike_scale", "sink_mask")}
+
+
+class Wiring(NamedTuple):
+    """What depends on what. `spike` reads: "A", the mark of A; "B", that of B; "both", B's where A's value has come;
+    "again", as B, and layers 0 and 2 write it too. `late`: of layer 2's sinks on B,
+    in so many of its heads the logit is the spike's, in the others B's mark's; None for no such sinks."""
+
+    sink_on_a: bool
+    spike: str
+    late: int | None
+
+
+WIRINGS: dict[str, Callable[[torch.Generator], Wiring]] = {
+    "sinks need spikes": lambda g: Wiring(False, "B", HEADS),
+    "spikes need sinks": lambda g: Wiring(True, "both", None),
+    "each needs the other": lambda g: Wiring(True, "both", HEADS),
+    "neither": lambda g: Wiring(True, "B", 0),
+    "sinks need spikes in part": lambda g: Wiring(True, "B", int(torch.randint(1, HEADS, (), generator=g))),
+    "upstream only": lambda g: Wiring(True, "A", None),
+    "removal fails": lambda g: Wiring(False, "again", HEADS),
+}
+
+
+def planted(wiring: Wiring, C: int, size: float, logit: float, seed: int) -> GPT:
+    """A model with this wiring, its spike of about `size`, the logits of its sinks about `logit`."""
+    torch.manual_seed(seed)
+    config = GPTConfig(
+        n_layer=3, n_head=HEADS, n_embd=C, block_size=T, vocab_size=VOCAB, norm="rmsnorm", position="none"
+    )
+    model = GPT(dataclasses.replace(config, bias=True, activation="relu", init_scale="one")).eval()
+    special = [MARK_A, MARK_B, FROM_A, SPIKE]
+    stream: Any = model.transformer
+    embedding, D = stream.wte.weight, C // HEADS
+    with torch.no_grad():
+        embedding.normal_()
+        embedding[:, special] = 0
+        embedding[TOKEN_A, MARK_A] = embedding[TOKEN_B, MARK_B] = MARK
+        for block in stream.h:
+            block.attn.f.c_proj.weight[special] = block.mlp.f.c_proj.weight[special] = 0
+            block.attn.f.c_attn.weight[:, special] = block.mlp.f.c_fc.weight[:, special] = 0
+            block.attn.f.c_attn.weight[:C:D] = 0  # a constant query, which finds the first entry of a key
+            block.attn.f.c_attn.bias[:C:D] = 1
+        marked = MARK / (1 + MARK**2 / C) ** 0.5  # a mark behind the first norm, the rest of its state of rms 1
+        if wiring.sink_on_a:
+            first = stream.h[0].attn.f
+            _sink(first, range(HEADS), MARK_A, logit / marked)
+            first.c_attn.weight[2 * C :: D, MARK_A] = 1 / marked
+            first.c_proj.weight[FROM_A, ::D] = MARK / HEADS
+        for layer in (0, 1, 2) if wiring.spike == "again" else (1,):
+            _spike(stream.h[layer].mlp.f, wiring.spike, size, marked)
+        if wiring.late is not None:
+            rms = (1 + (MARK**2 + size**2) / C) ** 0.5
+            _sink(stream.h[2].attn.f, range(wiring.late), SPIKE, logit * rms / size)
+            _sink(stream.h[2].attn.f, range(wiring.late, HEADS), MARK_B, logit * rms / MARK)
+    return model
+
+
+def _sink(f: Any, heads: Iterable[int], channel: int, logit: float) -> None:
+    """In some heads of an attention, keys are sinks by a channel: a `logit` per unit of it behind the norm."""
+    C = f.c_proj.weight.size(0)
+    for head in heads:
+        row = C + head * (C // HEADS)
+        f.c_attn.weight[row] = 0
+        f.c_attn.weight[row, channel] = logit * (C // HEADS) ** 0.5  # logits are divided by it
+
+
+def _spike(f: Any, spike: str, size: float, marked: float) -> None:
+    """An FFN writes about `size` where its neuron 0 fires, behind the norm of a state of about unit rms and marks."""
+    f.c_fc.weight[0] = 0
+    f.c_fc.weight[0, MARK_A if spike == "A" else MARK_B] = 1 / marked
+    f.c_fc.bias[0] = -0.3
+    if spike == "both":  # neither mark alone reaches 1.2
+        f.c_fc.weight[0, FROM_A], f.c_fc.bias[0] = 1 / marked, -1.2
+    f.c_proj.weight[SPIKE, 0] = size / (0.4 if spike == "both" else 0.7)
+
+
+def without(model: GPT, what: str) -> GPT:
+    """The model with "spikes" or "sinks" taken out of its weights."""
+    other = GPT(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    stream: Any = other.transformer
+    C = model.config.n_embd
+    with torch.no_grad():
+        for block in stream.h:
+            if what == "spikes":
+                block.mlp.f.c_proj.weight[SPIKE] = 0
+            else:
+                block.attn.f.c_attn.weight[C : 2 * C : C // HEADS] = 0
+    return other
+
+
+def sequences(n: int, seed: int) -> torch.Tensor:
+    """Random tokens, one A among the first five and one B among the next eight of every sequence: (n, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(TOKEN_A, (n, T), generator=generator)
+    ids[torch.arange(n), torch.randint(0, 5, (n,), generator=generator)] = TOKEN_A
+    ids[torch.arange(n), torch.randint(5, 13, (n,), generator=generator)] = TOKEN_B
+    return ids
+
+
+def subject_of(model: GPT, wiring: Wiring) -> Subject:
+    """A Subject; where the removal is to fail, one whose stream can be written after the FFN of layer 0 alone."""
+    subject = Subject.of_gpt(model, str)
+    if wiring.spike != "again":
+        return subject
+    taps = [dataclasses.replace(tap, writable=tap.name == "ffn 0") for tap in subject.streams]
+    return dataclasses.replace(subject, streams=taps)
+
+
+def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
+    """What is true of an intervention's question: by the wiring what cannot be answered, else by the other model."""
+    asked = causes.ASKED[TABLE[name].kind]
+    subject = subject_of(model, wiring)
+    clean = CleanPass.of(subject, ids)
+    judged = causes.Judged(clean, TABLE[name].edit(clean, None), asked)
+    if wiring.spike == "again" and name == "spike_zero":
+        return "not removed"
+    reachable = wiring.late is not None if asked == "sinks" else wiring.sink_on_a and wiring.spike in ("B", "both")
+    if not reachable:
+        return "out of reach"
+    if name == "spike_scale":  # the next layer reads the direction of a state, which stays
+        return "no"
+    other = CleanPass.of(Subject.of_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
+    on, before, after = (
+        (judged.sinks, clean.alpha, other.alpha)
+        if asked == "sinks"
+        else (judged.spikes, clean.magnitude, other.magnitude)
+    )
+    total = lambda values: sum(float((of * x).sum()) for of, x in zip(on, values, strict=True) if of is not None)
+    lost = 1 - total(after) / total(before)
+    return "yes" if lost >= causes.NEEDED else "no" if lost < causes.MARGIN else "partly"
+
+
+def tried(i: int) -> list[dict[str, Any]]:
+    """One model, and the verdicts on it: a row for each intervention."""
+    generator = torch.Generator().manual_seed(i)
+    draw = lambda low, high: low + (high - low) * float(torch.rand((), generator=generator))
+    name = [*WIRINGS][i % len(WIRINGS)]
+    wiring = WIRINGS[name](generator)
+    C = (48, 64, 96)[int(torch.randint(3, (), generator=generator))]
+    n, size, logit = int(draw(12, 33)), draw(60, 300), draw(4, 8)
+    model, ids = planted(wiring, C, size, logit, i), sequences(2 * n, i)
+    subject = subject_of(model, wiring)
+    reference = Reference(subject, ids[n:])
+    measured = outcomes.measure(subject, ids[:n], outcomes.conditions_of(TABLE, reference), 8, "causes")
+    return [
+        {
+            "wiring": name,
+            "model": {"seed": i, "width": C, "spike": size, "logit": logit, "late": wiring.late, "sequences": n},
+            "truth": truth(model, wiring, cause.by, ids[:n]),
+            **schema.to_json(cause),
+        }
+        for cause in outcomes.causes_of(TABLE, measured)
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table truth x verdict of some rows."""
+    verdicts = ["yes", "partly", "no", "cannot tell", "not removed", "out of reach"]
+    counts = Counter((row["truth"], row["verdict"]) for row in rows)
+    header = ["truth", *(f"said: {verdict}" for verdict in verdicts)]
+    cells = [
+        [true, *(str(counts[true, said] or "–") for said in verdicts)] for true in verdicts if true != "cannot tell"
+    ]
+    return markdown_table(header, cells)
+
+
+def wrong(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose verdict is an answer, and not the true one."""
+    return [row for row in rows if row["verdict"] in ("yes", "partly", "no") and row["verdict"] != row["truth"]]
+
+
+def main() -> None:
+    flags = Flags(description=__doc__)
+    flags.add_argument("--n", type=int, default=210, metavar="N", help="models (default: 210)")
+    flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
+    options = flags.parse_args()
+    rows = [row for i in tqdm(range(options.n), desc="causes", disable=None) for row in tried(i)]
+    answers = [row for row in rows if row["verdict"] in ("yes", "partly", "no")]
+    lines = [
+        "# Are the verdicts on causes right?",
+        "",
+        f"`python -m benchmarks.causes`: {options.n} models with planted wiring, {len(rows)} verdicts, of which "
+        f"{len(answers)} are an answer (yes, partly, no); {len(wrong(rows))} of these are wrong "
+        f"({len(wrong(rows)) / max(1, len(answers)):.1%}). Commit {provenance()['git_commit'][:12]}.",
+        "",
+        " ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()),
+        "",
+    ]
+    for name in TABLE:
+        lines += [f"## {name}", "", *table([row for row in rows if row["by"] == name]), ""]
+    schema.save(options.out / "causes.json", {**provenance(), "rows": rows})
+    save_text(options.out / "causes.md", "\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli(main)
