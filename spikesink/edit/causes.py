@@ -5,7 +5,8 @@ and look at spikes: a spike is judged if it first stands where a removed sink ca
 see the sink's key and the layers after. What lies upstream stays by construction, and says nothing.
 
 1. Were they removed? Of the edited ones, at most REMOVED may be left. A sink is left if it is one by the rule; a spike
-   if a tenth of |h| is left in its channel, or the token is a spike elsewhere and as large. Else "not removed".
+   if its entry is as large as the rule asks, or the token is a spike elsewhere, with a tenth of |h| or more. Else "not
+   removed".
 2. How much went? `lost`: the share of the judged sinks' alpha, or of the judged spikes' |h|, that the edit takes; and
    how much more than each control takes (paired, bootstrap over sequences).
 3. "yes": more than NEEDED lost, and more than MARGIN beyond every control, intervals included. "no": less than MARGIN
@@ -29,7 +30,7 @@ from .interventions import Edit
 ASKED = {"spike": "sinks", "bos": "sinks", "sink": "spikes"}  # of an intervention's kind, what is asked for
 # spike_direction is not among them: its random direction disturbs every other feature too, so that in planted models
 # with half of their sinks by the spike it said "yes"
-CAUSES = ("spike_zero", "spike_scale", "bos_ffn", "sink_mask", "sink_null")
+CAUSES = ("spike_zero", "spike_scale", "bos_ffn", "sink_mask")
 REMOVED, SMALL = 0.1, 0.1
 NEEDED, MARGIN = 0.5, 0.1
 ENOUGH = 10  # sequences with something to judge: with fewer, an interval over sequences is none
@@ -115,7 +116,8 @@ class Judged:
         entry in the clean model, (B, T) each: SUMS, (B, 6)."""
         clean, none = self.clean.magnitude[i], torch.zeros_like(marked)
         edited, judged = (none if found is None else found for found in (self.edited_tokens[i], self.spikes[i]))
-        still = edited & ((entry > SMALL * clean) | (marked & (magnitude > SMALL * clean)))
+        large = entry >= self.clean.threshold[i]
+        still = edited & ((large & (entry > SMALL * clean)) | (marked & (magnitude > SMALL * clean)))
         counts = (edited, still, judged, judged & marked, judged * clean, judged * magnitude)
         return torch.stack([count.double().sum(1) for count in counts], dim=1)
 

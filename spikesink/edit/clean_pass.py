@@ -100,6 +100,12 @@ class CleanPass:
         """At each tap every token's largest |h|: (B, T), on the CPU."""
         return [self.entry(i, x) for i, x in enumerate(self.streams)]
 
+    @functools.cached_property
+    def threshold(self) -> list[torch.Tensor]:
+        """At each tap how large |h| in that channel has to be for a spike: (B, T), on the CPU."""
+        usual = zip(self.ordinary.sums, self.channel, strict=True)
+        return [of.thresholds[channel[..., 0]].cpu() for of, channel in usual if of is not None]
+
     def entry(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """|h| of a stream x (B, T, C) at tap i, of every token in the channel of `channel`: (B, T), on the CPU."""
         return x.gather(-1, self.channel[i])[..., 0].float().abs().cpu()

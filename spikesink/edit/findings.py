@@ -94,8 +94,8 @@ class StateChange(Record):
 class Effect(LossChange, Named):
     """What an intervention changes.
 
-    `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `dose`: of how much energy (the squared
-    norm of what was added to the stream), or attention mass (of the keys); None where that is not known. `by_class`:
+    `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `dose`: the squared distance
+    from the clean states of what was written, or the attention of the keys; None where that is not known. `by_class`:
     by outcomes.CLASSES. `by_position`: the change of the loss. `state_change`: one per tap.
     """
 

@@ -8,8 +8,8 @@ What is edited is fixed by the clean model on the same ids: a spike is an entry 
 primary rule marks, at whatever tap it stands; a sink is a key with alpha > 0.3 that at least T/4 queries see, head by
 head. So an intervention and its controls edit alike, and interventions can be combined in any order.
 
-A control is matched in number (as many other entries, tokens, keys) or in size: the same energy, which is the squared
-norm of what is added to the stream, or the same attention mass. `dose` says how much of either an edit moves.
+A control is matched in number (as many other entries, tokens, keys) or in size: as far from the clean state (the
+squared distance is the energy of an edit), or as much attention. `dose` says how much of either an edit moves.
 
 Every intervention is called as (clean, reference=None, control=None): `reference` holds what other text says, `control`
 names one of its CONTROLS, whose draws depend on the number of a sequence and on nothing else.
@@ -131,7 +131,8 @@ class Edit:
     touches; all before are as in the clean model. `tokens`: by tap of the stream, whose states it writes, bool (B, T);
     `keys`: by seam, whose attention it changes, bool (B, H, T). `rows`: per seam whose map it changes in a way that
     cannot be seen in (q, k, bias), the function (rows of the map, first query) -> rows. `dose`: of keys the attention
-    that they get; of an edit of the stream, after it has run, the squared norm of all that it added; else 0.
+    that they get; of an edit of the stream, after it has run, the squared distance of what it wrote from the clean
+    states, summed over tokens and taps; else 0.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ def _on_streams(
         for i, tap in enumerate(subject.streams)
         if tap.writable and bool(where[i].any()) and (only is None or i == only)
     ]
+    written = {i: where[i].any(-1) for i in chosen}
     edit_of = lambda i, x: torch.where(where[i], function(i, x), x)
     if control == "same_energy":
         u, real = direction_of(clean, SEED_OF_ENERGY), edit_of
@@ -190,20 +192,20 @@ def _on_streams(
         def edit_of(i: int, x: Tensor) -> Tensor:
             before = clean.streams[i]
             size = torch.linalg.vector_norm((real(i, before) - before).float(), dim=-1, keepdim=True)
-            return torch.where(where[i].any(-1, keepdim=True), displaced(x, before, u.to(x), size.to(x)), x)
+            return torch.where(written[i][..., None], displaced(x, before, u.to(x), size.to(x)), x)
 
     def write(edit: Edit, i: int) -> Callable[[Tensor], Tensor]:
         def on_stream(x: Tensor) -> Tensor:
             old = x.view(clean.streams[i].shape)  # transformers may flatten a stream to (B T, C) on its way
             new = edit_of(i, old)
-            edit.dose += float((new - old).float().square().sum())
+            edit.dose += float(((new - clean.streams[i]).float().square().sum(-1) * written[i]).sum())
             return new.view_as(x)
 
         return on_stream
 
     taps = [subject.streams[i] for i in chosen]
     hooks = lambda edit: on_streams(taps, [write(edit, i) for i in chosen])
-    tokens = {i: where[i].any(-1).cpu() for i in chosen}
+    tokens = {i: found.cpu() for i, found in written.items()}
     return Edit(clean, taps, sum(int(where[i].sum()) for i in chosen), hooks, tokens=tokens)
 
 
