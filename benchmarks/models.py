@@ -3,6 +3,7 @@
   python -m benchmarks.models                          those that the Hugging Face hub gives
   python -m benchmarks.models --folder DIR             those that lie in DIR, by these names; of the hub the rest
   python -m benchmarks.models --folder DIR --only smollm2-135m-instruct-q4_1 all-minilm-l6-v2
+  python -m benchmarks.models --ablation ablate.json   adds what ablate.py wrote of a model
 
 Writes results/models.json after every row and goes on from there; results/models.md is the table. Text: Python's own
 documentation, which everybody has; published numbers are of other texts. Each model at T = 64 and 1,024 (or its
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 import spikesink
 from spikesink import schema
+from spikesink.edit.findings import Ablation
 from spikesink.errors import Flags, UserError, cli
 from spikesink.files import save_text
 from spikesink.measure.findings import Findings, Interval, Measures
+from spikesink.show.ablation_text import cause_in_words
 from spikesink.show.text import interval, number, visible
 from studies.tables import markdown_table
 from train import provenance
@@ -188,6 +191,64 @@ def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str
     )
 
 
+@dataclass(frozen=True)
+class Edited:
+    """What ablate.py says of one model: the change of the loss, in nats, by intervention, and its answers in words."""
+
+    model: str
+    n_seq: int
+    seq_len: int
+    bos: bool
+    commit: str
+    loss: float
+    changes: dict[str, tuple[float, Interval | None, dict[str, float]]]  # with its interval, and under controls
+    causes: list[str]
+
+    @classmethod
+    def of(cls, found: Ablation, commit: str) -> "Edited":
+        """From the findings."""
+        changes = {
+            entry.name: (entry.delta_loss, entry.ci95, {c.name: c.delta_loss for c in entry.controls_that_edited})
+            for entry in found.entries
+            if entry.edited
+        }
+        data, causes = found.data, [cause_in_words(cause) for cause in found.causes]
+        name = Path(found.checkpoint.path).stem
+        return cls(name, data.n_seq, data.seq_len, data.bos, commit, found.baseline.loss, changes, causes)
+
+    def lines(self) -> list[str]:
+        """Of results/models.md."""
+        header = ["intervention", "change of the loss, nats", "its controls"]
+        rows = [
+            [name, ranged(delta, ci, "+.3f"), ", ".join(f"{c} {number(x, '+.3f')}" for c, x in controls.items())]
+            for name, (delta, ci, controls) in self.changes.items()
+        ]
+        start = f"**{self.model}**, {self.n_seq} sequences of {self.seq_len}, {'with' if self.bos else 'no'} BOS, "
+        start += f"commit {self.commit}; loss {self.loss:.3f} nats per token."
+        return [start, "", *markdown_table(header, rows), "", *(f"- {text}" for text in self.causes), ""]
+
+
+# perplexity as it is, with massive activations zeroed, and set to their mean
+PUBLISHED_EDITS = (
+    ("gpt2", 30.42, 30.57, 30.42, BLUORION),
+    ("llama-3.2-1b", 9.08, 6249.0, 9.08, BLUORION),
+    ("llama-2-7b", 5.13, 8977.0, 5.13, "Sun et al. 2402.17762, quoted"),
+)
+
+
+def edits_in_words(edited: list[Edited]) -> list[str]:
+    """The section of results/models.md on interventions; none without any."""
+    if not edited:
+        return []
+    published = [
+        [name, f"{math.log(zero / ppl):+.3f}", f"{math.log(mean / ppl):+.3f}", source]
+        for name, ppl, zero, mean, source in PUBLISHED_EDITS
+    ]
+    header = ["published", "zeroed, nats", "set to their mean, nats", "source"]
+    lines = [line for of in edited for line in of.lines()]
+    return ["## What changes without them", "", *lines, *markdown_table(header, published), ""]
+
+
 def conditions() -> list[tuple[Model, int, bool]]:
     """Every row of the table: (model, T, BOS)."""
     return [(model, T, bos) for model in MODELS for T in (SHORT, LONG) for bos in model.bos]
@@ -260,7 +321,7 @@ HEADER = ["model", "T", "BOS", "sequences", "spike tokens", "sequences with one"
 HEADER += ["largest h", "top1/median", "kurtosis", "Sink_1", "sink tokens", "P(sink given spike)", "loss"]
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[Row], edited: list[Edited]) -> str:
     """results/models.md."""
     ran = [row for row in rows if not row.not_run]
     null_rows = [
@@ -288,6 +349,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         *map(story, ran),
         "",
+        *edits_in_words(edited),
         "## Nulls: share of tokens",
         "",
         *markdown_table(["model", "T", "BOS", "measured on", "spikes", "sinks"], null_rows),
@@ -308,18 +370,25 @@ def main() -> None:
     flags.add_argument("--n_long", type=int, default=24, help="sequences at T = 1,024 (100 at T = 64)")
     flags.add_argument("--again", action="store_true", help="also rows that were run")
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
+    flags.add_argument("--ablation", type=Path, metavar="FILE", help="what ablate.py wrote of a model: --json FILE")
     args = flags.parse_args()
     commit = provenance()["git_commit"][:7]
     file = args.out / "models.json"
-    kept = schema.from_json(list[Row], json.loads(file.read_text())) if file.is_file() else []
+    content = json.loads(file.read_text()) if file.is_file() else {"rows": [], "edited": []}
+    kept, edited = schema.from_json(list[Row], content["rows"]), schema.from_json(list[Edited], content["edited"])
+    if args.ablation:
+        new = Edited.of(Ablation.load(args.ablation), commit)
+        edited = [*(of for of in edited if of.model != new.model), new]
     rows = {(row.model, row.asked_len, row.bos): row for row in kept}
     for model, T, bos in tqdm(conditions(), desc="models", disable=None):
         row = rows.setdefault((model.name, T, bos), Row(model.name, T, bos, not_run="not asked for"))
-        if (args.only is None or model.name in args.only) and (args.again or row.not_run):
+        wanted = args.ablation is None and (args.only is None or model.name in args.only)
+        if wanted and (args.again or row.not_run):
             row = measure(model, T, bos, args.folder, args.n_long, commit)
             rows[model.name, T, bos] = row
-            schema.save(file, [asdict(row) for row in rows.values()])
-    text = markdown([rows[model.name, T, bos] for model, T, bos in conditions()])
+            schema.save(file, {"rows": [asdict(row) for row in rows.values()], "edited": edited})
+    schema.save(file, {"rows": [asdict(row) for row in rows.values()], "edited": edited})
+    text = markdown([rows[model.name, T, bos] for model, T, bos in conditions()], edited)
     save_text(args.out / "models.md", text)
     print(text)
 

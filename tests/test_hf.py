@@ -15,6 +15,7 @@ from spikesink import schema
 from spikesink.edit import interventions
 from spikesink.edit.clean_pass import CleanPass
 from spikesink.errors import UserError
+from spikesink.hooks import hooked, on_streams
 from spikesink.measure.observe import observe
 from spikesink.measure.summarise import summarise
 from spikesink.models import disk_weights, hf
@@ -184,8 +185,6 @@ def test_gains_and_outputs_off_the_stream():
 def test_updates_add_up_to_the_stream(family):
     """sum after = sum before + update, or what a norm made of that sum + update, at every sub-layer that was told
     apart, bit by bit."""
-    from spikesink.hooks import on_streams
-
     for subject in hf.subjects_of(build(family), str):
         seen = {}
         reads = [tap for tap in subject.reads if tap is not None]
@@ -210,8 +209,6 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 
     def look(module, args, kwargs, output):
         received.append(module.shares(args[0], args[1], 0, kwargs["bias"]))
-
-    from spikesink.hooks import hooked
 
     with interventions.bos_remove(clean), hooked([(seam.module, look) for seam in subject.attends]):
         assert not torch.equal(subject.losses(IDS), clean.losses)
@@ -249,24 +246,25 @@ def test_every_edit_is_the_same_on_the_shared_prefix(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_written_on_the_stream_is_written_for_all_that_follows(family):
     """To add a vector to the sum after a sub-layer is to add it to the sub-layer's update."""
-    from spikesink.hooks import on_streams
-
     for subject in hf.subjects_of(build(family), str):
         updates = {(tap.layer, tap.kind): tap for tap in subject.inner["update"]}
         both = [(tap, updates[tap.layer, tap.kind]) for tap in subject.streams if (tap.layer, tap.kind) in updates]
         assert len(both) == len(subject.streams) - 1 or subject.streams[-1].kind == "block"
         for tap, update in both:
             assert tap.writable
-            added = torch.randn(5, generator=torch.Generator().manual_seed(tap.layer)).mean() * torch.ones(())
-            add = lambda x, added=added: x.index_add(-1, torch.tensor([1]), added.expand_as(x[..., :1]))
-            seen, losses = [], []
-            for at in (tap, update):
-                taps = [at, *subject.streams]
-                with on_streams(taps, [add] + [lambda x: seen.append(x.detach().flatten())] * len(subject.streams)):
-                    losses.append(subject.losses(IDS))
-            torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
-            for one, two in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+            runs = [run_adding(subject, at) for at in (tap, update)]
+            torch.testing.assert_close(*(losses for losses, _ in runs), atol=1e-5, rtol=1e-4)
+            for one, two in zip(*(seen for _, seen in runs), strict=True):
                 torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def run_adding(subject, tap):
+    """(losses, the stream at every tap) where 0.5 is added to channel 1 at one."""
+    seen = []
+    add = lambda x: x.index_add(-1, torch.tensor([1]), torch.full_like(x[..., :1], 0.5))
+    look = [lambda x: seen.append(x.detach().flatten())] * len(subject.streams)
+    with on_streams([tap, *subject.streams], [add, *look]):
+        return subject.losses(IDS), seen
 
 
 REFUSED = {

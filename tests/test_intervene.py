@@ -1,6 +1,7 @@
 """Interventions do what their formula says, nothing else, in any combination, and undo themselves."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -246,33 +247,81 @@ def test_bos_stands_after_the_registers(ids):
         assert weights[:, :, 3:, 2].max() == 0 and weights[:, :, 3:, :2].min() > 0
 
 
-def test_entry_controls_are_matched(both):
+def test_entry_controls_are_matched_in_number(both):
     _, clean, _ = both
-    for control in ("random_channels", "median_entries"):
-        for marked, drawn in zip(clean.spikes, interventions.entries_of(clean, control), strict=True):
-            assert torch.equal(marked.sum(-1), drawn.sum(-1)) and not (marked & drawn).any()
-    size = clean.streams[2].abs()
-    nearest = interventions.entries_of(clean, "median_entries")[2]
-    distance = (size - size.flatten(1).median(1).values[:, None, None]).abs()
-    assert torch.equal(distance[nearest], distance[SPIKE].amin(-1))
+    for marked, drawn in zip(clean.spikes, interventions.entries_of(clean, "random_channels"), strict=True):
+        assert torch.equal(marked.sum(-1), drawn.sum(-1)) and not (marked & drawn).any()
+
+
+@pytest.mark.parametrize("name", [name for name, one in EVERY.items() if "same_energy" in one.controls])
+def test_the_control_of_the_same_energy_moves_states_as_far(both, name):
+    _, clean, reference = both
+    one, other = (EVERY[name].edit(clean, reference, control) for control in (None, "same_energy"))
+    streams = {edit: streams_under(clean, edit) for edit in (one, other)}
+    for i in one.tokens:  # the edit is the same at every tap here, as nothing adds to a spike
+        away = {edit: (of[i] - clean.streams[i]) for edit, of in streams.items()}
+        assert torch.equal(other.tokens[i], clean.marked[i])
+        torch.testing.assert_close(away[other][SPIKE].norm(dim=-1), away[one][SPIKE].norm(dim=-1), atol=1, rtol=0.02)
+        assert away[other][SPIKE][:, 7].abs().max() < 1e-3  # off the spike's channel
+    assert one.dose > 0 or name == "spike_mean"
+    assert other.dose == pytest.approx(one.dose, rel=0.05, abs=1)
+
+
+def test_size_and_direction_are_two_things(both):
+    _, clean, _ = both
+    x = clean.streams[2]
+    norms = x.norm(dim=-1)
+    scaled, turned = (streams_under(clean, EVERY[name].edit(clean))[2] for name in ("spike_scale", "spike_direction"))
+    usual = norms.median(1).values
+    torch.testing.assert_close(scaled[SPIKE], x[SPIKE] * (usual / norms[SPIKE])[:, None], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(turned[SPIKE].norm(dim=-1), norms[SPIKE], atol=1e-2, rtol=1e-4)
+    assert turned[SPIKE][:, 7].abs().max() == 0
+    assert torch.nn.functional.cosine_similarity(turned[SPIKE], x[SPIKE]).abs().max() < 0.1
+    others = torch.ones(6, 32, dtype=torch.bool)
+    others[SPIKE] = False
+    assert torch.equal(scaled[others], x[others]) and torch.equal(turned[others], x[others])
 
 
 def test_key_controls_are_matched(both):
     _, clean, _ = both
     sinks = torch.stack(clean.sinks)
-    random, same = (torch.stack(interventions.keys_of(clean, c)) for c in ("random_keys", "same_positions"))
+    random, same = (torch.stack(interventions.keys_of(clean, c)) for c in ("random_keys", "same_mass"))
     assert torch.equal(random.sum(-1), sinks.sum(-1)) and not (random & sinks).any()
     assert not random[..., ~eligible_keys(queries_per_key(32), 32)].any()
-    assert torch.equal(same.sum((0, 2)), sinks.sum((0, 2))) and not (same & sinks).any()
+    assert not (same & sinks).any() and not same[0].any()
+    mass = clean.mass[1]
+    wanted, taken = ((mass * keys[1]).sum((1, 2)) for keys in (sinks, same))
+    free = mass.masked_fill(sinks[1] | same[1], 0).amax((1, 2))  # there may be no more: two sinks have nearly all
+    assert ((taken <= wanted) & ((taken + free > wanted) | (free == 0))).all()
+
+
+def test_keys_of_the_same_mass_are_the_ones_that_get_the_most():
+    clean = types.SimpleNamespace(sinks=[torch.zeros(1, 2, 4, dtype=torch.bool)], mass=[torch.zeros(1, 2, 4)])
+    clean.sinks[0][0, 0, 0] = True
+    clean.mass[0][0] = torch.tensor([[6.0, 2.0, 1.0, 0.5], [3.0, 0.5, 2.5, 0.1]])
+    assert interventions.keys_of(clean, "same_mass")[0][0].tolist() == [[False] * 4, [True, False, True, False]]
+
+
+def test_the_ffn_of_the_step_up_gives_the_first_token_nothing(both):
+    _, clean, reference = both
+    for control, token in ((None, 0), ("second_token", 1)):
+        edit = interventions.bos_ffn(clean, reference, control)
+        streams = streams_under(clean, edit)
+        assert torch.equal(streams[2][:, token], streams[1][:, token]) and edit.edited == 6
+        rest = torch.arange(32) != token
+        assert torch.equal(streams[2][:, rest], clean.streams[2][:, rest])
+        added = (clean.streams[2] - clean.streams[1])[:, token]
+        assert edit.dose == pytest.approx(added.square().sum().item(), rel=1e-4)
+    assert streams_under(clean, interventions.bos_ffn(clean, reference, "other_sub_layer"))[2].equal(clean.streams[2])
 
 
 def test_controls_do_not_depend_on_the_batch(both):
     subject, clean, _ = both
     part = CleanPass.of(subject, clean.ids[2:5], torch.arange(2, 5))
-    for control in ("random_channels", "median_entries"):
-        pairs = zip(interventions.entries_of(part, control), interventions.entries_of(clean, control), strict=True)
-        assert all(torch.equal(a, b[2:5]) for a, b in pairs)
-    for control in ("random_keys", "same_positions"):
+    pairs = zip(*(interventions.entries_of(of, "random_channels") for of in (part, clean)), strict=True)
+    assert all(torch.equal(a, b[2:5]) for a, b in pairs)
+    assert torch.equal(interventions.direction_of(part, 1), interventions.direction_of(clean, 1)[2:5])
+    for control in ("random_keys", "same_mass"):
         pairs = zip(interventions.keys_of(part, control), interventions.keys_of(clean, control), strict=True)
         assert all(torch.equal(a, b[2:5]) for a, b in pairs)
 

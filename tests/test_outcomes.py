@@ -1,13 +1,12 @@
 """What an intervention is said to change: against written formulas, and models built so that the answer is known."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from spikesink.edit import interventions, outcomes
+from benchmarks import causes as planted_causes
+from spikesink.edit import causes, interventions, outcomes
 from spikesink.edit.clean_pass import CleanPass, Reference
-from spikesink.edit.findings import Left, ShareIntervals
+from spikesink.edit.findings import CauseControl, Lost
 from spikesink.edit.interventions import INTERVENTIONS
 from spikesink.text.sequences import PADDING
 
@@ -69,41 +68,71 @@ def spike_needs_sink():
     return model
 
 
-def table_of_needs(model):
-    subject, ids = subject_of(model), many()
-    reference = Reference(subject, ids)
-    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), 5)
-    entries = {entry.name: entry for entry in outcomes.table_entries(TABLE, measured)}
-    return outcomes.two_by_two(entries.values()), entries
+def causes_in(model, ids):
+    """{intervention: Cause}, and what was measured."""
+    subject = subject_of(model)
+    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 5)
+    return {cause.by: cause for cause in outcomes.causes_of(TABLE, measured)}, measured
 
 
 @pytest.mark.parametrize(
     "model, sinks_need_spikes, spikes_need_sinks",
-    [(independent, "no", "no"), (sink_needs_spike, "yes", "no"), (spike_needs_sink, "no", "yes")],
+    [
+        (independent, "no", "out of reach"),  # the sink stands after the spike
+        (sink_needs_spike, "yes", "out of reach"),
+        (spike_needs_sink, "out of reach", "yes"),  # and here before it
+    ],
 )
-def test_the_two_by_two_of_models_whose_answer_is_known(model, sinks_need_spikes, spikes_need_sinks):
-    cells, entries = table_of_needs(model())
-    spikes, sinks = cells["remove_spikes"], cells["remove_sinks"]
-    assert spikes.edited and sinks.edited
-    assert (spikes.needs, sinks.needs) == (sinks_need_spikes, spikes_need_sinks)
-    assert spikes.spikes_remain.same == 0 and sinks.sinks_remain.same == 0  # what was removed is gone
-    assert spikes.sinks_remain.sequences == 16
+def test_causes_in_models_whose_answer_is_known(model, sinks_need_spikes, spikes_need_sinks):
+    found, measured = causes_in(model(), many())
+    spikes, sinks = found["spike_zero"], found["sink_mask"]
+    assert (spikes.verdict, sinks.verdict) == (sinks_need_spikes, spikes_need_sinks)
+    assert spikes.edited and sinks.edited and spikes.still == sinks.still == 0
+    assert spikes.judged == (0 if sinks_need_spikes == "out of reach" else spikes.there)
+    entries = {entry.name: entry for entry in outcomes.table_entries(TABLE, measured)}
     assert entries["sink_relocate"].sinks_left.same == 0
     assert entries["sink_relocate"].sinks_left.all > 0.5  # it is elsewhere now
 
 
-def test_few_sequences_are_underpowered():
-    _, entries = table_of_needs(sink_needs_spike())
-    entry = entries["spike_zero"]
-    verdict_if = lambda **changes: outcomes.needs_verdict(dataclasses.replace(entry, **changes), "sinks")
-    assert verdict_if() == "yes"
-    assert verdict_if(sinks_left=dataclasses.replace(entry.sinks_left, sequences=9)) == "underpowered"
-    assert verdict_if(edited=0) == "underpowered"
-    for share, needs in ((0.3, "yes"), (0.6, "no")):
-        ci95 = ShareIntervals(same=[share - 0.05, share + 0.05], all=None)
-        assert verdict_if(sinks_left=Left(sequences=16, same=share, all=share, ci95=ci95)) == needs
-    same = [dataclasses.replace(control, sinks_left=entry.sinks_left) for control in entry.control]
-    assert verdict_if(control=same) == "unclear"  # the control does it as well
+def test_what_is_lost_is_what_a_pass_under_the_edit_shows():
+    subject, ids = subject_of(sink_needs_spike()), many()
+    clean = CleanPass.of(subject, ids)
+    with interventions.spike_zero(clean):
+        edited = CleanPass.of(subject, ids, ordinary=clean.ordinary)
+    before, after = ((of.alpha[1] * clean.sinks[1]).sum((1, 2)) for of in (clean, edited))
+    cause = causes_in(sink_needs_spike(), ids)[0]["spike_zero"]
+    assert cause.lost.share == pytest.approx(1 - (after.sum() / before.sum()).item(), abs=1e-6)
+    assert cause.left == (edited.sinks[1] & clean.sinks[1]).sum()
+    assert cause.states == 16 - 1  # in the two that have it first, it is one state
+
+
+@pytest.mark.parametrize("wiring", range(7))
+def test_no_verdict_on_a_planted_cause_is_wrong(wiring):
+    rows = [row for i in (wiring, wiring + 7) for row in planted_causes.tried(i)]
+    assert planted_causes.wrong(rows) == []
+    expected = ["yes", "out of reach", "yes", "no", None, "out of reach", "not removed"][wiring]
+    assert not expected or {row["verdict"] for row in rows if row["by"] == "spike_zero"} == {expected}
+
+
+def test_verdicts_by_their_rule():
+    lost = lambda low, high: Lost(share=(low + high) / 2, ci95=[low, high])
+    control = lambda low, high: CauseControl(name="random_keys", lost=lost(0, 0.1), beyond=lost(low, high))
+    sums = dict.fromkeys(causes.SUMS, 100.0) | {"still": 0.0}
+    said = lambda of, *beyond, n=20, edited=5, **change: causes.needs(edited, sums | change, n, of, beyond, "sinks")[0]
+    assert said(lost(0.6, 0.9), control(0.5, 0.8)) == "yes"
+    assert said(lost(0.6, 0.9), control(0.5, 0.8), control(-0.1, 0.2)) == "cannot tell"  # one control does it as well
+    assert said(lost(0.4, 0.9), control(0.3, 0.8)) == "cannot tell"
+    assert said(lost(0.2, 0.4), control(0.2, 0.4)) == "partly"
+    assert said(lost(-0.5, 0.05), control(-0.6, 0.0)) == "no"
+    assert said(lost(-0.5, 0.05), control(0.0, 0.2)) == "cannot tell"
+    assert said(lost(0.0, 0.2), control(0.0, 0.05)) == "cannot tell"
+    assert said(lost(0.6, 0.9), control(0.5, 0.8), still=11.0) == "not removed"
+    assert said(lost(0.6, 0.9), control(0.5, 0.8), judged=0.0) == "out of reach"
+    assert said(lost(0.6, 0.9), control(0.5, 0.8), n=9) == "cannot tell"
+    assert said(lost(0.6, 0.9)) == said(lost(0.6, 0.9), control(0.5, 0.8), edited=0) == "cannot tell"
+    # half as wide an interval takes four times the sequences
+    reason = causes.undecided(20, [[0.05, 0.45]])
+    assert "about 40 sequences" in reason or "about 30 sequences" in reason
 
 
 def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
@@ -165,7 +194,8 @@ def test_a_model_without_spikes_or_sinks_says_so(ids):
     measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
     entries = outcomes.table_entries({"spike_zero": TABLE["spike_zero"]}, measured)
     assert entries[0].edited == 0 and entries[0].delta_loss == 0
-    assert outcomes.two_by_two(entries)["remove_spikes"].needs == "underpowered"
+    said = {cause.by: cause.verdict for cause in outcomes.causes_of(TABLE, measured)}
+    assert said == {"spike_zero": "cannot tell", "sink_mask": "cannot tell"}
 
 
 def test_what_stands_before_an_edit_is_still_there():

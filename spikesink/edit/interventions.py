@@ -438,6 +438,12 @@ def remove_heads(clean: CleanPass, heads: Tensor) -> Edit:
     return Edit(clean, [tap for tap, _ in chosen], len(clean.ids) * sum(int(off.sum()) for _, off in chosen), hooks)
 
 
+def remove_sub_layer(clean: CleanPass, tap: Tap | None) -> Edit:
+    """A sub-layer adds nothing to the stream; `tap`: one of subject.inner["update"], or None for none."""
+    taps = [] if tap is None else [tap]
+    return Edit(clean, taps, len(clean.ids) * len(taps), lambda _: on_streams(taps, [torch.zeros_like] * len(taps)))
+
+
 def sink_heads(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
     """The heads that have a sink in at least half of the sequences of other text give nothing."""
     heads = reference.sink_rate >= 0.5
@@ -470,8 +476,7 @@ def _of_step_up(clean: CleanPass, reference: Reference, other: bool) -> tuple[in
 def step_up(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
     """The sub-layer at which spikes first stand adds nothing to the stream."""
     found = _of_step_up(clean, reference, control is not None)
-    taps = [found[1]] if found else []
-    return Edit(clean, taps, len(clean.ids) * len(taps), lambda _: on_streams(taps, [torch.zeros_like] * len(taps)))
+    return remove_sub_layer(clean, found and found[1])
 
 
 def bos_ffn(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:

@@ -56,10 +56,15 @@ def answers(found: Ablation) -> list[str]:
     lines = [QUESTIONS[entry.name].format(_beside(entry)) for entry in asked if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in asked if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
-    return lines + [_need(cause) for cause in found.causes] + _short_range(found.attention) + _quantised(found.int8)
+    return (
+        lines
+        + [cause_in_words(cause) for cause in found.causes]
+        + _short_range(found.attention)
+        + _quantised(found.int8)
+    )
 
 
-def _need(cause: Cause) -> str:
+def cause_in_words(cause: Cause) -> str:
     """Does one need the other, by one intervention? The verdict, its reason, and the numbers."""
     start = f"Do {cause.asked} need {cause.removed}? By {cause.by}: {cause.verdict}, {cause.reason}."
     if not cause.judged or cause.lost.share is None:
