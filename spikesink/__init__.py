@@ -25,8 +25,18 @@ __all__ = [
     "open",
     "page",
 ]
-__all__ += ["spike_clip", "spike_constant", "spike_mean", "spike_project", "spike_stepup", "spike_zero"]
-__all__ += ["bos_remove", "remove_sink_heads", "remove_step_up", "sink_damp", "sink_mask", "sink_null", "sink_relocate"]
+__all__ += ["spike_clip", "spike_constant", "spike_direction", "spike_mean", "spike_project", "spike_scale"]
+__all__ += ["spike_stepup", "spike_zero"]
+__all__ += [
+    "bos_ffn",
+    "bos_remove",
+    "remove_sink_heads",
+    "remove_step_up",
+    "sink_damp",
+    "sink_mask",
+    "sink_null",
+    "sink_relocate",
+]
 
 if TYPE_CHECKING:
     from .api import (
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
         Options,
         UserError,
         ablate,
+        bos_ffn,
         bos_remove,
         detect,
         edited,
@@ -50,8 +61,10 @@ if TYPE_CHECKING:
         sink_relocate,
         spike_clip,
         spike_constant,
+        spike_direction,
         spike_mean,
         spike_project,
+        spike_scale,
         spike_stepup,
         spike_zero,
     )

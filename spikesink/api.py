@@ -455,6 +455,7 @@ def _edit(name: str) -> NamedEdit:
 
 spike_zero, spike_mean, spike_clip = _edit("spike_zero"), _edit("spike_mean"), _edit("spike_clip")
 spike_stepup, spike_project, spike_constant = _edit("spike_stepup"), _edit("spike_project"), _edit("spike_constant")
+spike_scale, spike_direction, bos_ffn = _edit("spike_scale"), _edit("spike_direction"), _edit("bos_ffn")
 sink_mask, sink_damp = _edit("sink_mask"), _edit("sink_damp")
 sink_relocate, sink_null, bos_remove = _edit("sink_relocate"), _edit("sink_null"), _edit("bos_remove")
 remove_sink_heads, remove_step_up = _edit("remove_sink_heads"), _edit("remove_step_up")

@@ -128,7 +128,7 @@ def test_findings_are_read_back_as_they_were_written(look, tmp_path):
     assert Ablation.load(tmp_path / "a.json") == found
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["probes"] == {} and "parts" not in written
-    assert set(written["two_by_two"]) == {"remove_spikes", "remove_sinks"}
+    assert [cause["by"] for cause in written["causes"]] == ["spike_zero", "spike_scale", "bos_ffn", "sink_mask"]
     (tmp_path / "b.json").write_text(json.dumps({**written, "schema": "spikesink-ablation-0"}))
     with pytest.raises(UserError, match=r"spikesink-ablation-0.*run ablate again"):
         Ablation.load(tmp_path / "b.json")

@@ -5,8 +5,8 @@ and look at spikes: a spike is judged if it first stands where a removed sink ca
 see the sink's key and the layers after. What lies upstream stays by construction, and says nothing.
 
 1. Were they removed? Of the edited ones, at most REMOVED may be left. A sink is left if it is one by the rule; a spike
-   if its entry is as large as the rule asks, or the token is a spike elsewhere, with a tenth of |h| or more. Else "not
-   removed".
+   if its entry is as large as the rule asks, or its token a spike anywhere from the edit on, with a tenth of |h| or
+   more. Else "not removed".
 2. How much went? `lost`: the share of the judged sinks' alpha, or of the judged spikes' |h|, that the edit takes; and
    how much more than each control takes (paired, bootstrap over sequences).
 3. "yes": more than NEEDED lost, and more than MARGIN beyond every control, intervals included. "no": less than MARGIN
@@ -76,8 +76,8 @@ def visible(clean: CleanPass, seam: int) -> Tensor:
 class Judged:
     """What is judged under an edit on one batch: per tap and per seam, bool; None where nothing is.
 
-    `edited_tokens` (B, T) at a tap, or `edited_keys` (B, H, T) at a seam, were to be removed; `spikes` (B, T) and
-    `sinks` (B, H, T) are those downstream.
+    `edited_tokens` (B, T) at a tap, or `edited_keys` (B, H, T) at a seam, were to be removed; `written` (B, T): tokens
+    edited there or before; `spikes` (B, T) and `sinks` (B, H, T) are those downstream.
     """
 
     def __init__(self, clean: CleanPass, edit: Edit, asked: str) -> None:
@@ -85,6 +85,7 @@ class Judged:
         self.clean = clean
         taps, seams = len(subject.streams), len(subject.attends)
         self.edited_tokens: list[Tensor | None] = [None] * taps
+        self.written: list[Tensor | None] = [None] * taps
         self.spikes: list[Tensor | None] = [None] * taps
         self.edited_keys: list[Tensor | None] = [None] * seams
         self.sinks: list[Tensor | None] = [None] * seams
@@ -94,7 +95,7 @@ class Judged:
             for i, after in enumerate(seams_after(subject)):
                 written = written | edit.tokens[i] if i in edit.tokens else written
                 if i in attended:
-                    self.edited_tokens[i] = clean.marked[i] & written
+                    self.edited_tokens[i], self.written[i] = clean.marked[i] & written, written
                 for s in after:
                     self.sinks[s] = clean.sinks[s] & written[:, None]
         else:
@@ -115,9 +116,10 @@ class Judged:
         """What is there at tap i, in spike tokens, in every token's largest |h|, and in |h| of what is its largest
         entry in the clean model, (B, T) each: SUMS, (B, 6)."""
         clean, none = self.clean.magnitude[i], torch.zeros_like(marked)
-        edited, judged = (none if found is None else found for found in (self.edited_tokens[i], self.spikes[i]))
-        large = entry >= self.clean.threshold[i]
-        still = edited & ((large & (entry > SMALL * clean)) | (marked & (magnitude > SMALL * clean)))
+        of_tap = (self.edited_tokens[i], self.written[i], self.spikes[i])
+        edited, written, judged = (none if found is None else found for found in of_tap)
+        large = (entry >= self.clean.threshold[i]) & (entry > SMALL * clean)
+        still = (edited & large) | (written & marked & (magnitude > SMALL * clean))
         counts = (edited, still, judged, judged & marked, judged * clean, judged * magnitude)
         return torch.stack([count.double().sum(1) for count in counts], dim=1)
 

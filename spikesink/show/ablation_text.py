@@ -56,12 +56,8 @@ def answers(found: Ablation) -> list[str]:
     lines = [QUESTIONS[entry.name].format(_beside(entry)) for entry in asked if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in asked if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
-    return (
-        lines
-        + [cause_in_words(cause) for cause in found.causes]
-        + _short_range(found.attention)
-        + _quantised(found.int8)
-    )
+    lines += [*map(cause_in_words, found.causes), *_disagreement(found.causes)]
+    return lines + _short_range(found.attention) + _quantised(found.int8)
 
 
 def cause_in_words(cause: Cause) -> str:
@@ -69,15 +65,32 @@ def cause_in_words(cause: Cause) -> str:
     start = f"Do {cause.asked} need {cause.removed}? By {cause.by}: {cause.verdict}, {cause.reason}."
     if not cause.judged or cause.lost.share is None:
         return start
+    share, ci95 = cause.lost.share, cause.lost.ci95
+    gain = share < 0 and (ci95 is None or ci95[1] < 0)
+    shown = f"{-share:z.0%} {interval(ci95 and [-ci95[1], -ci95[0]], 'z.0%')}" if gain else None
+    shown = shown or f"{share:z.0%} {interval(ci95, 'z.0%')}"
     what = {"sinks": "attention", "spikes": "|h|"}[cause.asked]
-    controls = ", ".join(f"{_spoken(control.name)} {number(control.lost.share, '.0%')}" for control in cause.control)
-    still = f"{cause.still} of {cause.edited:,} removed {cause.removed} are still there"
+    controls = ", ".join(f"{_spoken(control.name)} {number(control.lost.share, 'z.0%')}" for control in cause.control)
     states = "one state" if cause.states == 1 else f"{cause.states:,} states"
     return (
         f"{start} {cause.judged:,} of {cause.there:,} {cause.asked} lie downstream, on {states} in {cause.sequences} "
-        f"sequences; they lose {cause.lost.share:.0%} {interval(cause.lost.ci95, '.0%')} of their {what}"
-        f"{f' (controls: {controls})' if controls else ''}; {still}."
+        f"sequences. They {'gain' if gain else 'lose'} {shown} of their {what}"
+        f"{f' (lost under controls: {controls})' if controls else ''}; by the rule {cause.left:,} are left. Of "
+        f"{cause.edited:,} removed {cause.removed} {cause.still:,} are still there."
     )
+
+
+def _disagreement(causes: list[Cause]) -> list[str]:
+    """A sentence where interventions give different answers to the same question."""
+    answers = {asked: {c.verdict for c in causes if c.asked == asked} & {"yes", "partly", "no"} for asked in WHICH}
+    return [
+        f"The answers on {asked} differ by intervention: what is left of the state decides, not the {removed} alone."
+        for asked, removed in WHICH.items()
+        if len(answers[asked]) > 1
+    ]
+
+
+WHICH = {"sinks": "spike", "spikes": "sink"}
 
 
 def _short_range(attention: AttentionChange) -> list[str]:
