@@ -10,7 +10,7 @@ see the sink's key and the layers after. What lies upstream stays by constructio
 2. How much went? `lost`: the share of the judged sinks' alpha, or of the judged spikes' |h|, that the edit takes; and
    how much more than each control takes (paired, bootstrap over sequences).
 3. "yes": more than NEEDED lost, and more than MARGIN beyond every control, intervals included. "no": less than MARGIN
-   lost, and no more than MARGIN beyond any control. "partly": between, and more than MARGIN beyond every control. Else
+   lost, and not clearly more than MARGIN beyond any control. "partly": between, and more than MARGIN beyond every control. Else
    "cannot tell".
 """
 
@@ -198,11 +198,11 @@ def needs(
         return "cannot tell", "no control had anything to edit"
     beyond = [control.beyond.ci95 for control in controls if control.beyond.ci95]
     low, high = lost.ci95
-    above, below = min(ci[0] for ci in beyond) > MARGIN, max(ci[1] for ci in beyond) < MARGIN
+    above, below = min(ci[0] for ci in beyond) > MARGIN, all(ci[0] <= MARGIN for ci in beyond)
     if above and low > NEEDED:
         return "yes", f"more than {NEEDED:.0%} is lost, and {MARGIN:.0%} beyond every control"
     if high < MARGIN and below:
-        return "no", f"less than {MARGIN:.0%} is lost, and no more than that beyond any control"
+        return "no", f"less than {MARGIN:.0%} is lost, not clearly more beyond any control"
     if above and low > MARGIN and high < NEEDED:
         return "partly", f"between {MARGIN:.0%} and {NEEDED:.0%} is lost, and {MARGIN:.0%} beyond every control"
     return "cannot tell", undecided(n, [lost.ci95, *beyond])

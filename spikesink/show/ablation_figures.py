@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import SymmetricalLogLocator
+from matplotlib.ticker import PercentFormatter, SymmetricalLogLocator
 
 from ..edit.causes import MARGIN, NEEDED
 from ..edit.findings import Ablation, Blimp, Cause, Effect, Linear, Lost
@@ -60,8 +60,9 @@ def _causes(found: Ablation) -> Canvas:
     axes.invert_yaxis()
     for bound in (MARGIN, NEEDED):
         axes.axvline(bound, color=GREY, lw=0.8, ls=":")
-    axes.set_xscale("symlog", linthresh=1)  # sinks may grow many times
-    axes.set_xlabel("share lost of what lies downstream; dotted: the rule's bounds")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlim(left=max(-1.05, axes.get_xlim()[0]))  # sinks may grow many times
+    axes.set_xlabel("lost downstream (dotted: the rule's bounds)")
     return figure
 
 
