@@ -10,8 +10,8 @@ see the sink's key and the layers after. What lies upstream stays by constructio
 2. How much went? `lost`: the share of the judged sinks' alpha, or of the judged spikes' |h|, that the edit takes; and
    how much more than each control takes (paired, bootstrap over sequences).
 3. "yes": more than NEEDED lost, and more than MARGIN beyond every control, intervals included. "no": less than MARGIN
-   lost, and not clearly more than MARGIN beyond any control. "partly": between, and more than MARGIN beyond every control. Else
-   "cannot tell".
+   lost, and not clearly more than MARGIN beyond any control. "partly": between, and more than MARGIN beyond every
+   control. Else "cannot tell".
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
