@@ -78,11 +78,6 @@ class Left(Record):
     all: float | None
     ci95: ShareIntervals | None
 
-    @property
-    def same_ci95(self) -> Interval | None:
-        """The interval of `same`."""
-        return None if self.ci95 is None else self.ci95.same
-
 
 class StateChange(Record):
     """The mean |h' - h| / |h| of the states at a tap, of spike tokens and of the others."""
