@@ -15,6 +15,7 @@ The last four run the trained model, so what stays in them is a finding, not a f
 kept in the others. Those that measure the trained model compare with what is usual on ordinary text.
 """
 
+import functools
 import math
 
 import torch
@@ -35,7 +36,7 @@ from .findings import (
     Verdict,
     Verdicts,
 )
-from .observe import Observation, Ordinary, Shuffle, observe
+from .observe import Observation, Ordinary, Shuffle, ShuffleRows, observe
 from .rules import SEQUENCES, Curve, Observed, Rule
 from .sinks import PRIMARY_SINK_RULE, SINK_RULES
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -43,6 +44,7 @@ from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 N_SEQ, TOKENS = 16, 2**14  # of each null: at most so many sequences, and tokens (but at least two sequences)
 POWERED_PARAMETERS, POWERED_TOKENS, POWERED_SEQUENCES = 50e6, 1e9, 60  # below these, absence is "underpowered"
 MAJORITY = 0.5  # a phenomenon is present if most sequences have it
+ATTENTION = 2  # beside the sides 0 and 1: what a null's draws are for
 UNRELATED = 2.0  # lift over chance that an interval must exclude before co-occurrence is called absent
 
 
@@ -60,26 +62,34 @@ def _rotate(x: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
     return x.gather(dim, index.expand(x.shape))
 
 
+def _rotate_rows(draws: torch.Tensor, weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
+    """Each query's weights rotated among the keys that it may see, from the first that has any (a window's).
+
+    draws (B, H, queries): how far, as a part of those keys.
+    """
+    *_, R, T = weights.shape
+    key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
+    end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
+    start = (weights > 0).int().argmax(-1, keepdim=True)  # (B, H, R, 1)
+    by = (draws[:, :, first : first + R, None].to(weights) * (end - start)).long()
+    rotated = start + (key - start + by) % (end - start)
+    return weights.gather(-1, torch.where((key >= start) & (key < end), rotated, key))
+
+
 def shuffles(seed: int) -> dict[str, Shuffle]:
-    """{name: Shuffle} of the nulls that change what is measured."""
-    draw = torch.Generator().manual_seed(seed)
-    places = lambda n, shape, device: torch.randint(n, shape, generator=draw).to(device)
+    """{name: Shuffle} of the nulls that change what is measured; draws are a function of the seed, the sequence's
+    number and the place."""
 
-    def channels(x: torch.Tensor) -> torch.Tensor:
-        return _rotate(x, places(x.size(2), (*x.shape[:2], 1), x.device), 2)
+    def channels(x: torch.Tensor, numbers: torch.Tensor, side: int, tap: int) -> torch.Tensor:
+        by = metrics.uniform(numbers, (x.size(1), 1), seed, side, tap) * x.size(2)
+        return _rotate(x, by.long().to(x.device), 2)
 
-    def positions(x: torch.Tensor) -> torch.Tensor:
-        return _rotate(x, places(x.size(1), (len(x), 1, x.size(2)), x.device), 1)
+    def positions(x: torch.Tensor, numbers: torch.Tensor, side: int, tap: int) -> torch.Tensor:
+        by = metrics.uniform(numbers, (1, x.size(2)), seed, side, tap) * x.size(1)
+        return _rotate(x, by.long().to(x.device), 1)
 
-    def rows(weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
-        """Each query's weights rotated among the keys that it may see, from the first that has any (a window's)."""
-        *_, R, T = weights.shape
-        key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
-        end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
-        start = (weights > 0).int().argmax(-1, keepdim=True)  # (B, H, R, 1)
-        by = (torch.rand(start.shape, generator=draw).to(weights) * (end - start)).long()
-        rotated = start + (key - start + by) % (end - start)
-        return weights.gather(-1, torch.where((key >= start) & (key < end), rotated, key))
+    def rows(numbers: torch.Tensor, seam: int, shape: torch.Size) -> ShuffleRows:
+        return functools.partial(_rotate_rows, metrics.uniform(numbers, shape, seed, ATTENTION, seam))
 
     return {"shuffled_channels": Shuffle(stream=channels), "shuffled_positions": Shuffle(stream=positions, rows=rows)}
 
