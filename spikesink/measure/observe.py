@@ -383,13 +383,10 @@ def observe(
 
 
 class SideBatch:
-    """One batch on one side of the taps: takes in each stream, and fills in its Side at the end.
+    """One batch on one side of the taps, number 0 or 1: takes in each stream, and fills in its Side at the end."""
 
-    `shuffle`: (the stream (B, T, C), tap) -> what is measured instead.
-    """
-
-    def __init__(self, side: Side, rows: torch.Tensor, shape: torch.Size, shuffle: Callable[..., torch.Tensor]) -> None:
-        self.side, self.rows, self.shape, self.shuffle = side, rows, shape, shuffle
+    def __init__(self, side: Side, number: int, rows: torch.Tensor, shape: torch.Size, shuffle: Shuffle) -> None:
+        self.side, self.number, self.rows, self.shape, self.shuffle = side, number, rows, shape, shuffle
         self.ratio = torch.zeros(shape)
         rules = (*SPIKE_RULES.values(), *PERCENTILE_RULES.values())
         self.marked: dict[SpikeRule, list[torch.Tensor]] = {rule: [] for rule in rules}
@@ -399,7 +396,7 @@ class SideBatch:
         """Takes in the tensor at one tap."""
         (B, T), side, usual = self.shape, self.side, self.side.usual[index]
         assert usual is not None
-        x = self.shuffle(stream.detach().float().view(B, T, -1), tap=index)
+        x = self.shuffle.stream(stream.detach().float().view(B, T, -1), self.rows, self.number, index)
         batch, self.C = side.stats[index].add(x), x.size(-1)
         strength = batch.strength(usual)
         for name, value in {
@@ -437,10 +434,7 @@ def _observe_batch(
     """One forward pass with every tap hooked; fills in what it saw of these sequences."""
     shape = subject.seen(ids).shape
     T = shape[1]
-    sums, reads = (
-        SideBatch(side, rows, shape, functools.partial(shuffle.stream, numbers=rows, side=i))
-        for i, side in enumerate((obs.sum, obs.read))
-    )
+    sums, reads = (SideBatch(side, number, rows, shape, shuffle) for number, side in enumerate((obs.sum, obs.read)))
     share, sink_heads, alphas = torch.zeros(shape), torch.zeros(shape), []
 
     def on_sum(index: int) -> Callable[[torch.Tensor], None]:
