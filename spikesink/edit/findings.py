@@ -185,10 +185,18 @@ class AttentionChange(Record):
 
 
 class Int8(LossChange):
-    """What 8 bits cost: weights and activations, and either alone."""
+    """What 8 or 4 bits cost: weights and activations, and either alone; None where activations stay in float.
 
-    weights_only: LossChange
-    activations_only: LossChange
+    `weights`, `activations`: which of their entries share a scale; `granularity` names the two.
+    """
+
+    granularity: str
+    weight_bits: int
+    weights: str
+    activation_bits: int | None
+    activations: str | None
+    weights_only: LossChange | None
+    activations_only: LossChange | None
 
 
 # ------------------------------------------------------------------------------------------------------- probes

@@ -54,7 +54,7 @@ def answers(found: Ablation) -> list[str]:
     lines = [QUESTIONS[entry.name].format(_beside(entry)) for entry in asked if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in asked if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
-    return lines + _needs(found.two_by_two) + _short_range(found.attention) + _quantised(found.int8)
+    return lines + _needs(found.two_by_two) + _short_range(found.attention)
 
 
 VERDICTS = {
@@ -97,14 +97,23 @@ def _short_range(attention: AttentionChange) -> list[str]:
     return [f"What do heads look at without their sink keys? In heads that have sinks: {', '.join(parts)}."]
 
 
-def _quantised(int8: dict[str, Int8] | Unavailable) -> list[str]:
+def _quantised(int8: dict[str, Int8] | Unavailable) -> tuple[str, Table | None]:
+    """What 8 and 4 bits cost: a row for each way of sharing scales."""
     if isinstance(int8, Unavailable):
-        return [f"Does int8 break it? Not tried: {int8.reason}."]
-    parts = [
-        f"{_cost(of)} with scales {_spoken(name)} (activations alone {_cost(of.activations_only)})"
-        for name, of in int8.items()
+        return f"Does int8 break it? Not tried: {int8.reason}.", None
+    alone = lambda change: _cost(change) if change else "–"
+    table = [
+        [
+            f"int{of.weight_bits} {of.granularity}",
+            f"{of.weight_bits} bits, {of.weights}",
+            f"{of.activation_bits} bits, {of.activations}" if of.activation_bits else "float",
+            *(f"{of.delta_loss:+.4f}", interval(of.ci95, "+.4f")),
+            *(alone(of.weights_only), alone(of.activations_only)),
+        ]
+        for of in int8.values()
     ]
-    return [f"Do they break int8? Weights and activations in 8 bits change the loss by {'; '.join(parts)}."]
+    header = ["rounded", "weights", "activations", "delta loss", "95% interval", "weights alone", "activations alone"]
+    return "Do outliers break int8 and int4? How the loss changes, in nats per token:", (header, table)
 
 
 def _labelled(found: Ablation) -> Iterable[tuple[str, Effect]]:
@@ -144,13 +153,14 @@ def class_rows(found: Ablation) -> Table:
 
 
 def probe_tables(found: Ablation) -> list[tuple[str, Table | None]]:
-    """[(sentence, (header, rows))] of the probes; no table for one that was not run, but the reason."""
+    """[(sentence, (header, rows))] of int8 and the probes; no table for one that was not run, but the reason."""
     make: dict[type, Callable[[Any], tuple[str, Table | None]]] = {
         Unavailable: lambda of: (f"Not probed: {of.reason}.", None),
         Blimp: _blimp_table,
         Linear: _linear_table,
     }
-    return [make[type(of)](of) for of in (found.probes.blimp, found.probes.linear) if of is not None]
+    probes = [make[type(of)](of) for of in (found.probes.blimp, found.probes.linear) if of is not None]
+    return [_quantised(found.int8), *probes]
 
 
 def _label(name: str) -> str:
