@@ -221,9 +221,11 @@ class BlimpCondition(Accuracy, Named):
 
 
 class Blimp(Record):
-    """BLiMP under every condition, the clean model ("none") first. `left_out`: pairs too long for the model."""
+    """BLiMP under every condition, the clean model ("none") first. `first_token`: whether the first token of a sentence
+    is scored, and after what. `left_out`: pairs too long for the model."""
 
     normalisation: str
+    first_token: str
     pairs: int
     left_out: int
     conditions: list[BlimpCondition]
@@ -259,7 +261,8 @@ class LinearCondition(Named):
 
 
 class Linear(Record):
-    """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model.
+    """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model, or
+    without a token of their own.
 
     `majority`: of each task the accuracy of the commonest answer.
     """

@@ -194,8 +194,9 @@ def _blimp_table(of: Blimp) -> tuple[str, Table]:
         table.append([_label(row.name), f"{row.accuracy:.1%}", interval(row.ci95, ".1%"), *changed, *cells])
     left_out = f", {of.left_out} left out as too long" if of.left_out else ""
     return (
-        f"Grammar: BLiMP, {of.pairs} minimal pairs{left_out}; {of.normalisation}. Chance is 50%. By field: the "
-        f"accuracy of the clean model, then changes; semantics holds quantifiers and NPIs. {STARS}.",
+        f"Grammar: BLiMP, {of.pairs} minimal pairs{left_out}; {of.normalisation}; {of.first_token}. "
+        "Chance is 50%. By field: the accuracy of the clean model, then changes; semantics holds quantifiers and NPIs. "
+        f"{STARS}.",
         (["BLiMP under", "accuracy", "95% interval", "change", "95% interval", *clean.by_field], table),
     )
 
@@ -215,10 +216,11 @@ def _linear_table(of: Linear) -> tuple[str, Table]:
             table[-1] += [_starred(tap.accuracy_change, tap.accuracy_change_ci95)]
             table[-1] += [_starred(tap.change, tap.change_ci95), interval(tap.change_ci95, "+.1%")]
     last = next(iter(clean.tasks.values()))[-1]
+    left_out = f", {of.left_out} of all words left out" if of.left_out else ""
     majority = ", ".join(f"{task} {value:.1%}" for task, value in of.majority.items())
     return (
         f"What can be read off the states after {last.name}: linear probes on UD English EWT, "
-        f"{of.words.test} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that "
-        f"of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
+        f"{of.words.test} test words{left_out}; the commonest answer alone: {majority}. Selectivity: accuracy minus "
+        f"that of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
         (header, table),
     )

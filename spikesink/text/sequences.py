@@ -73,6 +73,22 @@ class Reader:
             raise UserError("--bos: the model's tokenizer has no BOS")
         return dataclasses.replace(self, prefix_ids=(bos_id,))
 
+    def opened(self) -> tuple["Reader", str]:
+        """This reader with a token before every text, and words on it: what stands there already, or else the separator
+        of documents, or BOS. Without any the first token of a text cannot be predicted, and the words say so."""
+        if self.prefix_ids:
+            shown = "".join(map(self.tokenizer.decode, self.prefix_ids))
+            return self, f"the first token is predicted from {shown}, with which the model reads every text"
+        separator = getattr(self.tokenizer, "separator_id", None)
+        separator = bos_of(self.tokenizer, self.meta) if separator is None else separator
+        if separator is None or not 0 <= separator < self.vocab_size:
+            return self, "the first token is not scored, as the vocabulary has nothing to put before it"
+        opened = dataclasses.replace(self, prefix_ids=(separator,))
+        return (
+            opened,
+            f"the first token is predicted from {self.tokenizer.decode(separator)}, put before every sentence",
+        )
+
     def sequences(self, options: Options, wanted: int) -> Sequences:
         """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
 
