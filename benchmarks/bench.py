@@ -376,8 +376,8 @@ def conditions_in(found: Ablation) -> int:
     """Interventions, removals and controls that edited something, and int8's: both halves and either alone."""
     effects = [effect for _, part in found.all_parts for entry in part.entries for effect in (entry, *entry.control)]
     int8s = [part.int8 for _, part in found.all_parts if isinstance(part.int8, dict)]
-    halves = sum(1 if of.weights_only is None else 3 for int8 in int8s for of in int8.values())
-    return sum(effect.edited > 0 for effect in effects) + halves - bool(int8s)  # two schemes round weights alike
+    costs = [cost for int8 in int8s for of in int8.values() for cost in (of, of.weights_only, of.activations_only)]
+    return sum(effect.edited > 0 for effect in effects) + sum(cost is not None for cost in costs)
 
 
 def bench_command(name: str, args: argparse.Namespace) -> Tables:

@@ -96,13 +96,13 @@ def test_the_first_token_is_scored_where_something_can_stand_before_it(separator
     pairs = [pair(f"{a} cat", f"{b} cat", field=f"{i}") for i, (a, b) in enumerate(starts)]
     found = probes.blimp(subject_of(model), reader, pairs, {**NONE, "again": again})
     assert all((ids[:, 0] == 256).all() for ids in seen) == (separator == 256)
-    assert ("put before every sentence" if separator == 256 else "not scored") in found.first_token
+    assert ("put before every sentence" if separator == 256 else "without the first") in found.normalisation
     whole = [log_probability(model, p.good) > log_probability(model, p.bad) for p in pairs]
     for condition in found.conditions:
         right = [condition.by_field[p.field].accuracy for p in pairs]
         assert (right == whole) == (separator == 256)
     if separator == 256:
-        assert "<bos>" in probes.blimp(subject_of(model), READER, pairs, NONE).first_token
+        assert "<bos>" in probes.blimp(subject_of(model), READER, pairs, NONE).normalisation
 
 
 def test_what_separates_documents_is_put_before_a_sentence_and_not_a_chats_turn():
@@ -215,7 +215,8 @@ def test_spans_from_bytes_are_those_of_transformers():
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     assert max(map(len, text.encode().split())) > 4 and sum(map(len, tokens)) == len(text.encode())
-    assert tokenizers.spans_of_bytes(text, map(len, tokens)) == encoded["offset_mapping"]
+    ids = np.arange(len(tokens))
+    assert tokenizers.spans_of_bytes(text, ids, lambda i: len(tokens[i])) == ([*ids], encoded["offset_mapping"])
     ((ids, spans),) = ByteTokenizer().spans([text])
     assert [text[a:b] for a, b in spans] == [c for c in text for _ in c.encode()] and len(ids) == len(spans)
 

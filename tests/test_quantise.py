@@ -124,9 +124,9 @@ def test_losses_are_those_of_int8_by_hand(ids, granularity):
 
 @contextlib.contextmanager
 def quantised(subject, ranges, name):
-    scheme = quantise.SCHEMES[name]
-    rest = quantise.activations(subject, ranges, scheme.activations) if scheme.activations else contextlib.nullcontext()
-    with quantise.weights(subject, scheme.weights), rest:
+    of_weights, of_activations = quantise.SCHEMES[name]
+    rest = quantise.activations(subject, ranges, of_activations) if of_activations else contextlib.nullcontext()
+    with quantise.weights(subject, of_weights), rest:
         yield
 
 
@@ -182,7 +182,7 @@ def test_every_matrix_of_the_blocks_is_quantised_along_its_outputs(family, n):
     # T5: 6 in a block of the encoder (four of attention, two of the FFN), 10 in one of the decoder
     assert len(found) == (2 * n if n else 2 * 6 + 2 * 10)
     exact = {module: module.weight.clone() for module in found}
-    with quantise.weights(subject, quantise.Rounding(8, "output")):
+    with quantise.weights(subject, quantise.OUTPUT):
         for module, weight in exact.items():
             rows, new = (w.T if family == "gpt2" else w for w in (weight, module.weight))
             assert not torch.equal(new, rows)
@@ -195,7 +195,7 @@ def test_every_matrix_of_the_blocks_is_quantised_along_its_outputs(family, n):
 def test_an_embedding_tied_to_nothing_in_the_blocks_stays(ids):
     model = tiny()
     subject, head = subject_of(model), model.lm_head.weight.clone()
-    with quantise.weights(subject, quantise.Rounding(8, "tensor")):
+    with quantise.weights(subject, quantise.MATRIX):
         assert torch.equal(model.lm_head.weight, head)
         assert all(len(m.weight.unique()) <= 255 for m in quantise.matrices(subject))
 
@@ -212,5 +212,5 @@ def test_ranges_are_the_largest_of_the_other_text():
 def test_a_model_on_disk_is_refused_in_one_line():
     subject = subject_of(tiny())
     subject.stages[0].to("meta")
-    with pytest.raises(UserError, match="read from disk"), quantise.weights(subject, quantise.Rounding(8, "tensor")):
+    with pytest.raises(UserError, match="read from disk"), quantise.weights(subject, quantise.MATRIX):
         pass

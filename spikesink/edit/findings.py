@@ -186,11 +186,8 @@ class AttentionChange(Record):
 
 class Int8(LossChange):
     """What 8 or 4 bits cost: weights and activations, and either alone; None where activations stay in float.
+    `weights`, `activations`: which of their entries share a scale."""
 
-    `weights`, `activations`: which of their entries share a scale; `granularity` names the two.
-    """
-
-    granularity: str
     weight_bits: int
     weights: str
     activation_bits: int | None
@@ -221,11 +218,9 @@ class BlimpCondition(Accuracy, Named):
 
 
 class Blimp(Record):
-    """BLiMP under every condition, the clean model ("none") first. `first_token`: whether the first token of a sentence
-    is scored, and after what. `left_out`: pairs too long for the model."""
+    """BLiMP under every condition, the clean model ("none") first. `left_out`: pairs too long for the model."""
 
     normalisation: str
-    first_token: str
     pairs: int
     left_out: int
     conditions: list[BlimpCondition]
@@ -295,8 +290,8 @@ class Calibration(Record):
 class Ablation(Record):
     """What changes in a model, or in a part of an encoder-decoder, under every intervention.
 
-    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by granularity. `two_by_two`: by what was removed,
-    remove_spikes and remove_sinks. `parts`: the other parts of an encoder-decoder, by name.
+    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by quantise.SCHEMES. `two_by_two`: by what was
+    removed, remove_spikes and remove_sinks. `parts`: the other parts of an encoder-decoder, by name.
     """
 
     schema: str = SCHEMA

@@ -91,8 +91,7 @@ def blimp(
     right = {name: (s.view(-1, 2, 2)[:, 0] > s.view(-1, 2, 2)[:, 1]).double() for name, s in scores.items()}
     clean = next(iter(right.values()))
     return Blimp(
-        normalisation="a sentence's score is the sum of log p over its tokens, as in Warstadt et al. 2020",
-        first_token=first_token,
+        normalisation=f"a sentence's score is the sum of log p over its tokens (Warstadt et al. 2020), {first_token}",
         pairs=len(kept),
         left_out=len(pairs) - len(kept),
         conditions=[
@@ -131,10 +130,10 @@ def frame(reader: Reader, ids: Iterable[int] | np.ndarray) -> list[int]:
     return [*reader.prefix_ids, *map(int, ids), *reader.suffix_ids]
 
 
-def padded(rows: list[list[int]]) -> Tensor:
-    """Lists of ids -> (N, T), PADDING after the shorter ones."""
+def padded(rows: list[list[int]], padding: int = PADDING) -> Tensor:
+    """Lists of ids -> (N, T), padding after the shorter ones."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [PADDING] * (longest - len(row)) for row in rows])
+    return torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
 
 
 # ------------------------------------------------------------------------------------------- linear probes
@@ -200,15 +199,11 @@ def word_of_tokens(words: list[str], spans: Spans) -> list[int]:
     It is the word that has most of these, white space not counted; the first of words that have as many. A token of
     white space alone, or of nothing, is of the word that it stands before; -1 at the end of the text.
     """
-    owner = np.repeat(np.arange(len(words)), [len(word) for word in words])
-    solid = np.array([not character.isspace() for word in words for character in word], dtype=bool)
-    numbers: list[int] = []
+    owner, text = [number for number, word in enumerate(words) for _ in word], "".join(words)
+    numbers = []
     for start, end in spans:
-        mine = owner[start:end][solid[start:end]]
-        if len(mine):
-            numbers.append(int(np.bincount(mine).argmax()))
-        else:
-            numbers.append(int(owner[start]) if start < len(owner) else -1)
+        mine = [owner[i] for i in range(start, end) if not text[i].isspace()] or owner[start : start + 1]
+        numbers.append(max(mine, key=mine.count, default=-1))
     return numbers
 
 
@@ -228,20 +223,15 @@ def words_of(reader: Reader, read: list[Sentence]) -> Words:
         kept = int(min(len(ids), max(0, room)))
         while kept and words[kept - 1] in words[kept:]:
             kept -= 1
-        here = sorted({*words[:kept]} - {-1})
-        if not here:
-            continue
-        number = {word: len(where) + i for i, word in enumerate(here)} | {-1: -1}
-        where += [(n, word) for word in here]
-        rows.append(frame(reader, ids[:kept]))
-        ends = [[-1] * len(special) for special in (reader.prefix_ids, reader.suffix_ids)]
-        numbers.append([*ends[0], *(number[word] for word in words[:kept]), *ends[1]])
+        number = {word: len(where) + i for i, word in enumerate(sorted({*words[:kept]} - {-1}))}
+        if number:
+            where += [(n, word) for word in number]
+            rows.append(frame(reader, ids[:kept]))
+            ends = [[-1] * len(special) for special in (reader.prefix_ids, reader.suffix_ids)]
+            numbers.append([*ends[0], *(number.get(word, -1) for word in words[:kept]), *ends[1]])
     if not rows:
         raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
-    longest = max(map(len, rows))
-    of_token = torch.tensor([row + [-1] * (longest - len(row)) for row in numbers])
-    sentence_of, index = np.array(where).T
-    return Words(padded(rows), of_token, sentence_of, index)
+    return Words(padded(rows), padded(numbers, -1), *np.array(where).T)
 
 
 @torch.no_grad()

@@ -1,17 +1,13 @@
 """Simulated int8 and int4: matrices of the blocks, and what they read, rounded to few levels; arithmetic in float.
 
-    ranges, scheme = quantise.Ranges(subject, other_ids), quantise.SCHEMES["per_tensor"]
-    with quantise.weights(subject, scheme.weights), quantise.activations(subject, ranges, scheme.activations):
+    ranges, (of_weights, of_activations) = quantise.Ranges(subject, other_ids), quantise.SCHEMES["per_tensor"]
+    with quantise.weights(subject, of_weights), quantise.activations(subject, ranges, of_activations):
         losses = subject.losses(ids)
 
 Outliers are what breaks it (Dettmers et al. 2208.07339; Bondarenko et al. 2306.12929): one scale must reach the largest
-|x|, and what is a few hundred times smaller rounds to nothing.
-
-Quantised: the weight and the input of every matrix (nn.Linear, transformers' Conv1D) inside the blocks (of an
-encoder-decoder: of both stacks); with static scales also the residual stream at every writable tap, that after the
-embedding included, as Bondarenko et al. do; with scales per token not the stream, which LLM.int8 and its successors
-leave in float. Not quantised: embeddings, unembedding, norms, biases, queries, keys, values and attention weights as
-such, and experts that are kept in one 3-D tensor. Symmetric, absmax, round to nearest, nothing clipped or moved.
+|x|, and what is a few hundred times smaller rounds to nothing. With static scales the residual stream at every writable
+tap is rounded too, as Bondarenko et al. do; with scales per token it is not, as in LLM.int8 and its successors. See
+NOTE. Experts in one 3-D tensor stay as they are. Of an encoder-decoder: both stacks' matrices, the part's stream.
 """
 
 import contextlib
@@ -28,55 +24,42 @@ from ..measure import metrics
 from ..models.subject import Subject, Tap, batches
 from .findings import Int8, LossChange
 
-GROUP = (
-    128  # inputs that share a scale, of weights alone: GPTQ (Frantar et al. 2210.17323), AWQ (Lin et al. 2306.00978)
-)
+# inputs that share a scale, of weights alone: as in GPTQ (Frantar et al. 2210.17323) and AWQ (Lin et al. 2306.00978)
+GROUP = 128
 
 
 class Rounding(NamedTuple):
-    """How many bits, and which entries share a scale: a key of WEIGHTS or of ACTIVATIONS."""
+    """How many bits, which entries share a scale in words, and the range (absmax) of each entry, which broadcasts: of a
+    weight (out, in), or of an activation (..., C) and its static absmax per channel (C,), not asked if `dynamic`."""
 
     bits: int
-    scales: str
-
-
-class Scheme(NamedTuple):
-    """What is rounded how; `activations` None: they stay in float."""
-
-    granularity: str
-    weights: Rounding
-    activations: Rounding | None
+    text: str
+    range_of: Callable[..., Tensor]
+    dynamic: bool = False
 
 
 def _of_groups(weight: Tensor) -> Tensor:
     return torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in weight.split(GROUP, 1)], dim=1)
 
 
-# name -> (in words, the range (absmax) of each entry, which broadcasts): of a weight (out, in), ...
-WEIGHTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "tensor": ("one scale for a matrix", lambda weight: weight.abs().amax()),
-    "output": ("a scale per output channel", lambda weight: weight.abs().amax(1, keepdim=True)),
-    "group": (f"a scale per {GROUP} inputs of an output channel", _of_groups),
-}
-# ... and of an activation (..., C) whose static absmax per channel (C,) is known
-ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "tensor": ("one static scale", lambda x, largest: largest.amax()),
-    "channel": ("a static scale per channel", lambda x, largest: largest),
-    "token": ("a dynamic scale per token", lambda x, largest: x.abs().amax(-1, keepdim=True)),
-}
-DYNAMIC = "token"  # of ACTIVATIONS, that which needs no static range
-SCHEMES = {
-    "per_tensor": Scheme("per tensor", Rounding(8, "tensor"), Rounding(8, "tensor")),
+MATRIX = Rounding(8, "one scale for a matrix", lambda weight: weight.abs().amax())
+OUTPUT = Rounding(8, "a scale per output channel", lambda weight: weight.abs().amax(1, keepdim=True))
+INPUTS = Rounding(4, f"a scale per {GROUP} inputs of an output channel", _of_groups)
+TENSOR = Rounding(8, "one static scale", lambda x, largest: largest.amax())
+CHANNEL = Rounding(8, "a static scale per channel", lambda x, largest: largest)
+TOKEN = Rounding(8, "a dynamic scale per token", lambda x, largest: x.abs().amax(-1, keepdim=True), dynamic=True)
+SCHEMES: dict[str, tuple[Rounding, Rounding | None]] = {  # of weights and of activations
+    "per_tensor": (MATRIX, TENSOR),
     # What integer arithmetic cannot do as it is (the input's scales do not leave the sum) and SmoothQuant (Xiao et al.
     # 2211.10438) comes near to by moving scales into the weights.
-    "per_channel": Scheme("per channel", Rounding(8, "output"), Rounding(8, "channel")),
+    "per_channel": (OUTPUT, CHANNEL),
     # LLM.int8's "vector-wise" (Dettmers et al. 2208.07339) without its outliers in 16 bits; the tokens' scales as in
     # ZeroQuant (Yao et al. 2206.01861) and SmoothQuant-O1.
-    "per_token": Scheme("per token", Rounding(8, "output"), Rounding(8, "token")),
+    "per_token": (OUTPUT, TOKEN),
     # The W4A4 that QuaRot (Ashkboos et al. 2404.00456) starts from, without its rotations and its clipping.
-    "int4_per_token": Scheme("per token", Rounding(4, "output"), Rounding(4, "token")),
+    "int4_per_token": (OUTPUT._replace(bits=4), TOKEN._replace(bits=4)),
     # W4A16, what GPTQ and AWQ call round-to-nearest at g128; theirs has zero points.
-    "int4_per_group": Scheme("per group", Rounding(4, "group"), None),
+    "int4_per_group": (INPUTS, None),
 }
 NOTE = (
     "int8, int4: simulated, symmetric, absmax, round to nearest, levels -127 ... 127 and -7 ... 7. The weight and the "
@@ -108,12 +91,7 @@ def matrices(subject: Subject) -> list[nn.Module]:
 
 def sites(subject: Subject) -> list[Tap]:
     """Taps on every activation that is quantised: the stream, and the inputs of the matrices."""
-    return [*subject.writable, *inputs(subject)]
-
-
-def inputs(subject: Subject) -> list[Tap]:
-    """Taps on the inputs of the matrices."""
-    return [Tap(0, "matrix", module, "input") for module in matrices(subject)]
+    return [*subject.writable, *(Tap(0, "matrix", module, "input") for module in matrices(subject))]
 
 
 class Ranges:
@@ -145,11 +123,10 @@ def weights(subject: Subject, rounding: Rounding) -> Iterator[None]:
     if any(weight.is_meta for weight in held):
         raise UserError("int8 needs the weights in memory; this model is read from disk as it runs (--max_memory)")
     original = {weight: weight.data for weight in held}
-    _, range_of = WEIGHTS[rounding.scales]
     try:
         for weight, transposed in held.items():
             turned = weight.data.T if transposed else weight.data  # (out, in)
-            new = rounded(turned, range_of(turned.float()), rounding.bits)
+            new = rounded(turned, rounding.range_of(turned.float()), rounding.bits)
             weight.data = new.T if transposed else new
         yield
     finally:
@@ -158,16 +135,14 @@ def weights(subject: Subject, rounding: Rounding) -> Iterator[None]:
 
 
 def activations(subject: Subject, ranges: Ranges, rounding: Rounding) -> contextlib.AbstractContextManager[None]:
-    """A context manager in which the matrices' inputs are rounded, with static scales (of `ranges`) the stream too."""
-    _, range_of = ACTIVATIONS[rounding.scales]
-    if rounding.scales == DYNAMIC:
-        taps = inputs(subject)
-        return on_streams(taps, [lambda x: rounded(x, range_of(x.float(), x), rounding.bits)] * len(taps))
+    """A context manager in which the matrices' inputs are rounded, and the stream too unless scales are dynamic."""
+    known = zip(sites(subject), ranges.largest, strict=True)
+    chosen = [(tap, largest) for tap, largest in known if not (rounding.dynamic and tap in subject.writable)]
 
     def function_of(largest: Tensor | None) -> Callable[[Tensor], Tensor | None]:
-        return lambda x: None if largest is None else rounded(x, range_of(x, largest), rounding.bits)
+        return lambda x: None if largest is None else rounded(x, rounding.range_of(x, largest), rounding.bits)
 
-    return on_streams(sites(subject), [function_of(largest) for largest in ranges.largest])
+    return on_streams([tap for tap, _ in chosen], [function_of(largest) for _, largest in chosen])
 
 
 def sequence_losses(subject: Subject, ids: Tensor, batch_size: int = 8) -> Tensor:
@@ -198,14 +173,13 @@ def quantised_losses(subject: Subject, ids: Tensor, other_ids: Tensor, batch_siz
 
     return {
         name: Int8(
-            **vars(change(scheme.weights, scheme.activations)),
-            granularity=scheme.granularity,
-            weight_bits=scheme.weights.bits,
-            weights=WEIGHTS[scheme.weights.scales][0],
-            activation_bits=scheme.activations.bits if scheme.activations else None,
-            activations=ACTIVATIONS[scheme.activations.scales][0] if scheme.activations else None,
-            weights_only=change(scheme.weights, None) if scheme.activations else None,
-            activations_only=change(None, scheme.activations) if scheme.activations else None,
+            **vars(change(of_weights, of_activations)),
+            weight_bits=of_weights.bits,
+            weights=of_weights.text,
+            activation_bits=of_activations and of_activations.bits,
+            activations=of_activations and of_activations.text,
+            weights_only=change(of_weights, None) if of_activations else None,
+            activations_only=change(None, of_activations) if of_activations else None,
         )
-        for name, scheme in SCHEMES.items()
+        for name, (of_weights, of_activations) in SCHEMES.items()
     }

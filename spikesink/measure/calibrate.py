@@ -36,7 +36,7 @@ from .findings import (
     Verdict,
     Verdicts,
 )
-from .observe import Observation, Ordinary, Shuffle, ShuffleRows, observe
+from .observe import Observation, Ordinary, Shuffle, observe
 from .rules import SEQUENCES, Curve, Observed, Rule
 from .sinks import PRIMARY_SINK_RULE, SINK_RULES
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -53,20 +53,17 @@ def rules() -> dict[str, Rule]:
     return {**SPIKE_RULES, **SINK_RULES}
 
 
-def _rotate(x: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
-    """x rotated along `dim` by `by` places, a tensor of x's shape but 1 at `dim`."""
-    n = x.size(dim)
-    shape = [1] * x.dim()
+def _rotate(x: torch.Tensor, draws: torch.Tensor, dim: int) -> torch.Tensor:
+    """x rotated along `dim` by the part of it that draws in [0, 1) say, a tensor of x's shape or 1."""
+    n, shape = x.size(dim), [1] * x.dim()
     shape[dim] = n
-    index = (torch.arange(n, device=x.device).view(shape) + by) % n
-    return x.gather(dim, index.expand(x.shape))
+    index = torch.arange(n, device=x.device).view(shape) + (draws.to(x.device) * n).long()
+    return x.take_along_dim(index % n, dim)
 
 
 def _rotate_rows(draws: torch.Tensor, weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
-    """Each query's weights rotated among the keys that it may see, from the first that has any (a window's).
-
-    draws (B, H, queries): how far, as a part of those keys.
-    """
+    """Each query's weights rotated among the keys that it may see, from the first that has any (a window's), by the
+    part of them that draws (B, H, queries) say."""
     *_, R, T = weights.shape
     key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
     end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
@@ -79,18 +76,10 @@ def _rotate_rows(draws: torch.Tensor, weights: torch.Tensor, first: int, causal:
 def shuffles(seed: int) -> dict[str, Shuffle]:
     """{name: Shuffle} of the nulls that change what is measured; draws are a function of the seed, the sequence's
     number and the place."""
-
-    def channels(x: torch.Tensor, numbers: torch.Tensor, side: int, tap: int) -> torch.Tensor:
-        by = metrics.uniform(numbers, (x.size(1), 1), seed, side, tap) * x.size(2)
-        return _rotate(x, by.long().to(x.device), 2)
-
-    def positions(x: torch.Tensor, numbers: torch.Tensor, side: int, tap: int) -> torch.Tensor:
-        by = metrics.uniform(numbers, (1, x.size(2)), seed, side, tap) * x.size(1)
-        return _rotate(x, by.long().to(x.device), 1)
-
-    def rows(numbers: torch.Tensor, seam: int, shape: torch.Size) -> ShuffleRows:
-        return functools.partial(_rotate_rows, metrics.uniform(numbers, shape, seed, ATTENTION, seam))
-
+    drawn = lambda numbers, shape, *place: metrics.uniform(numbers, shape, seed, *place)
+    channels = lambda x, numbers, *place: _rotate(x, drawn(numbers, (x.size(1), 1), *place), 2)
+    positions = lambda x, numbers, *place: _rotate(x, drawn(numbers, (1, x.size(2)), *place), 1)
+    rows = lambda numbers, seam, shape: functools.partial(_rotate_rows, drawn(numbers, shape, ATTENTION, seam))
     return {"shuffled_channels": Shuffle(stream=channels), "shuffled_positions": Shuffle(stream=positions, rows=rows)}
 
 

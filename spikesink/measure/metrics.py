@@ -14,14 +14,10 @@ import torch
 
 from .findings import Interval, OverlapRates
 
-# ---------------------------------------------------------------------------------------------- random draws
-
 
 def uniform(numbers: torch.Tensor, shape: Sequence[int], *keys: int) -> torch.Tensor:
-    """Uniform draws in [0, 1) for sequences of these numbers (B,): (B, *shape), float32, on the CPU.
-
-    Each sequence's are a function of its number and the keys (not negative) alone: the same for any batch size.
-    """
+    """Draws from [0, 1) for sequences of these numbers (B,): (B, *shape), float32, on the CPU; each sequence's are a
+    function of its number and the keys (not negative) alone, and so the same for any batch size."""
     draws = [np.random.default_rng((*keys, n)).random(tuple(shape), np.float32) for n in numbers.tolist()]
     return torch.from_numpy(np.stack(draws))
 

@@ -284,16 +284,11 @@ class Shuffle:
     """For nulls: what is measured instead of streams and maps, while the model goes on with its own.
 
     `stream`: (x (B, T, C), numbers of the sequences (B,), side: 0 the sum or 1 what is read, tap) -> x changed. `rows`:
-    (numbers, seam, (heads, queries)) -> ShuffleRows. What is drawn is drawn from those numbers, so that it is the same
-    for every batch size.
+    (numbers, seam, (heads, queries)) -> ShuffleRows.
     """
 
     stream: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor] = lambda x, numbers, side, tap: x
-    rows: Callable[[torch.Tensor, int, torch.Size], ShuffleRows] = lambda numbers, seam, shape: _as_they_are
-
-
-def _as_they_are(weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
-    return weights
+    rows: Callable[..., ShuffleRows] = lambda numbers, seam, shape: lambda weights, first, causal: weights
 
 
 ORDINARY_SEQUENCES, ORDINARY_TOKENS = 8, 64  # how much text says what is usual: sequences, and tokens of each

@@ -655,15 +655,14 @@ class Tokenizer:
     """A transformers tokenizer as the instruments use one.
 
     `prefix_ids`, `suffix_ids`: the special tokens that it puts before and after a text. `bos_id`: its BOS, or None.
-    `separator_id`: what stands between documents: <|endoftext|> if that is one of its special tokens (a chat model's
-    BOS and EOS begin and end turns), else BOS, else EOS, or None.
+    `separator_id`: what stands between documents: <|endoftext|>, else BOS, else EOS, or None.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.bos_id = tokenizer, getattr(tokenizer, "bos_token_id", None)
         self.prefix_ids, self.suffix_ids = self._frame()
         eos_id = getattr(tokenizer, "eos_token_id", None)
-        self.separator_id = eos_id if self.bos_id is None else self.bos_id
+        self.separator_id = eos_id if self.bos_id is None else self.bos_id  # a chat model's begin and end turns
         if END in getattr(tokenizer, "all_special_tokens", ()):
             self.separator_id = tokenizer.convert_tokens_to_ids(END)
 

@@ -101,19 +101,13 @@ def _quantised(int8: dict[str, Int8] | Unavailable) -> tuple[str, Table | None]:
     """What 8 and 4 bits cost: a row for each way of sharing scales."""
     if isinstance(int8, Unavailable):
         return f"Does int8 break it? Not tried: {int8.reason}.", None
-    alone = lambda change: _cost(change) if change else "–"
-    table = [
-        [
-            f"int{of.weight_bits} {of.granularity}",
-            f"{of.weight_bits} bits, {of.weights}",
-            f"{of.activation_bits} bits, {of.activations}" if of.activation_bits else "float",
-            *(f"{of.delta_loss:+.4f}", interval(of.ci95, "+.4f")),
-            *(alone(of.weights_only), alone(of.activations_only)),
-        ]
-        for of in int8.values()
-    ]
-    header = ["rounded", "weights", "activations", "delta loss", "95% interval", "weights alone", "activations alone"]
-    return "Do outliers break int8 and int4? How the loss changes, in nats per token:", (header, table)
+    table = []
+    for name, of in int8.items():
+        read = f"{of.activation_bits} bits, {of.activations}" if of.activation_bits else "float"
+        costs = [_cost(change) if change else "–" for change in (of, of.weights_only, of.activations_only)]
+        table.append([_spoken(name), f"{of.weight_bits} bits, {of.weights}", read, *costs])
+    header = ["int8 and int4", "weights", "activations", "delta loss", "of weights alone", "of activations alone"]
+    return "Do outliers break few bits? How rounding changes the loss, in nats per token:", (header, table)
 
 
 def _labelled(found: Ablation) -> Iterable[tuple[str, Effect]]:
@@ -194,9 +188,8 @@ def _blimp_table(of: Blimp) -> tuple[str, Table]:
         table.append([_label(row.name), f"{row.accuracy:.1%}", interval(row.ci95, ".1%"), *changed, *cells])
     left_out = f", {of.left_out} left out as too long" if of.left_out else ""
     return (
-        f"Grammar: BLiMP, {of.pairs} minimal pairs{left_out}; {of.normalisation}; {of.first_token}. "
-        "Chance is 50%. By field: the accuracy of the clean model, then changes; semantics holds quantifiers and NPIs. "
-        f"{STARS}.",
+        f"Grammar: BLiMP, {of.pairs} minimal pairs{left_out}; {of.normalisation}. Chance is 50%. By field: the "
+        f"accuracy of the clean model, then changes; semantics holds quantifiers and NPIs. {STARS}.",
         (["BLiMP under", "accuracy", "95% interval", "change", "95% interval", *clean.by_field], table),
     )
 

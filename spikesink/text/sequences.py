@@ -75,19 +75,15 @@ class Reader:
 
     def opened(self) -> tuple["Reader", str]:
         """This reader with a token before every text, and words on it: what stands there already, or else the separator
-        of documents, or BOS. Without any the first token of a text cannot be predicted, and the words say so."""
-        if self.prefix_ids:
-            shown = "".join(map(self.tokenizer.decode, self.prefix_ids))
-            return self, f"the first token is predicted from {shown}, with which the model reads every text"
-        separator = getattr(self.tokenizer, "separator_id", None)
-        separator = bos_of(self.tokenizer, self.meta) if separator is None else separator
-        if separator is None or not 0 <= separator < self.vocab_size:
-            return self, "the first token is not scored, as the vocabulary has nothing to put before it"
-        opened = dataclasses.replace(self, prefix_ids=(separator,))
-        return (
-            opened,
-            f"the first token is predicted from {self.tokenizer.decode(separator)}, put before every sentence",
-        )
+        of documents, or BOS. Without any the first token of a text cannot be scored, and the words say so."""
+        before, words = self.prefix_ids, "which starts every text"
+        if not before:
+            separator = getattr(self.tokenizer, "separator_id", bos_of(self.tokenizer, self.meta))
+            if separator is None or not 0 <= separator < self.vocab_size:
+                return self, "without the first, as the vocabulary has nothing to put before it"
+            before, words = (separator,), "put before every sentence"
+        shown = "".join(map(self.tokenizer.decode, before))
+        return dataclasses.replace(self, prefix_ids=before), f"that of the first after {shown}, {words}"
 
     def sequences(self, options: Options, wanted: int) -> Sequences:
         """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.

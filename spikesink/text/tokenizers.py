@@ -42,8 +42,7 @@ class ByteTokenizer:
 
     def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         """See `spans_of`."""
-        encoded = [ids.tolist() for ids in self.encode(texts)]
-        return [(ids, spans_of_bytes(text, [1] * len(ids))) for text, ids in zip(texts, encoded, strict=True)]
+        return [spans_of_bytes(text, ids, lambda token: 1) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
@@ -102,8 +101,7 @@ class GPT2Tokenizer:
     def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         """See `spans_of`."""
         length = lambda token: len(self.encoding.decode_single_token_bytes(token))
-        encoded = [ids.tolist() for ids in self.encode(texts)]
-        return [(ids, spans_of_bytes(text, map(length, ids))) for text, ids in zip(texts, encoded, strict=True)]
+        return [spans_of_bytes(text, ids, length) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show; the ids that pad the vocabulary have none."""
@@ -147,12 +145,11 @@ def spans_of(tokenizer: TextTokenizer, texts: list[str]) -> list[tuple[list[int]
     return spans(texts)
 
 
-def spans_of_bytes(text: str, lengths: Iterable[int]) -> Spans:
-    """The spans of tokens of so many bytes, which together are the text's UTF-8."""
+def spans_of_bytes(text: str, ids: np.ndarray, length: Callable[[int], int]) -> tuple[list[int], Spans]:
+    """(ids, their spans), where a token stands for `length(token)` bytes of the text's UTF-8."""
     of_byte = [i for i, c in enumerate(text) for _ in c.encode("utf-8", "replace")]
-    ends = [*itertools.accumulate(lengths)]
-    starts = [0, *ends][: len(ends)]
-    return [(of_byte[start], of_byte[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
+    ends = itertools.accumulate(map(length, ids.tolist()), initial=0)
+    return ids.tolist(), [(of_byte[start], of_byte[end - 1] + 1) for start, end in itertools.pairwise(ends)]
 
 
 # name -> tokenizer, made from (file of ranks, number of ids)
