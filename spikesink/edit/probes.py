@@ -403,8 +403,7 @@ def linear(
         ]
 
     return Linear(
-        pooling="sentences are encoded as a whole; a token is of the word that has most of its characters, the first "
-        "of two; a word's state is the mean over its tokens",
+        pooling="the mean over a word's tokens: sentences are encoded whole, a token is of the word with most of it",
         features="standardised; label: both words' states; edge: those and their product",
         classifier=f"ridge regression on one-hot classes, penalty {RIDGE:g}",
         words=WordCounts(train=int(in_train.sum()), test=int((~in_train).sum())),
