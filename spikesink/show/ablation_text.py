@@ -107,7 +107,7 @@ def _quantised(int8: dict[str, Int8] | Unavailable) -> tuple[str, Table | None]:
         costs = [_cost(change) if change else "–" for change in (of, of.weights_only, of.activations_only)]
         table.append([_spoken(name), f"{of.weight_bits} bits, {of.weights}", read, *costs])
     header = ["int8 and int4", "weights", "activations", "delta loss", "of weights alone", "of activations alone"]
-    return "Do outliers break few bits? How rounding changes the loss, in nats per token:", (header, table)
+    return "What do 8 and 4 bits cost? Nats per token; with static scales the stream is rounded too.", (header, table)
 
 
 def _labelled(found: Ablation) -> Iterable[tuple[str, Effect]]:
