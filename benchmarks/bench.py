@@ -15,7 +15,7 @@ detect, ablate: the commands as a user calls them on a trained model, ablate wit
 the model. plain: the forward pass with its loss of the very batches that the command passed through the model, right
 after it. ratio: the command's time over plain. passes a condition: the time of ablate without detect, over as many
 plain passes of its text as it had conditions: interventions, removals and controls that had something to edit, and the
-six of int8.
+those of int8 and int4.
 Every method lives in a process of its own; a ratio is the median over rounds, with the lowest and the highest. Memory
 is the peak above what the process held with its libraries loaded (train) or its model (detect, ablate).
 """
@@ -373,10 +373,11 @@ def command_job(memory: Memory, name: str, model: str, T: int, n_seq: int | None
 
 
 def conditions_in(found: Ablation) -> int:
-    """Interventions, removals and controls that edited something, and int8's: either half and both, by granularity."""
+    """Interventions, removals and controls that edited something, and int8's: both halves and either alone."""
     effects = [effect for _, part in found.all_parts for entry in part.entries for effect in (entry, *entry.control)]
     int8s = [part.int8 for _, part in found.all_parts if isinstance(part.int8, dict)]
-    return sum(effect.edited > 0 for effect in effects) + 3 * sum(map(len, int8s))
+    costs = [cost for int8 in int8s for of in int8.values() for cost in (of, of.weights_only, of.activations_only)]
+    return sum(effect.edited > 0 for effect in effects) + sum(cost is not None for cost in costs)
 
 
 def bench_command(name: str, args: argparse.Namespace) -> Tables:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from spikesink import schema
 from spikesink.measure import calibrate, metrics, planted
+from spikesink.measure.anatomy import anatomy
 from spikesink.measure.findings import CoOccurrence, Measures, Overlap, OverlapIntervals, Skipped, Verdict
 from spikesink.measure.observe import Ordinary, observe
 from spikesink.measure.sinks import queries_per_key, uniform_share
@@ -103,13 +105,14 @@ def test_small_models_and_short_training_are_underpowered():
 def test_nulls_keep_what_they_say_and_take_the_rest():
     shuffles = calibrate.shuffles(0)
     x = torch.randn(3, 10, 8)
-    channels = shuffles["shuffled_channels"].stream(x)
+    numbers = torch.arange(3)
+    channels = shuffles["shuffled_channels"].stream(x, numbers, 0, 0)
     torch.testing.assert_close(channels.sort(-1).values, x.sort(-1).values)
     assert not torch.equal(channels, x)
-    positions = shuffles["shuffled_positions"].stream(x)
+    positions = shuffles["shuffled_positions"].stream(x, numbers, 0, 0)
     torch.testing.assert_close(positions.sort(1).values, x.sort(1).values)
     rows = torch.rand(2, 2, 4, 9).tril(5)  # queries 5 ... 8
-    rotated = shuffles["shuffled_positions"].rows(rows, 5, True)
+    rotated = shuffles["shuffled_positions"].rows(numbers[:2], 0, (2, 9))(rows, 5, True)
     torch.testing.assert_close(rotated.sort(-1).values, rows.sort(-1).values)
     assert (rotated.triu(6) == 0).all()  # still causal
     ids = torch.randint(1, 60, (5, 9))
@@ -336,3 +339,48 @@ def test_a_verdict_is_only_said_to_hold_where_the_null_differs():
     curve = null["init"].curves["strictness"]
     curve[:] = [dataclasses.replace(point, sequences=0.9 if point.at <= 0.5 else 0.0) for point in curve]
     assert holds() == [0.67, 0.8, 1, 1.25, 1.5, 2]
+
+
+@pytest.mark.parametrize("name", ["shuffled_channels", "shuffled_positions"])
+def test_what_a_null_draws_is_tied_to_the_sequence(name):
+    """The same for a sequence alone, in any batch, and whatever chunks of rows; another for each tap, side and seam."""
+    shuffle, numbers = calibrate.shuffles(0)[name], torch.tensor([5, 2, 7])
+    x = torch.randn(3, 10, 40)
+    together = shuffle.stream(x, numbers, 0, 1)
+    for i, n in enumerate(numbers):
+        assert torch.equal(shuffle.stream(x[i : i + 1], n[None], 0, 1)[0], together[i])
+    for other in ((1, 1), (0, 2)):
+        assert not torch.equal(shuffle.stream(x, numbers, *other), together)
+    same = shuffle.stream(x[:1].expand(3, -1, -1), numbers, 0, 1)
+    assert not torch.equal(same[0], same[1])
+    if name == "shuffled_positions":
+        weights, shape = torch.rand(3, 2, 30, 30).tril(), (2, 30)
+        whole = shuffle.rows(numbers, 4, shape)(weights, 0, True)
+        chunk = shuffle.rows(numbers[1:], 4, shape)(weights[1:, :, 20:], 20, True)
+        assert torch.equal(whole[1:, :, 20:], chunk)
+        assert not torch.equal(shuffle.rows(numbers, 5, shape)(weights, 0, True), whole)
+
+
+def approximately(value):
+    """Nested plain values, floats up to the noise of another batch."""
+    if isinstance(value, dict):
+        return {key: approximately(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [approximately(item) for item in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+
+
+def test_findings_do_not_depend_on_the_batch_size(marked_ids):  # noqa: F811
+    subject = subject_of(planted_model(size=300.0, sink_logit=10.0))
+    ids = torch.cat((marked_ids, marked_ids.flip(1)))
+    ids[[1, 4, 8], 20:] = PADDING
+    found = []
+    for batch_size in (8, 3, 1):
+        obs = observe(subject, ids, batch_size, progress=False)
+        null = calibrate.nulls(subject, ids, 64, batch_size=batch_size, ordinary=Ordinary.of(subject, ids, batch_size))
+        parts = {"nulls": null, "anatomy": anatomy(subject, ids, obs, batch_size)}
+        found.append(schema.to_json(parts | {"measures": calibrate.measures(obs)}))
+    assert found[0]["anatomy"]["normed_cosine"][2]["others"] is not None
+    assert any(head["others_dims95"] for seam in found[0]["anatomy"]["key_subspace"] for head in seam["heads"])
+    for other in found[1:]:
+        assert other == approximately(found[0])

@@ -94,9 +94,7 @@ def test_end_to_end(mitigate, source, tmp_path):
     assert first("gate") == pytest.approx(first("none"), rel=1e-6)
     assert first("penalty") == first("none")
     assert table["arms"]["clip"]["changes"]["stream_clip"] > 0
-    names = [
-        f"int8 {name.replace('_', ' ')}{half}: loss" for name in quantise.GRANULARITIES for half in ("", ", weights")
-    ]
+    names = [f"int8 per {name}{half}: loss" for name in ("tensor", "channel", "token") for half in ("", ", weights")]
     for row in rows.values():
         assert all(point["measures"].keys() >= set(names) for point in row["course"])
     before = [rows[name, 1]["course"][0]["measures"] for name in ("none", "gate")]

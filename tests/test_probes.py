@@ -6,22 +6,26 @@ import io
 import json
 import tarfile
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from spikesink.edit import probes
 from spikesink.edit.findings import WordCounts
 from spikesink.errors import UserError
 from spikesink.hooks import on_streams
+from spikesink.models import hf
+from spikesink.text import tokenizers
+from spikesink.text.sequences import Reader
 from spikesink.text.tokenizers import ByteTokenizer
 
 from .conftest import ROOT, subject_of, tiny
 
 BYTES = {"vocab_size": 257, "block_size": 64}
-READER = SimpleNamespace(tokenizer=ByteTokenizer(), prefix_ids=(256,), suffix_ids=(), block_size=64)
+READER = Reader(ByteTokenizer(), {}, "", (256,), (), 64, 257)
 NONE = {"none": lambda ids, rows: contextlib.nullcontext()}
 
 
@@ -74,6 +78,47 @@ def test_blimp_under_a_condition_is_paired_with_the_clean_model():
     assert clean.change_ci95 == [0, 0]
 
 
+@pytest.mark.parametrize("separator", [None, 256, 300])
+def test_the_first_token_is_scored_where_something_can_stand_before_it(separator):
+    """Under every condition; a separator outside the model's vocabulary is none."""
+    model = tiny(**BYTES)
+    tokenizer = ByteTokenizer()
+    tokenizer.bos_id = separator
+    reader = Reader(tokenizer, {}, "", (), (), 64, 257)
+    seen = []
+
+    @contextlib.contextmanager
+    def again(ids, rows):
+        seen.append(ids)
+        yield
+
+    starts = [("A", "I"), ("M", "Y"), ("F", "N"), ("x", "y"), ("T", "B")]  # of sentences that differ in nothing else
+    pairs = [pair(f"{a} cat", f"{b} cat", field=f"{i}") for i, (a, b) in enumerate(starts)]
+    found = probes.blimp(subject_of(model), reader, pairs, {**NONE, "again": again})
+    assert all((ids[:, 0] == 256).all() for ids in seen) == (separator == 256)
+    assert ("put before every sentence" if separator == 256 else "without the first") in found.normalisation
+    whole = [log_probability(model, p.good) > log_probability(model, p.bad) for p in pairs]
+    for condition in found.conditions:
+        right = [condition.by_field[p.field].accuracy for p in pairs]
+        assert (right == whole) == (separator == 256)
+    if separator == 256:
+        assert "<bos>" in probes.blimp(subject_of(model), READER, pairs, NONE).normalisation
+
+
+def test_what_separates_documents_is_put_before_a_sentence_and_not_a_chats_turn():
+    def separator(**special):
+        made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["a", *special.values()])}, "a"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = hf.Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special))
+        id_ = tokenizer.separator_id
+        return Reader(tokenizer, {}, "", (), (), 64, 64).opened()[0].prefix_ids, id_ and tokenizer.decode(id_)
+
+    assert separator(bos_token="<|im_start|>", unk_token="<|endoftext|>") == ((2,), "<|endoftext|>")
+    assert separator(bos_token="<s>", eos_token="</s>") == ((1,), "<s>")
+    assert separator(eos_token="</s>") == ((1,), "</s>")
+    assert separator(pad_token="<pad>") == ((), None)
+
+
 def test_a_model_that_does_not_predict_the_next_token_is_refused():
     subject = subject_of(tiny(**BYTES))
     object.__setattr__(subject, "shift", 0)
@@ -96,6 +141,101 @@ def test_a_words_state_is_the_mean_over_its_own_bytes(registers):
         expected = torch.stack([x[0, registers + 1 + a : registers + 1 + b].mean(0) for a, b in spans])
         torch.testing.assert_close(tap[:4], expected, atol=1e-5, rtol=1e-4)
     assert words.index.tolist() == [0, 1, 2, 3, 0]  # " word" no longer fits
+
+
+WORDS = ["We", " ca", "n't", ",", " he", " said", ",", " go", " to", " the", " café", "(", "café", ")", ":", " it"]
+
+
+def llama2():
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made, [f"<0x{i:02X}>" for i in range(256)]
+
+
+def metaspace(scheme, *before):
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.Metaspace(prepend_scheme=scheme)])
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return made, ["é"]
+
+
+def byte_level(trim):
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return made, pre_tokenizers.ByteLevel.alphabet()
+
+
+STYLES = {
+    "llama-2": llama2,
+    "t5": lambda: metaspace("always"),
+    "first": lambda: metaspace("first"),
+    "xlm-r": lambda: metaspace("always", pre_tokenizers.WhitespaceSplit()),
+    "gpt-2": lambda: byte_level(False),
+    "roberta": lambda: byte_level(True),
+}
+
+
+def fast(style):
+    made, known = STYLES[style]()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>"], initial_alphabet=[], show_progress=False)
+    if style == "llama-2":
+        trainer.special_tokens = ["<unk>", *known]
+    else:
+        trainer.initial_alphabet = known
+    made.train_from_iterator(WORDS, trainer)  # so that it has no tokens of two words
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_sentences_are_encoded_whole_and_no_word_gets_anothers_tokens(style):
+    """The very tokens that the model gets of the sentence; what a word's tokens say is the word, space aside."""
+    tokenizer = fast(style)
+    reader = Reader(hf.Tokenizer(tokenizer), {}, "", (), (), 64, 700)
+    found = probes.words_of(reader, [probes.Sentence(WORDS, [], [], [])])
+    ids, of = found.ids[0].tolist(), found.of_token[0].tolist()
+    assert ids == tokenizer("".join(WORDS), add_special_tokens=False)["input_ids"]
+    assert of == sorted(of) and found.index.tolist() == [*range(len(WORDS))]
+    for i, word in enumerate(WORDS):
+        assert tokenizer.decode([t for t, n in zip(ids, of, strict=True) if n == i]).strip() == word.strip()
+
+
+def test_a_token_is_of_the_word_that_has_most_of_it():
+    words = ["can", "not", " I", " go", "nna", "."]
+    of = lambda *spans: probes.word_of_tokens(words, list(spans))
+    assert of((0, 6), (0, 4), (2, 6), (6, 8), (6, 7), (7, 8)) == [0, 0, 1, 2, 2, 2]
+    assert of((8, 14), (7, 11), (8, 9), (9, 9), (14, 15), (15, 15)) == [4, 3, 3, 3, 5, -1]  # 2 of "go", 3 of "nna"
+
+
+def test_spans_from_bytes_are_those_of_transformers():
+    """Of characters that are split into tokens, too, and of tokens that begin with a space."""
+    tokenizer = fast("gpt-2")
+    text = "I can't 北京, he said: naïve 👍🏽 go"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    assert max(map(len, text.encode().split())) > 4 and sum(map(len, tokens)) == len(text.encode())
+    ids = np.arange(len(tokens))
+    assert tokenizers.spans_of_bytes(text, ids, lambda i: len(tokens[i])) == ([*ids], encoded["offset_mapping"])
+    ((ids, spans),) = ByteTokenizer().spans([text])
+    assert [text[a:b] for a, b in spans] == [c for c in text for _ in c.encode()] and len(ids) == len(spans)
+
+
+def test_only_whole_words_are_kept_and_a_tokenizer_that_tells_nothing_is_refused():
+    sentence = probes.Sentence(["ab", " cd", "ef", " gh"], [], [], [])
+    for room, words, length in ((4, 1, 2), (5, 2, 5), (6, 2, 5), (7, 3, 7), (10, 4, 10), (float("inf"), 4, 10)):
+        reader = Reader(ByteTokenizer(), {}, "", (256,), (256,), room + 2, 257)
+        found = probes.words_of(reader, [sentence])
+        assert (len(found.index), found.ids.size(1)) == (words, length + 2)
+        assert found.of_token[0, [0, -1]].tolist() == [-1, -1]
+    with pytest.raises(UserError, match="no word of the treebank fits"):
+        probes.words_of(Reader(ByteTokenizer(), {}, "", (256,), (), 2, 257), [sentence])
+    silent = fast("t5")
+    silent.__class__ = type("Slow", (type(silent),), {"is_fast": False})
+    with pytest.raises(UserError, match="which characters"):
+        probes.words_of(Reader(hf.Tokenizer(silent), {}, "", (), (), 64, 700), [sentence])
+    with pytest.raises(UserError, match="not at hand"):
+        probes.words_of(Reader(tokenizers.NoTokenizer(), {}, "", (), (), 64, 700), [sentence])
 
 
 def treebank(n, seed=0, chain=False):

@@ -34,11 +34,11 @@ def hf_subjects(family):
     return hf.subjects_of(model, str)
 
 
-def levels(x, largest):
-    """x to the nearest of -127 ... 127 times largest / 127, which broadcasts; in numpy and float32."""
-    step = largest.detach().numpy() / np.float32(127)
+def levels(x, largest, top=127):
+    """x to the nearest of -top ... top times largest / top, which broadcasts; in numpy and float32."""
+    step = largest.detach().numpy() / np.float32(top)
     with np.errstate(all="ignore"):
-        n = np.clip(np.rint(x.detach().numpy() / step), -127, 127)
+        n = np.clip(np.rint(x.detach().numpy() / step), -top, top)
     return torch.from_numpy(np.where(step > 0, n * step, 0).astype(np.float32))
 
 
@@ -49,11 +49,14 @@ def test_rounding_is_symmetric_to_the_nearest_of_255_levels():
     assert len(quantise.rounded(torch.linspace(-9, 9, 10001), torch.tensor(9.0)).unique()) == 255
     x, largest = torch.randn(7, 5), torch.tensor([0.5, 1.0, 2.0, 0.0, 9.0])
     torch.testing.assert_close(quantise.rounded(x, largest), levels(x, largest))
+    torch.testing.assert_close(quantise.rounded(x, largest, 4), levels(x, largest, 7))
+    assert len(quantise.rounded(torch.linspace(-9, 9, 10001), torch.tensor(9.0), 4).unique()) == 15
 
 
 def by_hand(model, ids, other, granularity, of_weights=True, of_activations=True):
-    """The model's loss per sequence with int8 written out along its forward pass: no hook, no Subject."""
-    model, per_channel, ranges = copy.deepcopy(model), granularity == "per_channel", {}
+    """The model's loss per sequence with int8 or int4 written out along its forward pass: no hook, no Subject."""
+    model, ranges, top = copy.deepcopy(model), {}, 7 if "int4" in granularity else 127
+    of_activations = of_activations and granularity != "int4_per_group"
     blocks = [sub_layer for block in model.transformer.h for sub_layer in (block.attn, block.mlp)]
     exact = copy.deepcopy(model)
 
@@ -62,7 +65,19 @@ def by_hand(model, ids, other, granularity, of_weights=True, of_activations=True
             flat = x.abs().reshape(-1, x.size(-1)).max(0).values
             ranges[name] = torch.maximum(ranges[name], flat) if name in ranges else flat
             return x
-        return levels(x, ranges[name] if per_channel else ranges[name].max()) if of_activations else x
+        if not of_activations:
+            return x
+        if "token" in granularity:  # the stream stays as it is
+            on_stream = name == "embedding" or name[:4] == "attn" or name[:3] == "ffn"
+            return x if on_stream else levels(x, x.abs().max(-1, keepdim=True).values, top)
+        return levels(x, ranges[name] if granularity == "per_channel" else ranges[name].max())
+
+    def of_matrix(weight):
+        if granularity == "per_tensor":
+            return levels(weight, weight.abs().max())
+        if granularity == "int4_per_group":  # of 128 inputs; 32 are one group, 200 are two
+            return torch.cat([levels(w, w.abs().amax(1, keepdim=True), top) for w in weight.split(128, 1)], 1)
+        return levels(weight, weight.abs().amax(1, keepdim=True), top)
 
     def forward(ids, net, record):
         F = torch.nn.functional
@@ -81,17 +96,15 @@ def by_hand(model, ids, other, granularity, of_weights=True, of_activations=True
     with torch.no_grad():
         forward(other, exact.transformer, True)
         for m in [m for block in blocks for m in block.modules() if of_weights and isinstance(m, torch.nn.Linear)]:
-            m.weight.copy_(
-                levels(m.weight, m.weight.abs().amax(1, keepdim=True) if per_channel else m.weight.abs().max())
-            )
+            m.weight.copy_(of_matrix(m.weight))
         logits = forward(ids, model.transformer, False)
     each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     return each.mean(1).double()
 
 
-@pytest.mark.parametrize("granularity", quantise.GRANULARITIES)
+@pytest.mark.parametrize("granularity", quantise.SCHEMES)
 def test_losses_are_those_of_int8_by_hand(ids, granularity):
-    model = tiny(bias=True)
+    model = tiny(bias=True, ffn_hidden=200)
     subject = subject_of(model)
     clean = quantise.sequence_losses(subject, ids)
     found = quantise.quantised_losses(subject, ids[:2], OTHER[:2])[granularity]
@@ -100,10 +113,21 @@ def test_losses_are_those_of_int8_by_hand(ids, granularity):
         (found.weights_only, {"of_activations": False}),
         (found.activations_only, {"of_weights": False}),
     ):
+        if entry is None:
+            assert granularity == "int4_per_group"
+            continue
         expected = by_hand(model, ids[:2], OTHER[:2], granularity, **halves)
         assert entry.loss == pytest.approx(expected.mean().item(), rel=1e-5)
         assert entry.delta_loss == pytest.approx((expected - clean[:2]).mean().item(), abs=1e-5)
         assert entry.ci95[0] <= entry.delta_loss <= entry.ci95[1]
+
+
+@contextlib.contextmanager
+def quantised(subject, ranges, name):
+    of_weights, of_activations = quantise.SCHEMES[name]
+    rest = quantise.activations(subject, ranges, of_activations) if of_activations else contextlib.nullcontext()
+    with quantise.weights(subject, of_weights), rest:
+        yield
 
 
 def error(subject, ids, other, granularity, spikes=None):
@@ -115,21 +139,22 @@ def error(subject, ids, other, granularity, spikes=None):
             ranges = quantise.Ranges(subject, other)
         with spikes(len(ids)):
             clean = outputs()
-            with quantise.weights(subject, granularity), quantise.activations(subject, ranges, granularity):
+            with quantised(subject, ranges, granularity):
                 return (outputs() - clean).abs().mean().item()
 
 
-def test_an_outlier_channel_breaks_one_scale_and_not_one_per_channel(ids):
+def test_an_outlier_channel_breaks_one_scale_and_not_one_per_channel_or_token(ids):
     subject = subject_of(tiny())
     first = torch.arange(32) == 0
     spikes = lambda n: planted.spikes(subject, first.expand(n, -1), channel=7, size=1000.0)
     plain, spiked = (
-        {name: error(subject, ids, OTHER, name, planting) for name in quantise.GRANULARITIES}
-        for planting in (None, spikes)
+        {name: error(subject, ids, OTHER, name, planting) for name in quantise.SCHEMES} for planting in (None, spikes)
     )
     assert spiked["per_tensor"] > 10 * plain["per_tensor"]
     # a scale per channel loses that channel (of all 32) on the other tokens; one scale loses all channels
     assert spiked["per_tensor"] > 4 * spiked["per_channel"]
+    # the spikes are on other tokens than most, and the stream stays as it is
+    assert spiked["per_token"] < 2 * plain["per_token"] and plain["int4_per_token"] > 5 * plain["per_token"]
 
 
 @pytest.mark.parametrize("family", ["ours", *HF])
@@ -140,12 +165,8 @@ def test_weights_and_losses_come_back_bit_by_bit(ids, family):
         storages = {name: value.data_ptr() for name, value in subject.model.state_dict().items()}
         clean = subject.losses(ids)
         ranges = quantise.Ranges(subject, OTHER)
-        for name in quantise.GRANULARITIES:
-            with (
-                pytest.raises(KeyError),
-                quantise.weights(subject, name),
-                quantise.activations(subject, ranges, name),
-            ):
+        for name in quantise.SCHEMES:
+            with pytest.raises(KeyError), quantised(subject, ranges, name):
                 assert not torch.equal(subject.losses(ids), clean)
                 raise KeyError
             assert torch.equal(subject.losses(ids), clean)
@@ -161,7 +182,7 @@ def test_every_matrix_of_the_blocks_is_quantised_along_its_outputs(family, n):
     # T5: 6 in a block of the encoder (four of attention, two of the FFN), 10 in one of the decoder
     assert len(found) == (2 * n if n else 2 * 6 + 2 * 10)
     exact = {module: module.weight.clone() for module in found}
-    with quantise.weights(subject, "per_channel"):
+    with quantise.weights(subject, quantise.OUTPUT):
         for module, weight in exact.items():
             rows, new = (w.T if family == "gpt2" else w for w in (weight, module.weight))
             assert not torch.equal(new, rows)
@@ -174,7 +195,7 @@ def test_every_matrix_of_the_blocks_is_quantised_along_its_outputs(family, n):
 def test_an_embedding_tied_to_nothing_in_the_blocks_stays(ids):
     model = tiny()
     subject, head = subject_of(model), model.lm_head.weight.clone()
-    with quantise.weights(subject, "per_tensor"):
+    with quantise.weights(subject, quantise.MATRIX):
         assert torch.equal(model.lm_head.weight, head)
         assert all(len(m.weight.unique()) <= 255 for m in quantise.matrices(subject))
 
@@ -191,5 +212,5 @@ def test_ranges_are_the_largest_of_the_other_text():
 def test_a_model_on_disk_is_refused_in_one_line():
     subject = subject_of(tiny())
     subject.stages[0].to("meta")
-    with pytest.raises(UserError, match="read from disk"), quantise.weights(subject, "per_tensor"):
+    with pytest.raises(UserError, match="read from disk"), quantise.weights(subject, quantise.MATRIX):
         pass

@@ -189,10 +189,15 @@ class AttentionChange(Record):
 
 
 class Int8(LossChange):
-    """What 8 bits cost: weights and activations, and either alone."""
+    """What 8 or 4 bits cost: weights and activations, and either alone; None where activations stay in float.
+    `weights`, `activations`: which of their entries share a scale."""
 
-    weights_only: LossChange
-    activations_only: LossChange
+    weight_bits: int
+    weights: str
+    activation_bits: int | None
+    activations: str | None
+    weights_only: LossChange | None
+    activations_only: LossChange | None
 
 
 # ------------------------------------------------------------------------------------------------------- probes
@@ -255,7 +260,8 @@ class LinearCondition(Named):
 
 
 class Linear(Record):
-    """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model.
+    """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model, or
+    without a token of their own.
 
     `majority`: of each task the accuracy of the commonest answer.
     """
@@ -288,7 +294,7 @@ class Calibration(Record):
 class Ablation(Record):
     """What changes in a model, or in a part of an encoder-decoder, under every intervention.
 
-    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by granularity. `causes`: whether sinks need
+    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by quantise.SCHEMES. `causes`: whether sinks need
     spikes, and spikes sinks, by intervention. `parts`: the other parts of an encoder-decoder, by name.
     """
 

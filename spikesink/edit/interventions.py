@@ -33,12 +33,6 @@ from .clean_pass import CleanPass, Reference
 # ----------------------------------------------------------------------------------------------- controls
 
 
-def uniform(numbers: Tensor, shape: Sequence[int], seed: int) -> Tensor:
-    """Uniform draws (B, *shape), each sequence's from its number and the seed alone."""
-    generators = [torch.Generator().manual_seed(2**20 * seed + int(number)) for number in numbers]
-    return torch.stack([torch.rand(shape, generator=generator) for generator in generators])
-
-
 def as_many(marked: Tensor, scores: Tensor, free: Tensor | None = None, dim: int = -1) -> Tensor:
     """Along `dim`, as many unmarked (and `free`) entries as are marked, those of the highest scores: bool."""
     marked, scores = marked.movedim(dim, -1), scores.to(marked.device).movedim(dim, -1)
@@ -50,13 +44,13 @@ def as_many(marked: Tensor, scores: Tensor, free: Tensor | None = None, dim: int
 
 
 def _random_channels(clean: CleanPass, i: int) -> Tensor:
-    return as_many(clean.spikes[i], uniform(clean.numbers, clean.spikes[i].shape[1:], i))
+    return as_many(clean.spikes[i], metrics.uniform(clean.numbers, clean.spikes[i].shape[1:], i))
 
 
 def direction_of(clean: CleanPass, seed: int) -> Tensor:
     """A random unit direction for each sequence, off every channel in which it has a spike: (B, 1, C), float32."""
-    draws = uniform(clean.numbers, (1, clean.streams[0].size(-1)), seed)
-    normal = torch.erfinv(2 * draws - 1).to(clean.streams[0].device)
+    draws = metrics.uniform(clean.numbers, (1, clean.streams[0].size(-1)), seed)
+    normal = torch.erfinv(2 * draws.clamp(1e-6, 1 - 1e-6) - 1).to(clean.streams[0].device)
     spiking = torch.stack([entries.any(1, keepdim=True).to(normal.device) for entries in clean.spikes]).any(0)
     return torch.nn.functional.normalize(normal.masked_fill(spiking, 0), dim=-1)
 
@@ -68,11 +62,11 @@ def displaced(x: Tensor, clean: Tensor, u: Tensor, size: Tensor) -> Tensor:
 
 def _other_tokens(clean: CleanPass, i: int) -> Tensor:
     tokens = clean.spikes[i].any(-1)
-    return as_many(tokens, uniform(clean.numbers, tokens.shape[1:], i))
+    return as_many(tokens, metrics.uniform(clean.numbers, tokens.shape[1:], i))
 
 
 def _random_keys(clean: CleanPass) -> list[Tensor]:
-    draws = [uniform(clean.numbers, found.shape[1:], i) for i, found in enumerate(clean.sinks)]
+    draws = [metrics.uniform(clean.numbers, found.shape[1:], i) for i, found in enumerate(clean.sinks)]
     return [as_many(f, d, e) for f, d, e in zip(clean.sinks, draws, clean.eligible, strict=True)]
 
 

@@ -23,6 +23,7 @@ from ..hooks import on_streams
 from ..measure import metrics
 from ..models.subject import Subject, batches
 from ..text.sequences import PADDING, Reader
+from ..text.tokenizers import Spans, spans_of
 from .findings import Accuracy, Blimp, BlimpCondition, Linear, LinearCondition, Selectivity, WordCounts
 from .outcomes import TextConditions
 
@@ -68,11 +69,13 @@ def blimp(
 ) -> Blimp:
     """Accuracy on minimal pairs under every condition.
 
-    A pair is right if its good sentence has strictly more log-probability, summed over tokens. Raises UserError for a
-    model that does not predict the next token of a text.
+    A pair is right if its good sentence has strictly more log-probability, summed over all its tokens, the first one
+    too where something can stand before it (`Reader.opened`). Raises UserError for a model that does not predict the
+    next token of a text.
     """
     if subject.shift != 1:
         raise UserError("BLiMP asks for the probability of a sentence, which only a model of the next token gives")
+    reader, first_token = reader.opened()
     encoded = [frame(reader, ids) for ids in reader.tokenizer.encode([s for p in pairs for s in (p.good, p.bad)])]
     fit = [max(map(len, encoded[2 * i : 2 * i + 2])) <= reader.block_size for i in range(len(pairs))]
     kept = [pair for pair, fits in zip(pairs, fit, strict=True) if fits]
@@ -88,7 +91,7 @@ def blimp(
     right = {name: (s.view(-1, 2, 2)[:, 0] > s.view(-1, 2, 2)[:, 1]).double() for name, s in scores.items()}
     clean = next(iter(right.values()))
     return Blimp(
-        normalisation="a sentence's score is the sum of log p over its tokens, as in Warstadt et al. 2020",
+        normalisation=f"a sentence's score is the sum of log p over its tokens (Warstadt et al. 2020), {first_token}",
         pairs=len(kept),
         left_out=len(pairs) - len(kept),
         conditions=[
@@ -127,10 +130,10 @@ def frame(reader: Reader, ids: Iterable[int] | np.ndarray) -> list[int]:
     return [*reader.prefix_ids, *map(int, ids), *reader.suffix_ids]
 
 
-def padded(rows: list[list[int]]) -> Tensor:
-    """Lists of ids -> (N, T), PADDING after the shorter ones."""
+def padded(rows: list[list[int]], padding: int = PADDING) -> Tensor:
+    """Lists of ids -> (N, T), padding after the shorter ones."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [PADDING] * (longest - len(row)) for row in rows])
+    return torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
 
 
 # ------------------------------------------------------------------------------------------- linear probes
@@ -190,37 +193,45 @@ class Words:
     index: np.ndarray  # of each word, in its sentence
 
 
-def words_of(reader: Reader, read: list[Sentence]) -> Words:
-    """Each word encoded by itself, with the space before it; what does not fit into the model is left out.
+def word_of_tokens(words: list[str], spans: Spans) -> list[int]:
+    """The word, by its number, that each token of the words' joined text is of, from the characters it stands for.
 
-    Raises UserError if nothing fits.
+    It is the word that has most of these, white space not counted; the first of words that have as many. A token of
+    white space alone, or of nothing, is of the word that it stands before; -1 at the end of the text.
     """
-    pieces = iter(reader.tokenizer.encode([word for sentence in read for word in sentence.words]))
+    owner, text = [number for number, word in enumerate(words) for _ in word], "".join(words)
+    numbers = []
+    for start, end in spans:
+        mine = [owner[i] for i in range(start, end) if not text[i].isspace()] or owner[start : start + 1]
+        numbers.append(max(mine, key=mine.count, default=-1))
+    return numbers
+
+
+def words_of(reader: Reader, read: list[Sentence]) -> Words:
+    """The words of sentences, each encoded as a whole, by `word_of_tokens`. Left out: words that have no token of their
+    own, and those that do not fit into the model with all their tokens.
+
+    Raises UserError if nothing fits, or for a tokenizer that does not tell which characters a token stands for.
+    """
     rows: list[list[int]] = []
     numbers: list[list[int]] = []  # of each row's tokens: the number of their word, -1 for none
     where: list[tuple[int, int]] = []
     room = reader.block_size - len(reader.prefix_ids) - len(reader.suffix_ids)
-    for n, sentence in enumerate(read):
-        ids: list[int] = []
-        number: list[int] = []
-        full = False
-        for i in range(len(sentence.words)):
-            piece = [int(token) for token in next(pieces)]
-            full = full or len(ids) + len(piece) > room
-            if not full and piece:
-                number += [len(where)] * len(piece)
-                ids += piece
-                where.append((n, i))
-        if not ids:
-            continue
-        rows.append(frame(reader, ids))
-        numbers.append([-1] * len(reader.prefix_ids) + number + [-1] * len(reader.suffix_ids))
+    encoded = spans_of(reader.tokenizer, ["".join(sentence.words) for sentence in read])
+    for n, (sentence, (ids, spans)) in enumerate(zip(read, encoded, strict=True)):
+        words = word_of_tokens(sentence.words, spans)
+        kept = int(min(len(ids), max(0, room)))
+        while kept and words[kept - 1] in words[kept:]:
+            kept -= 1
+        number = {word: len(where) + i for i, word in enumerate(sorted({*words[:kept]} - {-1}))}
+        if number:
+            where += [(n, word) for word in number]
+            rows.append(frame(reader, ids[:kept]))
+            ends = [[-1] * len(special) for special in (reader.prefix_ids, reader.suffix_ids)]
+            numbers.append([*ends[0], *(number.get(word, -1) for word in words[:kept]), *ends[1]])
     if not rows:
         raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
-    longest = max(map(len, rows))
-    of_token = torch.tensor([row + [-1] * (longest - len(row)) for row in numbers])
-    sentence, index = np.array(where).T
-    return Words(padded(rows), of_token, sentence, index)
+    return Words(padded(rows), padded(numbers, -1), *np.array(where).T)
 
 
 @torch.no_grad()
@@ -392,7 +403,7 @@ def linear(
         ]
 
     return Linear(
-        pooling="a word's state is the mean over its tokens; words are encoded one by one, with the space before",
+        pooling="the mean over a word's tokens: sentences are encoded whole, a token is of the word with most of it",
         features="standardised; label: both words' states; edge: those and their product",
         classifier=f"ridge regression on one-hot classes, penalty {RIDGE:g}",
         words=WordCounts(train=int(in_train.sum()), test=int((~in_train).sum())),

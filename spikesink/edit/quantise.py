@@ -1,17 +1,13 @@
-"""Simulated int8: every matrix of the blocks and the residual stream rounded to 255 levels, the arithmetic in float.
+"""Simulated int8 and int4: matrices of the blocks, and what they read, rounded to few levels; arithmetic in float.
 
-    ranges = quantise.Ranges(subject, other_ids)
-    with quantise.weights(subject, "per_tensor"), quantise.activations(subject, ranges, "per_tensor"):
+    ranges, (of_weights, of_activations) = quantise.Ranges(subject, other_ids), quantise.SCHEMES["per_tensor"]
+    with quantise.weights(subject, of_weights), quantise.activations(subject, ranges, of_activations):
         losses = subject.losses(ids)
 
 Outliers are what breaks it (Dettmers et al. 2208.07339; Bondarenko et al. 2306.12929): one scale must reach the largest
-|x|, and what is a few hundred times smaller rounds to nothing.
-
-Quantised: the weight and the input of every matrix (nn.Linear, transformers' Conv1D) inside the blocks, and the
-residual stream at every writable tap, that after the embedding included (of an encoder-decoder: the matrices of both
-stacks, the stream of the part). Not quantised: embeddings, unembedding (Bondarenko et al. leave out the last layer
-too), norms, biases, queries, keys, values and attention weights as such, and experts that are kept in one 3-D tensor.
-Symmetric, absmax, round to nearest; Bondarenko et al.'s activations are asymmetric.
+|x|, and what is a few hundred times smaller rounds to nothing. With static scales the residual stream at every writable
+tap is rounded too, as Bondarenko et al. do; with scales per token it is not, as in LLM.int8 and its successors. See
+NOTE. Experts in one 3-D tensor stay as they are. Of an encoder-decoder: both stacks' matrices, the part's stream.
 """
 
 import contextlib
@@ -28,46 +24,58 @@ from ..measure import metrics
 from ..models.subject import Subject, Tap, batches
 from .findings import Int8, LossChange
 
-LARGEST = 127  # levels -127 ... 127: the same number on both sides of 0
+# inputs that share a scale, of weights alone: as in GPTQ (Frantar et al. 2210.17323) and AWQ (Lin et al. 2306.00978)
+GROUP = 128
 
 
-class Granularity(NamedTuple):
-    """How many scales: the range (absmax) that entries share, of a weight (out, in), and of an activation whose absmax
-    per channel is known (C,)."""
+class Rounding(NamedTuple):
+    """How many bits, which entries share a scale in words, and the range (absmax) of each entry, which broadcasts: of a
+    weight (out, in), or of an activation (..., C) and its static absmax per channel (C,), not asked if `dynamic`."""
 
+    bits: int
     text: str
-    weight: Callable[[Tensor], Tensor]
-    activation: Callable[[Tensor], Tensor]
+    range_of: Callable[..., Tensor]
+    dynamic: bool = False
 
 
-GRANULARITIES = {
-    "per_tensor": Granularity(
-        "one scale for a weight matrix, one for an activation",
-        lambda weight: weight.abs().amax(),
-        lambda largest: largest.amax(),
-    ),
+def _of_groups(weight: Tensor) -> Tensor:
+    return torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in weight.split(GROUP, 1)], dim=1)
+
+
+MATRIX = Rounding(8, "one scale for a matrix", lambda weight: weight.abs().amax())
+OUTPUT = Rounding(8, "a scale per output channel", lambda weight: weight.abs().amax(1, keepdim=True))
+INPUTS = Rounding(4, f"a scale per {GROUP} inputs of an output channel", _of_groups)
+TENSOR = Rounding(8, "one static scale", lambda x, largest: largest.amax())
+CHANNEL = Rounding(8, "a static scale per channel", lambda x, largest: largest)
+TOKEN = Rounding(8, "a dynamic scale per token", lambda x, largest: x.abs().amax(-1, keepdim=True), dynamic=True)
+SCHEMES: dict[str, tuple[Rounding, Rounding | None]] = {  # of weights and of activations
+    "per_tensor": (MATRIX, TENSOR),
     # What integer arithmetic cannot do as it is (the input's scales do not leave the sum) and SmoothQuant (Xiao et al.
     # 2211.10438) comes near to by moving scales into the weights.
-    "per_channel": Granularity(
-        "a scale per output channel of a weight, one per channel of an activation",
-        lambda weight: weight.abs().amax(1, keepdim=True),
-        lambda largest: largest,
-    ),
+    "per_channel": (OUTPUT, CHANNEL),
+    # LLM.int8's "vector-wise" (Dettmers et al. 2208.07339) without its outliers in 16 bits; the tokens' scales as in
+    # ZeroQuant (Yao et al. 2206.01861) and SmoothQuant-O1.
+    "per_token": (OUTPUT, TOKEN),
+    # The W4A4 that QuaRot (Ashkboos et al. 2404.00456) starts from, without its rotations and its clipping.
+    "int4_per_token": (OUTPUT._replace(bits=4), TOKEN._replace(bits=4)),
+    # W4A16, what GPTQ and AWQ call round-to-nearest at g128; theirs has zero points.
+    "int4_per_group": (INPUTS, None),
 }
 NOTE = (
-    "int8: simulated, symmetric, absmax, round to nearest, levels -127 ... 127. The weight and the input of every "
-    "matrix inside the blocks, and the residual stream after the embedding and every sub-layer; not the embeddings, "
-    "the unembedding, norms, biases, and queries, keys, values and attention weights as such. Activation ranges are "
-    "static: the largest |x| on other text, as in post-training quantisation. "
-    + "; ".join(f"{name}: {granularity.text}" for name, granularity in GRANULARITIES.items())
-    + "."
+    "int8, int4: simulated, symmetric, absmax, round to nearest, levels -127 ... 127 and -7 ... 7. The weight and the "
+    "input of every matrix inside the blocks; with static scales also the residual stream after the embedding and "
+    "every sub-layer; not the embeddings, the unembedding, norms, biases, and queries, keys, values and attention "
+    "weights as such. Static ranges are the largest |x| on other text, as in post-training quantisation; a scale per "
+    "token is of the largest |x| of that token."
 )
 
 
-def rounded(x: Tensor, largest: Tensor) -> Tensor:
-    """x to the nearest of the 255 multiples of largest / 127 up to `largest`, which broadcasts; 0 where that is 0."""
-    scale = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((x.float() / scale).round().clamp(-LARGEST, LARGEST) * scale).to(x.dtype)
+def rounded(x: Tensor, largest: Tensor, bits: int = 8) -> Tensor:
+    """x to the nearest of the 2^bits - 1 levels, multiples of one step, from -`largest` to `largest`, which broadcasts;
+    0 where that is 0."""
+    levels = 2 ** (bits - 1) - 1  # the same number on both sides of 0
+    scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((x.float() / scale).round().clamp(-levels, levels) * scale).to(x.dtype)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -106,8 +114,8 @@ class Ranges:
 
 
 @contextlib.contextmanager
-def weights(subject: Subject, granularity: str) -> Iterator[None]:
-    """The matrices' weights are int8's within the block, and bit by bit what they were after it.
+def weights(subject: Subject, rounding: Rounding) -> Iterator[None]:
+    """The matrices' weights are rounded within the block, and bit by bit what they were after it.
 
     Raises UserError for a model that is read from disk as it runs.
     """
@@ -118,7 +126,7 @@ def weights(subject: Subject, granularity: str) -> Iterator[None]:
     try:
         for weight, transposed in held.items():
             turned = weight.data.T if transposed else weight.data  # (out, in)
-            new = rounded(turned, GRANULARITIES[granularity].weight(turned.float()))
+            new = rounded(turned, rounding.range_of(turned.float()), rounding.bits)
             weight.data = new.T if transposed else new
         yield
     finally:
@@ -126,14 +134,15 @@ def weights(subject: Subject, granularity: str) -> Iterator[None]:
             weight.data = data
 
 
-def activations(subject: Subject, ranges: Ranges, granularity: str) -> contextlib.AbstractContextManager[None]:
-    """A context manager in which the stream and the matrices' inputs are int8's, within `ranges`."""
-    range_of = GRANULARITIES[granularity].activation
+def activations(subject: Subject, ranges: Ranges, rounding: Rounding) -> contextlib.AbstractContextManager[None]:
+    """A context manager in which the matrices' inputs are rounded, and the stream too unless scales are dynamic."""
+    known = zip(sites(subject), ranges.largest, strict=True)
+    chosen = [(tap, largest) for tap, largest in known if not (rounding.dynamic and tap in subject.writable)]
 
     def function_of(largest: Tensor | None) -> Callable[[Tensor], Tensor | None]:
-        return lambda x: None if largest is None else rounded(x, range_of(largest))
+        return lambda x: None if largest is None else rounded(x, rounding.range_of(x, largest), rounding.bits)
 
-    return on_streams(sites(subject), [function_of(largest) for largest in ranges.largest])
+    return on_streams([tap for tap, _ in chosen], [function_of(largest) for _, largest in chosen])
 
 
 def sequence_losses(subject: Subject, ids: Tensor, batch_size: int = 8) -> Tensor:
@@ -145,24 +154,32 @@ def sequence_losses(subject: Subject, ids: Tensor, batch_size: int = 8) -> Tenso
 
 
 def quantised_losses(subject: Subject, ids: Tensor, other_ids: Tensor, batch_size: int = 8) -> dict[str, Int8]:
-    """By granularity, the loss of ids (N, T) in int8 against that in float, paired by sequence.
+    """By name of SCHEMES, the loss of ids (N, T) in few bits against that in float, paired by sequence.
 
-    Ranges are those of `other_ids` (N', T). Raises UserError where the weights are not in memory.
+    Static ranges are those of `other_ids` (N', T). 13 passes over ids, one over other_ids. Raises UserError where the
+    weights are not in memory.
     """
     clean = sequence_losses(subject, ids, batch_size)
     ranges = Ranges(subject, other_ids, batch_size)
 
-    def change(*contexts: contextlib.AbstractContextManager[None]) -> LossChange:
+    @functools.cache  # two schemes round weights alike
+    def change(of_weights: Rounding | None, of_activations: Rounding | None) -> LossChange:
         with contextlib.ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context)
+            if of_weights:
+                stack.enter_context(weights(subject, of_weights))
+            if of_activations:
+                stack.enter_context(activations(subject, ranges, of_activations))
             return LossChange(**metrics.paired_effect(clean, sequence_losses(subject, ids, batch_size)))
 
     return {
         name: Int8(
-            **vars(change(weights(subject, name), activations(subject, ranges, name))),
-            weights_only=change(weights(subject, name)),
-            activations_only=change(activations(subject, ranges, name)),
+            **vars(change(of_weights, of_activations)),
+            weight_bits=of_weights.bits,
+            weights=of_weights.text,
+            activation_bits=of_activations and of_activations.bits,
+            activations=of_activations and of_activations.text,
+            weights_only=change(of_weights, None) if of_activations else None,
+            activations_only=change(None, of_activations) if of_activations else None,
         )
-        for name in GRANULARITIES
+        for name, (of_weights, of_activations) in SCHEMES.items()
     }

@@ -9,13 +9,14 @@ quadratic form x^T U_k x with U_k = sum_i W_down[k,i] W_gate[i] W_up[i]^T.
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..hooks import Tap, hooked, on_streams
 from ..models.subject import PLACES, Subject, batches, for_heads
+from . import metrics
 from .findings import (
     Anatomy,
     ChannelForm,
@@ -52,22 +53,21 @@ class Dissected:
     stats: dict[str, list[StreamStats]]  # by place off the stream, of each tap
     sink_keys: list[Keys]  # per layer of attention
     other_keys: list[Keys]  # as many random others
-    generator: torch.Generator = field(repr=False)
+    seed: int
 
 
 def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: int = 8, seed: int = 0) -> Anatomy:
     """The findings' entry `anatomy` from ids (N, T) and their Observation."""
-    generator = torch.Generator().manual_seed(seed)
     tokens, are_spikes = chosen_tokens(obs)
     sequences = tokens[:, 0].unique()
     seen = Dissected(
-        tokens=torch.cat((tokens, other_tokens(obs, tokens, generator))),
+        tokens=torch.cat((tokens, other_tokens(obs, tokens, seed))),
         rows={place: [torch.zeros(0)] * len(taps) for place, taps in _taps(subject).items()},
         # what sub-layers read was measured already, on all sequences
         stats={place: [StreamStats() for _ in subject.inner[place]] for place in ("output", "update")},
         sink_keys=[[] for _ in subject.attends],
         other_keys=[[] for _ in subject.attends],
-        generator=generator,
+        seed=seed,
     )
     for numbers, some in batches(ids[sequences], batch_size):
         _dissect_batch(subject, some, sequences[numbers], seen)
@@ -100,7 +100,7 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
             KeySubspace(layer=tap.layer, kind=tap.kind, heads=key_subspace(sinks, others, subject.n_head))
             for tap, sinks, others in keys
         ],
-        quadratic_form=quadratic_form(subject, steps.step_up, spiking, generator),
+        quadratic_form=quadratic_form(subject, steps.step_up, spiking, torch.Generator().manual_seed(seed)),
     )
 
 
@@ -121,11 +121,11 @@ def chosen_tokens(obs: Observation) -> tuple[torch.Tensor, bool]:
     return torch.stack((sequences[:, None].expand_as(kept)[kept], best.indices[kept]), dim=1), bool(spike.any())
 
 
-def other_tokens(obs: Observation, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def other_tokens(obs: Observation, tokens: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """As many random tokens that are no spikes, of the same sequences: (K, 2); fewer where there are no more."""
     free = obs.tokens & ~obs.spikes[PRIMARY_SPIKE_RULE]
     free[tokens[:, 0], tokens[:, 1]] = False
-    draw = torch.rand(free.shape, generator=generator).masked_fill(~free, -1.0)
+    draw = metrics.uniform(torch.arange(len(free)), free.shape[1:], seed).masked_fill(~free, -1.0)
     others = []
     for sequence in tokens[:, 0].tolist():
         position = int(draw[sequence].argmax())
@@ -176,7 +176,7 @@ def _on_keys(
         q, k, _ = args
         sinks = sinks_in(module, q, k, subject.causal)
         k = for_heads(k.float().cpu(), q.size(1))
-        draw = torch.rand(sinks.shape, generator=seen.generator).masked_fill(sinks, -1.0)
+        draw = metrics.uniform(sequences, sinks.shape[1:], seen.seed, index).masked_fill(sinks, -1.0)
         draw[..., : subject.n_register + 1] = -1.0  # these are often the same in every sequence
         control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
         for found, kept in ((sinks, seen.sink_keys[index]), (control, seen.other_keys[index])):

@@ -15,6 +15,7 @@ The last four run the trained model, so what stays in them is a finding, not a f
 kept in the others. Those that measure the trained model compare with what is usual on ordinary text.
 """
 
+import functools
 import math
 
 import torch
@@ -43,6 +44,7 @@ from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 N_SEQ, TOKENS = 16, 2**14  # of each null: at most so many sequences, and tokens (but at least two sequences)
 POWERED_PARAMETERS, POWERED_TOKENS, POWERED_SEQUENCES = 50e6, 1e9, 60  # below these, absence is "underpowered"
 MAJORITY = 0.5  # a phenomenon is present if most sequences have it
+ATTENTION = 2  # beside the sides 0 and 1: what a null's draws are for
 UNRELATED = 2.0  # lift over chance that an interval must exclude before co-occurrence is called absent
 
 
@@ -51,36 +53,33 @@ def rules() -> dict[str, Rule]:
     return {**SPIKE_RULES, **SINK_RULES}
 
 
-def _rotate(x: torch.Tensor, by: torch.Tensor, dim: int) -> torch.Tensor:
-    """x rotated along `dim` by `by` places, a tensor of x's shape but 1 at `dim`."""
-    n = x.size(dim)
-    shape = [1] * x.dim()
+def _rotate(x: torch.Tensor, draws: torch.Tensor, dim: int) -> torch.Tensor:
+    """x rotated along `dim` by the part of it that draws in [0, 1) say, a tensor of x's shape or 1."""
+    n, shape = x.size(dim), [1] * x.dim()
     shape[dim] = n
-    index = (torch.arange(n, device=x.device).view(shape) + by) % n
-    return x.gather(dim, index.expand(x.shape))
+    index = torch.arange(n, device=x.device).view(shape) + (draws.to(x.device) * n).long()
+    return x.take_along_dim(index % n, dim)
+
+
+def _rotate_rows(draws: torch.Tensor, weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
+    """Each query's weights rotated among the keys that it may see, from the first that has any (a window's), by the
+    part of them that draws (B, H, queries) say."""
+    *_, R, T = weights.shape
+    key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
+    end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
+    start = (weights > 0).int().argmax(-1, keepdim=True)  # (B, H, R, 1)
+    by = (draws[:, :, first : first + R, None].to(weights) * (end - start)).long()
+    rotated = start + (key - start + by) % (end - start)
+    return weights.gather(-1, torch.where((key >= start) & (key < end), rotated, key))
 
 
 def shuffles(seed: int) -> dict[str, Shuffle]:
-    """{name: Shuffle} of the nulls that change what is measured."""
-    draw = torch.Generator().manual_seed(seed)
-    places = lambda n, shape, device: torch.randint(n, shape, generator=draw).to(device)
-
-    def channels(x: torch.Tensor) -> torch.Tensor:
-        return _rotate(x, places(x.size(2), (*x.shape[:2], 1), x.device), 2)
-
-    def positions(x: torch.Tensor) -> torch.Tensor:
-        return _rotate(x, places(x.size(1), (len(x), 1, x.size(2)), x.device), 1)
-
-    def rows(weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
-        """Each query's weights rotated among the keys that it may see, from the first that has any (a window's)."""
-        *_, R, T = weights.shape
-        key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
-        end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
-        start = (weights > 0).int().argmax(-1, keepdim=True)  # (B, H, R, 1)
-        by = (torch.rand(start.shape, generator=draw).to(weights) * (end - start)).long()
-        rotated = start + (key - start + by) % (end - start)
-        return weights.gather(-1, torch.where((key >= start) & (key < end), rotated, key))
-
+    """{name: Shuffle} of the nulls that change what is measured; draws are a function of the seed, the sequence's
+    number and the place."""
+    drawn = lambda numbers, shape, *place: metrics.uniform(numbers, shape, seed, *place)
+    channels = lambda x, numbers, *place: _rotate(x, drawn(numbers, (x.size(1), 1), *place), 2)
+    positions = lambda x, numbers, *place: _rotate(x, drawn(numbers, (1, x.size(2)), *place), 1)
+    rows = lambda numbers, seam, shape: functools.partial(_rotate_rows, drawn(numbers, shape, ATTENTION, seam))
     return {"shuffled_channels": Shuffle(stream=channels), "shuffled_positions": Shuffle(stream=positions, rows=rows)}
 
 

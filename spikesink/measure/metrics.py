@@ -9,9 +9,18 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, overload
 
+import numpy as np
 import torch
 
 from .findings import Interval, OverlapRates
+
+
+def uniform(numbers: torch.Tensor, shape: Sequence[int], *keys: int) -> torch.Tensor:
+    """Draws from [0, 1) for sequences of these numbers (B,): (B, *shape), float32, on the CPU; each sequence's are a
+    function of its number and the keys (not negative) alone, and so the same for any batch size."""
+    draws = [np.random.default_rng((*keys, n)).random(tuple(shape), np.float32) for n in numbers.tolist()]
+    return torch.from_numpy(np.stack(draws))
+
 
 # -------------------------------------------------------------------------------- magnitudes in the stream
 

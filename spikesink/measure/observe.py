@@ -281,11 +281,14 @@ def state_of(subject: Subject, obs: Observation, sequence: int, position: int) -
 
 @dataclass(frozen=True)
 class Shuffle:
-    """For nulls: what a stream (B, T, C) and rows of a map (B, H, R, T) are replaced with before they are measured,
-    while the model goes on with its own."""
+    """For nulls: what is measured instead of streams and maps, while the model goes on with its own.
 
-    stream: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    rows: ShuffleRows = lambda weights, first, causal: weights
+    `stream`: (x (B, T, C), numbers of the sequences (B,), side: 0 the sum or 1 what is read, tap) -> x changed. `rows`:
+    (numbers, seam, (heads, queries)) -> ShuffleRows.
+    """
+
+    stream: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor] = lambda x, numbers, side, tap: x
+    rows: Callable[..., ShuffleRows] = lambda numbers, seam, shape: lambda weights, first, causal: weights
 
 
 ORDINARY_SEQUENCES, ORDINARY_TOKENS = 8, 64  # how much text says what is usual: sequences, and tokens of each
@@ -308,20 +311,21 @@ class Ordinary:
     @torch.no_grad()
     def of(cls, subject: Subject, ids: torch.Tensor, batch_size: int = 8, shuffle: Shuffle | None = None) -> "Ordinary":
         """From the first sequences of ids (N, T), in one pass over them."""
-        change = shuffle.stream if shuffle else lambda x: x
+        change = (shuffle or Shuffle()).stream
         sides: tuple[Sequence[Tap | None], ...] = (subject.streams, subject.reads)
         states: list[list[list[torch.Tensor]]] = [[[] for _ in taps] for taps in sides]
 
-        def keep(side: int, index: int, B: int, T: int, x: torch.Tensor) -> None:
+        def keep(side: int, index: int, rows: torch.Tensor, T: int, x: torch.Tensor) -> None:
             some = torch.linspace(0, T - 1, min(T, ORDINARY_TOKENS)).long()
-            states[side][index].append(change(x.detach().float().view(B, T, -1))[:, some].flatten(0, 1))
+            x = change(x.detach().float().view(len(rows), T, -1), rows, side, index)
+            states[side][index].append(x[:, some].flatten(0, 1))
 
-        for _, batch in batches(ids[:ORDINARY_SEQUENCES], batch_size):
-            B, T = subject.seen(batch).shape
+        for rows, batch in batches(ids[:ORDINARY_SEQUENCES], batch_size):
+            T = subject.seen(batch).size(1)
             with contextlib.ExitStack() as stack:
                 for side, taps in enumerate(sides):
                     known = [(i, tap) for i, tap in enumerate(taps) if tap]
-                    hooks = [functools.partial(keep, side, i, B, T) for i, _ in known]
+                    hooks = [functools.partial(keep, side, i, rows, T) for i, _ in known]
                     stack.enter_context(on_streams([tap for _, tap in known], hooks))
                 subject.logits(batch.to(subject.device))
         return cls(*([Usual.of(torch.cat(x)) if x else None for x in of_side] for of_side in states))
@@ -374,10 +378,10 @@ def observe(
 
 
 class SideBatch:
-    """One batch on one side of the taps: takes in each stream, and fills in its Side at the end."""
+    """One batch on one side of the taps, number 0 or 1: takes in each stream, and fills in its Side at the end."""
 
-    def __init__(self, side: Side, rows: torch.Tensor, shape: torch.Size, shuffle: Shuffle) -> None:
-        self.side, self.rows, self.shape, self.shuffle = side, rows, shape, shuffle
+    def __init__(self, side: Side, number: int, rows: torch.Tensor, shape: torch.Size, shuffle: Shuffle) -> None:
+        self.side, self.number, self.rows, self.shape, self.shuffle = side, number, rows, shape, shuffle
         self.ratio = torch.zeros(shape)
         rules = (*SPIKE_RULES.values(), *PERCENTILE_RULES.values())
         self.marked: dict[SpikeRule, list[torch.Tensor]] = {rule: [] for rule in rules}
@@ -387,7 +391,7 @@ class SideBatch:
         """Takes in the tensor at one tap."""
         (B, T), side, usual = self.shape, self.side, self.side.usual[index]
         assert usual is not None
-        x = self.shuffle.stream(stream.detach().float().view(B, T, -1))
+        x = self.shuffle.stream(stream.detach().float().view(B, T, -1), self.rows, self.number, index)
         batch, self.C = side.stats[index].add(x), x.size(-1)
         strength = batch.strength(usual)
         for name, value in {
@@ -425,7 +429,7 @@ def _observe_batch(
     """One forward pass with every tap hooked; fills in what it saw of these sequences."""
     shape = subject.seen(ids).shape
     T = shape[1]
-    sums, reads = (SideBatch(side, rows, shape, shuffle) for side in (obs.sum, obs.read))
+    sums, reads = (SideBatch(side, number, rows, shape, shuffle) for number, side in enumerate((obs.sum, obs.read)))
     share, sink_heads, alphas = torch.zeros(shape), torch.zeros(shape), []
 
     def on_sum(index: int) -> Callable[[torch.Tensor], None]:
@@ -445,7 +449,8 @@ def _observe_batch(
         def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
             q, k, v = args
             bias = kwargs.get("bias")
-            seen = obs.attention[index].add(module, q, k, v, bias, subject.causal, shuffle.rows)
+            change = shuffle.rows(rows, index, q.shape[1:3])
+            seen = obs.attention[index].add(module, q, k, v, bias, subject.causal, change)
             received, alpha, eligible = seen
             obs.examples.add_attention(index, rows, alpha)
             share.add_(received.sum(1))

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError, extra, no_device
 from ..files import file_hash
+from ..text.tokenizers import END, Spans
 from . import convert, disk_weights
 from .blocks import Stack, Taps, stacks_of
 from .subject import SEAM, Subject, after_start, device_of, for_heads, rows_at_once
@@ -654,11 +655,16 @@ class Tokenizer:
     """A transformers tokenizer as the instruments use one.
 
     `prefix_ids`, `suffix_ids`: the special tokens that it puts before and after a text. `bos_id`: its BOS, or None.
+    `separator_id`: what stands between documents: <|endoftext|>, else BOS, else EOS, or None.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.bos_id = tokenizer, getattr(tokenizer, "bos_token_id", None)
         self.prefix_ids, self.suffix_ids = self._frame()
+        eos_id = getattr(tokenizer, "eos_token_id", None)
+        self.separator_id = eos_id if self.bos_id is None else self.bos_id  # a chat model's begin and end turns
+        if END in getattr(tokenizer, "all_special_tokens", ()):
+            self.separator_id = tokenizer.convert_tokens_to_ids(END)
 
     @classmethod
     def of(cls, source: Source) -> "Tokenizer | None":
@@ -686,6 +692,13 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> Sequence[Sequence[int]]:
         """A list of strings -> a list of lists of ids, without special tokens."""
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
+        """See tokenizers.spans_of. Raises UserError for a tokenizer that is none of the fast ones."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise UserError("the model's tokenizer does not tell which characters a token stands for; a fast one does")
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        return [*zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""

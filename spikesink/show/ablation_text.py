@@ -56,8 +56,7 @@ def answers(found: Ablation) -> list[str]:
     lines = [QUESTIONS[entry.name].format(_beside(entry)) for entry in asked if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in asked if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
-    lines += [*map(cause_in_words, found.causes), *_disagreement(found.causes)]
-    return lines + _short_range(found.attention) + _quantised(found.int8)
+    return [*lines, *map(cause_in_words, found.causes), *_disagreement(found.causes), *_short_range(found.attention)]
 
 
 def cause_in_words(cause: Cause) -> str:
@@ -107,14 +106,17 @@ def _short_range(attention: AttentionChange) -> list[str]:
     return [f"What do heads look at without their sink keys? In heads that have sinks: {', '.join(parts)}."]
 
 
-def _quantised(int8: dict[str, Int8] | Unavailable) -> list[str]:
+def _quantised(int8: dict[str, Int8] | Unavailable) -> tuple[str, Table | None]:
+    """What 8 and 4 bits cost: a row for each way of sharing scales."""
     if isinstance(int8, Unavailable):
-        return [f"Does int8 break it? Not tried: {int8.reason}."]
-    parts = [
-        f"{_cost(of)} with scales {_spoken(name)} (activations alone {_cost(of.activations_only)})"
-        for name, of in int8.items()
-    ]
-    return [f"Do they break int8? Weights and activations in 8 bits change the loss by {'; '.join(parts)}."]
+        return f"Does int8 break it? Not tried: {int8.reason}.", None
+    table = []
+    for name, of in int8.items():
+        read = f"{of.activation_bits} bits, {of.activations}" if of.activation_bits else "float"
+        costs = [_cost(change) if change else "–" for change in (of, of.weights_only, of.activations_only)]
+        table.append([_spoken(name), f"{of.weight_bits} bits, {of.weights}", read, *costs])
+    header = ["int8 and int4", "weights", "activations", "delta loss", "of weights alone", "of activations alone"]
+    return "What do 8 and 4 bits cost? Nats per token; with static scales the stream is rounded too.", (header, table)
 
 
 def _labelled(found: Ablation) -> Iterable[tuple[str, Effect, str]]:
@@ -166,13 +168,14 @@ def class_rows(found: Ablation) -> Table:
 
 
 def probe_tables(found: Ablation) -> list[tuple[str, Table | None]]:
-    """[(sentence, (header, rows))] of the probes; no table for one that was not run, but the reason."""
+    """[(sentence, (header, rows))] of int8 and the probes; no table for one that was not run, but the reason."""
     make: dict[type, Callable[[Any], tuple[str, Table | None]]] = {
         Unavailable: lambda of: (f"Not probed: {of.reason}.", None),
         Blimp: _blimp_table,
         Linear: _linear_table,
     }
-    return [make[type(of)](of) for of in (found.probes.blimp, found.probes.linear) if of is not None]
+    probes = [make[type(of)](of) for of in (found.probes.blimp, found.probes.linear) if of is not None]
+    return [_quantised(found.int8), *probes]
 
 
 def _label(name: str) -> str:
@@ -227,10 +230,11 @@ def _linear_table(of: Linear) -> tuple[str, Table]:
             table[-1] += [_starred(tap.accuracy_change, tap.accuracy_change_ci95)]
             table[-1] += [_starred(tap.change, tap.change_ci95), interval(tap.change_ci95, "+.1%")]
     last = next(iter(clean.tasks.values()))[-1]
+    left_out = f", {of.left_out} of all words left out" if of.left_out else ""
     majority = ", ".join(f"{task} {value:.1%}" for task, value in of.majority.items())
     return (
         f"What can be read off the states after {last.name}: linear probes on UD English EWT, "
-        f"{of.words.test} test words; the commonest answer alone: {majority}. Selectivity: accuracy minus that "
-        f"of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
+        f"{of.words.test} test words{left_out}; the commonest answer alone: {majority}. Selectivity: accuracy minus "
+        f"that of a control task (Hewitt and Liang 2019). First the clean model, then changes. {STARS}.",
         (header, table),
     )

@@ -73,6 +73,18 @@ class Reader:
             raise UserError("--bos: the model's tokenizer has no BOS")
         return dataclasses.replace(self, prefix_ids=(bos_id,))
 
+    def opened(self) -> tuple["Reader", str]:
+        """This reader with a token before every text, and words on it: what stands there already, or else the separator
+        of documents, or BOS. Without any the first token of a text cannot be scored, and the words say so."""
+        before, words = self.prefix_ids, "which starts every text"
+        if not before:
+            separator = getattr(self.tokenizer, "separator_id", bos_of(self.tokenizer, self.meta))
+            if separator is None or not 0 <= separator < self.vocab_size:
+                return self, "without the first, as the vocabulary has nothing to put before it"
+            before, words = (separator,), "put before every sentence"
+        shown = "".join(map(self.tokenizer.decode, before))
+        return dataclasses.replace(self, prefix_ids=before), f"that of the first after {shown}, {words}"
+
     def sequences(self, options: Options, wanted: int) -> Sequences:
         """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
 

@@ -1,5 +1,6 @@
 """Text <-> token ids: GPT-2's BPE, or bytes."""
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +17,12 @@ END = "<|endoftext|>"
 GPT2_SIZE = 50257
 
 
+Spans = list[tuple[int, int]]  # of each token: the characters [start, end) of the text that it stands for
+
+
 class TextTokenizer(Protocol):
-    """What the instruments need of a tokenizer. Some also have `bos_id`, and `text(ids)`, an array of ids -> text."""
+    """What the instruments need of a tokenizer. Some also have `bos_id`; `separator_id`, what stands between documents
+    if that is not `bos_id`; `text(ids)`, an array of ids -> text; and `spans(texts)`: see `spans_of`."""
 
     def encode(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
         """Texts -> their ids, without special tokens. Raises UserError where it cannot."""
@@ -34,6 +39,10 @@ class ByteTokenizer:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """A list of strings -> a list of arrays of ids."""
         return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
+
+    def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
+        """See `spans_of`."""
+        return [spans_of_bytes(text, ids, lambda token: 1) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
@@ -89,6 +98,11 @@ class GPT2Tokenizer:
         """A list of strings -> a list of arrays of ids; special tokens in the text are plain text."""
         return [np.array(ids, dtype=np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=4)]
 
+    def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
+        """See `spans_of`."""
+        length = lambda token: len(self.encoding.decode_single_token_bytes(token))
+        return [spans_of_bytes(text, ids, length) for text, ids in zip(texts, self.encode(texts), strict=True)]
+
     def decode(self, token: int) -> str:
         """One id -> text to show; the ids that pad the vocabulary have none."""
         return self.encoding.decode([token]) if token < self.vocab_size else f"<{token}>"
@@ -119,6 +133,23 @@ class CharTokenizer(NoTokenizer):
     def decode(self, token: int) -> str:
         """One id -> text to show."""
         return "<bos>" if token == self.bos_id else self.chars[token] if token < len(self.chars) else f"<{token}>"
+
+
+def spans_of(tokenizer: TextTokenizer, texts: list[str]) -> list[tuple[list[int], Spans]]:
+    """Of each text its ids, without special tokens, and the span of each. A token that holds a part of a character's
+    bytes stands for that character. Raises UserError for a tokenizer that does not tell."""
+    spans = getattr(tokenizer, "spans", None)
+    if spans is None:
+        tokenizer.encode([""])  # says why where there is no tokenizer at all
+        raise UserError("the model's tokenizer does not tell which characters a token stands for")
+    return spans(texts)
+
+
+def spans_of_bytes(text: str, ids: np.ndarray, length: Callable[[int], int]) -> tuple[list[int], Spans]:
+    """(ids, their spans), where a token stands for `length(token)` bytes of the text's UTF-8."""
+    of_byte = [i for i, c in enumerate(text) for _ in c.encode("utf-8", "replace")]
+    ends = itertools.accumulate(map(length, ids.tolist()), initial=0)
+    return ids.tolist(), [(of_byte[start], of_byte[end - 1] + 1) for start, end in itertools.pairwise(ends)]
 
 
 # name -> tokenizer, made from (file of ranks, number of ids)

@@ -206,12 +206,13 @@ def of_ablation(ablation: Ablation) -> dict[str, float | None]:
 
 
 def of_int8(look: Look) -> Measures:
-    """{'int8 per tensor: loss': number, ...} of an open model: what int8 costs, and what either half of it does."""
+    """{'int8 per tensor: loss': number, ...} of an open model: what 8 and 4 bits cost, and what either half does."""
     subject, batch_size = look.subjects[0], look.options.batch_size
     return {
-        f"int8 {name.replace('_', ' ')}{half}: loss": change.delta_loss
+        f"{'' if 'int4' in name else 'int8 '}{name.replace('_', ' ')}{half}: loss": change.delta_loss
         for name, cost in quantised_losses(subject, look.ids, look.other_ids, batch_size).items()
         for half, change in (("", cost), (", weights", cost.weights_only), (", activations", cost.activations_only))
+        if change
     }
 
 
