@@ -18,6 +18,7 @@ def study_page(folder: str | Path, table: Table) -> None:
         templates=PAGES,
         found=table,
         counts=tables.counts(table),
+        moving=tables.still_moving(table),
         judged=tables.judged(table),
         sections=tables.sections(table),
         conditions=tables.conditions(table),
