@@ -242,9 +242,9 @@ def parse_argv(argv: Sequence[str]) -> tuple[Asked, dict[str, Any], dict[str, An
             of_runs[key] = value
         elif key == "seeds":
             of_study[key] = [config.typed(key, seed, int, "command line") for seed in value.split(",")]
-        elif key == "arms" or KINDS.get(key) is list:
+        elif key == "arms" or (KINDS.get(key) is list and key != "contrasts"):
             of_study[key] = [name for name in value.split(",") if name]
-        elif KINDS.get(key) is dict or key == "contrasts":
+        elif KINDS.get(key) in (dict, list):
             raise UserError(f"--{key}: write it into the study file")
         else:
             of_keys, kind = (of_study, KINDS[key]) if key in KINDS else (of_command, fields[key].type)

@@ -1,5 +1,6 @@
 """The figures of a study: arms with their seeds and intervals, the time course, spikes against sinks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -24,6 +25,11 @@ def _known(arm: Arm, name: str) -> list[float]:
     return known(row.measures[name] for row in arm.ended.values())
 
 
+def _middle(points: Sequence[tuple[float, float | None]], kind: str) -> tuple[float, float | None]:
+    """(tokens, middle) of the seeds' points at these tokens."""
+    return points[0][0], estimate((x for _, x in points), kind).middle
+
+
 def _arms(table: Table) -> Any:
     arms = _ended(table)
     names = [*PANELS, *(name for name in INT8 if name in table.base.measures)]
@@ -35,7 +41,7 @@ def _arms(table: Table) -> Any:
             axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)
             if found.ci95:
                 axes.plot(found.ci95, [i + 0.28] * 2, color=color, lw=1.5)
-                axes.plot(found.median, i + 0.28, "D", color=color, markersize=3.5)
+                axes.plot(found.middle, i + 0.28, "D", color=color, markersize=3.5)
         axes.set(xlabel=name)
         if not any(arm.measures[name].n for arm in arms.values()):
             axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
@@ -58,9 +64,7 @@ def _course(table: Table) -> Any:
         for i, (arm, of_arm) in enumerate(arms.items()):
             courses = [[(p.tokens / 1e6, p.measures[name]) for p in row.course] for row in of_arm.ended.values()]
             if len(courses) >= LEAST:
-                courses = [
-                    [(points[0][0], estimate(x for _, x in points).median) for points in zip(*courses, strict=True)]
-                ]
+                courses = [[_middle(points, measure_of(name).kind) for points in zip(*courses, strict=True)]]
             for j, course in enumerate(courses):
                 seen = [(tokens, x) for tokens, x in course if x is not None]
                 text = "" if j else label(arm, 24)
@@ -111,7 +115,7 @@ STUDY = {
     "arms": Figure(
         _arms,
         lambda table: (
-            f"Every arm at the end of training: a circle per seed; from {LEAST} seeds on their median and its 95% "
+            f"Every arm at the end of training: a circle per seed; from {LEAST} seeds on their middle and its 95% "
             f"interval below. Dashed: the spike rule, {SPIKE_RATIO:g} x the median." + _on(table)
         ),
         wide=True,
@@ -119,7 +123,7 @@ STUDY = {
     ),
     "course": Figure(
         _course,
-        lambda table: f"Over training, a line per seed; from {LEAST} seeds on their median." + _on(table),
+        lambda table: f"Over training, a line per seed; from {LEAST} seeds on their middle." + _on(table),
         needs=_ended,
     ),
     "plane": Figure(

@@ -101,10 +101,10 @@ def seeds_needed(low: float, high: float, values: Sequence[float]) -> int | None
 def judge_part(table: Table, part: Part) -> Iterator[Judged]:
     """Of a part, arm by arm."""
     for name in part.arms(table):
-        found = estimate(part.values(table.arms[name]))
+        found = estimate(part.values(table.arms[name]), "share")  # the median seed
         shown = " ".join(number(x, part.form) for x in found.values) or "–"
         if found.ci95:
-            shown = f"{number(found.median, part.form)} {brackets(found.ci95, part.form)} of {found.n} seeds"
+            shown = f"{number(found.middle, part.form)} {brackets(found.ci95, part.form)} of {found.n} seeds"
         verdict, need = judge_values(table.arms[name], part, found)
         yield Judged(verdict, part.name, f"{name} {shown}", need, name)
 
@@ -129,14 +129,14 @@ def judge_contrast(contrast: Contrast) -> Judged:
     """Of "this matters": by Holm's p, and by whether the interval allows for more than a factor of FACTOR, or a
     difference of SHIFT of a share."""
     found, measure = contrast.difference, measure_of(contrast.measure)
-    if found is None or found.ci95 is None or found.median is None:
+    if found is None or found.ci95 is None or found.middle is None:
         return Judged(CANNOT_TELL, contrast.measure, f"{contrast.arm} –", contrast.says, contrast.arm)
     low, high = (1 / FACTOR, FACTOR) if measure.kind == "log" else (-SHIFT, SHIFT)
     form = ".2f" if measure.kind == "log" else f"+{measure.form}"
-    words = f"{contrast.arm} {number(found.median, form)} {brackets(found.ci95, form)}"
+    words = f"{contrast.arm} {number(found.middle, form)} {brackets(found.ci95, form)}"
     if low <= found.ci95[0] and found.ci95[1] <= high:
         return Judged(CONTRADICTED, contrast.measure, words)
-    if contrast.says == DIFFERS and not low <= found.median <= high:
+    if contrast.says == DIFFERS and not low <= found.middle <= high:
         return Judged(SUPPORTED, contrast.measure, words)
     return Judged(CANNOT_TELL, contrast.measure, words, "more seeds", contrast.arm)
 
@@ -232,7 +232,7 @@ def with_bos(table: Table) -> str:
 def always_there(table: Table) -> str:
     """H6 takes models with and without the phenomena: a rule that always fires agrees with those that have them."""
     of = {name: [table.arms[arm].measures[name] for arm in ended(table)] for name in ("spike sequences", "best head")}
-    full = [name for name, found in of.items() if all((x.median or 0.0) >= 0.5 for x in found)]
+    full = [name for name, found in of.items() if all((x.middle or 0.0) >= 0.5 for x in found)]
     return f"{' and '.join(full)}: most in every arm, where a rule that always fires passes" if full else ""
 
 
