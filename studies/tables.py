@@ -36,7 +36,7 @@ OLD_RULES = (
 NOTE = " ".join((aggregate.__doc__ or "").partition("\n\n")[2].split())
 
 
-def cell(found: Estimate | None, name: str, runs: int, difference: bool = False) -> str:
+def cell(found: Estimate | None, name: str, runs: int, difference: bool = False, between: str = " ") -> str:
     """The values of fewer than LEAST seeds, else the middle with its interval; of how many of the `runs`, if some have
     none. A difference has a sign, or a cross for a factor."""
     measure = measure_of(name)
@@ -46,12 +46,10 @@ def cell(found: Estimate | None, name: str, runs: int, difference: bool = False)
     if not found or found.middle is None:
         return "–"
     sign = "×" if difference and measure.kind == "log" else ""
-    few = max(found.n, runs if difference else 0) < LEAST
-    shown = found.values if few else [found.middle]
-    some = f"({found.n} of {runs})" if found.n < runs and few else f"({found.n} seeds)" if found.n < runs else ""
-    return (
-        " ".join(filter(None, (*(f"{sign}{number(x, form)}" for x in shown), interval(found.ci95, form), some))) or "–"
-    )
+    shown = found.values if found.n < LEAST and not found.ci95 else [found.middle]
+    words = between.join(f"{sign}{number(x, form)}" for x in shown)
+    some = f"({found.n} of {runs})" if found.n < runs else ""
+    return " ".join(filter(None, (words, interval(found.ci95, form), some))) or "–"
 
 
 def cells(found: Mapping[str, Estimate], names: Iterable[str], runs: int, difference: bool = False) -> Iterator[str]:

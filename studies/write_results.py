@@ -33,17 +33,17 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "results" / "RESULTS.in.md"
 
 
-def of_arm(table: Table, arm: str, measure: str) -> str:
-    """A mean, a difference, or a run's own number, in words. Raises KeyError."""
+def of_arm(table: Table, arm: str, measure: str, between: str = " ") -> str:
+    """Values or their middle, a difference, or a run's own number, in words. Raises KeyError."""
     arms = table.arms
     if arm in arms and measure.endswith(" present"):
         return f"{arms[arm].present(measure.removesuffix(' present'))} of {arms[arm].done}"
     if arm in arms:
-        return cell(arms[arm].measures[measure], measure, arms[arm].done)
+        return cell(arms[arm].measures[measure], measure, arms[arm].done, between=between)
     name, sign, rest = arm.rpartition(" - ") if " - " in arm else arm.rpartition(" = ")
     if sign and rest == table.baseline:
         differences = table.differences[name] if sign == " - " else table.equal_loss[name].measures
-        return cell(differences[measure], measure, pairs_of(table)[name], True)
+        return cell(differences[measure], measure, pairs_of(table)[name], True, between)
     name, _, seed = arm.rpartition(" ")
     row = next(row for row in arms[name].seeds if str(row.seed) == seed)
     if measure in ("status", "step", "lr"):
@@ -74,7 +74,7 @@ def filled(field: str, tables: Mapping[str, Table]) -> str:
         arms, measures = path
         many = list(table.arms) if arms == "*" else arms.split(", ")
         if arms != "*" and len(many) == 1 and ", " not in measures:
-            return of_arm(table, arms, measures)
+            return of_arm(table, arms, measures, ", ")
         names = measures.split(", ")
         return "\n".join(
             markdown_table(["arm", *names], [[arm, *(of_arm(table, arm, name) for name in names)] for arm in many])

@@ -427,7 +427,7 @@ def test_intervals_by_hand():
     assert tables.cell(few, "loss", 4) == "1.0000 2.0000 3.0000 (3 of 4)"
     six = aggregate.estimate([0.0, 0.9, 1.0, 0.95, 1.0, 0.9], "share")
     assert (six.middle, six.ci95) == (pytest.approx(0.925), (0.0, 1.0))
-    assert tables.cell(six, "best head", 7) == "92% [0%, 100%] (6 seeds)"
+    assert tables.cell(six, "best head", 7) == "92% [0%, 100%] (6 of 7)"
     assert aggregate.median_interval(range(10)) == (1, 8) and aggregate.median_interval(range(5)) is None
     assert aggregate.mover(range(6), range(6)) == pytest.approx((-math.hypot(2.5, 2.5), math.hypot(2.5, 2.5)))
     plain = aggregate.estimate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
