@@ -1,13 +1,12 @@
 """The figures of a study: arms with their seeds and intervals, the time course, spikes against sinks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
-from studies.aggregate import LEAST, estimate, known
+from studies.aggregate import LEAST, known
 from studies.runs.measures import measure_of
 from studies.table import Arm, Table
 from studies.tables import INT8
@@ -23,11 +22,6 @@ def _ended(table: Table) -> dict[str, Arm]:
 def _known(arm: Arm, name: str) -> list[float]:
     """A measure's number of each run that has it."""
     return known(row.measures[name] for row in arm.ended.values())
-
-
-def _middle(points: Sequence[tuple[float, float | None]], kind: str) -> tuple[float, float | None]:
-    """(tokens, middle) of the seeds' points at these tokens."""
-    return points[0][0], estimate((x for _, x in points), kind).middle
 
 
 def _arms(table: Table) -> Any:
@@ -62,21 +56,11 @@ def _course(table: Table) -> Any:
     figure, panels = canvas(len(names), 1, height=2.4, sharex=True)
     for axes, name in zip(panels, names, strict=True):
         for i, (arm, of_arm) in enumerate(arms.items()):
-            courses = [[(p.tokens / 1e6, p.measures[name]) for p in row.course] for row in of_arm.ended.values()]
-            if len(courses) >= LEAST:
-                courses = [[_middle(points, measure_of(name).kind) for points in zip(*courses, strict=True)]]
-            for j, course in enumerate(courses):
-                seen = [(tokens, x) for tokens, x in course if x is not None]
+            for j, row in enumerate(of_arm.ended.values()):
+                known_at = [point for point in row.course if point.measures[name] is not None]
+                x, y = [point.tokens / 1e6 for point in known_at], [point.measures[name] for point in known_at]
                 text = "" if j else label(arm, 24)
-                axes.plot(
-                    [x for x, _ in seen],
-                    [y for _, y in seen],
-                    "-o",
-                    color=SHADES(i % 10),
-                    lw=1,
-                    markersize=2,
-                    label=text,
-                )
+                axes.plot(x, y, "-o", color=SHADES(i % 10), lw=1, markersize=2, label=text)
         axes.set_ylabel(name)
         if not axes.lines:
             axes.text(0.5, 0.5, "undefined at every step", transform=axes.transAxes, ha="center", va="center")
@@ -123,7 +107,7 @@ STUDY = {
     ),
     "course": Figure(
         _course,
-        lambda table: f"Over training, a line per seed; from {LEAST} seeds on their middle." + _on(table),
+        lambda table: "Over training, a line per seed." + _on(table),
         needs=_ended,
     ),
     "plane": Figure(

@@ -8,7 +8,7 @@ from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.text import grid, interval, number
 from studies import aggregate
 from studies.aggregate import LEAST, MATCHED, MOVES, Estimate, estimate, last_tenth, moves, onset
-from studies.hypotheses import Verdict, judge
+from studies.hypotheses import judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import DIVERGED, DONE, NOT_RUN, STARTED, Done, Ended, Pair
 from studies.table import Arm, Table
@@ -131,31 +131,29 @@ def equal_loss_rows(table: Table) -> Rows:
     return ["arm - baseline", "matched", "at step", "baseline at", *names], rows
 
 
-def last_tenths(table: Table, arm: str, name: str) -> list[Pair]:
-    """A measure of an arm's runs at 90% of training, and at its end."""
-    found = (last_tenth(row.course, name) for row in table.arms[arm].ended.values())
-    return [pair for pair in found if pair]
+def moving(table: Table) -> dict[str, dict[str, list[Pair]]]:
+    """{measure: {arm: of each run, its number at 90% of training and at the end}}, of what SATURATES."""
+    courses = {name: [row.course for row in arm.ended.values()] for name, arm in table.arms.items()}
+    pairs = lambda of_arm, measure: [pair for course in of_arm if (pair := last_tenth(course, measure))]
+    return {measure: {name: pairs(of_arm, measure) for name, of_arm in courses.items()} for measure in SATURATES}
 
 
 def moving_rows(table: Table) -> Rows:
     """(header, rows): what the last tenth of training changed, run by run."""
-    rows = []
-    for arm in table.arms:
-        seen = []
-        for pairs in (last_tenths(table, arm, name) for name in SATURATES):
-            factors = [f"×{b / a:.2f}" if a else "from 0" if b else "0" for a, b in pairs]
-            seen.append(f"{' '.join(factors)}; {sum(moves(*pair) for pair in pairs)} still moving" if pairs else "–")
-        rows += [[arm, *seen]] if any(cell != "–" for cell in seen) else []
-    return ["arm", *SATURATES], rows
+    factor = lambda a, b: f"×{b / a:.2f}" if a else "from 0" if b else "0"
+    shown = lambda pairs: " ".join(factor(*pair) for pair in pairs)
+    count = lambda pairs: f"; {sum(moves(*pair) for pair in pairs)} still moving" if pairs else "–"
+    of = moving(table)
+    rows = [[arm, *(shown(of[m][arm]) + count(of[m][arm]) for m in SATURATES)] for arm in table.arms]
+    return ["arm", *SATURATES], [row for row in rows if set(row[1:]) != {"–"}]
 
 
 def still_moving(table: Table) -> str:
     """A sentence: which measures still move at the end of most of an arm's runs."""
-    of = {name: {arm: last_tenths(table, arm, name) for arm in table.arms} for name in SATURATES}
     most = lambda pairs: 2 * sum(moves(*pair) for pair in pairs) > len(pairs)
-    arms = {name: [arm for arm, pairs in arms.items() if most(pairs)] for name, arms in of.items()}
-    said = "; ".join(f"{name} in {', '.join(those)}" for name, those in arms.items() if those)
-    if not any(pairs for arms_of in of.values() for pairs in arms_of.values()):
+    arms = {measure: [arm for arm, pairs in of.items() if most(pairs)] for measure, of in moving(table).items()}
+    said = "; ".join(f"{measure} in {', '.join(those)}" for measure, those in arms.items() if those)
+    if not moving_rows(table)[1]:
         return "Whether anything still moves at the end is not known: no checkpoint is at about 90% of training."
     return f"Still moving at the end: {said or 'none of ' + ', '.join(SATURATES)}."
 
@@ -317,8 +315,7 @@ def markdown(table: Table) -> str:
         "",
         counts(table) + ".",
         "",
-        *markdown_table(*verdict_rows(table)),
-        "",
+        *([*markdown_table(*verdict_rows(table)), ""] if table.asked else []),
         still_moving(table),
         "",
     ]
@@ -327,7 +324,7 @@ def markdown(table: Table) -> str:
     for title, header, rows, note in sections(table):
         lines += [f"## {title}", "", note, "", *markdown_table(header, rows), ""]
     lines += ["## Notes", "", NOTE, "", *([DIFFERS, ""] if table.published else [])]
-    rules = [f"- {of.rule}" for of in judged(table).values()]
+    rules = [f"- {of.rule}" for of in judge(table).values()]
     return "\n".join([*lines, *(["Rules of the verdicts:", "", *rules, ""] if rules else [])])
 
 
@@ -339,13 +336,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 def terminal(table: Table) -> str:
     """The verdicts and the first table."""
-    asked = [f"{name} {of.verdict.upper()}: {of.claim}. {of.reason}." for name, of in judged(table).items()]
+    asked = [f"{name} {of.verdict.upper()}: {of.claim}. {of.reason}." for name, of in judge(table).items()]
     header, rows = arm_rows(table)
     short = grid([header[0], *header[3:]], [[row[0], *row[3:]] for row in rows])
     planned = [grid(*contrast_rows(table))] if table.planned else []
     return "\n\n".join([table.question, counts(table), *asked, short, *planned, still_moving(table)])
-
-
-def judged(table: Table) -> dict[str, Verdict]:
-    """The hypotheses that the study asks."""
-    return {name: of for name, of in judge(table).items() if name in table.asked}

@@ -467,15 +467,17 @@ def test_p_by_hand():
 
 def test_coverage_and_size():
     """Coarsely what results/coverage.md has finely. It can fail: Student's t does, clipped to shares."""
-    rates = {(of.what, of.truth): of.rate for of in coverage.of_studies(1000, (6,)) if of.rate is not None}
-    for (what, truth), rate in rates.items():
-        if what.startswith(("interval", "difference")) and truth != "plain, 10% fail":
-            assert rate >= 0.92, (what, truth)
-        if what.startswith("test"):
-            assert rate <= 0.13, (what, truth)
-    assert len(rates) > 20 and rates["not used: t, clipped", "0 or 1, 10%"] < 0.7
-    rates = {(of.what, of.n): of.rate for of in coverage.of_sequences(40, (24,)) if of.truth == "0 or 1, 10%"}
-    assert rates["wilson", 24] >= 0.85
+    found = coverage.simulate("Over seeds", 1000, (6,))
+    for what, of in found.items():
+        for truth, by_n in of.items():
+            rate = by_n[6][0]
+            if what.startswith(("interval", "difference")) and truth != "plain, 10% fail":
+                assert rate is None or rate >= 0.92, (what, truth)
+            if "test" in what:
+                assert rate is None or rate <= 0.13, (what, truth)
+    assert len(found) == 11 and found["not used: Student's t, clipped"]["0 or 1, 10%"][6][0] < 0.7
+    assert found["test, plain"]["all 4"][6] == found["interval, plain"]["all 4"][6] == [None, 0.0]
+    assert coverage.simulate("Over sequences", 400, (24,))["wilson"]["0 or 1, 60%"][24][0] >= 0.85
 
 
 def run_of(seed, loss, course=(), **numbers):
@@ -656,7 +658,7 @@ def test_what_is_not_asked():
     assert alone.keys() == {"H2", "H4", "H6", "H7"} and "chance" in alone["H4"] and "always fires" in alone["H6"]
     bare = reasons(planted({"pre": ({}, {m: x for m, x in PRE.items() if ": " not in m})}))
     assert bare.keys() == {"H2", "H3", "H4", "H6", "H7"}
-    assert len(reasons(planted(ARMS, asked=()))) == 7
+    assert hypotheses.judge(planted(ARMS, asked=())) == {}
 
 
 # --------------------------------------------------------------------------------------------------- results/
@@ -707,7 +709,7 @@ def test_results_say_what_the_tables_hold():
     assert (ROOT / "RESULTS.md").read_text() == write.render()
     prose = re.sub(r"\{[^{}]+\}|```.*?```", "", write.TEMPLATE.read_text(), flags=re.DOTALL)
     published = re.compile(r"(Beside|took both|as in Sun).*?\)", re.DOTALL)
-    allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9", "1.56%"}  # rules and claims
+    allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9", "1.56%", "90%"}  # rules and claims
     found = set(re.findall(r"\d+\.\d+%?|\d+%", published.sub("", prose)))
     assert found <= allowed | {"5%"}, found - allowed
 
