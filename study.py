@@ -11,10 +11,10 @@ keeps what it says), or what the study file says: --seeds=1,2 --arms=pre,post
 --scale=scale/tiny --points=20 (checkpoints measured of each run) --n_seq=100
 --seq_len=64 --ablations=spike_zero,sink_mask --probes --hypotheses=H1,H2.
 
-Trains, detects and ablates every arm x seed; writes one table to results/NAME, from six
-seeds on with intervals. The runs, a page and figures are in out/studies/NAME. Killed
-anywhere, the same command goes on. What is done is not done again: a run is
-known by its config, its data, what is measured, and a hash of the code; where
+Trains, detects and ablates every arm x seed; writes one table to results/NAME,
+from six seeds on with intervals. The runs, a page and figures are in
+out/studies/NAME. Killed anywhere, the same command goes on. What is done is not
+done again: a run is known by its config, its data, what is measured, and a hash of the code; where
 any of these has changed it is run anew (with --keep_code, a finished run of
 other code is kept, and the table says of which). A run that two studies ask for
 is done once.
