@@ -231,6 +231,6 @@ def last_tenth(course: Sequence[Point], name: str) -> Pair | None:
     return None if before is None or after is None else (before, after)
 
 
-def moves(before: float, after: float) -> bool:
-    """True if a number has changed by more than MOVES, as a part of the larger of the two."""
-    return abs(after - before) > MOVES * max(abs(before), abs(after))
+def moves(before: float, after: float, kind: str) -> bool:
+    """True if a number has changed by more than MOVES, as a part of the larger; a `plain` one, a loss, by MATCHED."""
+    return abs(after - before) > (MATCHED if kind == "plain" else MOVES * max(abs(before), abs(after)))

@@ -18,7 +18,7 @@ from spikesink.show.text import interval as brackets
 from spikesink.show.text import number
 from studies.aggregate import LEAST, Estimate, estimate, known
 from studies.runs.measures import measure_of
-from studies.table import DIFFERS, Arm, Contrast, Table
+from studies.table import Arm, Contrast, Table
 
 SUPPORTED, CONTRADICTED, CANNOT_TELL, NOT_ASKED = "supported", "contradicted", "cannot tell", "not asked"
 ARCHITECTURE = {"activation", "ffn", "residual_scale", "init_scale"}
@@ -145,7 +145,7 @@ def judge_contrast(of: Contrast) -> Judged:
     low, high = (1 / FACTOR, FACTOR) if measure.kind == "log" else (-SHIFT, SHIFT)
     form = ".2f" if measure.kind == "log" else f"+{measure.form}"
     inside = low <= found.ci95[0] and found.ci95[1] <= high
-    clear = of.says == DIFFERS and not low <= found.middle <= high
+    clear = of.clear and not low <= found.middle <= high
     verdict = CONTRADICTED if inside else SUPPORTED if clear else CANNOT_TELL
     words = f"{of.arm} {number(found.middle, form)} {brackets(found.ci95, form)}"
     return Judged(verdict, of.measure, words, f"more seeds of {of.arm}")

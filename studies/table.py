@@ -4,7 +4,6 @@ Means, intervals, differences and verdicts are not in the file. They are made of
 studies/hypotheses.py, so that a table that is committed has them by the rules of today.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from studies.aggregate import (
     Estimate,
     Looked,
     at_equal_loss,
+    by_seed_of,
     difference,
     estimate,
     holm,
@@ -28,8 +28,6 @@ from studies.aggregate import (
 )
 from studies.runs.measures import measure_of
 from studies.runs.rows import DIVERGED, Done, Ended, Planned
-
-DIFFERS, SAME, OPEN = "differs", "no difference seen", "cannot tell"
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ class Arm:
     @cached_property
     def measures(self) -> dict[str, Estimate]:
         """Every measure over the runs that ended."""
-        return {
-            name: estimate(numbers(self.ended, name).values(), measure_of(name).kind) for name in names_of(self.ended)
-        }
+        return {m: estimate(numbers(self.ended, m).values(), measure_of(m).kind) for m in names_of(self.ended)}
 
     def present(self, phenomenon: str) -> int:
         """In how many of its runs detect.py's verdict on "spike", "sink" or "co_occurrence" is present."""
@@ -115,12 +111,17 @@ class Contrast:
     p_holm: float | None
 
     @property
+    def clear(self) -> bool:
+        """True if the arms differ."""
+        return self.p_holm is not None and self.p_holm < 0.05
+
+    @property
     def says(self) -> str:
-        """What may be said of it."""
+        """The same in words."""
         if self.p_holm is not None:
-            return DIFFERS if self.p_holm < 0.05 else SAME
+            return "differs" if self.clear else "no difference seen"
         seeds = self.difference.seeds if self.difference else 0
-        return f"{OPEN}: {LEAST} seeds an arm; {seeds} have it" if seeds < LEAST else f"{OPEN}: all values are the same"
+        return f"cannot tell: {LEAST} seeds an arm; {seeds} have it" if seeds < LEAST else "cannot tell: all the same"
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,7 @@ class Table:
     asked: list[str]
     measured: Conditions
     published: dict[str, list[float | int | None]]
-    planned: list[
-        tuple[str, str]
-    ]  # contrasts with the baseline, (arm, measure), that were written down before the runs
+    planned: list[tuple[str, str]]  # contrasts with the baseline, (arm, measure), written down before the runs
     arms: dict[str, Arm]
     times: dict[str, float | None]  # seconds, by ARM-SEED
     findings: str | None = schema.sometimes()  # the schema of the findings that it was measured with
@@ -174,31 +173,26 @@ class Table:
         """True if an arm has as many parameters as the baseline, within 1%."""
         return abs(self.arms[arm].parameters / self.base.parameters - 1) < 0.01
 
-    @cached_property
-    def same_start(self) -> dict[str, bool]:
-        """{arm: whether it is the baseline's function at step 0, by all losses there, on detect.py's sequences}."""
-        losses = {
-            name: {s: row.course[0].measures.get("short loss") for s, row in arm.ended.items()}
-            for name, arm in self.arms.items()
-        }
-        base = losses[self.baseline]
-        both = {name: [(x, base[s]) for s, x in losses[name].items() if s in base] for name in self.others}
-        same = lambda x, y: x is not None and y is not None and math.isclose(x, y, rel_tol=1e-6)
-        return {name: bool(pairs) and all(same(x, y) for x, y in pairs) for name, pairs in both.items()}
+    def same_start(self, arm: str) -> bool:
+        """True if an arm is the baseline's function at step 0: by the losses there, on detect.py's sequences."""
+        runs = (self.arms[name].ended.items() for name in (arm, self.baseline))
+        losses = [{seed: row.course[0].measures.get("short loss") for seed, row in of_arm} for of_arm in runs]
+        ratios = by_seed_of(losses[0], losses[1], "log")
+        return bool(ratios) and max(map(abs, ratios)) <= 1e-6
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Difference]]:
         """{arm: {measure: its difference to the baseline at equal tokens}}."""
         found = {
-            name: {m: difference(*self.asked_of(name, m)) for m in names_of(self.arms[name].ended)}
-            for name in self.others
+            name: {m: difference(*self.pair(name, m), self.same_start(name)) for m in arm.measures}
+            for name, arm in self.others.items()
         }
         return {name: {m: of for m, of in of_arm.items() if of} for name, of_arm in found.items()}
 
-    def asked_of(self, arm: str, measure: str) -> tuple[BySeed, BySeed, str, bool]:
-        """What `difference` and `p_value` are asked of an arm: its numbers, the baseline's, their kind, the start."""
-        both = (numbers(of.ended, measure) for of in (self.arms[arm], self.base))
-        return *both, measure_of(measure).kind, self.same_start[arm]  # type: ignore[return-value]
+    def pair(self, arm: str, measure: str) -> tuple[BySeed, BySeed, str]:
+        """The numbers of an arm and of the baseline in a measure, and its kind."""
+        kind = measure_of(measure).kind
+        return numbers(self.arms[arm].ended, measure), numbers(self.base.ended, measure), kind
 
     @cached_property
     def equal_loss(self) -> dict[str, EqualLoss]:
@@ -208,7 +202,7 @@ class Table:
     @cached_property
     def contrasts(self) -> list[Contrast]:
         """The planned comparisons. Holm's correction is over all of them, those without a p too."""
-        ps = [p_value(*self.asked_of(*contrast)) for contrast in self.planned]
+        ps = [p_value(*self.pair(arm, m), self.same_start(arm)) for arm, m in self.planned]
         found = zip(self.planned, ps, holm(ps), strict=True)
         return [Contrast(arm, m, self.differences[arm].get(m), p, adjusted) for (arm, m), p, adjusted in found]
 
@@ -235,9 +229,8 @@ class Table:
 
 def _interaction(arms: Sequence[Mapping[int, Done]], name: str) -> Estimate:
     """Of one measure in the arms AB, baseline, A and B."""
-    of_seeds = [
-        [rows[seed].measures.get(name) for rows in arms] for seed in arms[0] if all(seed in rows for rows in arms)
-    ]
+    both = [seed for seed in arms[0] if all(seed in rows for rows in arms)]
+    of_seeds = [[rows[seed].measures.get(name) for rows in arms] for seed in both]
     full = [[x for x in four if x is not None] for four in of_seeds if None not in four]
     if measure_of(name).kind == "log":
         return estimate([both * base / (a * b) for both, base, a, b in full if min(both, base, a, b) > 0], "log")

@@ -141,18 +141,23 @@ def moving(table: Table) -> dict[str, dict[str, list[Pair]]]:
 def moving_rows(table: Table) -> Rows:
     """(header, rows): what the last tenth of training changed, run by run."""
     factor = lambda a, b: f"×{b / a:.2f}" if a else "from 0" if b else "0"
-    shown = lambda pairs: " ".join(factor(*pair) for pair in pairs)
-    count = lambda pairs: f"; {sum(moves(*pair) for pair in pairs)} still moving" if pairs else "–"
-    of = moving(table)
-    rows = [[arm, *(shown(of[m][arm]) + count(of[m][arm]) for m in SATURATES)] for arm in table.arms]
+    change = lambda pair, m: f"{pair[1] - pair[0]:+.3f}" if measure_of(m).kind == "plain" else factor(*pair)
+    shown = lambda pairs, m: f"{' '.join(change(pair, m) for pair in pairs)}; {count(pairs, m)} still moving"
+    rows = [[arm, *(shown(of[arm], m) if of[arm] else "–" for m, of in moving(table).items())] for arm in table.arms]
     return ["arm", *SATURATES], [row for row in rows if set(row[1:]) != {"–"}]
+
+
+def count(pairs: Sequence[Pair], measure: str) -> int:
+    """How many of the runs still move."""
+    return sum(moves(*pair, measure_of(measure).kind) for pair in pairs)
 
 
 def still_moving(table: Table) -> str:
     """A sentence: which measures still move at the end of most of an arm's runs."""
-    most = lambda pairs: 2 * sum(moves(*pair) for pair in pairs) > len(pairs)
-    arms = {measure: [arm for arm, pairs in of.items() if most(pairs)] for measure, of in moving(table).items()}
-    said = "; ".join(f"{measure} in {', '.join(those)}" for measure, those in arms.items() if those)
+    of = moving(table).items()
+    arms = {m: [arm for arm, pairs in of_arms.items() if 2 * count(pairs, m) > len(pairs)] for m, of_arms in of}
+    names = lambda those: "all arms" if len(those) == len(table.arms) else ", ".join(those)
+    said = "; ".join(f"{m} in {names(those)}" for m, those in arms.items() if those)
     if not moving_rows(table)[1]:
         return "Whether anything still moves at the end is not known: no checkpoint is at about 90% of training."
     return f"Still moving at the end: {said or 'none of ' + ', '.join(SATURATES)}."
@@ -276,8 +281,8 @@ SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its ro
     ),
     "What still moves at the end": (
         moving_rows,
-        "The value at the end over that at the checkpoint nearest to 90% of training (80 to 95%), seed by seed. "
-        f"Moving: it changed by more than {MOVES:.0%} of the larger.",
+        "The value at the end over that at the checkpoint nearest to 90% of training (80 to 95%), of the loss less "
+        f"that, seed by seed. Moving: changed by more than {MOVES:.0%} of the larger, the loss by {MATCHED} nat.",
     ),
     "When they come": (
         onset_rows,

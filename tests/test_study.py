@@ -530,11 +530,11 @@ def test_what_is_not_matched_is_in_no_number():
 def test_what_still_moves():
     course = lambda *values: [rows.Point(10 * (i + 1), 1, 2.0, {"Sink_1": x}) for i, x in enumerate(values)]
     risen = course(*[0.1] * 8, 0.2, 0.4)
-    assert aggregate.last_tenth(risen, "Sink_1") == (0.2, 0.4) and aggregate.moves(0.2, 0.4)
+    assert aggregate.last_tenth(risen, "Sink_1") == (0.2, 0.4) and aggregate.moves(0.2, 0.4, "share")
     assert aggregate.last_tenth(course(0.1, 0.4), "Sink_1") is None  # no checkpoint late enough
-    assert [aggregate.moves(*pair) for pair in ((1.0, 1.04), (1.0, 0.9), (0.0, 0.0), (0.0, 0.1))] == [
-        *(False, True, False, True)
-    ]
+    pairs = ((1.0, 1.04), (1.0, 0.9), (0.0, 0.0), (0.0, 0.1))
+    assert [aggregate.moves(*pair, "log") for pair in pairs] == [False, True, False, True]
+    assert aggregate.moves(4.0, 3.98, "plain") and not aggregate.moves(4.0, 3.995, "plain")
     still = run_of(1, 2.0, [2.0] * 10, Sink_1=0.4)
     table = planted_of({"pre": arm_of({}, [dataclasses.replace(still, course=risen)]), "post": arm_of({}, [still])})
     assert tables.still_moving(table) == "Still moving at the end: Sink_1 in pre."
@@ -709,7 +709,19 @@ def test_results_say_what_the_tables_hold():
     assert (ROOT / "RESULTS.md").read_text() == write.render()
     prose = re.sub(r"\{[^{}]+\}|```.*?```", "", write.TEMPLATE.read_text(), flags=re.DOTALL)
     published = re.compile(r"(Beside|took both|as in Sun).*?\)", re.DOTALL)
-    allowed = {"0.3", "0.2%", "0.5%", "80%", "10%", "3 to 5%", "95%", "99.9", "1.56%", "90%"}  # rules and claims
+    allowed = {
+        "0.3",
+        "0.2%",
+        "0.5%",
+        "80%",
+        "10%",
+        "3 to 5%",
+        "95%",
+        "99.9",
+        "1.56%",
+        "90%",
+        "0.01",
+    }  # rules and claims
     found = set(re.findall(r"\d+\.\d+%?|\d+%", published.sub("", prose)))
     assert found <= allowed | {"5%"}, found - allowed
 
