@@ -183,6 +183,9 @@ def test_divergence_is_a_result_and_what_is_done_is_not_done_again(small, tmp_pa
         elsewhere = f"--out={tmp_path / 'elsewhere'}", f"--results={tmp_path / 'results'}"
         assert cli("study.py", small, *elsewhere, "--extend")[0] == 0
         assert table_of(tmp_path, "small") == table
+        small.write_text(small.read_text() + 'contrasts = [("wild", "loss")]\n')  # after the runs: not planned
+        assert cli("study.py", small, *elsewhere, "--extend")[0] == 0
+        assert table_of(tmp_path, "small") == table
         with pytest.raises(AssertionError, match="trained again"):
             cli("study.py", small, *elsewhere, "--extend", "--seeds=1,2,3")
         code, _, err = cli("study.py", small, *elsewhere, "--extend", "--seeds=3")
@@ -583,7 +586,7 @@ def planted(arms, n=6, **about):
         run_of(seed, 1.0 + seed, **{m: x * (0.98 + 0.04 * seed / n) for m, x in numbers.items()}) for seed in range(n)
     ]
     made = {name: arm_of(changes, runs(numbers)) for name, (changes, numbers) in arms.items()}
-    return planted_of(made, planned=[(name, "top1/median") for name in arms if name == "relu"], **about)
+    return planted_of(made, planned=[(name, "top1/median") for name in arms if name in ("relu", "silu")], **about)
 
 
 PRE = {
@@ -596,6 +599,7 @@ NONE = {**PRE, **dict.fromkeys(("percentile sequences", "spike sequences", "shar
 POST = {"norm_place": "post"}, {**PRE, "P(sink | spike)": 0.05}
 RELU = {"activation": "relu"}, {**PRE, "top1/median": 200.0}
 ARMS = {"pre": ({}, PRE), "post": POST, "none": ({"norm_place": "none"}, NONE), "relu": RELU}
+ARMS |= {"silu": ({"activation": "silu"}, PRE)}  # no other than the baseline: H7 takes one that is
 
 
 def verdicts(table):
@@ -607,7 +611,9 @@ def test_verdicts_where_all_is_as_claimed():
     assert verdicts(table) == dict.fromkeys(hypotheses.HYPOTHESES, "supported")
     for of in hypotheses.judge(table).values():
         assert any(c.isdigit() for c in of.reason) and of.rule
-    assert table.contrasts[0].says == "differs"
+    relu, silu = table.contrasts
+    assert (relu.says, silu.says) == ("differs", "no difference seen")
+    assert relu.p_holm == pytest.approx(2 * relu.p) == pytest.approx(4 / math.comb(12, 6))
 
 
 @pytest.mark.parametrize(
