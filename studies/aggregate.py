@@ -145,12 +145,13 @@ def p_value(arm: BySeed, base: BySeed, kind: str = "plain", same_start: bool = F
     if min(len(a), len(b)) < LEAST or (kind == "log" and min(*a, *b) <= 0):
         return None
     changes = by_seed_of(arm, base, kind)
-    ranks = stats.rankdata([*a, *b])
-    data, kinds, agree = [ranks[: len(a)], ranks[len(a) :]], "independent", len({*a, *b}) == 1
-    if same_start and len(changes) >= LEAST_PAIRED:
-        data, kinds, agree = [changes], "samples", not any(changes)
-    if agree:
+    paired = same_start and len(changes) >= LEAST_PAIRED
+    if not any(changes) if paired else len({*a, *b}) == 1:
         return None
+    if not paired and len({*a, *b}) == len(a) + len(b):  # no two are the same: Mann and Whitney's exact distribution
+        return float(stats.mannwhitneyu(a, b, method="exact").pvalue)
+    ranks = stats.rankdata([*a, *b])
+    data, kinds = ([changes], "samples") if paired else ([ranks[: len(a)], ranks[len(a) :]], "independent")
     mean = lambda x, *y, axis: np.mean(x, axis=axis) - sum(np.mean(other, axis=axis) for other in y)
     found = stats.permutation_test(data, mean, permutation_type=kinds, vectorized=True, n_resamples=SPLITS, rng=0)
     return float(found.pvalue)
