@@ -14,10 +14,10 @@ keeps what it says), or what the study file says: --seeds=1,2 --arms=pre,post
 Trains, detects and ablates every arm x seed; writes one table to results/NAME,
 from six seeds on with intervals. The runs, a page and figures are in
 out/studies/NAME. Killed anywhere, the same command goes on. What is done is not
-done again: a run is known by its config, its data, what is measured, and a hash of the code; where
-any of these has changed it is run anew (with --keep_code, a finished run of
-other code is kept, and the table says of which). A run that two studies ask for
-is done once.
+done again: a run is known by its config, its data, what is measured, and a hash
+of the code; where any of these has changed it is run anew (with --keep_code, a
+finished run of other code is kept, and the table says of which). A run that two
+studies ask for is done once.
 With --extend, what the results' table holds is not run again either: more seeds
 or arms for a table that came with the clone, or its page and figures.
 """
