@@ -99,7 +99,7 @@ STUDY = {
     "arms": Figure(
         _arms,
         lambda table: (
-            f"Every arm at the end of training: a circle per seed; from {LEAST} seeds on their middle and its 95% "
+            f"Every arm at the end of training: a circle per seed; from {LEAST} seeds on their median and its 95% "
             f"interval below. Dashed: the spike rule, {SPIKE_RATIO:g} x the median." + _on(table)
         ),
         wide=True,

@@ -75,7 +75,7 @@ class Part:
         """Of the arm's runs that have it."""
         of_runs = [[row.measures.get(name) for name in self.of] for row in arm.ended.values()]
         full = (known(values) for values in of_runs if None not in values)
-        return estimate((sum(s * x for s, x in zip(self.of.values(), values, strict=True)) for values in full), "share")
+        return estimate(sum(s * x for s, x in zip(self.of.values(), values, strict=True)) for values in full)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Arm:
     @cached_property
     def measures(self) -> dict[str, Estimate]:
         """Every measure over the runs that ended."""
-        return {m: estimate(numbers(self.ended, m).values(), measure_of(m).kind) for m in names_of(self.ended)}
+        return {m: estimate(numbers(self.ended, m).values()) for m in names_of(self.ended)}
 
     def present(self, phenomenon: str) -> int:
         """In how many of its runs detect.py's verdict on "spike", "sink" or "co_occurrence" is present."""
@@ -96,7 +96,7 @@ def equal_loss(arm: Arm, base: Arm) -> EqualLoss:
     steps = [statistics.fmean(point.step for point in of.values()) if of else None for of in (rows, base_rows)]
     both = {name: (numbers(rows, name), numbers(base_rows, name)) for name in names_of(rows)}
     changes = {name: difference(*of, measure_of(name).kind) for name, of in both.items()}
-    measures = {name: estimate(of.values, measure_of(name).kind) for name, of in changes.items() if of}
+    measures = {name: estimate(of.values) for name, of in changes.items() if of}
     return EqualLoss(len(pairs), len(found), steps[0], steps[1], measures)
 
 
@@ -233,8 +233,8 @@ def _interaction(arms: Sequence[Mapping[int, Done]], name: str) -> Estimate:
     of_seeds = [[rows[seed].measures.get(name) for rows in arms] for seed in both]
     full = [[x for x in four if x is not None] for four in of_seeds if None not in four]
     if measure_of(name).kind == "log":
-        return estimate([both * base / (a * b) for both, base, a, b in full if min(both, base, a, b) > 0], "log")
-    return estimate([both + base - a - b for both, base, a, b in full], measure_of(name).kind)
+        return estimate([both * base / (a * b) for both, base, a, b in full if min(both, base, a, b) > 0])
+    return estimate([both + base - a - b for both, base, a, b in full])
 
 
 def load_table(path: str | Path) -> Table:

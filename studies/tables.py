@@ -37,7 +37,7 @@ NOTE = " ".join((aggregate.__doc__ or "").partition("\n\n")[2].split())
 
 
 def cell(found: Estimate | None, name: str, runs: int, difference: bool = False, between: str = " ") -> str:
-    """The values of fewer than LEAST seeds, else the middle with its interval; of how many of the `runs`, if some have
+    """The values of fewer than LEAST seeds, else the median with its interval; of how many of the `runs`, if some have
     none. A difference has a sign, or a cross for a factor."""
     measure = measure_of(name)
     form = measure.form
@@ -94,7 +94,7 @@ def start_rows(table: Table) -> Rows:
         courses = [row.course for row in arm.ended.values()]
         for step, i in ("step 0", 0), ("end", -1):
             seeds = {m: [course[i].measures.get(m) for course in courses] for m in STARTED_FROM}
-            found = {m: estimate(of_seeds, measure_of(m).kind) for m, of_seeds in seeds.items()}
+            found = {m: estimate(of_seeds) for m, of_seeds in seeds.items()}
             rows.append([f"{name}, {step}", *cells(found, STARTED_FROM, arm.done)])
     return ["arm", *STARTED_FROM], rows
 
@@ -258,7 +258,7 @@ def verdict_rows(table: Table) -> Rows:
 SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (its rows, a note on them)
     "The arms at the end of training": (
         arm_rows,
-        f"The values of the seeds; from {LEAST} seeds on their middle [95% interval].",
+        f"The values of the seeds; from {LEAST} seeds on their median [95% interval].",
     ),
     "Before and after": (
         start_rows,

@@ -3,7 +3,7 @@ anew from the rows of its table.json, by the statistics and verdicts of today.
 
   python -m studies.write_results
 
-{STUDY; ARM; MEASURE}           the values of its seeds; from six on their middle with its 95% interval
+{STUDY; ARM; MEASURE}           the values of its seeds; from six on their median with its 95% interval
 {STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens, = for - at equal loss
 {STUDY; ARM SEED; MEASURE}      of one run; also its status, step and lr
 {STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * for all arms
