@@ -63,7 +63,7 @@ def changes(arm: Arm) -> str:
 
 
 def arm_rows(table: Table) -> Rows:
-    """(header, rows): every arm at the end of training, means over seeds."""
+    """(header, rows): every arm at the end of training."""
     header = ["arm", "changes", "params (M)", "ended", *SHOWN]
     header += ["published ppl, sink %, |h|"] if table.published else []
     rows = []
