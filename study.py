@@ -11,13 +11,13 @@ keeps what it says), or what the study file says: --seeds=1,2 --arms=pre,post
 --scale=scale/tiny --points=20 (checkpoints measured of each run) --n_seq=100
 --seq_len=64 --ablations=spike_zero,sink_mask --probes --hypotheses=H1,H2.
 
-Trains, detects and ablates every arm x seed; writes one table with intervals to
-results/NAME. The runs, a page and figures are in out/studies/NAME. Killed
-anywhere, the same command goes on. What is done is not done again: a run is
-known by its config, its data, what is measured, and a hash of the code; where
-any of these has changed it is run anew (with --keep_code, a finished run of
-other code is kept, and the table says of which). A run that two studies ask for
-is done once.
+Trains, detects and ablates every arm x seed; writes one table to results/NAME,
+from six seeds on with intervals. The runs, a page and figures are in
+out/studies/NAME. Killed anywhere, the same command goes on. What is done is not
+done again: a run is known by its config, its data, what is measured, and a hash
+of the code; where any of these has changed it is run anew (with --keep_code, a
+finished run of other code is kept, and the table says of which). A run that two
+studies ask for is done once.
 With --extend, what the results' table holds is not run again either: more seeds
 or arms for a table that came with the clone, or its page and figures.
 """
@@ -42,7 +42,7 @@ from spikesink import files, schema
 from spikesink.errors import StoppedError, UserError, cli
 from spikesink.measure.findings import SCHEMA
 from spikesink.show.text import grid, number
-from studies import aggregate, hypotheses, report, tables
+from studies import report, tables
 from studies.jobs import KINDS, ROOT, Job, Study, code_version, params_and_flops, plan, read_study, settings
 from studies.runs.rows import NOT_RUN, STARTED, Ended, Finished, Planned, read_finished
 from studies.runs.run import describe_machine, do_run, read_json, started
@@ -133,7 +133,7 @@ def write_results(study: Study, jobs: Sequence[Job], asked: Asked, last: bool) -
 
 def table_of(study: Study, jobs: Sequence[Job], asked: Asked) -> Table:
     """The findings of a study: every run that was planned, arm by arm, and what follows from them."""
-    baseline, first = next(iter(study.arms)), jobs[0]
+    first = jobs[0]
     base = settings(first.model, first.cfg)
     finished = {job.id: finished_row(job, asked) for job in jobs}
     seconds = {key: found.seconds if found else None for key, found in finished.items()}
@@ -141,26 +141,25 @@ def table_of(study: Study, jobs: Sequence[Job], asked: Asked) -> Table:
     for name in study.arms:
         of_arm = [job for job in jobs if job.arm == name]
         rows = [row_of(job, finished[job.id]) for job in of_arm]
-        arms[name] = arm_entry(study.arms[name], of_arm[0], rows, base, arms.get(baseline))
-    table = Table(
+        arms[name] = arm_entry(study.arms[name], of_arm[0], rows, base)
+    return Table(
         name=asked.name,
         findings=SCHEMA,
         question=study.question,
         command=asked.command,
         code=first.code_hash,
         **train.provenance(),
-        baseline=baseline,
+        baseline=next(iter(study.arms)),
         config=base,
         data=first.samples,
         seeds=study.seeds,
         asked=study.hypotheses,
         measured=Conditions(study.n_seq, study.seq_len, study.points, "float32"),
         published=study.published,
+        planned=[(arm, measure) for arm, measure in study.contrasts],
         arms=arms,
-        interactions=aggregate.interactions(arms, baseline),
         times={f"{job.arm}-{job.seed}": seconds[job.id] for job in jobs},
     )
-    return dataclasses.replace(table, hypotheses=hypotheses.judge(table))
 
 
 def row_of(job: Job, finished: Finished | None) -> Planned:
@@ -170,24 +169,11 @@ def row_of(job: Job, finished: Finished | None) -> Planned:
     return Planned(job.seed, job.id, job.code_hash, STARTED if started(job) else NOT_RUN)
 
 
-def arm_entry(
-    configs: str | dict[str, Any], job: Job, rows: list[Planned], base: dict[str, Any], baseline: Arm | None
-) -> Arm:
-    """An arm of the table; `job`: any of its, `base`: the settings of the baseline, which is None for itself."""
+def arm_entry(configs: str | dict[str, Any], job: Job, rows: list[Planned], base: dict[str, Any]) -> Arm:
+    """An arm of the table; `job`: any of its, `base`: the settings of the baseline."""
     parameters, flops = params_and_flops(job.model)
-    difference, equal_loss = aggregate.compare(rows, baseline.seeds) if baseline else (None, None)
-    return Arm(
-        configs=configs,
-        changes={key: value for key, value in settings(job.model, job.cfg).items() if value != base[key]},
-        parameters=parameters,
-        flops_per_token=flops,
-        tokens=job.tokens,
-        seeds=rows,
-        matched=baseline is None or abs(parameters / baseline.parameters - 1) < 0.01,
-        difference=difference,
-        equal_loss=equal_loss,
-        **vars(aggregate.arm_summary(rows)),
-    )
+    changes = {key: value for key, value in settings(job.model, job.cfg).items() if value != base[key]}
+    return Arm(configs, changes, parameters, flops, job.tokens, rows)
 
 
 # ---------------------------------------------------------------------------------------------- what it costs
@@ -256,9 +242,9 @@ def parse_argv(argv: Sequence[str]) -> tuple[Asked, dict[str, Any], dict[str, An
             of_runs[key] = value
         elif key == "seeds":
             of_study[key] = [config.typed(key, seed, int, "command line") for seed in value.split(",")]
-        elif key == "arms" or KINDS.get(key) is list:
+        elif key == "arms" or (KINDS.get(key) is list and key != "contrasts"):
             of_study[key] = [name for name in value.split(",") if name]
-        elif KINDS.get(key) is dict:
+        elif KINDS.get(key) in (dict, list):
             raise UserError(f"--{key}: write it into the study file")
         else:
             of_keys, kind = (of_study, KINDS[key]) if key in KINDS else (of_command, fields[key].type)
@@ -278,7 +264,9 @@ def main() -> None:
     study = read_study(asked.study, of_study)
     jobs = plan(study, asked.runs_folder, of_runs, code_version())
     if asked.extend:
-        asked = dataclasses.replace(asked, table=rows_of_table(asked.table_folder / "table.json", jobs))
+        path = asked.table_folder / "table.json"
+        asked = dataclasses.replace(asked, table=rows_of_table(path, jobs))
+        study = dataclasses.replace(study, contrasts=load_table(path).planned)  # before its first run, not after
     if asked.dry:
         header, rows, sentence = cost(jobs, asked, device)
         print(f"{study.question}\n\n{grid(header, rows)}\n\n{sentence}")
@@ -298,7 +286,7 @@ def main() -> None:
             bar.update(job.tokens)
             write_results(study, jobs, asked, last=False)
     table = write_results(study, jobs, asked, last=True)
-    if all(isinstance(row, Ended) for row in tables.all_runs(table)):  # of ranks, the last
+    if all(isinstance(row, Ended) for row in table.runs):  # of ranks, the last
         print(f"{tables.terminal(table)}\n\nresults: {asked.table_folder}\npage:    {asked.runs_folder / 'index.html'}")
 
 

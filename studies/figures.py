@@ -6,7 +6,7 @@ import matplotlib as mpl
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
-from studies.aggregate import done, t_interval
+from studies.aggregate import LEAST, known
 from studies.runs.measures import measure_of
 from studies.table import Arm, Table
 from studies.tables import INT8
@@ -21,25 +21,23 @@ def _ended(table: Table) -> dict[str, Arm]:
 
 def _known(arm: Arm, name: str) -> list[float]:
     """A measure's number of each run that has it."""
-    numbers = (row.measures[name] for row in done(arm.seeds).values())
-    return [x for x in numbers if x is not None]
+    return known(row.measures[name] for row in arm.ended.values())
 
 
 def _arms(table: Table) -> Any:
     arms = _ended(table)
-    names = [*PANELS, *(name for name in INT8 if name in table.base.mean)]
+    names = [*PANELS, *(name for name in INT8 if name in table.base.measures)]
     figure, panels = canvas(1, len(names), lines=1.6 * len(arms) + 2, sharey=True)
     for axes, name in zip(panels, names, strict=True):
         color = PANELS.get(name, SPIKE)
         for i, arm in enumerate(arms.values()):
-            mean, values = arm.mean[name], _known(arm, name)
+            found, values = arm.measures[name], _known(arm, name)
             axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)
-            if mean.ci95:
-                axes.plot(mean.ci95, [i + 0.28] * 2, color=color, lw=1.5)
-            if values:
-                axes.plot(mean.mean, i + 0.28, "D", color=color, markersize=3.5)
+            if found.ci95:
+                axes.plot(found.ci95, [i + 0.28] * 2, color=color, lw=1.5)
+                axes.plot(found.middle, i + 0.28, "D", color=color, markersize=3.5)
         axes.set(xlabel=name)
-        if not any(arm.mean[name].n for arm in arms.values()):
+        if not any(arm.measures[name].n for arm in arms.values()):
             axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
         if measure_of(name).kind == "log":
             axes.set_xscale("log")
@@ -58,12 +56,11 @@ def _course(table: Table) -> Any:
     figure, panels = canvas(len(names), 1, height=2.4, sharex=True)
     for axes, name in zip(panels, names, strict=True):
         for i, (arm, of_arm) in enumerate(arms.items()):
-            points = [point for row in done(of_arm.seeds).values() for point in row.course]
-            at = {n: [p.measures[name] for p in points if p.tokens == n] for n in sorted({p.tokens for p in points})}
-            means = [(tokens / 1e6, t_interval(at[tokens], measure_of(name).kind).mean) for tokens in at]
-            known = [(tokens, mean) for tokens, mean in means if mean is not None]
-            if known:
-                axes.plot(*zip(*known, strict=True), "-o", color=SHADES(i % 10), markersize=2, label=label(arm, 24))
+            for j, row in enumerate(of_arm.ended.values()):
+                known_at = [point for point in row.course if point.measures[name] is not None]
+                x, y = [point.tokens / 1e6 for point in known_at], [point.measures[name] for point in known_at]
+                text = "" if j else label(arm, 24)
+                axes.plot(x, y, "-o", color=SHADES(i % 10), lw=1, markersize=2, label=text)
         axes.set_ylabel(name)
         if not axes.lines:
             axes.text(0.5, 0.5, "undefined at every step", transform=axes.transAxes, ha="center", va="center")
@@ -82,7 +79,7 @@ def _course(table: Table) -> Any:
 def _plane(table: Table) -> Any:
     figure, axes = canvas(height=1.3)
     for i, (name, arm) in enumerate(_ended(table).items()):
-        rows = done(arm.seeds).values()
+        rows = arm.ended.values()
         points = [(row.measures["top1/median"], row.measures["best head"]) for row in rows]
         axes.plot(*zip(*points, strict=True), "o", color=SHADES(i % 10), markersize=5, alpha=0.7, label=label(name, 24))
     axes.set(xscale="log", xlabel="top-1 / median of the layer where it is largest", ylim=(-0.04, 1.04))
@@ -102,7 +99,7 @@ STUDY = {
     "arms": Figure(
         _arms,
         lambda table: (
-            "Every arm at the end of training: a circle per seed, the mean (geometric for top1/median) and its 95% "
+            f"Every arm at the end of training: a circle per seed; from {LEAST} seeds on their median and its 95% "
             f"interval below. Dashed: the spike rule, {SPIKE_RATIO:g} x the median." + _on(table)
         ),
         wide=True,
@@ -110,7 +107,7 @@ STUDY = {
     ),
     "course": Figure(
         _course,
-        lambda table: "Over training, means over seeds; top1/median geometric." + _on(table),
+        lambda table: "Over training, a line per seed." + _on(table),
         needs=_ended,
     ),
     "plane": Figure(

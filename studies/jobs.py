@@ -29,6 +29,7 @@ from spikesink.models import checkpoint
 from spikesink.options import Options
 from spikesink.text.sequences import SHORTEST
 from studies import hypotheses
+from studies.runs.measures import EFFECTS, MEASURES
 from trainer import config
 from trainer.machine import DTYPES
 
@@ -63,6 +64,9 @@ class Study:
     probes: bool = False  # BLiMP and linear probes under the ablations, where they are prepared
     int8: bool = False  # what int8 costs, at every point
     clip: float = 10.0  # medians: what an arm's stream_clip="medians" is, by the checkpoint that it starts from
+    contrasts: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # planned: (arm, measure) against the baseline; alone are tested
     # arm -> (perplexity, Sink_1 in %, largest |h|) of Sun et al. 2026
     published: dict[str, list[float | int | None]] = field(default_factory=dict)
 
@@ -76,6 +80,11 @@ class Study:
             for name in getattr(self, key):
                 if name not in table:
                     raise ValueError(f"{key}: there is no {name!r}{nearest(name, table)}")
+        others = list(self.arms)[1:]
+        for arm, measure in self.contrasts:
+            if arm not in others or (measure not in MEASURES and measure.partition(": ")[2] not in EFFECTS):
+                near = nearest(arm, others) if arm not in others else nearest(measure, MEASURES)
+                raise ValueError(f"contrasts: {(arm, measure)} is no arm beside the baseline and a measure of it{near}")
         for key, least in (("points", 1), ("n_seq", 2), ("seq_len", SHORTEST)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
@@ -143,7 +152,8 @@ def read_study(name: str, changes: dict[str, Any]) -> Study:
     if "arms" in changes:
         kept = {name: arm for name, arm in arms.items() if name in changes["arms"]}
         shown = {name: numbers for name, numbers in values.get("published", {}).items() if name in kept}
-        values, changes = {**values, "published": shown}, {**changes, "arms": kept}
+        planned = [contrast for contrast in values.get("contrasts", []) if contrast[0] in kept]
+        values, changes = {**values, "published": shown, "contrasts": planned}, {**changes, "arms": kept}
     return config.build((Study,), values | changes)[0]
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from spikesink.show import drawing, page
-from studies import figures, tables
+from studies import figures, hypotheses, tables
 from studies.table import Table
 
 PAGES = Path(__file__).with_name("pages")
@@ -18,7 +18,8 @@ def study_page(folder: str | Path, table: Table) -> None:
         templates=PAGES,
         found=table,
         counts=tables.counts(table),
-        judged=tables.judged(table),
+        moving=tables.still_moving(table),
+        judged=hypotheses.judge(table),
         sections=tables.sections(table),
         conditions=tables.conditions(table),
         note=tables.NOTE,

@@ -2,7 +2,8 @@
 
 question = "Do spikes and sinks depend on the FFN and its activation?"
 common = {"bos": True, "ffn": "plain", "activation": "gelu"}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6]
+contrasts = [("swiglu", "top1/median"), ("relu", "top1/median"), ("linear", "top1/median"), ("linear", "Sink_1")]
 arms = {
     "gelu": "prenorm",
     "relu": "relu",

@@ -2,7 +2,8 @@
 
 question = "Which attention needs no sink, and do its spikes go too?"
 common = {"bos": True}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6]
+contrasts = [("sigmoid", "Sink_1"), ("gate_head", "Sink_1"), ("gate_head", "top1/median")]
 arms = {
     "softmax": "prenorm",
     "softmax1": "softmax1",

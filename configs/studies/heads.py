@@ -2,7 +2,8 @@
 
 question = "Do spikes and sinks depend on the width and the number of heads?"
 common = {"bos": True, "n_head": 4, "head_dim": 32}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6]
+contrasts = [("4x8", "Sink_1"), ("4x64", "top1/median")]
 arms = {
     "4x32": {},
     "4x8": {"head_dim": 8},

@@ -2,7 +2,8 @@
 
 question = "Do spikes and sinks depend on which positions are trained?"
 common = {"bos": True, "block_size": 128}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6]
+contrasts = [("last_half", "Sink_1"), ("last_half", "largest |h|")]
 arms = {
     "all": "prenorm",
     "first_16th": {"loss_last": 8},

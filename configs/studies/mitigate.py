@@ -14,7 +14,8 @@ common = {
     "penalty_weight": 0.01,
     "compile": False,
 }
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6, 7, 8]
+contrasts = [("clip", "int8 per tensor: loss"), ("penalty", "int8 per tensor: loss"), ("gate", "top1/median")]
 arms = {
     "none": {},
     "clip": {"stream_clip": "medians"},  # for good, after every sub-layer, at --clip=10 times the largest median |h|

@@ -3,7 +3,8 @@
 question = "Does norm placement decide whether spikes and sinks fall on the same tokens?"
 scale = "scale/nano"
 common = {"bos": True, "norm": "rmsnorm"}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6]
+contrasts = [("post", "Sink_1"), ("post", "top1/median"), ("post", "P(sink | spike)"), ("none", "Sink_1")]
 arms = {
     "pre": "prenorm",
     "post": "postnorm",

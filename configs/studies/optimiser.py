@@ -2,7 +2,8 @@
 
 question = "Do spikes and sinks depend on the optimiser?"
 common = {"bos": True, "learning_rate": 2e-3, "min_lr": 2e-4, "weight_decay": 0.1}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6, 7, 8]
+contrasts = [("muon", "kurtosis"), ("sgd", "kurtosis"), ("decay_0", "Sink_1")]
 arms = {
     "adamw": "prenorm",
     "muon": "muon",

@@ -2,7 +2,8 @@
 
 question = "Do spikes and sinks depend on how the residual is scaled?"
 common = {"bos": True}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6]
+contrasts = [("inv_sqrt_2L", "top1/median"), ("half", "top1/median"), ("flat_init", "Sink_1")]
 arms = {
     "one": "prenorm",
     "inv_sqrt_2L": "scaled_residual",

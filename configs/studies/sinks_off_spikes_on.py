@@ -2,7 +2,8 @@
 
 question = "Do spikes stay when sinks are made needless, and sinks when spikes are forbidden?"
 common = {"bos": True}
-seeds = [1, 2, 3]
+seeds = [1, 2, 3, 4, 5, 6, 7, 8]
+contrasts = [("gate", "Sink_1"), ("gate", "top1/median"), ("clip", "Sink_1"), ("clip", "top1/median")]
 # against sinks: gate, sigmoid, slot; against spikes: clip, penalty
 arms = {
     "baseline": "prenorm",

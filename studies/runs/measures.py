@@ -1,7 +1,7 @@
 """The numbers by which a study compares runs: what each is, how it is averaged, and where in the findings it stands.
 
-`kind` says how seeds are averaged and arms compared: `plain` numbers and `share`s (0 to 1) by means and differences,
-`log` ones, which span orders of magnitude, by geometric means and factors.
+`kind` says how arms are compared: `plain` numbers and `share`s (0 to 1) by differences, `log` ones, which span orders
+of magnitude, by factors.
 """
 
 import math
