@@ -65,7 +65,8 @@ NO_CHECKPOINT = (".py", ".jsonl", ".html", ".txt", ".md", ".npy", ".csv")
 def load(target: str | Path | nn.Module, options: Options, tokenizer: object = None, lab: Lab | None = None) -> Loaded:
     """The model that `target` names, or is. Raises UserError where it cannot be had, or not observed."""
     loaded = _load(target, options, tokenizer, lab)
-    return dataclasses.replace(loaded, reader=loaded.reader.starting(options.bos))
+    reader = dataclasses.replace(loaded.reader, special=options.special)
+    return dataclasses.replace(loaded, reader=reader.starting(options.bos))
 
 
 def _load(target: str | Path | nn.Module, options: Options, tokenizer: object, lab: Lab | None) -> Loaded:

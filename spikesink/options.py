@@ -39,6 +39,11 @@ class Options:
         "--no-bos drops [CLS] and leaves [SEP]",
         group=TEXT,
     )
+    special: bool = option(
+        "special tokens that a text or a prompt spells, as <s>, are read as these tokens (default: as text)",
+        False,
+        group=TEXT,
+    )
     seq_len: int | None = option("tokens in a sequence, with BOS (default: 64, Gu et al.'s)", metavar="N", group=TEXT)
     n_seq: int | None = option("number of sequences (default: 100)", metavar="N", group=TEXT)
     bpe: str | Path | None = option("local file of GPT-2's BPE ranks", metavar="FILE", group=TEXT)

@@ -651,15 +651,21 @@ def watch(stack: Stack, run: Callable[..., torch.Tensor], other_end: dict[str, t
     return stack.taps(), bool((stack.output - clean)[:, :-1].abs().max() <= 1e-5 * clean.abs().max())
 
 
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+
+
 class Tokenizer:
     """A transformers tokenizer as the instruments use one.
 
     `prefix_ids`, `suffix_ids`: the special tokens that it puts before and after a text. `bos_id`: its BOS, or None.
-    `separator_id`: what stands between documents: <|endoftext|>, else BOS, else EOS, or None.
+    `separator_id`: what stands between documents: <|endoftext|>, else BOS, else EOS, or None. `special_ids`: {how a
+    special token is written: its id}.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.bos_id = tokenizer, getattr(tokenizer, "bos_token_id", None)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special_ids = {str(token): number for number, token in added.items() if getattr(token, "special", False)}
         self.prefix_ids, self.suffix_ids = self._frame()
         eos_id = getattr(tokenizer, "eos_token_id", None)
         self.separator_id = eos_id if self.bos_id is None else self.bos_id  # a chat model's begin and end turns
@@ -690,14 +696,14 @@ class Tokenizer:
         return (), ()
 
     def encode(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """A list of strings -> a list of lists of ids, without special tokens."""
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        """A list of strings -> a list of lists of ids, without special tokens: one that is written there is text."""
+        return self.tokenizer(texts, **PLAIN)["input_ids"]
 
     def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         """See tokenizers.spans_of. Raises UserError for a tokenizer that is none of the fast ones."""
         if not getattr(self.tokenizer, "is_fast", False):
             raise UserError("the model's tokenizer does not tell which characters a token stands for; a fast one does")
-        found = self.tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        found = self.tokenizer(texts, **PLAIN, return_offsets_mapping=True)
         return [*zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
     def decode(self, token: int) -> str:

@@ -1,6 +1,9 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
 import dataclasses
+import functools
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,7 @@ from ..errors import UserError
 from ..options import Options
 from . import default_text
 from .token_files import Meta, TokenFile, Windows
-from .tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
+from .tokenizers import END, NoTokenizer, TextTokenizer, split_documents, tokenizer_of
 
 DEFAULT_LENGTH = 64  # Gu et al.'s
 SHORTEST = 8
@@ -58,6 +61,7 @@ class Reader:
     block_size: float
     vocab_size: int
     split: Split = validation_split
+    special: bool = False  # special tokens that a text spells are read as these, not as text
 
     def starting(self, bos: bool | None) -> "Reader":
         """This reader with BOS (or what the tokenizer puts there) before every sequence, or without; None: as it is.
@@ -78,8 +82,8 @@ class Reader:
         of documents, or BOS. Without any the first token of a text cannot be scored, and the words say so."""
         before, words = self.prefix_ids, "which starts every text"
         if not before:
-            separator = getattr(self.tokenizer, "separator_id", bos_of(self.tokenizer, self.meta))
-            if separator is None or not 0 <= separator < self.vocab_size:
+            separator = self.separator_id
+            if separator is None:
                 return self, "without the first, as the vocabulary has nothing to put before it"
             before, words = (separator,), "put before every sentence"
         shown = "".join(map(self.tokenizer.decode, before))
@@ -147,9 +151,45 @@ class Reader:
         texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
         return torch.cat([self.of_text(text, name, seq_len)[:1] for text in texts])
 
+    @property
+    def separator_id(self) -> int | None:
+        """What stands between documents; None where the vocabulary has nothing for it."""
+        found = getattr(self.tokenizer, "separator_id", bos_of(self.tokenizer, self.meta))
+        return found if found is not None and 0 <= found < self.vocab_size else None
+
+    def encoded(self, text: str, name: str) -> torch.Tensor:
+        """int64 ids of a text (K,), without what is put around it.
+
+        As in preparing data, a line <|endoftext|> ends a document, after which the separator stands. Other special
+        tokens that the text spells are text, and are counted and said; with `special` they are these tokens, and those
+        that would be put around the text anyway are not there twice.
+        """
+        lines = text.splitlines(keepends=True)
+        documents = [*split_documents(lines)] if any(line.rstrip("\n") == END for line in lines) else [text]
+        after = [] if len(documents) == 1 and documents[0] == text else [self.separator_id]
+        ids = [i for document in documents for i in [*self._encode(document, name), *after] if i is not None]
+        if self.special and ids[: len(self.prefix_ids)] == [*self.prefix_ids]:
+            ids = ids[len(self.prefix_ids) :]
+        if self.special and self.suffix_ids and ids[-len(self.suffix_ids) :] == [*self.suffix_ids]:
+            ids = ids[: -len(self.suffix_ids)]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})
+        spelled = {word: text.count(word) for word in special if word in text}
+        if not self.special:
+            if spelled:
+                words = ", ".join(f"{word} {n} times" for word, n in spelled.items())
+                say_once(f"{name} spells special tokens, {words}: read as text; --special reads them as the tokens")
+            return [int(i) for i in self.tokenizer.encode([text])[0]]
+        longest_first = "|".join(re.escape(word) for word in sorted(spelled, key=len, reverse=True))
+        parts = re.split(f"({longest_first})", text) if spelled else [text]
+        plain = iter(self.tokenizer.encode([part for part in parts if part and part not in special]))
+        return [int(i) for part in parts if part for i in ([special[part]] if part in special else next(plain))]
+
     def of_text(self, text: str, name: str, seq_len: int) -> torch.Tensor:
         """int64 ids (N, seq_len) of a text, cut into sequences. Raises UserError if it is too short."""
-        (ids,) = self.tokenizer.encode([text])
+        ids = self.encoded(text, name)
         taken = seq_len - len(self.prefix_ids) - len(self.suffix_ids)
         n = len(ids) // taken
         if n == 0:
@@ -157,16 +197,16 @@ class Reader:
                 f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}: give a longer text, or a smaller "
                 "--seq_len"
             )
-        return self.framed(torch.from_numpy(np.asarray(ids[: n * taken], dtype=np.int64)).view(n, taken))
+        return self.framed(ids[: n * taken].view(n, taken))
 
     def prompt(self, text: str) -> torch.Tensor:
         """int64 ids (1, T) of a prompt, with the special tokens around it. Raises UserError if there is none."""
         if isinstance(self.tokenizer, NoTokenizer):
             raise UserError("the model has no tokenizer at hand, so a prompt cannot be read; give ids with --tokens")
-        (ids,) = self.tokenizer.encode([text])
+        ids = self.encoded(text, "the prompt")
         if not len(ids):
             raise UserError("the prompt is empty")
-        framed = self.framed(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None])
+        framed = self.framed(ids[None])
         if framed.size(1) < 2:
             raise UserError("the prompt is one token; two are needed")
         if framed.size(1) > self.block_size:
@@ -180,6 +220,12 @@ class Reader:
             for special in (self.prefix_ids, self.suffix_ids)
         ]
         return torch.cat((around[0], ids, around[1]), dim=1)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A line on stderr, once."""
+    print(text, file=sys.stderr)
 
 
 def check_length(seq_len: int, block_size: float) -> None:

@@ -22,10 +22,12 @@ Spans = list[tuple[int, int]]  # of each token: the characters [start, end) of t
 
 class TextTokenizer(Protocol):
     """What the instruments need of a tokenizer. Some also have `bos_id`; `separator_id`, what stands between documents
-    if that is not `bos_id`; `text(ids)`, an array of ids -> text; and `spans(texts)`: see `spans_of`."""
+    if that is not `bos_id`; `special_ids`, {how a special token is written: its id}; `text(ids)`, an array of ids ->
+    text; and `spans(texts)`: see `spans_of`."""
 
     def encode(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
-        """Texts -> their ids, without special tokens. Raises UserError where it cannot."""
+        """Texts -> their ids, without special tokens; one that is written in a text is text. Raises UserError where it
+        cannot."""
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
@@ -73,6 +75,7 @@ class GPT2Tokenizer:
 
         self.bpe = str(Path(bpe).resolve()) if bpe else None
         self.vocab_size, self.bos_id = vocab_size, vocab_size - 1
+        self.special_ids = {END: self.bos_id}
         if not 256 < vocab_size <= GPT2_SIZE:
             raise UserError(f"GPT-2's BPE has 257 to {GPT2_SIZE:,} ids, not {vocab_size}")
         if bpe and not Path(bpe).is_file():
