@@ -193,7 +193,10 @@ def needs(
     if sums["still"] > REMOVED * sums["edited"]:
         return "not removed", f"{sums['still'] / sums['edited']:.0%} of the {removed}s are still there"
     if n < ENOUGH or lost.ci95 is None:
-        return "cannot tell", f"{n} sequences have something to judge, and {ENOUGH} are needed"
+        return (
+            "cannot tell",
+            f"{n} {'sequence has' if n == 1 else 'sequences have'} something to judge; {ENOUGH} are needed",
+        )
     if not controls:
         return "cannot tell", "no control had anything to edit"
     beyond = [control.beyond.ci95 for control in controls if control.beyond.ci95]
