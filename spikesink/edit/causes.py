@@ -155,6 +155,8 @@ def cause(
         for control, of in controls.items()
     ]
     verdict, reason = needs(edited, sums, n, lost, beside, asked)
+    if not there.any():
+        verdict, reason = "cannot tell", f"there are no {asked}"
     return Cause(
         by=name,
         removed="spikes" if asked == "sinks" else "sinks",

@@ -56,7 +56,8 @@ def answers(found: Ablation) -> list[str]:
     lines = [QUESTIONS[entry.name].format(_beside(entry)) for entry in asked if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in asked if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
-    return [*lines, *map(cause_in_words, found.causes), *_disagreement(found.causes), *_short_range(found.attention)]
+    causes = [cause for cause in found.causes if cause.edited and cause.there]
+    return [*lines, *map(cause_in_words, causes), *_disagreement(causes), *_short_range(found.attention)]
 
 
 def cause_in_words(cause: Cause) -> str:
