@@ -4,10 +4,12 @@
   python -m benchmarks.causes --n 20 --out DIR       fewer models, to try it
 
 Pre-norm models of three layers. In each sequence stands a token A and, later, a token B. Layer 0 may have a sink on A,
-whose value all later tokens read; the FFN of layer 1 may write a spike on A or B; layer 2 may have a sink on B. What
-depends on what is drawn (WIRINGS), and sizes, widths and positions are. The truth is another model: the same with what
-is to be removed taken out of its weights. Sinks need spikes if their alpha falls by half or more in it, do not if by
-less than a tenth, else partly; alike spikes and |h|.
+whose value all later tokens read; the FFN of layer 1 may write a spike on A or B; layer 2 may have sinks there. What
+depends on what is given (WIRINGS); sizes, widths and positions are drawn, and in half of the models a channel that is
+large in every token. The truth is another model: the same with what is to be removed taken out of its weights. Sinks
+need spikes if they lose half of their alpha or more in it, do not if less than a tenth, else partly; alike spikes and
+|h|. Of spike_scale it is known by the wiring: the next layer reads a direction, which scaling leaves, unless a later
+sub-layer adds something of a fixed size.
 """
 
 import dataclasses
@@ -32,20 +34,25 @@ from train import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 T, VOCAB, HEADS = 32, 64, 4
-MARK_A, MARK_B, FROM_A, SPIKE = 0, 1, 2, 3  # channels of the stream: two marks, what A's value brings, the spike
+# channels: two marks, what A's value brings, the spike, what is large in every token, what layer 1 adds
+MARK_A, MARK_B, FROM_A, SPIKE, OUTLIER, ADDED = SPECIAL = range(6)
 TOKEN_A, TOKEN_B = 62, 63
 MARK = 8.0
-TABLE = {name: INTERVENTIONS[name] for name in ("spike_zero", "spike_scale", "sink_mask")}
+TABLE = {name: INTERVENTIONS[name] for name in causes.CAUSES}
 
 
 class Wiring(NamedTuple):
     """What depends on what. `spike` reads: "A", the mark of A; "B", that of B; "both", B's where A's value has come;
-    "again", as B, and layers 0 and 2 write it too. `late`: of layer 2's sinks on B,
-    in so many of its heads the logit is the spike's, in the others B's mark's; None for no such sinks."""
+    "again", as B, and layers 0 and 2 write it too. `late`: of layer 2's sinks on that token, in so many of its heads the
+    logit is the spike's, in the others the mark's; None for no such sinks. `first`: A stands first. `size`: where the
+    spike is, layer 1 adds several times as much as a usual state has, in which a spike of usual size would drown.
+    """
 
     sink_on_a: bool
     spike: str
     late: int | None
+    first: bool = False
+    size: bool = False
 
 
 WIRINGS: dict[str, Callable[[torch.Generator], Wiring]] = {
@@ -56,26 +63,28 @@ WIRINGS: dict[str, Callable[[torch.Generator], Wiring]] = {
     "sinks need spikes in part": lambda g: Wiring(True, "B", int(torch.randint(1, HEADS, (), generator=g))),
     "upstream only": lambda g: Wiring(True, "A", None),
     "removal fails": lambda g: Wiring(False, "again", HEADS),
+    "the first token's sinks need its spike": lambda g: Wiring(False, "A", HEADS, first=True),
+    "the first token's sinks do not": lambda g: Wiring(False, "A", 0, first=True),
+    "sinks need the spike's size": lambda g: Wiring(False, "B", HEADS, size=True),
 }
 
 
-def planted(wiring: Wiring, C: int, size: float, logit: float, seed: int) -> GPT:
+def planted(wiring: Wiring, C: int, size: float, logit: float, outlier: float, seed: int) -> GPT:
     """A model with this wiring, its spike of about `size`, the logits of its sinks about `logit`."""
     torch.manual_seed(seed)
     config = GPTConfig(
         n_layer=3, n_head=HEADS, n_embd=C, block_size=T, vocab_size=VOCAB, norm="rmsnorm", position="none"
     )
     model = GPT(dataclasses.replace(config, bias=True, activation="relu", init_scale="one")).eval()
-    special = [MARK_A, MARK_B, FROM_A, SPIKE]
     stream: Any = model.transformer
     embedding, D = stream.wte.weight, C // HEADS
     with torch.no_grad():
         embedding.normal_()
-        embedding[:, special] = 0
+        embedding[:, SPECIAL] = 0
         embedding[TOKEN_A, MARK_A] = embedding[TOKEN_B, MARK_B] = MARK
         for block in stream.h:
-            block.attn.f.c_proj.weight[special] = block.mlp.f.c_proj.weight[special] = 0
-            block.attn.f.c_attn.weight[:, special] = block.mlp.f.c_fc.weight[:, special] = 0
+            block.attn.f.c_proj.weight[SPECIAL] = block.mlp.f.c_proj.weight[SPECIAL] = 0
+            block.attn.f.c_attn.weight[:, SPECIAL] = block.mlp.f.c_fc.weight[:, SPECIAL] = 0
             block.attn.f.c_attn.weight[:C:D] = 0  # a constant query, which finds the first entry of a key
             block.attn.f.c_attn.bias[:C:D] = 1
         marked = MARK / (1 + MARK**2 / C) ** 0.5  # a mark behind the first norm, the rest of its state of rms 1
@@ -84,12 +93,20 @@ def planted(wiring: Wiring, C: int, size: float, logit: float, seed: int) -> GPT
             _sink(first, range(HEADS), MARK_A, logit / marked)
             first.c_attn.weight[2 * C :: D, MARK_A] = 1 / marked
             first.c_proj.weight[FROM_A, ::D] = MARK / HEADS
-        for layer in (0, 1, 2) if wiring.spike == "again" else (1,):
-            _spike(stream.h[layer].mlp.f, wiring.spike, size, marked)
+        stream.h[0].mlp.f.c_proj.bias[OUTLIER] = outlier
+        behind = MARK / (1 + (MARK**2 + outlier**2) / C) ** 0.5  # the same from there on
+        where = 0 if wiring.size else 1
+        for layer in (0, 1, 2) if wiring.spike == "again" else (where,):
+            _spike(stream.h[layer].mlp.f, wiring.spike, size, marked if layer == 0 else behind)
+        mark, rms = MARK_A if wiring.spike == "A" else MARK_B, (1 + (MARK**2 + size**2 + outlier**2) / C) ** 0.5
+        if wiring.size:
+            f, added = stream.h[1].mlp.f, 6 * C**0.5  # six times a usual state's norm, where the spike is
+            f.c_fc.weight[0] = 0
+            f.c_fc.weight[0, SPIKE], f.c_fc.bias[0] = rms / size, -0.3
+            f.c_proj.weight[ADDED, 0] = added / 0.7
         if wiring.late is not None:
-            rms = (1 + (MARK**2 + size**2) / C) ** 0.5
             _sink(stream.h[2].attn.f, range(wiring.late), SPIKE, logit * rms / size)
-            _sink(stream.h[2].attn.f, range(wiring.late, HEADS), MARK_B, logit * rms / MARK)
+            _sink(stream.h[2].attn.f, range(wiring.late, HEADS), mark, logit * rms / MARK)
     return model
 
 
@@ -127,11 +144,11 @@ def without(model: GPT, what: str) -> GPT:
     return other
 
 
-def sequences(n: int, seed: int) -> torch.Tensor:
-    """Random tokens, one A among the first five and one B among the next eight of every sequence: (n, T)."""
+def sequences(n: int, seed: int, first: bool) -> torch.Tensor:
+    """Random tokens, one A among the first five, or `first`, and one B among the next eight: (n, T)."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(TOKEN_A, (n, T), generator=generator)
-    ids[torch.arange(n), torch.randint(0, 5, (n,), generator=generator)] = TOKEN_A
+    ids[torch.arange(n), torch.randint(0, 1 if first else 5, (n,), generator=generator)] = TOKEN_A
     ids[torch.arange(n), torch.randint(5, 13, (n,), generator=generator)] = TOKEN_B
     return ids
 
@@ -150,22 +167,26 @@ def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
     asked = causes.ASKED[TABLE[name].kind]
     subject = subject_of(model, wiring)
     clean = CleanPass.of(subject, ids)
-    judged = causes.Judged(clean, TABLE[name].edit(clean, None), asked)
     if wiring.spike == "again" and name == "spike_zero":
         return "not removed"
+    if name == "bos_ffn" and not wiring.first:
+        return "nothing there"
+    if asked == "spikes" and not wiring.sink_on_a and wiring.late is None:
+        return "nothing there"
     reachable = wiring.late is not None if asked == "sinks" else wiring.sink_on_a and wiring.spike in ("B", "both")
     if not reachable:
         return "out of reach"
-    if name == "spike_scale":  # the next layer reads the direction of a state, which stays
-        return "no"
+    if name == "spike_scale":
+        return "yes" if wiring.size else "no"
+    judged = causes.Judged(clean, INTERVENTIONS["spike_zero" if asked == "sinks" else name].edit(clean, None), asked)
     other = CleanPass.of(Subject.of_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
     on, before, after = (
         (judged.sinks, clean.alpha, other.alpha)
         if asked == "sinks"
-        else (judged.spikes, clean.magnitude, other.magnitude)
+        else (judged.spikes, [tap.entry for tap in clean.at], [x[..., SPIKE].abs() for x in other.streams])
     )
-    total = lambda values: sum(float((of * x).sum()) for of, x in zip(on, values, strict=True) if of is not None)
-    lost = 1 - total(after) / total(before)
+    shares = [(y / x)[of] for of, x, y in zip(on, before, after, strict=True) if of is not None]
+    lost = 1 - float(torch.cat(shares).clamp_max(causes.MOST).mean())
     return "yes" if lost >= causes.NEEDED else "no" if lost < causes.MARGIN else "partly"
 
 
@@ -176,15 +197,23 @@ def tried(i: int) -> list[dict[str, Any]]:
     name = [*WIRINGS][i % len(WIRINGS)]
     wiring = WIRINGS[name](generator)
     C = (48, 64, 96)[int(torch.randint(3, (), generator=generator))]
-    n, size, logit = int(draw(12, 33)), draw(60, 300), draw(4, 8)
-    model, ids = planted(wiring, C, size, logit, i), sequences(2 * n, i)
+    n, size, logit, outlier = int(draw(12, 33)), draw(100, 400), draw(4, 8), draw(0, 60) * (i // len(WIRINGS) % 2)
+    model, ids = planted(wiring, C, size, logit, outlier, i), sequences(2 * n, i, wiring.first)
     subject = subject_of(model, wiring)
     reference = Reference(subject, ids[n:])
     measured = outcomes.measure(subject, ids[:n], outcomes.conditions_of(TABLE, reference), 8, "causes")
     return [
         {
             "wiring": name,
-            "model": {"seed": i, "width": C, "spike": size, "logit": logit, "late": wiring.late, "sequences": n},
+            "model": {
+                "seed": i,
+                "width": C,
+                "spike": size,
+                "logit": logit,
+                "outlier": outlier,
+                "late": wiring.late,
+                "sequences": n,
+            },
             "truth": truth(model, wiring, cause.by, ids[:n]),
             **schema.to_json(cause),
         }
@@ -210,7 +239,7 @@ def wrong(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("--n", type=int, default=210, metavar="N", help="models (default: 210)")
+    flags.add_argument("--n", type=int, default=240, metavar="N", help="models (default: 240)")
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     options = flags.parse_args()
     rows = [row for i in tqdm(range(options.n), desc="causes", disable=None) for row in tried(i)]

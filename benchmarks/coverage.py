@@ -90,8 +90,8 @@ def of_sequences(truth: Truth, rng: np.random.Generator, n: int, trial: int, mid
     if truth.kind == "share":
         yield "rate_ci", covers(metrics.rate_ci(x), mean)
         sums = torch.zeros(n, len(SUMS), dtype=torch.float64)  # one to nine sinks a sequence, which lose this share
-        sums[:, SUMS.index("before")] = before = torch.from_numpy(rng.integers(1, 10, n) * rng.uniform(0.3, 0.9, n))
-        sums[:, SUMS.index("after")] = before * (1 - x)
+        sums[:, SUMS.index("judged")] = judged = torch.from_numpy(rng.integers(1, 10, n))
+        sums[:, SUMS.index("share")] = judged * (1 - x)
         yield "lost_of, of causes", covers(lost_of(sums).ci95, mean)
     if set(x.tolist()) <= {0.0, 1.0}:
         yield "wilson", covers(metrics.wilson(int(x.sum()), n), mean)

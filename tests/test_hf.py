@@ -217,6 +217,13 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     assert torch.equal(subject.losses(IDS), clean.losses)
 
 
+def test_an_encoders_row_that_loses_all_its_keys_is_no_nan():
+    clean = CleanPass.of(hf.subject_of(build("bert"), str), IDS)
+    clean.sinks = [torch.ones_like(keys) for keys in clean.sinks]
+    with interventions.sink_mask(clean):
+        assert clean.subject.losses(IDS).isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_edit_is_the_same_on_the_shared_prefix(family):
     for subject in hf.subjects_of(build(family), str):

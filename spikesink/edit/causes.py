@@ -1,17 +1,18 @@
 """Do sinks need spikes, do spikes need sinks? Only what lies downstream of an edit is judged, and only if it took.
 
 Remove spikes and look at sinks: a sink is judged if an earlier layer's spike on the same token was edited. Remove sinks
-and look at spikes: a spike is judged if it first stands where a removed sink can have reached it, through tokens that
-see the sink's key and the layers after. What lies upstream stays by construction, and says nothing.
+and look at spikes: a spike is judged if it begins where a removed sink can have reached it, through tokens that see the
+sink's key and the layers after. What lies upstream stays by construction, and says nothing.
 
 1. Were they removed? Of the edited ones, at most REMOVED may be left. A sink is left if it is one by the rule; a spike
    if its entry is as large as the rule asks, or its token a spike anywhere from the edit on, with a tenth of |h| or
-   more. Else "not removed".
-2. How much went? `lost`: the share of the judged sinks' alpha, or of the judged spikes' |h|, that the edit takes; and
-   how much more than each control takes (paired, bootstrap over sequences).
+   more. An edit of the size of a state (SIZES) leaves it if its norm is twice the usual. Else "not removed".
+2. How much went? `lost`: the share of its alpha that a judged sink loses, or of its |h| that a judged spike loses, in
+   the mean over all of them; a gain counts as 100% at most. And how much more that is than under each control (paired,
+   bootstrap over sequences).
 3. "yes": more than NEEDED lost, and more than MARGIN beyond every control, intervals included. "no": less than MARGIN
-   lost, and not clearly more than MARGIN beyond any control. "partly": between, and more than MARGIN beyond every
-   control. Else "cannot tell".
+   lost, or a gain, and not clearly more than MARGIN beyond any control. "partly": between, and more than MARGIN beyond
+   every control. Else "cannot tell". A control of the same size counts only if its dose is within a factor of two.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..measure import metrics
 from ..measure.findings import Interval
 from ..measure.observe import state_at
 from ..models.subject import Subject
-from .clean_pass import CleanPass
+from .clean_pass import AtTap, CleanPass
 from .findings import Cause, CauseControl, Lost
 from .interventions import Edit
 
@@ -31,10 +32,19 @@ ASKED = {"spike": "sinks", "bos": "sinks", "sink": "spikes"}  # of an interventi
 # spike_direction is not among them: its random direction disturbs every other feature too, so that in planted models
 # with half of their sinks by the spike it said "yes"
 CAUSES = ("spike_zero", "spike_scale", "bos_ffn", "sink_mask")
+SIZES = ("spike_scale",)
+SIZED = ("same_energy", "same_mass")  # controls of the same size
 REMOVED, SMALL = 0.1, 0.1
 NEEDED, MARGIN = 0.5, 0.1
 ENOUGH = 10  # sequences with something to judge: with fewer, an interval over sequences is none
-SUMS = ("edited", "still", "judged", "left", "before", "after")  # what is counted of every sequence
+MOST = 2.0  # times as much: what a gain counts as, at most
+SUMS = (
+    "edited",
+    "still",
+    "judged",
+    "left",
+    "share",
+)  # what is counted of every sequence; share: the sum of what is left
 
 
 def seams_after(subject: Subject) -> list[list[int]]:
@@ -51,13 +61,14 @@ def seams_after(subject: Subject) -> list[list[int]]:
 def reach(clean: CleanPass, edit: Edit) -> list[Tensor]:
     """At every tap, the tokens whose state an edit can have changed: bool (B, T). By what sees what, not by values."""
     subject, found = clean.subject, []
-    now = torch.zeros_like(clean.marked[0])
+    now = torch.zeros_like(clean.at[0].marked)
     before: list[int] = []  # the seams between the last tap and this one
     for i, seams in enumerate(seams_after(subject)):
         for s in before if subject.part != "cross" else ():
             sees = visible(clean, s)  # (queries, keys)
             of_key = edit.keys[s].any(1) if s in edit.keys else torch.zeros_like(now)
-            others = sees & ~torch.eye(len(sees), dtype=torch.bool)  # a sink's own query is spared
+            spares = getattr(clean.calls[s].module, "spares_own", True)  # a sink's own query, but for encoders
+            others = sees & ~torch.eye(len(sees), dtype=torch.bool) if spares else sees
             now = now | (now.float() @ sees.T.float() > 0) | (of_key.float() @ others.T.float() > 0)
         now = now | edit.tokens[i] if i in edit.tokens else now
         found.append(now)
@@ -77,34 +88,38 @@ class Judged:
     """What is judged under an edit on one batch: per tap and per seam, bool; None where nothing is.
 
     `edited_tokens` (B, T) at a tap, or `edited_keys` (B, H, T) at a seam, were to be removed; `written` (B, T): tokens
-    edited there or before; `spikes` (B, T) and `sinks` (B, H, T) are those downstream.
+    whose spikes were edited there or before; `spikes` (B, T) and `sinks` (B, H, T) are those downstream. `of_size`: it
+    is an edit of the size of states.
     """
 
-    def __init__(self, clean: CleanPass, edit: Edit, asked: str) -> None:
+    def __init__(self, clean: CleanPass, edit: Edit, asked: str, of_size: bool = False) -> None:
         subject = clean.subject
-        self.clean = clean
+        self.clean, self.of_size = clean, of_size
         taps, seams = len(subject.streams), len(subject.attends)
         self.edited_tokens: list[Tensor | None] = [None] * taps
         self.written: list[Tensor | None] = [None] * taps
         self.spikes: list[Tensor | None] = [None] * taps
         self.edited_keys: list[Tensor | None] = [None] * seams
         self.sinks: list[Tensor | None] = [None] * seams
-        attended = range(taps)[subject.attended]
+        attended, none = range(taps)[subject.attended], torch.zeros_like(clean.at[0].marked)
         if asked == "sinks":
-            written = torch.zeros_like(clean.marked[0])
+            written = none
             for i, after in enumerate(seams_after(subject)):
-                written = written | edit.tokens[i] if i in edit.tokens else written
+                marked = clean.at[i].marked
+                written = written | (edit.tokens[i] & marked) if i in edit.tokens else written
                 if i in attended:
-                    self.edited_tokens[i], self.written[i] = clean.marked[i] & written, written
+                    self.edited_tokens[i], self.written[i] = marked & written, written
                 for s in after:
                     self.sinks[s] = clean.sinks[s] & written[:, None]
         else:
             self.edited_keys = [edit.keys.get(s) for s in range(seams)]
-            last = run = torch.zeros_like(clean.marked[0])
+            held = live = none
             for i, reached in enumerate(reach(clean, edit)):
-                if i in attended:  # a spike goes on through the stream: where it starts is what counts
-                    run = clean.marked[i] & reached & (run | ~last)
-                    self.spikes[i], last = run, clean.marked[i]
+                now = clean.at[i].held | clean.at[i].marked
+                live = (live & now) | (now & ~held & reached)  # a spike goes on through the stream: where it begins
+                held = now
+                if i in attended:
+                    self.spikes[i] = clean.at[i].marked & live
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """(number within the batch, position) of every token that is judged, once."""
@@ -112,23 +127,24 @@ class Judged:
         of_seams = [found.any(1) for found in self.sinks if found is not None]
         yield from torch.stack(of_taps + of_seams).any(0).nonzero().tolist() if of_taps or of_seams else ()
 
-    def count_tap(self, i: int, marked: Tensor, magnitude: Tensor, entry: Tensor) -> Tensor:
-        """What is there at tap i, in spike tokens, in every token's largest |h|, and in |h| of what is its largest
-        entry in the clean model, (B, T) each: SUMS, (B, 6)."""
-        clean, none = self.clean.magnitude[i], torch.zeros_like(marked)
+    def count_tap(self, i: int, now: AtTap) -> Tensor:
+        """What is at tap i: SUMS, (B, 5)."""
+        was, none = self.clean.at[i], torch.zeros_like(now.marked)
         of_tap = (self.edited_tokens[i], self.written[i], self.spikes[i])
         edited, written, judged = (none if found is None else found for found in of_tap)
-        large = (entry >= self.clean.threshold[i]) & (entry > SMALL * clean)
-        still = (edited & large) | (written & marked & (magnitude > SMALL * clean))
-        counts = (edited, still, judged, judged & marked, judged * clean, judged * magnitude)
-        return torch.stack([count.double().sum(1) for count in counts], dim=1)
+        large = (now.entry >= was.threshold) & (now.entry > SMALL * was.entry)
+        still = (edited & large) | (written & now.marked & (now.magnitude > SMALL * was.magnitude))
+        if self.of_size:
+            still = edited & (now.norm > 2 * was.norm.median(1, keepdim=True).values)
+        left = judged * (now.magnitude / was.magnitude.clamp_min(1e-30)).clamp_max(MOST)
+        return torch.stack([n.double().sum(1) for n in (edited, still, judged, judged & now.marked, left)], dim=1)
 
     def count_seam(self, i: int, sinks: Tensor, alpha: Tensor) -> Tensor:
-        """What is there at seam i, in sinks and alpha (B, H, T): SUMS, (B, 6)."""
+        """What is there at seam i, in sinks and alpha (B, H, T): SUMS, (B, 5)."""
         none = torch.zeros_like(sinks)
         edited, judged = (none if found is None else found for found in (self.edited_keys[i], self.sinks[i]))
-        counts = (edited, edited & sinks, judged, judged & sinks, judged * self.clean.alpha[i], judged * alpha)
-        return torch.stack([count.double().sum((1, 2)) for count in counts], dim=1)
+        left = judged * (alpha / self.clean.alpha[i].clamp_min(1e-30)).clamp_max(MOST)
+        return torch.stack([n.double().sum((1, 2)) for n in (edited, edited & sinks, judged, judged & sinks, left)], 1)
 
     def states(self) -> set[Hashable]:
         """The states of the tokens that are judged, by what they depend on: equal first tokens are one."""
@@ -143,7 +159,7 @@ class Judged:
 def cause(
     name: str, asked: str, edited: int, states: int, real: Tensor, controls: Mapping[str, Tensor], there: Tensor
 ) -> Cause:
-    """What follows from SUMS (N, 6) under an intervention that `edited` something, and under its controls.
+    """What follows from SUMS (N, 5) under an intervention that `edited` something, and under its controls.
 
     `there` (N,): how many there are of what is `asked` for; `states`: of how many different tokens the judged ones are.
     """
@@ -173,14 +189,13 @@ def cause(
 
 
 def lost_of(real: Tensor, control: Tensor | None = None) -> Lost:
-    """The share of what is judged that is lost, in SUMS (n, 6); with a `control`, how much more than under it."""
-    before, after = SUMS.index("before"), SUMS.index("after")
+    """The mean share that the judged ones lose, in SUMS (n, 5); with a `control`, how much more than under it."""
+    judged, share = SUMS.index("judged"), SUMS.index("share")
     if not len(real):
         return Lost(share=None, ci95=None)
-    gone = real[:, after] if control is None else real[:, after] - control[:, after]
-    whole = 1.0 if control is None else 0.0
-    share = lambda i: (whole - gone[i].sum() / real[i, before].sum()).item()
-    return Lost(share=share(torch.arange(len(real))), ci95=metrics.bootstrap_ci(share, len(real)))
+    whole = real[:, judged] if control is None else control[:, share]
+    mean = lambda i: ((whole[i] - real[i, share]).sum() / real[i, judged].sum()).item()
+    return Lost(share=mean(torch.arange(len(real))), ci95=metrics.bootstrap_ci(mean, len(real)))
 
 
 def needs(
@@ -188,8 +203,10 @@ def needs(
 ) -> tuple[str, str]:
     """(the verdict on whether what is `asked` for needs what was removed, its reason), by the rules above."""
     removed = {"sinks": "spike", "spikes": "sink"}[asked]
-    if not edited or not sums["edited"]:
-        return "cannot tell", f"there is no {removed} to remove"
+    if not edited:
+        return "cannot tell", "there is nothing to edit"
+    if not sums["edited"]:
+        return "cannot tell", f"there is no {removed} where it edits"
     if not sums["judged"]:
         return "out of reach", f"no {asked[:-1]} lies downstream of a {removed} that was removed"
     if sums["still"] > REMOVED * sums["edited"]:
@@ -199,30 +216,32 @@ def needs(
             "cannot tell",
             f"{n} {'sequence has' if n == 1 else 'sequences have'} something to judge; {ENOUGH} are needed",
         )
-    if not controls:
-        return "cannot tell", "no control had anything to edit"
-    beyond = [control.beyond.ci95 for control in controls if control.beyond.ci95]
-    low, high = lost.ci95
-    above, below = min(ci[0] for ci in beyond) > MARGIN, all(ci[0] <= MARGIN for ci in beyond)
+    beyond = {control.name: control.beyond.ci95 for control in controls}
+    known = [ci for ci in beyond.values() if ci]
+    if not known or len(known) < len(beyond):
+        return "cannot tell", "no control is matched, or one has no loss"
+    (low, high), above = lost.ci95, min(ci[0] for ci in known) > MARGIN
     if above and low > NEEDED:
         return "yes", f"more than {NEEDED:.0%} is lost, and {MARGIN:.0%} beyond every control"
-    if high < MARGIN and below:
+    if high < MARGIN and all(ci[0] <= MARGIN for ci in known):
         return "no", f"less than {MARGIN:.0%} is lost, not clearly more beyond any control"
     if above and low > MARGIN and high < NEEDED:
         return "partly", f"between {MARGIN:.0%} and {NEEDED:.0%} is lost, and {MARGIN:.0%} beyond every control"
-    return "cannot tell", undecided(n, [lost.ci95, *beyond])
+    return "cannot tell", undecided(n, lost.ci95, {name: ci for name, ci in beyond.items() if ci})
 
 
-def undecided(n: int, intervals: Sequence[Interval]) -> str:
-    """Why no verdict is reached: an interval that holds a bound, and the sequences that would narrow it; or values that
-    no more sequences would change."""
+def undecided(n: int, lost: Interval, beyond: Mapping[str, Interval]) -> str:
+    """Why no verdict is reached: a control stands in the way, whatever n; or an interval holds a bound of the rule, and
+    so many sequences would narrow it."""
+    for name, (low, high) in beyond.items():
+        if lost[1] < MARGIN and low > MARGIN:
+            return f"little is lost, but under {name} there is a gain"
+        if lost[0] > MARGIN and high < MARGIN:
+            return f"{name} takes about as much"
     wanted = []
-    for low, high in intervals:
-        middle = (low + high) / 2
-        bound = min((MARGIN, NEEDED), key=lambda b: abs(b - middle))
+    bounds = [(lost, MARGIN), (lost, NEEDED), *((ci, MARGIN) for ci in beyond.values())]
+    for (low, high), bound in bounds:
         if low <= bound <= high:
-            wanted.append(n * ((high - low) / 2 / max(abs(middle - bound), 0.01)) ** 2)
-    if wanted:
-        enough = max(n + 1, round(max(wanted), -1))
-        return f"an interval holds a bound of the rule: about {enough:,.0f} sequences would decide"
-    return "a control takes about as much"
+            wanted.append(n * ((high - low) / 2 / max(abs((low + high) / 2 - bound), 0.01)) ** 2)
+    enough = max(n + 1, round(max(wanted, default=0.0), -1))
+    return f"an interval holds a bound of the rule: about {enough:,.0f} sequences would decide"

@@ -23,6 +23,25 @@ class Call(NamedTuple):
     k: torch.Tensor
 
 
+HELD = 0.5  # of a spike rule's threshold: as long as |h| is so large, a spike goes on
+
+
+class AtTap(NamedTuple):
+    """What is at a tap, of every token, on the CPU: (B, T) each.
+
+    `marked`: it has a spike there; `held`: an entry of half a spike's size at least; `entry`: |h| in the channel in
+    which the clean model has its spike, or its largest |h|; `magnitude`: that, or the largest |h| of a spike there;
+    `threshold`: from which `entry` is a spike's; `norm`: of the state.
+    """
+
+    marked: torch.Tensor
+    held: torch.Tensor
+    entry: torch.Tensor
+    magnitude: torch.Tensor
+    threshold: torch.Tensor
+    norm: torch.Tensor
+
+
 @dataclass
 class CleanPass:
     """One batch as the model left alone sees it: where its spikes and sinks are, and what an edit is compared with.
@@ -86,34 +105,38 @@ class CleanPass:
         return [alpha * queries for alpha, queries in zip(self.alpha, self.queries, strict=True)]
 
     @functools.cached_property
-    def marked(self) -> list[torch.Tensor]:
-        """At each tap the tokens with a spike there: bool (B, T), on the CPU."""
-        return [entries.any(-1).cpu() for entries in self.spikes]
-
-    @functools.cached_property
     def channel(self) -> list[torch.Tensor]:
-        """At each tap the channel of every token's largest |h|: (B, T, 1)."""
-        return [x.abs().argmax(-1, keepdim=True) for x in self.streams]
+        """At each tap a channel of every token, (B, T, 1): of its largest spike entry, or without one its largest."""
+        pairs = zip(self.streams, self.spikes, strict=True)
+        return [
+            x.abs().masked_fill(~entries & entries.any(-1, keepdim=True), -1).argmax(-1, keepdim=True)
+            for x, entries in pairs
+        ]
 
     @functools.cached_property
-    def magnitude(self) -> list[torch.Tensor]:
-        """At each tap every token's largest |h|: (B, T), on the CPU."""
-        return [self.entry(i, x) for i, x in enumerate(self.streams)]
+    def at(self) -> list["AtTap"]:
+        """What is at each tap."""
+        return [self.look_at(i, x) for i, x in enumerate(self.streams)]
 
-    @functools.cached_property
-    def threshold(self) -> list[torch.Tensor]:
-        """At each tap how large |h| in that channel has to be for a spike: (B, T), on the CPU."""
-        usual = zip(self.ordinary.sums, self.channel, strict=True)
-        return [of.thresholds[channel[..., 0]].cpu() for of, channel in usual if of is not None]
-
-    def entry(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """|h| of a stream x (B, T, C) at tap i, of every token in the channel of `channel`: (B, T), on the CPU."""
-        return x.gather(-1, self.channel[i])[..., 0].float().abs().cpu()
+    def look_at(self, i: int, x: torch.Tensor) -> "AtTap":
+        """What is at tap i where the stream there is x (B, T, C)."""
+        usual, size = self.ordinary.sums[i], x.float().abs()
+        assert usual is not None
+        marked = self.ordinary.spikes_at(i, x)
+        entry = size.gather(-1, self.channel[i])[..., 0]
+        return AtTap(
+            marked=marked.any(-1).cpu(),
+            held=((size * usual.per_threshold).amax(-1) >= HELD).cpu(),
+            entry=entry.cpu(),
+            magnitude=torch.maximum(entry, (size * marked).amax(-1)).cpu(),
+            threshold=usual.thresholds[self.channel[i][..., 0]].cpu(),
+            norm=torch.linalg.vector_norm(size, dim=-1).cpu(),
+        )
 
     @property
     def spike_tokens(self) -> torch.Tensor:
         """Tokens with a spike at some attended tap: bool (B, T)."""
-        return torch.stack(self.marked[self.subject.attended]).any(0)
+        return torch.stack([tap.marked for tap in self.at[self.subject.attended]]).any(0)
 
     @property
     def sink_tokens(self) -> torch.Tensor:

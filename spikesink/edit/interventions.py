@@ -71,11 +71,12 @@ def _random_keys(clean: CleanPass) -> list[Tensor]:
 
 
 def _same_mass(clean: CleanPass) -> list[Tensor]:
-    """At each seam the other keys that get the most attention, until they have as much as the sinks of all heads."""
+    """At each seam random other keys of all heads, until they would have more attention than the sinks there."""
     chosen = []
-    for sinks, mass in zip(clean.sinks, clean.mass, strict=True):
+    for i, (sinks, mass) in enumerate(zip(clean.sinks, clean.mass, strict=True)):
         wanted = (mass * sinks).sum((1, 2))[:, None]
-        free, order = mass.masked_fill(sinks, 0).flatten(1).sort(-1, descending=True)
+        order = metrics.uniform(clean.numbers, sinks.shape[1:], i).masked_fill(sinks, 2).flatten(1).argsort(-1)
+        free = mass.masked_fill(sinks, 0).flatten(1).gather(-1, order)
         taken = (free.cumsum(-1) <= wanted) & (free > 0)
         chosen.append(torch.zeros_like(taken).scatter(-1, order, taken).view_as(sinks))
     return chosen
@@ -86,7 +87,7 @@ CONTROLS = {
     "same_energy": "the same tokens, moved as far in a random direction off the spike channels",
     "other_tokens": "as many random other tokens of the same sequence",
     "random_keys": "as many random other keys of the same head",
-    "same_mass": "the other keys of the same layer that get the most attention, until it is as much",
+    "same_mass": "random other keys of the same layer, until they get as much attention",
     "second_token": "the token after the first",
     "random_heads": "as many random other heads",
     "other_sub_layer": "another sub-layer of the same kind, drawn at random",
@@ -147,6 +148,8 @@ class Edit:
         self._entered: list[contextlib.AbstractContextManager[None]] = []
 
     def __enter__(self) -> "Edit":
+        if self.tokens:
+            self.dose = 0.0
         hooks = self.hooks(self)
         hooks.__enter__()
         self._entered.append(hooks)
@@ -311,8 +314,15 @@ def _on_seams(
     return Edit(clean, [tap for tap, _ in chosen], edited, hooks, keys=of_seam, rows=rows)
 
 
+def masked(clean: CleanPass) -> float:
+    """What takes a key its attention when it is added to its logit. Where a row can lose all its keys, as in encoders,
+    a finite number, whose exp is 0: such a row stays as it is, and is no NaN."""
+    return -math.inf if clean.subject.causal else -1e4
+
+
 def biased(clean: CleanPass, keys: list[Tensor], value: float) -> Edit:
-    """An Edit: `value` is added to the logit of each key for every query but the one at its own position."""
+    """An Edit: `value` is added to the logit of each key for every query, under causal attention but for the one at its
+    own position."""
 
     def hooks_of(found: Tensor) -> dict[str, Callable[..., Any]]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -327,8 +337,9 @@ def biased(clean: CleanPass, keys: list[Tensor], value: float) -> Edit:
 
 
 def sink_mask(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """Sink keys get no attention, but for each key's own query; a softmax renormalises the rest."""
-    return biased(clean, keys_of(clean, control), -math.inf)
+    """Sink keys get no attention, under causal attention but for each key's own query; a softmax renormalises the
+    rest."""
+    return biased(clean, keys_of(clean, control), masked(clean))
 
 
 def sink_damp(
@@ -415,7 +426,7 @@ def bos_remove(clean: CleanPass, reference: Reference | None = None, control: st
     keys = [torch.zeros_like(found) for found in clean.sinks]
     for found in keys:
         found[..., clean.subject.n_register + (control is not None)] = True
-    return biased(clean, keys, -math.inf)
+    return biased(clean, keys, masked(clean))
 
 
 # -------------------------------------------------------------------------------------- heads, sub-layers

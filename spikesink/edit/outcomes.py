@@ -21,7 +21,7 @@ from ..measure.sinks import alpha_in, are_sinks
 from ..models.subject import Subject, batches, map_rows
 from . import causes, interventions
 from .causes import Judged
-from .clean_pass import CleanPass, Reference
+from .clean_pass import AtTap, CleanPass, Reference
 from .findings import (
     AttentionChange,
     Baseline,
@@ -54,7 +54,7 @@ class Outcome:
     spikes: Tensor  # (N, 2): tokens that were spikes and still are; that are now
     sinks: Tensor  # (N, 2): (head, key) pairs, alike
     moved: Tensor  # (taps, N, 2): mean |h' - h| / |h| of spike tokens and of the others; nan without
-    sums: Tensor  # (N, 6): causes.SUMS
+    sums: Tensor  # (N, 5): causes.SUMS
     edited: int = 0
     dose: float = 0.0
 
@@ -112,7 +112,8 @@ def measure(
                 bar.set_postfix_str(name, refresh=False)
                 edit, intervention = condition(clean), name.partition("/")[0]  # controls follow their intervention
                 if name in causes.CAUSES:
-                    judged[name] = Judged(clean, edit, causes.ASKED[intervention_named(name).kind])
+                    asked = causes.ASKED[intervention_named(name).kind]
+                    judged[name] = Judged(clean, edit, asked, name in causes.SIZES)
                     result.states.setdefault(name, set()).update(judged[name].states())
                 _under(edit, clean, rows, result.by_name[name], judged.get(intervention))
                 bar.update()
@@ -126,7 +127,7 @@ def _clean(subject: Subject, batch: Tensor, rows: Tensor, result: Outcomes, ordi
     T = clean.losses.size(1)
     outcome.losses[rows, :T] = clean.losses.double()
     result.spikes[rows] = clean.spike_tokens.sum(1).float()
-    result.spikes_at_taps[rows] = torch.stack(clean.marked[subject.attended]).sum((0, 2)).float()
+    result.spikes_at_taps[rows] = torch.stack([tap.marked for tap in clean.at[subject.attended]]).sum((0, 2)).float()
     result.sinks[rows] = torch.stack([found.sum((1, 2)) for found in clean.sinks]).sum(0).float()
     outcome.spikes[rows] = result.spikes[rows, None].expand(-1, 2)
     outcome.sinks[rows] = result.sinks[rows, None].expand(-1, 2)
@@ -161,7 +162,7 @@ def spread_of(clean: CleanPass, masked: list[Tensor] | None = None) -> Tensor:
         bias = None
         if masked is not None:
             of = masked[i].to(q.device)[:, :, None]
-            bias = torch.zeros(of.shape, device=q.device).masked_fill(of, -torch.inf)
+            bias = torch.zeros(of.shape, device=q.device).masked_fill(of, interventions.masked(clean))
         sums = torch.zeros(2, *wanted.shape)
         for first, weights in map_rows(seam, q, k, clean.subject.causal, bias):
             query = torch.arange(first, first + weights.size(-2), device=q.device)[:, None]
@@ -193,7 +194,7 @@ class _Watch:
                 taps.append(tap)
                 functions.append(functools.partial(self.on_stream, i))
             else:
-                self.count_tap(i, clean.marked[i], clean.magnitude[i], clean.magnitude[i])
+                self.count_tap(i, clean.at[i])
                 for kind, of in enumerate((self.tokens, ~self.tokens)):
                     self.outcome.moved[i, self.rows, kind] = torch.where(of.any(1), 0.0, nan)
         for i, tap in enumerate(subject.attends):
@@ -209,8 +210,7 @@ class _Watch:
     def on_stream(self, i: int, x: Tensor) -> None:
         """The stream (B, T, C), or flattened, at tap i."""
         x = x.view(self.clean.streams[i].shape)
-        size = x.float().abs().amax(-1).cpu()
-        self.count_tap(i, self.clean.ordinary.spikes_at(i, x).any(-1).cpu(), size, self.clean.entry(i, x))
+        self.count_tap(i, self.clean.look_at(i, x))
         old = self.clean.streams[i].float()
         relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
         for kind, of in enumerate((self.tokens, ~self.tokens)):
@@ -222,12 +222,12 @@ class _Watch:
         alpha, queries = alpha_in(module, q, k, self.clean.subject.causal, kwargs.get("bias"), self.edit.rows.get(i))
         self.count_seam(i, are_sinks(alpha, queries, q.size(-2)), alpha)
 
-    def count_tap(self, i: int, marked: Tensor, magnitude: Tensor, entry: Tensor) -> None:
-        """What is at tap i: see Judged.count_tap."""
+    def count_tap(self, i: int, now: AtTap) -> None:
+        """What is at tap i."""
         if i in self.attended:
-            self.still |= marked
+            self.still |= now.marked
         if self.judged:
-            self.outcome.sums[self.rows] += self.judged.count_tap(i, marked, magnitude, entry)
+            self.outcome.sums[self.rows] += self.judged.count_tap(i, now)
 
     def count_seam(self, i: int, sinks: Tensor, alpha: Tensor) -> None:
         """What is at seam i: sinks, bool (B, H, T), and alpha (B, H, T)."""
@@ -404,7 +404,11 @@ def causes_of(table: Mapping[str, Intervention], outcomes: Outcomes) -> list[Cau
     for name in (name for name in causes.CAUSES if name in table):
         real, one = outcomes.by_name[name], table[name]
         of_controls = {control: outcomes.by_name[f"{name}/{control}"] for control in one.controls}
-        sums = {control: outcome.sums for control, outcome in of_controls.items() if outcome.edited}
+        sums = {
+            control: outcome.sums
+            for control, outcome in of_controls.items()
+            if outcome.edited and (control not in causes.SIZED or 0.5 <= outcome.dose / (real.dose or 1) <= 2)
+        }
         asked = causes.ASKED[one.kind]
         states = len(outcomes.states.get(name, ()))
         found.append(causes.cause(name, asked, real.edited, states, real.sums, sums, there[asked]))

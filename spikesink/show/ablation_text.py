@@ -81,16 +81,16 @@ def cause_in_words(cause: Cause) -> str:
 
 
 def _disagreement(causes: list[Cause]) -> list[str]:
-    """A sentence where interventions give different answers to the same question."""
-    answers = {asked: {c.verdict for c in causes if c.asked == asked} & {"yes", "partly", "no"} for asked in WHICH}
-    return [
-        f"The answers on {asked} differ by intervention: what is left of the state decides, not the {removed} alone."
-        for asked, removed in WHICH.items()
-        if len(answers[asked]) > 1
-    ]
-
-
-WHICH = {"sinks": "spike", "spikes": "sink"}
+    """A sentence where interventions give different answers on the very same sinks."""
+    answers: dict[tuple[int, int], set[str]] = {}
+    for cause in causes:
+        if cause.asked == "sinks" and cause.verdict in ("yes", "partly", "no"):
+            answers.setdefault((cause.judged, cause.sequences), set()).add(cause.verdict)
+    differ = any(len(verdicts) > 1 for verdicts in answers.values())
+    words = (
+        "The answers on the same sinks differ by intervention: what an edit leaves of the state decides, not the spike"
+    )
+    return [f"{words} alone."] if differ else []
 
 
 def _short_range(attention: AttentionChange) -> list[str]:

@@ -167,23 +167,22 @@ class Reader:
         lines = text.splitlines(keepends=True)
         documents = [*split_documents(lines)] if any(line.rstrip("\n") == END for line in lines) else [text]
         after = [] if len(documents) == 1 and documents[0] == text else [self.separator_id]
-        ids = [i for document in documents for i in [*self._encode(document, name), *after] if i is not None]
+        ids = [i for document in documents for i in [*self._encode(document), *after] if i is not None]
+        special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})
+        spelled = {word: n for word in special if (n := sum(document.count(word) for document in documents))}
+        if spelled and not self.special:
+            words = ", ".join(f"{word} {n} times" for word, n in spelled.items())
+            say_once(f"{name} spells special tokens, {words}: read as text; --special reads them as the tokens")
         if self.special and ids[: len(self.prefix_ids)] == [*self.prefix_ids]:
             ids = ids[len(self.prefix_ids) :]
         if self.special and self.suffix_ids and ids[-len(self.suffix_ids) :] == [*self.suffix_ids]:
             ids = ids[: -len(self.suffix_ids)]
         return torch.tensor(ids, dtype=torch.int64)
 
-    def _encode(self, text: str, name: str) -> list[int]:
-        special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})
-        spelled = {word: text.count(word) for word in special if word in text}
-        if not self.special:
-            if spelled:
-                words = ", ".join(f"{word} {n} times" for word, n in spelled.items())
-                say_once(f"{name} spells special tokens, {words}: read as text; --special reads them as the tokens")
-            return [int(i) for i in self.tokenizer.encode([text])[0]]
-        longest_first = "|".join(re.escape(word) for word in sorted(spelled, key=len, reverse=True))
-        parts = re.split(f"({longest_first})", text) if spelled else [text]
+    def _encode(self, text: str) -> list[int]:
+        special: dict[str, int] = getattr(self.tokenizer, "special_ids", {}) if self.special else {}
+        longest_first = "|".join(re.escape(word) for word in sorted(special, key=len, reverse=True))
+        parts = re.split(f"({longest_first})", text) if special else [text]
         plain = iter(self.tokenizer.encode([part for part in parts if part and part not in special]))
         return [int(i) for part in parts if part for i in ([special[part]] if part in special else next(plain))]
 
