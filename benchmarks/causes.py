@@ -43,7 +43,7 @@ TABLE = {name: INTERVENTIONS[name] for name in causes.CAUSES}
 
 class Wiring(NamedTuple):
     """What depends on what. `spike` reads: "A", the mark of A; "B", that of B; "both", B's where A's value has come;
-    "again", as B, and layers 0 and 2 write it too. `late`: of layer 2's sinks on that token, in so many of its heads the
+    "again", as B, and layers 0 and 2 write it too. `late`: of layer 2's sinks on that token, in so many heads the
     logit is the spike's, in the others the mark's; None for no such sinks. `first`: A stands first. `size`: where the
     spike is, layer 1 adds several times as much as a usual state has, in which a spike of usual size would drown.
     """
