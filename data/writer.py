@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class DatasetWriter:
 
     Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. What was
     written up to the last `mark` survives a crash: a new writer on the same folder goes on from there (`documents`
-    and `source` say how far that was).
+    and `source` say how far that was). Where that is not all there any more, or was begun with other `settings`, it
+    starts again and says so.
     """
 
     def __init__(
@@ -33,17 +35,39 @@ class DatasetWriter:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
-        self.settings = dict(settings or {})
+        own = {"tokenizer": [tokenizer.name, tokenizer.vocab_size, tokenizer.bpe], "val_every": val_every}
+        self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as it is read back
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.source = {"train": 0, "val": 0}, 0, 0
         if self.progress_file.exists():
-            progress = json.loads(self.progress_file.read_text())
-            if progress["settings"] == self.settings:
-                self.tokens, self.documents, self.source = (progress[k] for k in ("tokens", "documents", "source"))
+            self._go_on()
         self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
         for split, file in self.files.items():
             file.truncate(2 * self.tokens[split])
+
+    def _go_on(self) -> None:
+        """Takes up what the last `mark` noted, if all of it is still there."""
+        try:
+            progress = json.loads(self.progress_file.read_text())
+            settings, finishing = progress["settings"], progress["finishing"]
+            tokens, documents, source = (progress[key] for key in ("tokens", "documents", "source"))
+            wanted = {split: 2 * tokens[split] for split in self.tokens}
+        except (ValueError, KeyError, TypeError):
+            settings, finishing, wanted = None, False, {}
+        for split, size in wanted.items():
+            part, whole = self.folder / f"{split}.bin.part", self.folder / f"{split}.bin"
+            if finishing and not part.exists() and size_of(whole) == size:
+                os.replace(whole, part)  # it was renamed, and not yet the other one
+        parts = {f"{split}.bin.part": size for split, size in wanted.items()}
+        lost = [name for name, size in parts.items() if size_of(self.folder / name) < size]
+        if settings == self.settings and not lost:
+            self.tokens, self.documents, self.source = tokens, documents, source
+            return
+        lost_words = f"lacks what was written to {' and '.join(lost)}"
+        why = lost_words if settings == self.settings else "was begun with other files or options"
+        print(f"{self.folder}: the unfinished preparation there {why}; starting again", file=sys.stderr)
+        self.progress_file.unlink()
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -62,25 +86,35 @@ class DatasetWriter:
                 self.tokens[to] += len(ids) + 1
                 self.documents += 1
 
-    def mark(self, source: int) -> None:
-        """Makes everything so far durable and notes that `source` sources are done."""
+    def mark(self, source: int, finishing: bool = False) -> None:
+        """Makes everything so far durable and notes that `source` sources are done; `finishing`: that all are."""
         self.source = source
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        state = {"settings": self.settings, "tokens": self.tokens, "documents": self.documents, "source": source}
+        state = {
+            "settings": self.settings,
+            "finishing": finishing,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "source": source,
+        }
         write_atomic(self.progress_file, lambda file: file.write(json.dumps(state).encode()))
 
     def finish(self, **meta: Any) -> None:
         """Renames the files, writes meta.json and prints what there is. Raises UserError if a split is empty."""
         for split, count in self.tokens.items():
-            self.files[split].close()
             if count == 0:
                 self.progress_file.unlink(missing_ok=True)
                 raise UserError(
                     f"{self.folder}: {self.documents} document(s), none for the {split} split; give more text, "
                     "or end each document with a line <|endoftext|>"
                 )
+        clear(self.folder)
+        if self.progress_file.exists():
+            self.mark(self.source, finishing=True)
+        for file in self.files.values():
+            file.close()
         finish_dataset(
             self.folder,
             {
@@ -99,12 +133,29 @@ class DatasetWriter:
 
 def finish_dataset(folder: Path, meta: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
     """Writes meta.json with the token counts, then {split}.bin.part -> {split}.bin: no file is ever misread."""
+    clear(folder)
     meta = {**meta, **{f"{split}_tokens": count for split, count in tokens.items()}}
     write_atomic(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     for split in tokens:
         os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print(f"{shown}: {', '.join(f'{count:,} {split} tokens' for split, count in tokens.items())}")
+
+
+def clear(folder: Path) -> None:
+    """Removes the files of tokens of before, so that none of them ever lies beside a new one."""
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").unlink(missing_ok=True)
+
+
+def identities(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of change) of files: by which a preparation that goes on knows that they are the same."""
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, files)]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def progress(items: Iterable[Any], **kwargs: Any) -> tqdm:

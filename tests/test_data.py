@@ -1,12 +1,15 @@
 """The loader's promises, and every prepare.py on local data of the real layout."""
 
 import base64
+import contextlib
 import importlib.util
 import itertools
 import json
 import lzma
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -319,3 +322,75 @@ def test_a_split_without_documents_is_refused(tmp_path):
         writer.add(["only one"])
         with pytest.raises(UserError, match=r"1 document.s., none for the train split.*endoftext"):
             writer.finish()
+
+
+class KilledError(BaseException):
+    """Not an Exception: nothing of ours catches it, as nothing catches a kill."""
+
+
+def steps(folder, fail_at=None):
+    """Prepares two sources; `fail_at`: dies before (None: never) that call of what changes a name on the disk."""
+    calls = itertools.count()
+
+    def dying(real):
+        def call(*args, **kwargs):
+            if next(calls) == fail_at:
+                raise KilledError
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.replace", dying(os.replace))
+        patch.setattr("pathlib.Path.unlink", dying(Path.unlink))
+        with DatasetWriter(folder, ByteTokenizer(), 4, {"files": ["a", "b"]}) as writer:
+            for done, name in enumerate(("First", "Second")):
+                if done >= writer.source:
+                    writer.add([f"{name} file, document {i}." for i in range(8)])
+                    writer.mark(done + 1)
+            writer.finish()
+    return next(calls)
+
+
+def bins(folder):
+    return [(folder / f"{split}.bin").read_bytes() for split in ("train", "val")]
+
+
+def test_prepare_killed_anywhere_goes_on_to_the_same_files(tmp_path):
+    """Before any rename or removal, over an older dataset too; in between, no old file lies beside a new one."""
+    n_calls = steps(tmp_path / "whole")
+    whole = bins(tmp_path / "whole")
+    for old in (False, True):
+        for fail_at in range(n_calls):
+            folder = tmp_path / f"{old}{fail_at}"
+            if old:
+                folder.mkdir()
+                dataset(folder, *(np.full(len(part) // 2, 7) for part in whole), vocab_size=257)
+            with contextlib.suppress(KilledError):
+                steps(folder, fail_at)
+            left = [file.read_bytes() for file in folder.glob("*.bin")]
+            assert len({content in whole for content in left}) < 2
+            steps(folder)
+            assert bins(folder) == whole and not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda part: os.truncate(part, 3)])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_prepare_starts_again_where_what_it_wrote_is_gone(tmp_path, capsys, spoil, split):
+    """What is not there was once filled up with zeros."""
+    steps(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        steps(tmp_path / "broken", 1)  # the second source's mark
+    spoil(tmp_path / "broken" / f"{split}.bin.part")
+    steps(tmp_path / "broken")
+    assert f"lacks what was written to {split}.bin.part; starting again" in capsys.readouterr().err
+    assert bins(tmp_path / "broken") == bins(tmp_path / "whole")
+
+
+def test_prepare_does_not_go_on_with_another_tokenizer(tmp_path, capsys, ranks):
+    with DatasetWriter(tmp_path, ByteTokenizer(), 2) as writer:
+        writer.add(["one", "two"])
+        writer.mark(1)
+    with DatasetWriter(tmp_path, GPT2Tokenizer(ranks), 2) as writer:
+        assert (writer.source, writer.documents) == (0, 0)
+    assert "begun with other files or options" in capsys.readouterr().err

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 from data.archive import hub
-from data.writer import DatasetWriter, progress
+from data.writer import DatasetWriter, identities, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.text.tokenizers import GPT2Tokenizer
 
@@ -51,7 +51,8 @@ def prepare(folder: Path, tokenizer: GPT2Tokenizer, max_docs: int | None = None,
     Raises UserError if the hub's dataset does not have the number of documents it should.
     """
     files = shards(parquet)
-    settings = {"source": str(parquet or REVISION), "max_docs": max_docs}
+    shards_now = identities(files) if parquet else files
+    settings = {"source": str(parquet or REVISION), "max_docs": max_docs, "shards": shards_now}
     with DatasetWriter(folder, tokenizer, VAL_EVERY, settings) as writer:
         for done, shard in enumerate(progress(files, desc="shards")):
             if done < writer.source:

@@ -20,7 +20,7 @@ from typing import Any
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.writer import DatasetWriter, progress
+from data.writer import DatasetWriter, identities, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, ByteTokenizer, GPT2Tokenizer, split_documents
 
@@ -56,7 +56,7 @@ def new_folder(name: str, overwrite: bool) -> Path:
     folder = DATA / name
     if not re.fullmatch(r"[\w-]+", name) or ((folder / "prepare.py").exists() and name != "text"):
         raise UserError(f"--name={name} is taken or is no plain name; choose another")
-    if (folder / "meta.json").exists() and not overwrite:
+    if all((folder / file).exists() for file in ("meta.json", "train.bin", "val.bin")) and not overwrite:
         raise UserError(f"{folder.name} is prepared already: --overwrite replaces it, --name=OTHER goes elsewhere")
     return folder
 
@@ -86,12 +86,7 @@ def prepare(
     for file in paths:
         if not file.is_file():
             raise UserError(f"there is no file {file}")
-    settings = {
-        "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in paths],
-        "tokenizer": [tokenizer.name, tokenizer.vocab_size],
-        "val_every": val_every,
-    }
-    with DatasetWriter(folder, tokenizer, val_every, settings) as writer:
+    with DatasetWriter(folder, tokenizer, val_every, {"files": identities(paths)}) as writer:
         for done, file in enumerate(paths):
             if done >= writer.source:
                 writer.add(progress(pieces(documents(file)), desc=file.name, unit=" documents"))
