@@ -356,7 +356,7 @@ def bins(folder):
     return [(folder / f"{split}.bin").read_bytes() for split in ("train", "val")]
 
 
-def test_prepare_killed_anywhere_goes_on_to_the_same_files(tmp_path):
+def test_prepare_killed_anywhere_goes_on_to_the_same_files(tmp_path, capsys):
     """Before any rename or removal, over an older dataset too; in between, no old file lies beside a new one."""
     n_calls = steps(tmp_path / "whole")
     whole = bins(tmp_path / "whole")
@@ -372,6 +372,7 @@ def test_prepare_killed_anywhere_goes_on_to_the_same_files(tmp_path):
             assert len({content in whole for content in left}) < 2
             steps(folder)
             assert bins(folder) == whole and not list(folder.glob("*.part"))
+    assert "starting again" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda part: os.truncate(part, 3)])
