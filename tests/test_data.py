@@ -96,6 +96,46 @@ def test_spoiled_files_are_refused(tmp_path, spoil, words):
         Tokens(tmp_path, "train", 256)
 
 
+IDS = np.minimum(np.random.default_rng(0).zipf(1.2, 20_000), 50256)
+
+
+@pytest.mark.parametrize(
+    "content, meta, words",
+    [
+        (IDS.astype("<u4").tobytes(), None, r"ids of 4 bytes, not uint16: write it with ids.astype\(np.uint16\)"),
+        (IDS.astype("<i8").tobytes(), None, "ids of 8 bytes, not uint16"),
+        ((IDS * 5).astype("<u4").tobytes(), None, "ids of 4 bytes, not uint16"),
+        (IDS.astype("<i8").tobytes(), {"dtype": "uint32", "vocab_size": 128_000}, "ids of 8 bytes, not uint32"),
+        (IDS.astype("<u2").tobytes(), {"dtype": "uint32", "vocab_size": 50257}, "outside the vocabulary.*dtype"),
+        ((IDS % 65).astype("u1").tobytes(), None, "single bytes, not uint16"),
+        (IDS.astype(">u2").tobytes(), None, "outside the vocabulary"),
+        (np.int32([20240520, 1, 9] + [0] * 253).tobytes() + IDS.astype("<u2").tobytes(), None, "header"),
+    ],
+)
+def test_ids_of_another_width_are_refused_with_what_to_write(tmp_path, content, meta, words):
+    """NumPy's default int64, read as uint16, once trained on three zeros in four tokens."""
+    (tmp_path / "train.bin").write_bytes(content)
+    if meta:
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=words):
+        Tokens(tmp_path, "train", 256)
+
+
+def test_ids_outside_the_vocabulary_are_found_wherever_they_stand(tmp_path):
+    ids = np.zeros(2**22, dtype=np.int64)
+    ids[3 * 2**20 :] = 300
+    with pytest.raises(UserError, match="holds token 300, outside the vocabulary of 300"):
+        Tokens(dataset(tmp_path, ids, vocab_size=300), "train", 256)
+
+
+def test_right_widths_are_read(tmp_path):
+    """Ids as they are; uniform ones; and every second one a separator, where meta.json counts them."""
+    uniform, alternating = np.random.default_rng(0).integers(0, 50257, 20_000), np.arange(2000) % 300
+    alternating[1::2] = 1
+    for ids, meta in ((IDS, {}), (uniform, {}), (alternating, {"vocab_size": 300, "train_tokens": 2000})):
+        assert Tokens(dataset(tmp_path, ids, val=IDS, **meta), "train", 16).tokens[7] == ids[7]
+
+
 def test_unknown_and_unprepared_datasets_name_what_to_do():
     with pytest.raises(UserError, match="did you mean openwebtext"):
         Tokens("openwebtxt", "train", 8)

@@ -19,6 +19,7 @@ import torch
 from ..errors import UserError
 
 NANOGPT_META = {"dtype": "uint16", "vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256}
+HEADERS = (b"\x93NUMPY", *(magic.to_bytes(4, "little") for magic in (20240520, 20240801)))  # not tokens
 Meta = dict[str, Any]  # what meta.json says
 
 
@@ -58,9 +59,13 @@ class Windows:
         self.bos_id = meta.get("bos_id") if bos else None
         if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < meta["vocab_size"]):
             raise UserError(f"bos=True, but the meta.json of dataset {str(name)!r} has no bos_id inside its vocabulary")
-        largest = tokens[: 2**20].max()
+        places = range(0, len(tokens), max(2**14, len(tokens) // 64))  # all over it; every batch is looked at too
+        largest = max(tokens[place : place + 2**14].max() for place in places)
         if largest >= meta["vocab_size"]:
-            raise UserError(f"{name} holds token {largest}, outside the vocabulary of {meta['vocab_size']}")
+            raise UserError(
+                f"{name} holds token {largest}, outside the vocabulary of {meta['vocab_size']}: a meta.json beside it "
+                'says of which "dtype" and "vocab_size" it is'
+            )
         self.span = block_size + (0 if bos else 1)  # tokens read per window
         self.n_windows = (len(tokens) - self.span) // block_size + 1
         if len(tokens) < self.span:
@@ -128,4 +133,25 @@ def _map(file: Path, meta: Meta, split: str) -> np.memmap:
             f"{file} has {size} bytes, not {wanted} of {dtype.name}: truncated or of another dtype; "
             "run the dataset's prepare.py again"
         )
-    return np.memmap(file, dtype=dtype, mode="r")
+    tokens = np.memmap(file, dtype=dtype, mode="r")
+    if expected is None and (wrong := other_format(np.asarray(tokens[: 2**20]))):
+        raise UserError(f"{file} {wrong}")
+    return tokens
+
+
+def other_format(tokens: np.ndarray) -> str:
+    """What a file is, and what to do, if its first `tokens`, read as meta.json or nanoGPT has it, are no such thing."""
+    name, first = tokens.dtype.name, tokens[:2].tobytes()
+    mended = f'write it with ids.astype(np.{name}).tofile(FILE), or its "dtype" and "vocab_size" into a meta.json'
+    if first.startswith(HEADERS):
+        return "starts with the header of llm.c's or NumPy's files: write the ids alone, with ids.tofile(FILE)"
+    upper = tokens[1::2]
+    if len(tokens) >= 64 and tokens.itemsize > 1 and upper.max() <= 3 < tokens[::2].max():  # ids below 2**18
+        wide = (4 if tokens[2::4].max() else 8) * (tokens.itemsize // 2)
+        return f"holds ids of {wide} bytes, not {name}: {mended}"
+    low, high = (
+        np.bincount(tokens.view(np.uint8)[i :: tokens.itemsize], minlength=256) for i in (0, tokens.itemsize - 1)
+    )
+    if len(tokens) >= 4096 and name == "uint16" and np.abs(low - high).sum() < 0.2 * len(tokens):
+        return f"holds single bytes, not {name}: {mended}"
+    return ""
