@@ -122,8 +122,8 @@ def test_ids_of_another_width_are_refused_with_what_to_write(tmp_path, content, 
 
 
 def test_ids_outside_the_vocabulary_are_found_wherever_they_stand(tmp_path):
-    ids = np.zeros(2**22, dtype=np.int64)
-    ids[3 * 2**20 :] = 300
+    ids = np.zeros(2**21, dtype=np.int64)
+    ids[2**20 + 2**19 :] = 300
     with pytest.raises(UserError, match="holds token 300, outside the vocabulary of 300"):
         Tokens(dataset(tmp_path, ids, vocab_size=300), "train", 256)
 

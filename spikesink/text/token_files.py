@@ -152,6 +152,6 @@ def other_format(tokens: np.ndarray) -> str:
     low, high = (
         np.bincount(tokens.view(np.uint8)[i :: tokens.itemsize], minlength=256) for i in (0, tokens.itemsize - 1)
     )
-    if len(tokens) >= 4096 and name == "uint16" and np.abs(low - high).sum() < 0.2 * len(tokens):
+    if len(tokens) >= 4096 and tokens.any() and name == "uint16" and np.abs(low - high).sum() < 0.2 * len(tokens):
         return f"holds single bytes, not {name}: {mended}"
     return ""
