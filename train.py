@@ -89,7 +89,7 @@ class TrainConfig:
     penalty_weight: float = 1e-3
     # log and checkpoints
     eval_interval: int = 2000  # steps between validation losses
-    eval_iters: int = 200  # batches in a validation loss; always the same ones
+    eval_iters: int = 200  # 16 times as many windows in a validation loss, whatever batch_size; always the same ones
     log_interval: int = 1  # steps between lines of log.jsonl
     save_interval: int = 2000  # steps between checkpoints; one more at every best validation loss
     keep_last: int = 2  # newest checkpoints that are kept, besides the best
@@ -150,6 +150,7 @@ RESUMABLE = (
     *("keep_last", "keep_every", "async_save", "monitor", "tensorboard", "tracker"),
 )
 SCHEMAS = (GPTConfig, TrainConfig)
+EVAL_WINDOWS = 16  # windows in a validation loss, for each of eval_iters
 
 # name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -249,16 +250,23 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: Machine) -> float:
-    """Mean loss (nats per token) over `eval_iters` fixed batches, the same ones for any number of ranks."""
+    """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all if there are fewer.
+
+    The same ones for any batch_size and number of ranks: a batch that is not full is filled up with what counts
+    nothing, and every rank runs the model as often, as sharded models must.
+    """
     model.eval()
-    total = torch.zeros((), device=machine.device)
-    for first in range(0, cfg.eval_iters, machine.world):  # every rank as often: sharded models run together
-        x, y = data.batch(first + machine.rank, cfg.batch_size)
+    windows = data.windows(0, min(EVAL_WINDOWS * cfg.eval_iters, data.n_windows))
+    size, total = min(cfg.batch_size, len(windows)), torch.zeros((), device=machine.device)
+    for first in range(0, len(windows), size * machine.world):
+        mine = windows[first + machine.rank * size :][:size]
+        x, y = data.read(mine + windows[: size - len(mine)])
+        y[max(1, len(mine)) :] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device))[1]
-        total += loss if first + machine.rank < cfg.eval_iters else 0
+        total += len(mine) * loss
     model.train()
-    return machine.sum(total).item() / cfg.eval_iters
+    return machine.sum(total).item() / len(windows)
 
 
 # ------------------------------------------------------------------------------------------- what a run starts from

@@ -1,19 +1,21 @@
 """The loop: exact resume, the non-finite guard, ranks, and what it leaves behind."""
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.loader import Tokens
 from spikesink.models import checkpoint
-from train import cpp_compiler
+from train import TrainConfig, cpp_compiler, validation_loss
 
-from .conftest import ROOT, SMALL_RUN, same
+from .conftest import ROOT, SMALL_RUN, same, tiny
 
 
 def rows(folder):
@@ -74,6 +76,28 @@ def test_log_and_checkpoint_hold_what_they_should(train, tmp_path):
     assert saved.val_loss == log[-1]["val_loss"] and saved.tokens == log[-1]["tokens"]
     assert (saved.maker, saved.contract) == ("spikesink", "spikesink-model-1")
     assert json.loads((tmp_path / "o" / "config.json").read_text())["given"]["n_layer"] == 1
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch_size(toy_data):
+    """Nor on how many ranks share the windows out; it is the mean over the windows, each counted once."""
+    data, model = Tokens(toy_data, "val", 16), tiny()
+
+    @torch.no_grad()
+    def mean(windows):
+        x, y = data.read(windows)
+        return torch.stack([model(a[None], b[None])[1] for a, b in zip(x, y, strict=True)]).mean().item()
+
+    def loss(batch_size, world, eval_iters=3):
+        cfg, each = TrainConfig(batch_size=batch_size, eval_iters=eval_iters), []
+        for rank in range(world):
+            machine = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext, rank=rank, world=world)
+            machine.sum = lambda total: total
+            each.append(validation_loss(model, data, cfg, machine))
+        return sum(each)
+
+    for batch_size, world in itertools.product((1, 7, 16, 100), (1, 3)):
+        assert loss(batch_size, world) == pytest.approx(mean(data.windows(0, 48)), rel=1e-5)
+    assert loss(16, 1, eval_iters=100) == pytest.approx(mean(range(data.n_windows)), rel=1e-5)  # none of them twice
 
 
 def test_a_run_is_not_overwritten_unasked(train, tmp_path):
