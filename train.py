@@ -192,8 +192,9 @@ OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
 
 
 def kurtosis_penalty(x: Tensor) -> Tensor:
-    """He et al.'s kurtosis of a stream (B, T, C) over the batch: 1 if all channels are alike, C if one holds all."""
-    return metrics.channel_kurtosis(x.float().square().mean((0, 1)))
+    """He et al.'s kurtosis of a stream (B, T, C) over a sequence's tokens: 1 if all channels are alike, C if one holds
+    all. The mean over sequences, and not of the whole batch: so it is the same however micro-batches share that out."""
+    return torch.vmap(metrics.channel_kurtosis)(x.float().square().mean(1)).mean()
 
 
 def magnitude_penalty(x: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 
 from data.loader import Tokens
 from spikesink.models import checkpoint
-from train import TrainConfig, cpp_compiler, validation_loss
+from train import PENALTIES, SCHEMAS, Run, TrainConfig, cpp_compiler, validation_loss
+from trainer import config
+from trainer.machine import Machine
 
 from .conftest import ROOT, SMALL_RUN, same, tiny
 
@@ -233,12 +235,10 @@ def test_loss_range_counts_the_positions_it_says(train, tmp_path):
 
 @pytest.mark.parametrize("penalty", ["kurtosis", "magnitude"])
 def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, penalty):
-    from train import PENALTIES
-
     x = torch.randn(2, 5, 8)
-    power = x.square().mean((0, 1))
+    power = x.square().mean(1)
     expected = {
-        "kurtosis": (power**2).mean() / power.mean() ** 2,
+        "kurtosis": ((power**2).mean(1) / power.mean(1) ** 2).mean(),
         "magnitude": (x.abs().max(-1).values / x.square().mean(-1).sqrt()).mean(),
     }[penalty]
     torch.testing.assert_close(PENALTIES[penalty](x), expected)
@@ -256,6 +256,23 @@ def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, pe
     # with no weight it is the run without a penalty, bit by bit: the penalty only adds its own gradient
     train(tmp_path / "plain", "--max_iters=30")
     assert same(checkpoint.load(tmp_path / "plain").model, checkpoint.load(tmp_path / "0.0").model)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_path, penalty):
+    """The kurtosis of a batch is not the mean of its parts': over a whole batch it made 15% of a gradient."""
+    grads = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        options = dict(option.removeprefix("--").split("=") for option in SMALL_RUN)
+        options |= {"dataset": str(toy_data), "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        options |= {"penalty": penalty, "penalty_weight": 1.0}
+        fields = config.fields_of(SCHEMAS)
+        typed = {key: config.typed(key, value, fields[key].type, "test") for key, value in options.items()}
+        run = Run.open(typed, tmp_path / str(batch_size), Machine.find("cpu"))
+        run.gradients()
+        grads.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+        run.lock.release()
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[0].abs().max()
 
 
 # ------------------------------------------------------------------------------------------------------ init_from
