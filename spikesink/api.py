@@ -35,6 +35,7 @@ from .measure.monitor import Monitor, MonitorCallback  # noqa: F401, names of th
 from .measure.observe import Ordinary, observe
 from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
+from .models.export import trained_on
 from .models.lab import Lab, open_lab
 from .models.subject import Subject, gpt_in
 from .models.views import as_it_was
@@ -146,7 +147,11 @@ def _transformers(target: str | Path, options: Options) -> Loaded:
 
 def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntry) -> Loaded:
     config = hf.text_config(model.config)
-    prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
+    meta = trained_on(model.config, getattr(tokenizer, "bos_id", None))
+    if isinstance(tokenizer, NoTokenizer):
+        tokenizer = tokenizer_of(meta) if meta.get("tokenizer") in ("byte", "chars") else tokenizer
+    suffix_ids = getattr(tokenizer, "suffix_ids", ())
+    prefix_ids = getattr(tokenizer, "prefix_ids", (meta["bos_id"],) if meta.get("bos") and "bos_id" in meta else ())
     shown = [
         "model_type",
         "num_hidden_layers",
@@ -158,7 +163,7 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntr
     architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, {}, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
+        Reader(tokenizer, meta, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
         about,
         {**architecture, "parameters": disk_weights.parameter_count(model)},
         Path("data"),

@@ -87,6 +87,22 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     write_atomic(path, lambda file: torch.save(whole, file))
 
 
+META_KINDS: dict[str, type | tuple[type, ...]] = {
+    "tokenizer": (str, type(None)),
+    "bpe": (str, type(None)),
+    "chars": str,
+    "vocab_size": int,
+    "bos_id": int,
+}
+
+
+def is_meta(data: object) -> bool:
+    """True for a dict that can be a meta.json, or is empty."""
+    if not isinstance(data, dict) or (data and "vocab_size" not in data):
+        return False
+    return all(isinstance(data[key], kind) for key, kind in META_KINDS.items() if key in data)
+
+
 def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
     """The Checkpoint of a file's dict, if every entry is what its readers take it for. Raises UserError."""
     known = {key: content[key] for key in KINDS if content.get(key) is not None}
@@ -98,15 +114,7 @@ def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{path} is no checkpoint: its weight {name!r} is not a plain tensor")
     dataset, data = known.get("config", {}).get("dataset", ""), known.get("data", {})
-    meta: dict[str, type | tuple[type, ...]] = {
-        "tokenizer": (str, type(None)),
-        "bpe": (str, type(None)),
-        "chars": str,
-        "vocab_size": int,
-        "bos_id": int,
-    }
-    wrong = [key for key, kind in meta.items() if key in data and not isinstance(data[key], kind)]
-    if wrong or not isinstance(dataset, str) or (data and "vocab_size" not in data):
+    if not isinstance(dataset, str) or not is_meta(data):
         raise UserError(f"{path} is no checkpoint: its description of the data does not make sense")
     return Checkpoint(**known, extra={key: value for key, value in content.items() if key not in KINDS})
 

@@ -186,6 +186,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def check_nanogpt(args: Args) -> None:
+    """Raises ValueError for settings of a nanoGPT checkpoint that nanoGPT does not have: its fork computes something
+    else, and its code is not at hand to compare with."""
+    known = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    other = [f"{key}={value}" for key, value in args.items() if key not in known and value]
+    if other:
+        raise ValueError(f"nanoGPT's model has no {', '.join(other)}")
+
+
 def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     """(transformers config, state dict) of a GPT-2 that computes the same logits."""
     from transformers import GPT2Config

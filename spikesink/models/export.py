@@ -1,16 +1,44 @@
 """A checkpoint as a Hugging Face folder: config.json, model.safetensors and, where it has one, the tokenizer.
 
-For the arms that GPT-2 or Llama compute; others are refused with the reason. Logits are the same.
+For the arms that GPT-2 or Llama compute; others are refused with the reason. The logits are compared with those of
+the model.py that made the checkpoint, before the folder is put in place. Where training windows began with BOS, the
+tokenizer puts it there; what is known of the data goes into config.json, for `detect` to read the same sequences.
 """
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..errors import UserError, extra
+from ..text.token_files import Meta
 from . import convert, hf
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_meta
+from .lab import open_lab
+
+DATA = "spikesink_data"  # in config.json: what the checkpoint says of its data, and "bos"
+
+
+def trained_on(config: Any, bos_id: int | None) -> Meta:
+    """What the config of a folder that `export` wrote says of its data; empty where it says nothing that goes with a
+    tokenizer of this BOS (None: without one)."""
+    meta: Any = getattr(config, DATA, None)
+    return dict(meta) if is_meta(meta) and (bos_id is None or meta.get("bos_id") == bos_id) else {}
+
+
+def starts_with_bos(tokenizer: Any) -> Any:
+    """The transformers tokenizer, putting its BOS before every text."""
+    from tokenizers import processors
+
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+    )
+    return tokenizer
 
 
 def byte_tokenizer() -> Any:
@@ -61,40 +89,73 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def export(content: Checkpoint, folder: str | Path, bpe: str | Path | None = None) -> str:
+def same_logits(content: Checkpoint, build: Callable[[Checkpoint], nn.Module], folder: Path) -> None:
+    """Raises UserError unless the model in a folder gives the logits of the one that `build` makes."""
+    try:
+        ours = build(content).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"cannot export: the model.py does not make this model: {hf.first_line(error)}") from None
+    args = content.model_args
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(args["vocab_size"], (2, min(args["block_size"], 256)), generator=generator)
+    with torch.no_grad():
+        wanted, got = ours(ids)[0], hf.open_model(folder).eval()(ids).logits
+    difference, size = (got - wanted).abs().max().item(), wanted.abs().max().item()
+    if not difference <= 1e-4 * size:
+        raise UserError(
+            f"cannot export: the {folder.name} folder would compute something else than the model.py (logits of up to "
+            f"{size:.3g} are off by {difference:.3g}): what was changed there, transformers does not have"
+        )
+
+
+def export(
+    content: Checkpoint,
+    folder: str | Path,
+    bpe: str | Path | None = None,
+    build: Callable[[Checkpoint], nn.Module] | None = None,
+) -> str:
     """Writes the folder, whole or not at all. Returns what became of the tokenizer, in words.
 
-    Raises UserError for an arm that neither family computes, or a file of ranks that is not there.
+    `build`: a checkpoint -> the model that the folder must equal; None: by the model.py of the clone that this is
+    called in, and nanoGPT's by none. Raises UserError for what neither family computes, or a file of ranks that is not
+    there.
     """
     with extra("hf"):
         from transformers import GPT2LMHeadModel, LlamaForCausalLM
         from transformers.utils import logging
 
     logging.disable_progress_bar()
-    meta = content.meta
+    meta, bos = content.meta, bool(content.config.get("bos", False))
     bpe = bpe or meta.get("bpe")
     if bpe and not Path(bpe).is_file():
         raise UserError(f"there is no file of BPE ranks {bpe}")
+    if build is None and content.maker == "spikesink":
+        build = open_lab(None, folder).build
     try:
+        if content.maker == "nanoGPT":
+            convert.check_nanogpt(content.model_args)
         config, state = convert.to_hf(content.model_args, content.model)
-    except ValueError as error:
-        raise UserError(f"cannot export: {error}") from None
-    config.bos_token_id = config.eos_token_id = meta.get("bos_id")
-    kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
-    model = hf.with_weights(kind, config, state)
-    folder = Path(folder)
+        config.bos_token_id = config.eos_token_id = meta.get("bos_id")
+        setattr(config, DATA, {**meta, "bpe": None, "bos": bos} if meta else {})
+        kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
+        model = hf.with_weights(kind, config, state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot export: {' '.join(str(error).split())}") from None
+    folder, frame = Path(folder), starts_with_bos if bos else lambda tokenizer: tokenizer
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary) / folder.name
             model.save_pretrained(made)
+            if build:
+                same_logits(content, build, made)
             if meta.get("tokenizer") == "byte":
-                byte_tokenizer().save_pretrained(made)
+                frame(byte_tokenizer()).save_pretrained(made)
             elif meta.get("tokenizer") == "gpt2" and bpe:
-                gpt2_tokenizer(bpe, meta["vocab_size"], made).save_pretrained(made)
+                frame(gpt2_tokenizer(bpe, meta["vocab_size"], made)).save_pretrained(made)
             made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     if (folder / "tokenizer.json").exists():
-        return "with its tokenizer"
+        return "with its tokenizer" + (", which puts BOS before every text, as in training" if bos else "")
     return "no tokenizer" + (" (give --bpe for GPT-2's)" if meta.get("tokenizer") == "gpt2" else "")

@@ -517,6 +517,7 @@ def of_nanogpt(model_args: Mapping[str, Any], weights: Mapping[str, torch.Tensor
     need_transformers()
     from transformers import GPT2LMHeadModel
 
+    convert.check_nanogpt(model_args)
     config, state = convert.to_gpt2(
         {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **model_args}, weights
     )
