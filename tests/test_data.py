@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import loader
 from data.loader import Tokens
 from data.writer import DatasetWriter
 from spikesink.errors import UserError
@@ -41,6 +42,7 @@ def ranks(tmp_path_factory):
 
 
 def dataset(folder, train, val=None, **meta):
+    folder.mkdir(exist_ok=True)
     for split, tokens in (("train", train), ("val", train if val is None else val)):
         np.asarray(tokens, dtype="<u2").tofile(folder / f"{split}.bin")
     if meta:
@@ -352,9 +354,41 @@ def test_stdlib_is_deterministic_and_prose_first():
     from spikesink.text import default_text as module
 
     first, second = ([*itertools.islice(module.documents(), 90)] for _ in range(2))
-    assert first == second and "assert" in first[0]
+    assert first == second and first[0][0] == "assert" and "assert" in first[0][1]
     assert module.docstrings('"""Top."""\ndef f():\n    "Inner."') == "Top.\n\nInner."
     assert module.comments("x = 1  # why\n") == "why"
+
+
+def test_stdlib_is_split_by_name_so_another_python_trains_on_none_of_the_validation_text(monkeypatch, capsys):
+    """By document number, one topic more moved all that follow it."""
+    from spikesink.text import default_text as module
+
+    split = lambda: [
+        {text for name, text in module.documents() if module.split_of(name) == s} for s in ("train", "val")
+    ]
+    train, val = split()
+    assert 0.02 < len(val) / len(train) < 0.1
+    topics = {"a new one": "words", **module.pydoc_data.topics.topics}
+    del topics["with"]
+    monkeypatch.setattr(module.pydoc_data.topics, "topics", topics)
+    other_train, other_val = split()
+    assert other_val & train == val & other_train == val & train and len(val & train) < 5  # modules that are alike
+    assert [module.split_of(name) for name in ("assert", "else", "json/decoder", "codecs")] == ["train", "val"] * 2
+
+    assert module.titled("x", {"vocab_size": 3}, {"python": "3.9.1"}) == "x" and capsys.readouterr().err == ""
+    assert module.titled("stdlib", {"python": "3.9.1", **module.ABOUT}, module.ABOUT).startswith("stdlib of Python 3.")
+    assert capsys.readouterr().err == ""
+    module.titled("stdlib", module.ABOUT, {"python": "3.9.1"})
+    assert "trained on stdlib of Python 3.9.1, split by number" in capsys.readouterr().err
+
+
+def test_stdlib_of_an_older_split_is_made_again(tmp_path):
+    folder = dataset(tmp_path / "stdlib", IDS % 257, vocab_size=257, python="3.11.1")
+    (folder / "prepare.py").write_text("def prepare():\n    raise KeyError('made')")
+    with pytest.raises(KeyError, match="made"):
+        loader.make_once(folder)
+    dataset(folder, IDS % 257, vocab_size=257, python="3.11.1", split="by name")
+    loader.make_once(folder)
 
 
 def test_a_split_without_documents_is_refused(tmp_path):
@@ -404,7 +438,6 @@ def test_prepare_killed_anywhere_goes_on_to_the_same_files(tmp_path, capsys):
         for fail_at in range(n_calls):
             folder = tmp_path / f"{old}{fail_at}"
             if old:
-                folder.mkdir()
                 dataset(folder, *(np.full(len(part) // 2, 7) for part in whole), vocab_size=257)
             with contextlib.suppress(KilledError):
                 steps(folder, fail_at)
