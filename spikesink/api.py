@@ -42,6 +42,7 @@ from .models.views import as_it_was
 from .options import Options
 from .text import default_text
 from .text.sequences import PADDING, Reader, bos_of
+from .text.token_files import Meta, meta_of
 from .text.tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
 
 N_SEQ = 100  # sequences, unless asked for otherwise: Gu et al.'s
@@ -111,7 +112,8 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
     model = hf.to_device(model, options.device)
-    trained, meta, args = content.config, content.meta, content.model_args
+    trained, args = content.config, content.model_args
+    meta = content.meta or _meta_of_data(options.data, args.get("vocab_size"))
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
     prefix_ids: tuple[Any, ...] = (bos_of(tokenizer, meta),) if trained.get("bos", False) else ()
@@ -134,6 +136,13 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
         architecture,
         data,
     )
+
+
+def _meta_of_data(name: str | Path | None, vocab_size: int | None) -> Meta:
+    """What the folder of data that was asked for says of a vocabulary of this size, for a checkpoint of nanoGPT, which
+    does not say; empty where it has another."""
+    meta = meta_of(name) if name is not None and Path(name).is_dir() else {}
+    return meta if meta.get("vocab_size") == vocab_size else {}
 
 
 def _transformers(target: str | Path, options: Options) -> Loaded:
