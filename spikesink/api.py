@@ -172,7 +172,7 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntr
     architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, meta, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
+        Reader(tokenizer, meta, default_text.NAME, prefix_ids, suffix_ids, hf.longest(model), config.vocab_size),
         about,
         {**architecture, "parameters": disk_weights.parameter_count(model)},
         Path("data"),

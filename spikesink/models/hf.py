@@ -704,8 +704,18 @@ def weights_hash(path: str | Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def longest(config: Any) -> float:
-    """The longest sequence the model takes, or infinity."""
+def longest(model: Any) -> float:
+    """The longest sequence the model takes, or infinity.
+
+    Less than its config says where positions are counted from behind the padding's, as in RoBERTa's family: of 514 it
+    takes 512.
+    """
+    config = text_config(model.config)
     keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     known = [getattr(config, key, None) for key in keys]
-    return min((length for length in known if isinstance(length, int) and length > 0), default=math.inf)
+    tables = [
+        len(module.weight) - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if "position" in name.split(".")[-1] and isinstance(getattr(module, "padding_idx", None), int)
+    ]
+    return min((length for length in (*known, *tables) if isinstance(length, int) and length > 0), default=math.inf)
