@@ -493,6 +493,7 @@ class Run:
             self.checkpoints.sweep()
             if self.cfg.overwrite:
                 self.checkpoints.clear()
+                (self.out_dir / Tracker.FILE).unlink(missing_ok=True)
             everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
             text = json.dumps({"given": self.overrides, "config": everything, **provenance()}, indent=1)
             files.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
@@ -623,6 +624,7 @@ class Run:
         """Opens what rows are written to, until `stack` is left. Raises UserError."""
         stack.callback(self.lock.release)
         arm = {key: value for key, value in self.overrides.items() if key not in OF_COMMAND}
+        logged = int(max((row["step"] for row in rows_of(self.out_dir / "log.jsonl")), default=0))
         try:
             self.logs = [JsonLines(self.out_dir / "log.jsonl", self.step)]
             self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
@@ -632,7 +634,7 @@ class Run:
             before = rows_of(self.out_dir / "log.jsonl")
             self.logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, before))
         if self.cfg.tracker != "none":
-            self.logs.append(Tracker(self.cfg.tracker, self.out_dir.name, arm))
+            self.logs.append(Tracker(self.cfg.tracker, self.out_dir, arm, logged))
         for log in (*self.logs, self.jumps):
             stack.callback(log.close)
         self.logs.append(self.progress)
