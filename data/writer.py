@@ -24,7 +24,7 @@ class DatasetWriter:
     Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. What was
     written up to the last `mark` survives a crash: a new writer on the same folder goes on from there (`documents`
     and `source` say how far that was). Where that is not all there any more, or was begun with other `settings`, it
-    starts again and says so.
+    starts again and says so. Documents of white space alone are left out, and counted (`empty`).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DatasetWriter:
         self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as it is read back
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress_file = self.folder / "progress.json"
-        self.tokens, self.documents, self.source = {"train": 0, "val": 0}, 0, 0
+        self.tokens, self.documents, self.empty, self.source = {"train": 0, "val": 0}, 0, 0, 0
         if self.progress_file.exists():
             self._go_on()
         self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
@@ -51,7 +51,7 @@ class DatasetWriter:
         try:
             progress = json.loads(self.progress_file.read_text())
             settings, finishing = progress["settings"], progress["finishing"]
-            tokens, documents, source = (progress[key] for key in ("tokens", "documents", "source"))
+            tokens, *counts = (progress[key] for key in ("tokens", "documents", "empty", "source"))
             wanted = {split: 2 * tokens[split] for split in self.tokens}
         except (ValueError, KeyError, TypeError):
             settings, finishing, wanted = None, False, {}
@@ -62,7 +62,7 @@ class DatasetWriter:
         parts = {f"{split}.bin.part": size for split, size in wanted.items()}
         lost = [name for name, size in parts.items() if size_of(self.folder / name) < size]
         if settings == self.settings and not lost:
-            self.tokens, self.documents, self.source = tokens, documents, source
+            self.tokens, (self.documents, self.empty, self.source) = tokens, counts
             return
         lost_words = f"lacks what was written to {' and '.join(lost)}"
         why = lost_words if settings == self.settings else "was begun with other files or options"
@@ -78,13 +78,17 @@ class DatasetWriter:
 
     def add(self, documents: Iterable[str], split: str | None = None) -> None:
         """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
-        rest = iter(documents)
+        rest = filter(self._has_text, documents)
         while batch := list(itertools.islice(rest, BATCH)):
             for ids in self.tokenizer.encode(batch):
                 to = split or ("val" if self.documents % self.val_every == 0 else "train")
                 self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype("<u2").tobytes())
                 self.tokens[to] += len(ids) + 1
                 self.documents += 1
+
+    def _has_text(self, document: str) -> bool:
+        self.empty += not document.strip()
+        return bool(document.strip())
 
     def mark(self, source: int, finishing: bool = False) -> None:
         """Makes everything so far durable and notes that `source` sources are done; `finishing`: that all are."""
@@ -97,6 +101,7 @@ class DatasetWriter:
             "finishing": finishing,
             "tokens": self.tokens,
             "documents": self.documents,
+            "empty": self.empty,
             "source": source,
         }
         write_atomic(self.progress_file, lambda file: file.write(json.dumps(state).encode()))
@@ -110,6 +115,8 @@ class DatasetWriter:
                     f"{self.folder}: {self.documents} document(s), none for the {split} split; give more text, "
                     "or end each document with a line <|endoftext|>"
                 )
+        if self.empty:
+            print(f"{self.empty:,} documents without text are left out", file=sys.stderr)
         clear(self.folder)
         if self.progress_file.exists():
             self.mark(self.source, finishing=True)

@@ -185,6 +185,66 @@ def test_text_from_txt_xz_and_jsonl(tmp_path):
     assert [t.rstrip("\n") for t in text["train"] if t] == [documents[i] for i in (1, 2, 4, 5)]
 
 
+@pytest.mark.parametrize("form", ["plain", "bom", "blank lines", "crlf", "without text", "another name"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_text_is_the_same_in_whatever_form_it_comes(tmp_path, kind, form):
+    """A byte order mark was once trained on, and documents without text were empty ones."""
+    texts = [f"document {i}\nof two lines\n" for i in range(5)]
+    key = "content" if form == "another name" else "text"
+    empty = [{key: ""}, {key: " \n"}, {key: None}]
+    rows = [json.dumps(row) + "\n" for row in [{key: text} for text in texts] + empty * (form == "without text")]
+    if kind == ".txt":
+        rows = [f"{text}<|endoftext|>\n" for text in texts + ["", "\n"] * (form == "without text")]
+    content = ("\n\n" if form == "blank lines" and kind == ".jsonl" else "").join(rows)
+    content = content.replace("\n", "\r\n") if form == "crlf" else content
+    (tmp_path / f"a{kind}").write_bytes(content.encode("utf-8-sig" if form == "bom" else "utf-8"))
+    prepare_module("text").prepare([tmp_path / f"a{kind}"], tmp_path / "out", ByteTokenizer(), 100, key)
+    train, val = (np.fromfile(tmp_path / "out" / f"{split}.bin", dtype="<u2") for split in ("train", "val"))
+    assert ByteTokenizer().text(np.append(val, train)) == "\n\n".join([*texts, ""])
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["documents"] == 5
+
+
+@pytest.mark.parametrize("line", ["{]", '{"content": "x"}', '{"text": 3}', "[1]", "7", '"text"'])
+def test_a_bad_line_of_json_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r'a\.jsonl: line 4 is no JSON object with its text in "text".*--column'):
+        prepare_module("text").prepare([tmp_path / "a.jsonl"], tmp_path / "out", ByteTokenizer(), 2)
+
+
+def test_parquet_of_other_forms(tmp_path, ranks, capsys, monkeypatch):
+    """Missing texts are left out; a column that is not there, or a broken shard, is said before hours of work."""
+    import pyarrow
+    import pyarrow.parquet
+
+    module = prepare_module("openwebtext")
+    monkeypatch.setattr(module, "VAL_EVERY", 4)
+    texts = [f"document {i}" for i in range(8)]
+    write = lambda name, column: pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / name / "b.parquet")
+    for name, column in (
+        ("plain", {"text": texts}),
+        ("null", {"text": [*texts, None, ""]}),
+        ("other", {"content": texts, "n": list(range(8))}),
+        ("broken", {"text": texts}),
+    ):
+        shards(tmp_path / name, "a", texts, 1)
+        write(name, column)
+    prepare = lambda name, **how: module.prepare(
+        tmp_path / f"{name}.out", GPT2Tokenizer(ranks), parquet=tmp_path / name, **how
+    )
+    prepare("plain")
+    prepare("null")
+    assert bins(tmp_path / "null.out") == bins(tmp_path / "plain.out")
+    assert "2 documents without text are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"b\.parquet has no text in a column 'text'; its columns of text: content"):
+        prepare("other")
+    (tmp_path / "other" / "a-00000-of-00001.parquet").unlink()
+    prepare("other", column="content")
+    (tmp_path / "broken" / "b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"cannot read .*b\.parquet"):
+        prepare("broken")
+    assert not (tmp_path / "broken.out").exists()
+
+
 @pytest.mark.parametrize(
     "content, name", [(b"\xfd7zXZ\x00broken", "a.txt.xz"), (b"{]", "a.jsonl"), (b"x", "a.pdf"), (b"\xff\xfe", "a.txt")]
 )
@@ -293,20 +353,20 @@ def test_openwebtext_from_local_shards_resumes_to_the_same_files(tmp_path, ranks
     decoded = GPT2Tokenizer(ranks).encoding.decode(val.tolist()).split("<|endoftext|>")[:-1]
     assert decoded == documents[::10]
 
-    texts = module.texts
+    texts = module.parquet_texts
 
-    def fail_in_the_second_shard(shard):
-        for i, text in enumerate(texts(shard)):
-            if "00001-of" in shard and i == 20:
+    def fail_in_the_second_shard(shard, column):
+        for i, text in enumerate(texts(shard, column)):
+            if "00001-of" in shard[0] and i == 20:
                 raise KeyboardInterrupt
             yield text
 
-    monkeypatch.setattr(module, "texts", fail_in_the_second_shard)
+    monkeypatch.setattr(module, "parquet_texts", fail_in_the_second_shard)
     with pytest.raises(KeyboardInterrupt):
         module.prepare(broken, GPT2Tokenizer(ranks), parquet=tmp_path / "parquet")
     assert not (broken / "train.bin").exists()
     read = []
-    monkeypatch.setattr(module, "texts", lambda shard: read.append(shard) or texts(shard))
+    monkeypatch.setattr(module, "parquet_texts", lambda *shard: read.append(shard) or texts(*shard))
     module.prepare(broken, GPT2Tokenizer(ranks), parquet=tmp_path / "parquet")
     assert len(read) == 2  # the first shard is not read again
     for name in ("train.bin", "val.bin"):
