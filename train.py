@@ -475,9 +475,9 @@ class Run:
         """Raises UserError rather than overwrite a run unasked, or where nothing can be written."""
         held = self.checkpoints.any() or (self.out_dir / "log.jsonl").exists()
         if held and not goes_on and not self.cfg.overwrite:
+            resume = "--resume goes on with it, " if self.checkpoints.any() else ""
             raise UserError(
-                f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
-                "--out_dir=DIR goes elsewhere"
+                f"{self.out_dir} already holds a run: {resume}--overwrite starts again, --out_dir=DIR goes elsewhere"
             )
         files.check_writable(self.path)
 

@@ -138,6 +138,12 @@ def test_a_checkpoint_of_another_contract_is_refused_with_both_named(trained, tm
     assert cli("detect.py", path, "--seq_len=16", "--nulls=0")[0] == 0
 
 
+def test_a_number_of_numpy_is_named_with_what_to_do(tmp_path):
+    torch.save({"model": {}, "model_args": {}, "best_val_loss": np.float64(3.0)}, tmp_path / "n.pt")
+    with pytest.raises(UserError, match=r"the first is numpy\._?core\.multiarray\.scalar; save it again with float"):
+        checkpoint.load(tmp_path / "n.pt")
+
+
 def test_nanogpts_own_file(tmp_path):
     torch.save({"model_args": {}, "model": {"_orig_mod.w": torch.ones(2)}, "iter_num": 7, "best": 1}, tmp_path / "n.pt")
     found = checkpoint.load(tmp_path / "n.pt")

@@ -146,6 +146,24 @@ def test_unknown_and_unprepared_datasets_name_what_to_do():
             Tokens("wikitext103", "train", 8)
 
 
+def test_a_folder_called_like_a_dataset_does_not_take_its_place(tmp_path, monkeypatch):
+    """An empty one hid what is under data/; of two that are prepared, neither is taken unasked."""
+    root, here = tmp_path / "data", tmp_path / "here"
+    monkeypatch.setattr(loader, "ROOT", root)
+    for folder in (root, root / "wiki", here, here / "wiki"):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    (root / "wiki" / "prepare.py").touch()
+    with pytest.raises(UserError, match=r"not prepared; run: python data/wiki/prepare\.py"):
+        loader.folder("wiki")
+    dataset(root / "wiki", IDS)
+    assert loader.folder("wiki").resolve() == root / "wiki"
+    dataset(here / "wiki", IDS)
+    with pytest.raises(UserError, match=r"wiki is a dataset here and another in .*give \./wiki or"):
+        loader.folder("wiki")
+    assert loader.folder("./wiki").resolve() == here / "wiki" and loader.folder(str(root / "wiki")) == root / "wiki"
+
+
 def test_targets_can_be_edited_without_touching_the_inputs(tmp_path):
     data = Tokens(dataset(tmp_path, np.arange(64)), "train", 8)
     x, y = data.batch(0, 1)

@@ -32,6 +32,35 @@ def train(cli, toy_data):
     return call
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_says_so(train, cli, tmp_path):
+    train(tmp_path / "whole", "--max_iters=1")
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    for script in ("detect.py", "ablate.py"):
+        code, _, err = cli(script, tmp_path)
+        assert code == 2 and err == f"error: {tmp_path} is a run of train.py that has no checkpoint yet\n"
+    for flag, words in ((f"--init_from={tmp_path}", "has no checkpoint yet"), ("--resume", "again with --overwrite")):
+        code, _, err = train(tmp_path / "other" if "init" in flag else tmp_path, flag)
+        assert code == 2 and words in err and err.count("\n") == 1
+    code, _, err = train(tmp_path)
+    assert code == 2 and "--resume" not in err and "--overwrite starts again" in err
+    assert train(tmp_path, "--overwrite", "--max_iters=1")[0] == 0
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_one_line(train, tmp_path, device):
+    code, _, err = train(tmp_path / "o", f"--device={device}")
+    assert code == 2 and err.count("\n") == 1 and f"device {device} is not at hand" in err and len(err) < 200
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_ascii_terminal_shows_what_it_can():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", "from spikesink import errors; errors.cli(lambda: print('a\u23ce'))"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\\u23ce\n", b"")
+
+
 @pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--norm_place=post"]], ids=["plain", "dropout"])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(train, tmp_path, extra):
     whole, halves = tmp_path / "whole", tmp_path / "halves"

@@ -4,6 +4,7 @@ The content hash lies inside the file, so that one rename is the whole commit: t
 """
 
 import dataclasses
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,9 +142,13 @@ def load(path: str | Path) -> Checkpoint:
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        todo = "restore it from a copy or train again"
         if "weights_only" in str(error) or "Unsupported" in str(error):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = "it holds more than tensors and plain Python, and nothing in it was executed"
-        raise UserError(f"cannot read checkpoint {path}: {reason}; restore it from a copy or train again") from None
+            todo = f"the first is {named[1]}" if named else todo
+            todo += "; save it again with float(number) for NumPy's" if named and "numpy" in named[1] else ""
+        raise UserError(f"cannot read checkpoint {path}: {reason}; {todo}") from None
     if isinstance(whole, dict) and whole.get("format") == FORMAT and isinstance(whole.get("content"), dict):
         if content_hash(whole["content"]) != whole.get("sha256"):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")

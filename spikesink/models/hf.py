@@ -239,6 +239,8 @@ def gpt_neo_attention(
 def check_folder(path: str | Path) -> None:
     """Refuses a folder whose files name code, an attention implementation, or weights elsewhere. Raises UserError."""
     path = Path(path)
+    if (path / "log.jsonl").is_file() and "given" in read_json(path / "config.json"):
+        raise UserError(f"{path} is a run of train.py that has no checkpoint yet")
     check_config(path / "config.json")
     index = path / "model.safetensors.index.json"
     if index.is_file():
