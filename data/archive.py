@@ -60,14 +60,11 @@ def parquet_texts(files: list[str], column: str = "text") -> Iterator[str]:
     from datasets import load_dataset
     from pyarrow import ArrowException
 
-    n_rows = 0
     try:
         for row in load_dataset("parquet", data_files=files, split="train", streaming=True):
             yield row[column] or ""
-            n_rows += 1
     except (ArrowException, OSError) as error:
-        where = files[0] if len(files) == 1 else f"{files[0]} ... {files[-1]}"
-        raise UserError(f"cannot read {where} after {n_rows} rows: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot read {' '.join(files)}: {str(error).splitlines()[0]}") from None
 
 
 def fetch(url: str) -> bytes:

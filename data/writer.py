@@ -1,5 +1,6 @@
 """Documents -> train.bin, val.bin, meta.json: streaming, resumable, never half-written under the final names."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from spikesink.files import write_atomic
 from spikesink.text.tokenizers import ByteTokenizer, GPT2Tokenizer
 
 BATCH = 256  # documents encoded at a time
+KEPT = ("settings", "tokens", "documents", "empty", "source")  # of a writer, in progress.json
 
 
 class DatasetWriter:
@@ -48,24 +50,23 @@ class DatasetWriter:
 
     def _go_on(self) -> None:
         """Takes up what the last `mark` noted, if all of it is still there."""
-        try:
-            progress = json.loads(self.progress_file.read_text())
-            settings, finishing = progress["settings"], progress["finishing"]
-            tokens, *counts = (progress[key] for key in ("tokens", "documents", "empty", "source"))
-            wanted = {split: 2 * tokens[split] for split in self.tokens}
-        except (ValueError, KeyError, TypeError):
-            settings, finishing, wanted = None, False, {}
-        for split, size in wanted.items():
-            part, whole = self.folder / f"{split}.bin.part", self.folder / f"{split}.bin"
-            if finishing and not part.exists() and size_of(whole) == size:
-                os.replace(whole, part)  # it was renamed, and not yet the other one
-        parts = {f"{split}.bin.part": size for split, size in wanted.items()}
-        lost = [name for name, size in parts.items() if size_of(self.folder / name) < size]
-        if settings == self.settings and not lost:
-            self.tokens, (self.documents, self.empty, self.source) = tokens, counts
-            return
-        lost_words = f"lacks what was written to {' and '.join(lost)}"
-        why = lost_words if settings == self.settings else "was begun with other files or options"
+        noted: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            noted = json.loads(self.progress_file.read_text())
+        if noted.keys() != {*KEPT, "finishing"} or noted["settings"] != self.settings:
+            why = "was begun with other files or options"
+        else:
+            lost = []
+            for split, count in noted["tokens"].items():
+                part, whole = self.folder / f"{split}.bin.part", self.folder / f"{split}.bin"
+                if noted["finishing"] and not part.exists() and whole.exists():
+                    os.replace(whole, part)  # it was renamed, and not yet the other one
+                if not part.exists() or part.stat().st_size < 2 * count:
+                    lost.append(part.name)
+            if not lost:
+                vars(self).update({key: noted[key] for key in KEPT})
+                return
+            why = f"lacks what was written to {' and '.join(lost)}"
         print(f"{self.folder}: the unfinished preparation there {why}; starting again", file=sys.stderr)
         self.progress_file.unlink()
 
@@ -96,14 +97,7 @@ class DatasetWriter:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        state = {
-            "settings": self.settings,
-            "finishing": finishing,
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "empty": self.empty,
-            "source": source,
-        }
+        state = {key: getattr(self, key) for key in KEPT} | {"finishing": finishing}
         write_atomic(self.progress_file, lambda file: file.write(json.dumps(state).encode()))
 
     def finish(self, **meta: Any) -> None:
@@ -158,11 +152,6 @@ def clear(folder: Path) -> None:
 def identities(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
     """(path, bytes, time of change) of files: by which a preparation that goes on knows that they are the same."""
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, files)]
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; -1 where there is none."""
-    return path.stat().st_size if path.is_file() else -1
 
 
 def progress(items: Iterable[Any], **kwargs: Any) -> tqdm:

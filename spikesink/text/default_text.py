@@ -101,20 +101,16 @@ def validation(block_size: int, bos: bool = False) -> Windows:
 
 def titled(name: str, meta: Meta, trained: Meta) -> str:
     """What a text is called: with its Python, where it is Python's. `trained`: the meta.json that the model was trained
-    on; where that is of another Python or split, this is said once on stderr."""
+    on; where that is of another Python or split, this is said on stderr."""
     if "python" not in meta:
         return name
-    if "python" in trained:
-        _compare(name, *((of["python"], of.get("split", "by number")) for of in (meta, trained)))
+    here, there = (f"Python {of.get('python')}, split {of.get('split', 'by number')}" for of in (meta, trained))
+    if "python" in trained and here != there:
+        _say(f"the model was trained on {name} of {there}, and may have seen some of this: it is of {here}")
     return f"{name} of Python {meta['python']}"
 
 
 @functools.cache
-def _compare(name: str, here: tuple[str, str], there: tuple[str, str]) -> None:
-    if here != there:
-        told = "Python {0}, split {1}".format
-        print(
-            f"the model was trained on {name} of {told(*there)}, and is measured on that of {told(*here)}"
-            + ("" if here[1] == there[1] else ": it may have seen some of this text"),
-            file=sys.stderr,
-        )
+def _say(text: str) -> None:
+    """Once."""
+    print(text, file=sys.stderr)
