@@ -111,6 +111,7 @@ IDS = np.minimum(np.random.default_rng(0).zipf(1.2, 20_000), 50256)
         (IDS.astype("<u2").tobytes(), {"dtype": "uint32", "vocab_size": 50257}, "outside the vocabulary.*dtype"),
         ((IDS % 65).astype("u1").tobytes(), None, "single bytes, not uint16"),
         (IDS.astype(">u2").tobytes(), None, "outside the vocabulary"),
+        (b"\x93NUMPY\x01\0v\0" + IDS.astype("<u2").tobytes(), None, "header"),
         (np.int32([20240520, 1, 9] + [0] * 253).tobytes() + IDS.astype("<u2").tobytes(), None, "header"),
     ],
 )

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UserError, extra
 from ..text.token_files import Meta
 from . import convert, hf
-from .checkpoint import Checkpoint, is_meta
+from .checkpoint import META_KINDS, Checkpoint, is_meta
 from .lab import open_lab
 
 DATA = "spikesink_data"  # in config.json: what the checkpoint says of its data, and "bos"
@@ -136,7 +136,8 @@ def export(
             convert.check_nanogpt(content.model_args)
         config, state = convert.to_hf(content.model_args, content.model)
         config.bos_token_id = config.eos_token_id = meta.get("bos_id")
-        setattr(config, DATA, {**meta, "bpe": None, "bos": bos} if meta else {})
+        told = {key: meta[key] for key in (*META_KINDS, "python", "split") if key in meta and key != "bpe"}
+        setattr(config, DATA, {**told, "bos": bos} if told else {})
         kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
         model = hf.with_weights(kind, config, state)
     except (ValueError, KeyError, RuntimeError) as error:

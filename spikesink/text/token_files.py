@@ -182,7 +182,7 @@ def _map(file: Path, meta: Meta, split: str) -> np.memmap:
 
 def other_format(tokens: np.ndarray) -> str:
     """What a file is, and what to do, if its first `tokens`, read as meta.json or nanoGPT has it, are no such thing."""
-    name, first = tokens.dtype.name, tokens[:2].tobytes()
+    name, first = tokens.dtype.name, tokens[:8].tobytes()
     mended = f'write it with ids.astype(np.{name}).tofile(FILE), or its "dtype" and "vocab_size" into a meta.json'
     if first.startswith(HEADERS):
         return "starts with the header of llm.c's or NumPy's files: write the ids alone, with ids.tofile(FILE)"
@@ -190,9 +190,7 @@ def other_format(tokens: np.ndarray) -> str:
     if len(tokens) >= 64 and tokens.itemsize > 1 and upper.max() <= 3 < tokens[::2].max():  # ids below 2**18
         wide = (4 if tokens[2::4].max() else 8) * (tokens.itemsize // 2)
         return f"holds ids of {wide} bytes, not {name}: {mended}"
-    low, high = (
-        np.bincount(tokens.view(np.uint8)[i :: tokens.itemsize], minlength=256) for i in (0, tokens.itemsize - 1)
-    )
+    low, high = (np.bincount(tokens.view(np.uint8)[i::2], minlength=256) for i in (0, 1))
     if len(tokens) >= 4096 and tokens.any() and name == "uint16" and np.abs(low - high).sum() < 0.2 * len(tokens):
         return f"holds single bytes, not {name}: {mended}"
     return ""
