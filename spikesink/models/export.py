@@ -5,7 +5,6 @@ the model.py that made the checkpoint, before the folder is put in place. Where 
 tokenizer puts it there; what is known of the data goes into config.json, for `detect` to read the same sequences.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..errors import UserError, extra
 from ..text.token_files import Meta
+from ..text.tokenizers import END, GPT2Tokenizer
 from . import convert, hf
 from .checkpoint import META_KINDS, Checkpoint, is_meta
 from .lab import open_lab
@@ -45,48 +45,24 @@ def byte_tokenizer() -> Any:
     """A transformers tokenizer of 256 bytes and <bos>, id 256."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    vocabulary = {character: byte for byte, character in enumerate(bytes_to_characters())}
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<bos>": 256}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>")
 
 
-def bytes_to_characters() -> list[str]:
-    """The character that byte-level BPE shows for each of the 256 bytes (Radford et al. 2019)."""
-    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
-    hidden = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(hidden)) for b in range(256)]
-
-
-def gpt2_tokenizer(bpe: str | Path, size: int, folder: Path) -> Any:
+def gpt2_tokenizer(bpe: str | Path, size: int) -> Any:
     """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
-    with extra("bpe"):
-        from tiktoken.load import load_tiktoken_bpe
-    from transformers import GPT2Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    ranks = {token: rank for token, rank in load_tiktoken_bpe(str(bpe)).items() if rank < size - 1}
-    show = bytes_to_characters()
-    text = lambda token: "".join(show[b] for b in token)
-    vocabulary = {**{text(token): rank for token, rank in ranks.items()}, "<|endoftext|>": len(ranks)}
-    merges = [
-        " ".join(map(text, halves(token, ranks)))
-        for token in sorted(ranks, key=lambda token: ranks[token])
-        if len(token) > 1
-    ]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    return GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
-
-
-def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that BPE joined last to make `token`: it merges pairs of lower rank until two are left."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    encoding = GPT2Tokenizer(bpe, size).encoding
+    converter: Any = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END])
+    converter.load_tiktoken_bpe = lambda file: encoding._mergeable_ranks
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END, eos_token=END)
 
 
 def same_logits(content: Checkpoint, build: Callable[[Checkpoint], nn.Module], folder: Path) -> None:
@@ -153,7 +129,7 @@ def export(
             if meta.get("tokenizer") == "byte":
                 frame(byte_tokenizer()).save_pretrained(made)
             elif meta.get("tokenizer") == "gpt2" and bpe:
-                frame(gpt2_tokenizer(bpe, meta["vocab_size"], made)).save_pretrained(made)
+                frame(gpt2_tokenizer(bpe, meta["vocab_size"])).save_pretrained(made)
             made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
