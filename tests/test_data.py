@@ -230,6 +230,19 @@ def test_a_bad_line_of_json_is_named(tmp_path, line):
         prepare_module("text").prepare([tmp_path / "a.jsonl"], tmp_path / "out", ByteTokenizer(), 2)
 
 
+def test_other_signs_of_a_line_end_are_text(tmp_path):
+    """Only a newline ends a line of JSON or CoNLL-U: a line separator within made another line, and another number."""
+    pair = dict.fromkeys(("UID", "field", "linguistics_term", "sentence_good", "sentence_bad"), "a\u2028b\x85c")
+    line = json.dumps(pair, ensure_ascii=False).encode()
+    blimp = prepare_module("blimp")
+    assert list(blimp.pairs("x", b"\xef\xbb\xbf" + line + b"\r\n" + line)) == [pair] * 2
+    with pytest.raises(UserError, match="line 2 of x"):
+        list(blimp.pairs("x", line + b"\n{]"))
+    prepare_module("ud_ewt").check("x", ("\t".join(["a\u2028b"] * 10) + "\n\n# text\x85 more\n").encode())
+    with pytest.raises(UserError, match="line 2 of x"):
+        prepare_module("ud_ewt").check("x", b"# \xc2\x85\nno columns")
+
+
 def test_parquet_of_other_forms(tmp_path, ranks, capsys, monkeypatch):
     """Missing texts are left out; a column that is not there, or a broken shard, is said before hours of work."""
     import pyarrow
