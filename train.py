@@ -48,6 +48,7 @@ from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor
 from spikesink.models import checkpoint, convert, hf
 from spikesink.models.checkpoint import Checkpoint
+from spikesink.text.default_text import titled
 from spikesink.text.tokenizers import tokenizer_of
 from trainer import checkpoints, config
 from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, Speed, TensorBoard, Tracker, warn
@@ -835,7 +836,7 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
     print(
         f"{run.model.num_params() / 1e6:.2f}M parameters, "
         f"{run.model.flops_per_token(run.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
-        f"{run.tokens_per_step:,} tokens a step, "
+        f"{run.tokens_per_step:,} tokens of {titled(cfg.dataset, run.train_data.meta, {})} a step, "
         f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
         f"{mode}, {ranks}, from step {run.step} to {cfg.max_iters}"
     )
