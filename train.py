@@ -48,6 +48,7 @@ from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor
 from spikesink.models import checkpoint, convert, hf
 from spikesink.models.checkpoint import Checkpoint
+from spikesink.text.default_text import titled
 from spikesink.text.tokenizers import tokenizer_of
 from trainer import checkpoints, config
 from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, Speed, TensorBoard, Tracker, warn
@@ -89,7 +90,7 @@ class TrainConfig:
     penalty_weight: float = 1e-3
     # log and checkpoints
     eval_interval: int = 2000  # steps between validation losses
-    eval_iters: int = 200  # batches in a validation loss; always the same ones
+    eval_iters: int = 200  # 16 times as many windows in a validation loss, whatever batch_size; always the same ones
     log_interval: int = 1  # steps between lines of log.jsonl
     save_interval: int = 2000  # steps between checkpoints; one more at every best validation loss
     keep_last: int = 2  # newest checkpoints that are kept, besides the best
@@ -150,6 +151,7 @@ RESUMABLE = (
     *("keep_last", "keep_every", "async_save", "monitor", "tensorboard", "tracker"),
 )
 SCHEMAS = (GPTConfig, TrainConfig)
+EVAL_WINDOWS = 16  # windows in a validation loss, for each of eval_iters
 
 # name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -191,8 +193,9 @@ OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
 
 
 def kurtosis_penalty(x: Tensor) -> Tensor:
-    """He et al.'s kurtosis of a stream (B, T, C) over the batch: 1 if all channels are alike, C if one holds all."""
-    return metrics.channel_kurtosis(x.float().square().mean((0, 1)))
+    """He et al.'s kurtosis of a stream (B, T, C) over a sequence's tokens: 1 if all channels are alike, C if one holds
+    all. The mean over sequences, and not of the whole batch: so it is the same however micro-batches share that out."""
+    return torch.vmap(metrics.channel_kurtosis)(x.float().square().mean(1)).mean()
 
 
 def magnitude_penalty(x: Tensor) -> Tensor:
@@ -249,16 +252,23 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: Machine) -> float:
-    """Mean loss (nats per token) over `eval_iters` fixed batches, the same ones for any number of ranks."""
+    """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all if there are fewer.
+
+    The same ones for any batch_size and number of ranks: a batch that is not full is filled up with what counts
+    nothing, and every rank runs the model as often, as sharded models must.
+    """
     model.eval()
-    total = torch.zeros((), device=machine.device)
-    for first in range(0, cfg.eval_iters, machine.world):  # every rank as often: sharded models run together
-        x, y = data.batch(first + machine.rank, cfg.batch_size)
+    windows = data.windows(0, min(EVAL_WINDOWS * cfg.eval_iters, data.n_windows))
+    size, total = min(cfg.batch_size, len(windows)), torch.zeros((), device=machine.device)
+    for first in range(0, len(windows), size * machine.world):
+        mine = windows[first + machine.rank * size :][:size]
+        x, y = data.read(mine + windows[: size - len(mine)])
+        y[max(1, len(mine)) :] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device))[1]
-        total += loss if first + machine.rank < cfg.eval_iters else 0
+        total += len(mine) * loss
     model.train()
-    return machine.sum(total).item() / cfg.eval_iters
+    return machine.sum(total).item() / len(windows)
 
 
 # ------------------------------------------------------------------------------------------- what a run starts from
@@ -466,9 +476,9 @@ class Run:
         """Raises UserError rather than overwrite a run unasked, or where nothing can be written."""
         held = self.checkpoints.any() or (self.out_dir / "log.jsonl").exists()
         if held and not goes_on and not self.cfg.overwrite:
+            resume = "--resume goes on with it, " if self.checkpoints.any() else ""
             raise UserError(
-                f"{self.out_dir} already holds a run: --resume goes on with it, --overwrite starts again, "
-                "--out_dir=DIR goes elsewhere"
+                f"{self.out_dir} already holds a run: {resume}--overwrite starts again, --out_dir=DIR goes elsewhere"
             )
         files.check_writable(self.path)
 
@@ -484,6 +494,7 @@ class Run:
             self.checkpoints.sweep()
             if self.cfg.overwrite:
                 self.checkpoints.clear()
+                (self.out_dir / Tracker.FILE).unlink(missing_ok=True)
             everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
             text = json.dumps({"given": self.overrides, "config": everything, **provenance()}, indent=1)
             files.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
@@ -614,6 +625,7 @@ class Run:
         """Opens what rows are written to, until `stack` is left. Raises UserError."""
         stack.callback(self.lock.release)
         arm = {key: value for key, value in self.overrides.items() if key not in OF_COMMAND}
+        logged = int(max((row["step"] for row in rows_of(self.out_dir / "log.jsonl")), default=0))
         try:
             self.logs = [JsonLines(self.out_dir / "log.jsonl", self.step)]
             self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
@@ -623,7 +635,7 @@ class Run:
             before = rows_of(self.out_dir / "log.jsonl")
             self.logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, before))
         if self.cfg.tracker != "none":
-            self.logs.append(Tracker(self.cfg.tracker, self.out_dir.name, arm))
+            self.logs.append(Tracker(self.cfg.tracker, self.out_dir, arm, logged))
         for log in (*self.logs, self.jumps):
             stack.callback(log.close)
         self.logs.append(self.progress)
@@ -824,7 +836,7 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
     print(
         f"{run.model.num_params() / 1e6:.2f}M parameters, "
         f"{run.model.flops_per_token(run.model_config.block_size) / 1e6:.1f} MFLOPs a token, "
-        f"{run.tokens_per_step:,} tokens a step, "
+        f"{run.tokens_per_step:,} tokens of {titled(cfg.dataset, run.train_data.meta, {})} a step, "
         f"{machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
         f"{mode}, {ranks}, from step {run.step} to {cfg.max_iters}"
     )

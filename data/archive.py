@@ -35,6 +35,38 @@ def hub(name: str) -> Iterator[None]:
         ) from None
 
 
+def parquet_files(folder: str | Path, pattern: str = "*.parquet", column: str = "text") -> list[str]:
+    """The parquet shards under a folder, in order. Raises UserError unless each has that column, of strings."""
+    from pyarrow import ArrowException, parquet
+
+    files = sorted(str(path) for path in Path(folder).glob(f"**/{pattern}"))
+    if not files:
+        raise UserError(f"there is no {pattern} under {folder}")
+    for file in files:
+        try:
+            schema = parquet.read_schema(file)
+        except (ArrowException, OSError) as error:
+            raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from None
+        texts = [field.name for field in schema if str(field.type) in ("string", "large_string", "string_view")]
+        if column not in texts:
+            raise UserError(
+                f"{file} has no text in a column {column!r}; its columns of text: {', '.join(texts) or 'none'}"
+            )
+    return files
+
+
+def parquet_texts(files: list[str], column: str = "text") -> Iterator[str]:
+    """The texts of parquet shards, streamed; '' where there is none. Raises UserError naming what cannot be read."""
+    from datasets import load_dataset
+    from pyarrow import ArrowException
+
+    try:
+        for row in load_dataset("parquet", data_files=files, split="train", streaming=True):
+            yield row[column] or ""
+    except (ArrowException, OSError) as error:
+        raise UserError(f"cannot read {' '.join(files)}: {str(error).splitlines()[0]}") from None
+
+
 def fetch(url: str) -> bytes:
     """The bytes behind a URL. Raises UserError naming --archive, the way without a network."""
     try:

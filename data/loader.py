@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from spikesink.errors import UserError, nearest
-from spikesink.text.token_files import TokenFile
+from spikesink.text.token_files import TokenFile, meta_of
 
 ROOT = Path(__file__).parent
 SELF_MADE = ("stdlib", "backcopy")  # datasets that need no download and are made on first use, in seconds
@@ -21,11 +21,15 @@ SELF_MADE = ("stdlib", "backcopy")  # datasets that need no download and are mad
 
 def folder(dataset: str) -> Path:
     """The folder of a dataset given by name (under data/) or as a path. Raises UserError with the command to run."""
-    path = Path(dataset) if Path(dataset).is_dir() and dataset not in SELF_MADE else ROOT / dataset
+    path = ROOT / dataset
     if dataset in SELF_MADE:
         make_once(path)
-    if (path / "train.bin").is_file() or (path / "val.bin").is_file():
-        return path
+    places = [path] if dataset in SELF_MADE else [Path(dataset), path]
+    held = {place.resolve() for place in places if any((place / f"{s}.bin").is_file() for s in ("train", "val"))}
+    if len(held) == 2 and Path(dataset).name == dataset:
+        raise UserError(f"{dataset} is a dataset here and another in {ROOT}: give ./{dataset} or {path}")
+    if held:
+        return next(place for place in places if place.resolve() in held)
     known = sorted(p.parent.name for p in ROOT.glob("*/prepare.py"))
     if (path / "prepare.py").is_file():
         small = "; or --dataset=stdlib, which needs no download" if dataset == "openwebtext" else ""  # the default
@@ -45,8 +49,13 @@ def folder(dataset: str) -> Path:
 
 
 def make_once(path: Path) -> None:
-    """Makes a self-made dataset unless it is there; of several processes one makes it and the others wait."""
-    whole = lambda: all((path / name).is_file() for name in ("train.bin", "val.bin", "meta.json"))
+    """Makes a self-made dataset unless it is there; of several processes one makes it and the others wait.
+
+    One of Python's text that was split by number, of which another Python would validate on what was trained on, is
+    made again.
+    """
+    files = [path / name for name in ("train.bin", "val.bin", "meta.json")]
+    whole = lambda: all(file.is_file() for file in files) and (path.name != "stdlib" or "split" in meta_of(path))
     if whole():
         return
     with filelock.FileLock(path / ".lock"), contextlib.redirect_stdout(sys.stderr):  # a remark, not anyone's output

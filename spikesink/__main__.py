@@ -36,10 +36,11 @@ ABLATE = """What changes when it cannot?    spikesink ablate CHECKPOINT [--flag 
 Spikes and sinks removed, each removal beside matched controls. Writes
 ablate.json, detect.json and report.html, a page with both.
 """
-EXPORT = """A checkpoint as a Hugging Face folder.    spikesink export CHECKPOINT DIR [--bpe FILE]
+EXPORT = """A checkpoint as a Hugging Face folder.    spikesink export CHECKPOINT DIR [--flag ...]
 
 Writes config.json, model.safetensors and, where there is one, the tokenizer.
 For the arms that GPT-2 or Llama compute; others are refused with the reason.
+The logits are compared with those of the model.py that made the checkpoint.
 """
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "detect": lambda argv: commands.detect(argv, DETECT),

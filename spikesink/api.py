@@ -35,12 +35,14 @@ from .measure.monitor import Monitor, MonitorCallback  # noqa: F401, names of th
 from .measure.observe import Ordinary, observe
 from .measure.summarise import summarise
 from .models import checkpoint, disk_weights, hf
+from .models.export import trained_on
 from .models.lab import Lab, open_lab
 from .models.subject import Subject, gpt_in
 from .models.views import as_it_was
 from .options import Options
 from .text import default_text
 from .text.sequences import PADDING, Reader, bos_of
+from .text.token_files import Meta, meta_of
 from .text.tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
 
 N_SEQ = 100  # sequences, unless asked for otherwise: Gu et al.'s
@@ -111,7 +113,8 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
     model = hf.to_device(model, options.device)
-    trained, meta, args = content.config, content.meta, content.model_args
+    trained, args = content.config, content.model_args
+    meta = content.meta or _meta_of_data(options.data, args.get("vocab_size"))
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
     prefix_ids: tuple[Any, ...] = (bos_of(tokenizer, meta),) if trained.get("bos", False) else ()
@@ -136,6 +139,13 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     )
 
 
+def _meta_of_data(name: str | Path | None, vocab_size: int | None) -> Meta:
+    """What the folder of data that was asked for says of a vocabulary of this size, for a checkpoint of nanoGPT, which
+    does not say; empty where it has another."""
+    meta = meta_of(name) if name is not None and Path(name).is_dir() else {}
+    return meta if meta.get("vocab_size") == vocab_size else {}
+
+
 def _transformers(target: str | Path, options: Options) -> Loaded:
     """A model of the Hugging Face hub, of a folder or a GGUF file; its default text is Python's own documentation."""
     source = hf.Source.of(target, options.revision)
@@ -147,7 +157,11 @@ def _transformers(target: str | Path, options: Options) -> Loaded:
 
 def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntry) -> Loaded:
     config = hf.text_config(model.config)
-    prefix_ids, suffix_ids = getattr(tokenizer, "prefix_ids", ()), getattr(tokenizer, "suffix_ids", ())
+    meta = trained_on(model.config, getattr(tokenizer, "bos_id", None))
+    if isinstance(tokenizer, NoTokenizer):
+        tokenizer = tokenizer_of(meta) if meta.get("tokenizer") in ("byte", "chars") else tokenizer
+    suffix_ids = getattr(tokenizer, "suffix_ids", ())
+    prefix_ids = getattr(tokenizer, "prefix_ids", (meta["bos_id"],) if meta.get("bos") and "bos_id" in meta else ())
     shown = [
         "model_type",
         "num_hidden_layers",
@@ -159,7 +173,7 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntr
     architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
     return Loaded(
         hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, {}, default_text.NAME, prefix_ids, suffix_ids, hf.longest(config), config.vocab_size),
+        Reader(tokenizer, meta, default_text.NAME, prefix_ids, suffix_ids, hf.longest(model), config.vocab_size),
         about,
         {**architecture, "parameters": disk_weights.parameter_count(model)},
         Path("data"),

@@ -21,7 +21,7 @@ from .measure import prompt
 from .measure.findings import Comparison
 from .measure.observe import ORDINARY_SEQUENCES, Ordinary
 from .models import checkpoint, hf
-from .models.lab import Lab
+from .models.lab import Lab, open_lab
 from .options import Options, add_flags, from_flags, option
 from .show import report
 from .show.text import grid
@@ -244,8 +244,13 @@ def export(argv: Sequence[str], description: str) -> None:
     flags.add_argument("checkpoint", help="ckpt.pt of train.py or nanoGPT")
     flags.add_argument("folder", help="where the Hugging Face folder goes; must not exist")
     flags.add_argument("--bpe", metavar="FILE", help="local file of GPT-2's BPE ranks")
+    flags.add_argument("--model", metavar="FILE", help="the model.py that made it (default: the clone's)")
     args = flags.parse_args(argv)
     if Path(args.folder).exists():
         raise UserError(f"{args.folder} exists already; name a new folder")
-    done = export(checkpoint.load(args.checkpoint), args.folder, args.bpe)
+    content = checkpoint.load(args.checkpoint)
+    lab = open_lab(args.model, args.checkpoint) if args.model or content.maker == "spikesink" else None
+    if lab:
+        content.check_contract(lab.contract, args.checkpoint)
+    done = export(content, args.folder, args.bpe, lab.build if lab else None)
     print(f"{args.folder}: {done}; open it with transformers' from_pretrained, or detect it")

@@ -44,7 +44,8 @@ def extra(name: str) -> Iterator[None]:
 def no_device(name: object, error: BaseException) -> UserError:
     """The UserError for a device that torch would not use."""
     said = str(error).splitlines()[0]
-    reason = "torch knows no such kind" if said.startswith("Expected one of") else said
+    known = {"Expected one of": "torch knows no such kind", "Could not run": "this PyTorch was built without it"}
+    reason = next((words for start, words in known.items() if said.startswith(start)), said)
     return UserError(f"device {name} is not at hand: {reason}; cpu always is")
 
 
@@ -81,8 +82,11 @@ class Flags(argparse.ArgumentParser):
 
 def cli(main: Callable[[], None]) -> None:
     """Runs a script's `main()`; a UserError becomes one line on stderr and its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a log file shows each line as it comes; an ASCII terminal, what it can
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = exit_code(main)

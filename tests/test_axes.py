@@ -368,11 +368,3 @@ def test_exported_byte_tokenizer_is_bytes():
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer.bos_token_id == 256
-
-
-def test_merges_of_gpt2_tokenizer_follow_from_ranks():
-    from spikesink.models.export import halves
-
-    ranks = {bytes([b]): b for b in range(256)} | {b"th": 256, b"he": 257, b"the": 258, b"in": 259, b"thein": 260}
-    assert halves(b"the", ranks) == [b"th", b"e"]
-    assert halves(b"thein", ranks) == [b"the", b"in"]

@@ -8,18 +8,22 @@ import threading
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import spikesink
+from data.loader import Tokens
 from spikesink import files
 from spikesink.errors import UserError
-from spikesink.models import checkpoint
+from spikesink.models import checkpoint, convert
 from spikesink.models.checkpoint import Checkpoint
+from spikesink.text.token_files import meta_of
 from trainer import checkpoints
 
-from .conftest import same
+from .conftest import same, tiny
 
 CONTENT = Checkpoint(
     model_args={},
@@ -134,11 +138,37 @@ def test_a_checkpoint_of_another_contract_is_refused_with_both_named(trained, tm
     assert cli("detect.py", path, "--seq_len=16", "--nulls=0")[0] == 0
 
 
+def test_a_number_of_numpy_is_named_with_what_to_do(tmp_path):
+    torch.save({"model": {}, "model_args": {}, "best_val_loss": np.float64(3.0)}, tmp_path / "n.pt")
+    with pytest.raises(UserError, match=r"the first is numpy\._?core\.multiarray\.scalar; save it again with float"):
+        checkpoint.load(tmp_path / "n.pt")
+
+
 def test_nanogpts_own_file(tmp_path):
     torch.save({"model_args": {}, "model": {"_orig_mod.w": torch.ones(2)}, "iter_num": 7, "best": 1}, tmp_path / "n.pt")
     found = checkpoint.load(tmp_path / "n.pt")
     assert (found.maker, found.step, found.contract, found.optimizer) == ("nanoGPT", 7, None, None)
     assert list(found.model) == ["w"] and found.extra == {"iter_num": 7}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_nanogpts_characters_are_those_of_its_folder(tmp_path, prefix):
+    """Its meta.pkl has the letters; GPT-2's were shown, 50,304 embeddings trained, and a prefix refused."""
+    chars = "\n abcdefgh"
+    args = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": len(chars), "bias": False}
+    weights = {convert.rename(k, convert.GPT2_NAMES): v for k, v in tiny(**args).state_dict().items()}
+    torch.save({"model": {prefix + k: v for k, v in weights.items()}, "model_args": args}, tmp_path / "ckpt.pt")
+    ids = np.random.default_rng(0).integers(0, len(chars), 5000).astype("<u2")
+    for split in ("train", "val"):
+        ids.tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(UserError, match="up to 9, which are not GPT-2's: put nanoGPT's meta"):
+        Tokens(tmp_path, "train", 16)
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with spikesink.open(tmp_path / "ckpt.pt", data=str(tmp_path), n_seq=4, seq_len=16) as look:
+        assert [look.subjects[0].decode(int(i)) for i in look.ids[0]] == [chars[i] for i in ids[:16]]
+        assert look.loss() < 10
+    assert Tokens(tmp_path, "train", 16).meta["vocab_size"] == len(chars)
 
 
 # ------------------------------------------------------------------------------------------------- those of a run
@@ -263,6 +293,28 @@ def test_nothing_in_a_hostile_file_is_executed(tmp_path, kind, packing):
     assert not marker.exists() and not marker.with_suffix(".npy").exists()
     pickle.loads(data)  # the file is truly hostile
     assert marker.exists() or marker.with_suffix(".npy").exists()
+
+
+def odd_meta():
+    """Pickles that are no list of characters."""
+    whole = pickle.dumps({"vocab_size": 1, "itos": {0: "a"}})
+    return {
+        "numpy scalar": pickle.dumps({"vocab_size": np.int64(2), "itos": {0: "a", 1: "b"}}),
+        "truncated": whole[:-3],
+        "words": pickle.dumps({"vocab_size": 1, "itos": {0: "word"}}),
+        "holes": pickle.dumps({"vocab_size": 2, "itos": {0: "a", 5: "b"}}),
+        "a list": pickle.dumps([1]),
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("kind", [*hostile("x"), *odd_meta()])
+def test_a_meta_pkl_of_anything_else_is_one_line_and_never_executed(tmp_path, kind):
+    marker = tmp_path / "executed"
+    (tmp_path / "meta.pkl").write_bytes((hostile(marker) | odd_meta())[kind])
+    with pytest.raises(UserError, match=r"meta\.pkl is not what nanoGPT.*put a meta\.json beside it"):
+        meta_of(tmp_path)
+    assert not marker.exists() and not marker.with_suffix(".npy").exists()
 
 
 def content_or_refusal(path):

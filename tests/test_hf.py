@@ -1,6 +1,8 @@
 """Transformers models through the seam, against eager attention with its explicit maps."""
 
+import base64
 import copy
+import dataclasses
 import json
 import math
 
@@ -11,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import spikesink
+from model import GPT
 from spikesink import schema
 from spikesink.edit import interventions
 from spikesink.edit.clean_pass import CleanPass
@@ -18,7 +21,8 @@ from spikesink.errors import UserError
 from spikesink.hooks import hooked, on_streams
 from spikesink.measure.observe import observe
 from spikesink.measure.summarise import summarise
-from spikesink.models import disk_weights, hf
+from spikesink.models import checkpoint, disk_weights, hf
+from spikesink.models.export import export
 
 from .conftest import same, tiny
 
@@ -532,6 +536,18 @@ def test_free_memory_is_what_the_process_may_still_take():
     assert disk_weights.free_bytes(1) < 2**30
 
 
+@pytest.mark.parametrize("family", ["Roberta", "MPNet", "IBert", "Longformer", "Bert", "Electra"])
+def test_the_longest_sequence_is_the_longest_that_it_takes(family):
+    """RoBERTa's family takes 2 tokens fewer than its config says; of 514, 512 were once too many by 2."""
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, "pad_token_id": 1, "max_position_embeddings": 30})
+    model = hf.model_class(config).from_config(config).eval()
+    longest = hf.longest(model)
+    assert longest == (30 if family in ("Bert", "Electra") else 28)
+    model(torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 7))
+
+
 def test_text_is_translated_by_the_models_own_tokenizer(cli, tmp_path):
     from spikesink.models.export import byte_tokenizer
 
@@ -544,6 +560,64 @@ def test_text_is_translated_by_the_models_own_tokenizer(cli, tmp_path):
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["spikes"]["tokens"][0]["text"] in "abcdefgh"
     assert found["data"]["seq_len"] == 64
+
+
+def exportable(model, **data):
+    meta = {"vocab_size": 257, "bos_id": 256, **data}
+    return checkpoint.Checkpoint(dataclasses.asdict(model.config), model.state_dict(), config={"bos": True}, data=meta)
+
+
+@pytest.mark.parametrize("arm", [{}, {"position": "rope", "norm": "rmsnorm", "ffn": "gated", "activation": "silu"}])
+@pytest.mark.parametrize("tokenizer", ["byte", "gpt2", "gpt2 without its ranks", "chars"])
+def test_an_exported_model_reads_the_same_sequences(tmp_path, arm, tokenizer):
+    """One that was trained with BOS was once read without it: 1.69% of spikes became 0.06%."""
+    ranks = tmp_path / "ranks"
+    ranks.write_text("".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)))
+    data = {"tokenizer": tokenizer.split()[0]}
+    data |= {"chars": "".join(map(chr, range(256)))} if tokenizer == "chars" else {}
+    data |= {"bpe": str(ranks)} if tokenizer == "gpt2" else {}
+    model = tiny(vocab_size=320, **arm)
+    checkpoint.save(tmp_path / "ckpt.pt", exportable(model, **data))
+    text = np.frombuffer(b"Two of them, and a <bos> that is none. " * 99, dtype=np.uint8).astype("<u2").copy()
+    text[100::200] = 256
+    (tmp_path / "data").mkdir()
+    text.tofile(tmp_path / "data" / "val.bin")
+    (tmp_path / "data" / "meta.json").write_text(
+        json.dumps({"dtype": "uint16", "vocab_size": 257, "bos_id": 256, **data})
+    )
+    done = export(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "hf", build=GPT.from_checkpoint)
+    assert ("puts BOS before" in done) == (tokenizer in ("byte", "gpt2"))
+    options = {"data": str(tmp_path / "data"), "n_seq": 9, "seq_len": 32}
+    with spikesink.open(tmp_path / "ckpt.pt", **options) as one, spikesink.open(tmp_path / "hf", **options) as two:
+        assert torch.equal(one.ids, two.ids) and set(two.ids[:, 0].tolist()) == {256} and two.data.bos
+        assert one.loss() == pytest.approx(two.loss(), rel=1e-5)
+        assert one.vocab_size == two.vocab_size == 257  # what null texts are drawn from
+
+
+@pytest.mark.parametrize("arm", [{}, {"position": "rope", "norm": "rmsnorm", "ffn": "gated", "activation": "silu"}])
+def test_export_refuses_a_fork_that_computes_something_else(tmp_path, arm):
+    """Whatever its weights and settings are called: a fork's value residual was once left out with exit code 0."""
+
+    class Fork(GPT):
+        def forward(self, idx, targets=None):
+            return super().forward(idx)[0] + 0.01 * self.transformer.wte.weight[0].sum(), None
+
+    model = tiny(vocab_size=320, **arm)
+
+    fork = Fork(model.config)
+    fork.load_state_dict(model.state_dict())
+    with pytest.raises(UserError, match="off by"):
+        export(exportable(model, tokenizer="byte"), tmp_path / "hf", build=lambda content: fork)
+    more = {**model.state_dict(), "transformer.h.0.attn.f.lam": torch.ones(1)}
+    if not arm:
+        with pytest.raises(UserError, match=r"cannot export.*attn\.f\.lam"):
+            content = dataclasses.replace(exportable(model, tokenizer="byte"), model=more)
+            export(content, tmp_path / "hf", build=lambda content: model)
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 320, "bias": False, "vres": True}
+    theirs = checkpoint.Checkpoint(args, tiny(vocab_size=320).state_dict(), maker="nanoGPT")
+    with pytest.raises(UserError, match="nanoGPT's model has no vres=True"):
+        export(theirs, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("key", hf.REFUSED_KEYS)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import model as model_module
@@ -301,7 +302,7 @@ def test_compiled_training_on_a_cpu_is_eager_training(arm):
 
 def test_layers_of_a_kind_share_one_compilation():
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     model = tiny(n_layer=6, residual_scale="inv_sqrt_2L", qk_norm="head").train()
     model.compile_sublayers(backend=counter)
     for _ in range(2):

@@ -595,9 +595,43 @@ def test_a_tracker_gets_the_numbers_of_every_row(train, tmp_path, tracked):
     calls = tracked[1]
     train(tmp_path / "arm", "--tracker=trackio", "--monitor=4")
     (_, how), *logged, last = calls
-    assert (how["name"], how["config"]["n_layer"]) == ("arm", 1) and last == ("finish",)
+    assert (how["name"][:4], how["config"]["n_layer"]) == ("arm-", 1) and last == ("finish",)
     assert [(row, step) for _, row, step in logged] == [(numbers(row), row["step"]) for row in rows(tmp_path / "arm")]
     assert "spike/ratio/attn 0" in logged[3][1] and "step" not in logged[3][1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_resumed_run_is_one_run_in_a_tracker_with_each_step_once(train, tmp_path, monkeypatch, name):
+    """As they are: wandb makes a run of every init without an id, trackio knows runs by name and keeps every row."""
+    runs, now = {}, []
+    module = types.ModuleType(name)
+
+    def init(project, name, config, resume, **more):
+        key = more.get("id", f"random {len(runs)}") if module.__name__ == "wandb" else name
+        now[:] = [runs.setdefault(key, [])]
+
+    module.init, module.finish = init, lambda: None
+    module.log = lambda row, step: now[0].append(step)
+    monkeypatch.setitem(sys.modules, name, module)
+    given = [f"--tracker={name}", "--lr_decay_iters=8"]
+    for out in (tmp_path / "one" / "arm", tmp_path / "two" / "arm"):  # two runs whose folders are called the same
+        train(out, *given, "--max_iters=4")
+        with open(out / "log.jsonl", "a") as log:
+            log.write('{"step": 5}\n{"step": 6}\n')  # killed after step 6, saved at 4
+        now[0] += [5, 6]
+        train(out, *given, "--resume")
+    assert list(runs.values()) == [[1, 2, 3, 4, 5, 6, 7, 8]] * 2
+    train(tmp_path / "one" / "arm", *given, "--overwrite", "--max_iters=2")
+    assert list(runs.values())[2:] == [[1, 2]]
+
+    def fail(row, step):
+        raise OSError("no network")
+
+    module.log, logs = fail, module.log
+    train(tmp_path / "one" / "arm", *given, "--resume", "--max_iters=4")
+    module.log = logs
+    train(tmp_path / "one" / "arm", *given, "--resume")
+    assert list(runs.values())[2:] == [[1, 2, 5, 6, 7, 8]]
 
 
 @pytest.mark.parametrize("where", ["init", "log"])
@@ -612,10 +646,10 @@ def test_a_tracker_that_fails_is_one_warning(cli, toy_data, tmp_path, tracked, w
     assert code == 0 and err.count("no network; training goes on") == 1
 
 
-def test_a_tracker_that_is_not_installed(monkeypatch):
+def test_a_tracker_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        Tracker("wandb", "name", {})
+        Tracker("wandb", tmp_path, {})
 
 
 def test_the_example_of_a_hugging_face_model(tmp_path):

@@ -1,19 +1,23 @@
 """The loop: exact resume, the non-finite guard, ranks, and what it leaves behind."""
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.loader import Tokens
 from spikesink.models import checkpoint
-from train import cpp_compiler
+from train import PENALTIES, SCHEMAS, Run, TrainConfig, cpp_compiler, validation_loss
+from trainer import config
+from trainer.machine import Machine
 
-from .conftest import ROOT, SMALL_RUN, same
+from .conftest import ROOT, SMALL_RUN, same, tiny
 
 
 def rows(folder):
@@ -26,6 +30,35 @@ def train(cli, toy_data):
         return cli("train.py", *SMALL_RUN, f"--dataset={toy_data}", f"--out_dir={out}", *args)
 
     return call
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_says_so(train, cli, tmp_path):
+    train(tmp_path / "whole", "--max_iters=1")
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    for script in ("detect.py", "ablate.py"):
+        code, _, err = cli(script, tmp_path)
+        assert code == 2 and err == f"error: {tmp_path} is a run of train.py that has no checkpoint yet\n"
+    for flag, words in ((f"--init_from={tmp_path}", "has no checkpoint yet"), ("--resume", "again with --overwrite")):
+        code, _, err = train(tmp_path / "other" if "init" in flag else tmp_path, flag)
+        assert code == 2 and words in err and err.count("\n") == 1
+    code, _, err = train(tmp_path)
+    assert code == 2 and "--resume" not in err and "--overwrite starts again" in err
+    assert train(tmp_path, "--overwrite", "--max_iters=1")[0] == 0
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_one_line(train, tmp_path, device):
+    code, _, err = train(tmp_path / "o", f"--device={device}")
+    assert code == 2 and err.count("\n") == 1 and f"device {device} is not at hand" in err and len(err) < 200
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_ascii_terminal_shows_what_it_can():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", "from spikesink import errors; errors.cli(lambda: print('a\u23ce'))"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\\u23ce\n", b"")
 
 
 @pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--norm_place=post"]], ids=["plain", "dropout"])
@@ -74,6 +107,28 @@ def test_log_and_checkpoint_hold_what_they_should(train, tmp_path):
     assert saved.val_loss == log[-1]["val_loss"] and saved.tokens == log[-1]["tokens"]
     assert (saved.maker, saved.contract) == ("spikesink", "spikesink-model-1")
     assert json.loads((tmp_path / "o" / "config.json").read_text())["given"]["n_layer"] == 1
+
+
+def test_the_validation_loss_does_not_depend_on_the_batch_size(toy_data):
+    """Nor on how many ranks share the windows out; it is the mean over the windows, each counted once."""
+    data, model = Tokens(toy_data, "val", 16), tiny()
+
+    @torch.no_grad()
+    def mean(windows):
+        x, y = data.read(windows)
+        return torch.stack([model(a[None], b[None])[1] for a, b in zip(x, y, strict=True)]).mean().item()
+
+    def loss(batch_size, world, eval_iters=3):
+        cfg, each = TrainConfig(batch_size=batch_size, eval_iters=eval_iters), []
+        for rank in range(world):
+            machine = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext, rank=rank, world=world)
+            machine.sum = lambda total: total
+            each.append(validation_loss(model, data, cfg, machine))
+        return sum(each)
+
+    for batch_size, world in itertools.product((1, 7, 16, 100), (1, 3)):
+        assert loss(batch_size, world) == pytest.approx(mean(data.windows(0, 48)), rel=1e-5)
+    assert loss(16, 1, eval_iters=100) == pytest.approx(mean(range(data.n_windows)), rel=1e-5)  # none of them twice
 
 
 def test_a_run_is_not_overwritten_unasked(train, tmp_path):
@@ -209,12 +264,10 @@ def test_loss_range_counts_the_positions_it_says(train, tmp_path):
 
 @pytest.mark.parametrize("penalty", ["kurtosis", "magnitude"])
 def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, penalty):
-    from train import PENALTIES
-
     x = torch.randn(2, 5, 8)
-    power = x.square().mean((0, 1))
+    power = x.square().mean(1)
     expected = {
-        "kurtosis": (power**2).mean() / power.mean() ** 2,
+        "kurtosis": ((power**2).mean(1) / power.mean(1) ** 2).mean(),
         "magnitude": (x.abs().max(-1).values / x.square().mean(-1).sqrt()).mean(),
     }[penalty]
     torch.testing.assert_close(PENALTIES[penalty](x), expected)
@@ -232,6 +285,23 @@ def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, pe
     # with no weight it is the run without a penalty, bit by bit: the penalty only adds its own gradient
     train(tmp_path / "plain", "--max_iters=30")
     assert same(checkpoint.load(tmp_path / "plain").model, checkpoint.load(tmp_path / "0.0").model)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_path, penalty):
+    """The kurtosis of a batch is not the mean of its parts': over a whole batch it made 15% of a gradient."""
+    grads = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        options = dict(option.removeprefix("--").split("=") for option in SMALL_RUN)
+        options |= {"dataset": str(toy_data), "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        options |= {"penalty": penalty, "penalty_weight": 1.0}
+        fields = config.fields_of(SCHEMAS)
+        typed = {key: config.typed(key, value, fields[key].type, "test") for key, value in options.items()}
+        run = Run.open(typed, tmp_path / str(batch_size), Machine.find("cpu"))
+        run.gradients()
+        grads.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+        run.lock.release()
+    assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[0].abs().max()
 
 
 # ------------------------------------------------------------------------------------------------------ init_from

@@ -55,7 +55,9 @@ class Checkpoints:
             paths.insert(0, self.path)
         if not paths:
             when = f" before step {before}" if before else ""
-            raise UserError(f"there is no checkpoint in {self.folder}{when}: name the folder of a run, --out_dir=DIR")
+            begun = (self.folder / "log.jsonl").exists() and not before
+            todo = "its run starts again with --overwrite" if begun else "name the folder of a run, --out_dir=DIR"
+            raise UserError(f"there is no checkpoint in {self.folder}{when}: {todo}")
         reasons = []
         for path in paths:
             try:

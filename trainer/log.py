@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -215,29 +216,52 @@ TRACKERS: dict[str, str | None] = {"none": None, "wandb": "wandb", "trackio": "t
 class Tracker:
     """The numbers of rows in wandb or trackio, by step. Given up with one warning if it fails.
 
-    wandb, which takes no step twice, keeps what it has of the steps that a resumed run does again.
+    A run that is resumed goes on with its own there: OUT_DIR/tracker.json has its id. Neither can take back a step, so
+    of those that a resumed run does again, what they have stays.
     """
 
-    def __init__(self, name: str, run: str, arm: Row) -> None:
-        """`run`: what the run is called there; `arm`: its settings. Raises UserError if the package is not there."""
-        self.name = name
+    FILE = "tracker.json"  # {"name": wandb or trackio, "id": ..., "step": the last that arrived before it was given up}
+
+    def __init__(self, name: str, out_dir: Path, arm: Row, logged: int = 0) -> None:
+        """`arm`: the settings of the run; `logged`: the last step of its log so far. Raises UserError if the package is
+        not there."""
+        self.name, self.file, self.last = name, out_dir / self.FILE, 0
         self.module: Any = None
         try:
             module: Any = importlib.import_module(TRACKERS[name] or "")
         except ImportError:
             raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
-        if self._try(module.init, project="spikesink", name=run, config=dict(arm), resume="allow"):
+        told: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads(self.file.read_text())
+        if isinstance(told, dict) and told.get("name") == name and isinstance(told.get("id"), str):
+            self.id, self.last = told["id"], min(logged, told.get("step", logged))
+        else:
+            self.id = uuid.uuid4().hex[:8]
+        # trackio knows runs by their names alone
+        names = {"id": self.id, "name": out_dir.name} if name == "wandb" else {"name": f"{out_dir.name}-{self.id}"}
+        if self._try(module.init, project="spikesink", **names, config=dict(arm), resume="allow"):
             self.module = module
+            self._note({})
 
     def write(self, row: Row) -> None:
-        """Appends the numbers of a dict that has a `step`."""
-        if self.module:
-            self._try(self.module.log, numbers(row), step=row["step"])
+        """Appends the numbers of a dict that has a `step`, unless that step is there."""
+        if self.module and row["step"] > self.last:
+            if self._try(self.module.log, numbers(row), step=row["step"]):
+                self.last = row["step"]
+            else:
+                self._note({"step": self.last})
 
     def close(self) -> None:
         """Ends the run there."""
         if self.module:
             self._try(self.module.finish)
+
+    def _note(self, more: Row) -> None:
+        with contextlib.suppress(OSError):  # a full disk: a resumed run is then another one there
+            files.write_atomic(
+                self.file, lambda file: file.write(json.dumps({"name": self.name, "id": self.id, **more}).encode())
+            )
 
     def _try(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
         """True if the call did not fail."""

@@ -23,7 +23,7 @@ KEPT = ("UID", "field", "linguistics_term", "sentence_good", "sentence_bad")
 
 def pairs(name: str, content: bytes) -> Iterator[dict[str, str]]:
     """The pairs of one file, as dicts of KEPT. Raises UserError naming the line that is none."""
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             pair = json.loads(line)
             kept = {key: pair[key] for key in KEPT}

@@ -4,19 +4,19 @@
 
 Needs about 17 GiB of disk for the result and streams the 24 GiB download shard by shard: nothing but the tokens is
 kept, and memory stays under 1 GiB. Interrupted, the same command goes on after the last whole shard. Every 2000th
-document is validation, nanoGPT's share. --parquet reads local shards (a "text" column) instead of the hub.
+document is validation, nanoGPT's share. --parquet reads local shards instead of the hub, and --column another
+column of them than "text"; documents without text are left out.
 """
 
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.archive import hub
-from data.writer import DatasetWriter, progress
+from data.archive import hub, parquet_files, parquet_texts
+from data.writer import DatasetWriter, identities, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.text.tokenizers import GPT2Tokenizer
 
@@ -25,46 +25,42 @@ ROWS = 8_013_769
 VAL_EVERY = 2000
 
 
-def shards(parquet: str | None = None) -> list[str]:
-    """The dataset's parquet files, in order: paths under `parquet`, or addresses on the hub."""
+def shards(parquet: str | None = None, column: str = "text") -> list[str]:
+    """The dataset's parquet files, in order: paths under `parquet`, or addresses on the hub. Raises UserError."""
     if parquet:
-        files = sorted(str(path) for path in Path(parquet).glob("**/*.parquet"))
-        if not files:
-            raise UserError(f"there is no .parquet file under {parquet}")
-        return files
+        return parquet_files(parquet, column=column)
     from datasets import load_dataset_builder
 
     with hub(NAME):
         return sorted(load_dataset_builder(NAME, CONFIG, revision=REVISION).config.data_files["train"])
 
 
-def texts(shard: str) -> Iterator[str]:
-    """The documents of one shard, streamed."""
-    from datasets import load_dataset
-
-    return (row["text"] for row in load_dataset("parquet", data_files=[shard], split="train", streaming=True))
-
-
-def prepare(folder: Path, tokenizer: GPT2Tokenizer, max_docs: int | None = None, parquet: str | None = None) -> None:
+def prepare(
+    folder: Path,
+    tokenizer: GPT2Tokenizer,
+    max_docs: int | None = None,
+    parquet: str | None = None,
+    column: str = "text",
+) -> None:
     """Writes {train,val}.bin and meta.json to `folder`.
 
     Raises UserError if the hub's dataset does not have the number of documents it should.
     """
-    files = shards(parquet)
-    settings = {"source": str(parquet or REVISION), "max_docs": max_docs}
+    files = shards(parquet, column)
+    shards_now = identities(files) if parquet else files
+    settings = {"source": str(parquet or REVISION), "max_docs": max_docs, "shards": shards_now, "column": column}
     with DatasetWriter(folder, tokenizer, VAL_EVERY, settings) as writer:
         for done, shard in enumerate(progress(files, desc="shards")):
             if done < writer.source:
                 continue
             left = None if max_docs is None else max_docs - writer.documents
-            writer.add(itertools.islice(texts(shard), left))
+            writer.add(itertools.islice(parquet_texts([shard], column), left))
             writer.mark(done + 1)
             if max_docs is not None and writer.documents >= max_docs:
                 break
-        if parquet is None and max_docs is None and writer.documents != ROWS:
-            raise UserError(
-                f"{NAME} gave {writer.documents:,} documents, not {ROWS:,}: not the dataset that was asked for"
-            )
+        given = writer.documents + writer.empty
+        if parquet is None and max_docs is None and given != ROWS:
+            raise UserError(f"{NAME} gave {given:,} documents, not {ROWS:,}: not the dataset that was asked for")
         writer.finish(source=NAME if parquet is None else "local parquet", revision=settings["source"])
 
 
@@ -72,11 +68,12 @@ def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--max_docs", type=int, help="stop after this many documents")
     flags.add_argument("--parquet", help="folder of local parquet shards")
+    flags.add_argument("--column", default="text", help="of the local shards, which holds the text")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
     args = flags.parse_args()
     if args.max_docs is not None and args.max_docs < 2:
         raise UserError(f"--max_docs={args.max_docs} must be at least 2")
-    prepare(FOLDER, GPT2Tokenizer(args.bpe), args.max_docs, args.parquet)
+    prepare(FOLDER, GPT2Tokenizer(args.bpe), args.max_docs, args.parquet, args.column)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Any local text: .txt, .jsonl (its "text" field), each also as .xz or .gz; a line <|endoftext|> ends a document.
+"""Any local text: .txt, .jsonl ("text", or --column), each also as .xz or .gz; a line <|endoftext|> ends a document.
 
   python data/text/prepare.py --name=wiki --tokenizer=gpt2 --bpe=gpt2.tiktoken articles-*.txt.xz
   python train.py prenorm --dataset=wiki
 
-A document of more than 65,536 characters is cut at line ends, so one plain file will do. Streams document by document.
+A document of more than 65,536 characters is cut at line ends, so one plain file will do. Documents without text are
+left out, and said. Streams document by document.
 Interrupted, the same command goes on after the last whole file.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.writer import DatasetWriter, progress
+from data.writer import DatasetWriter, identities, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, ByteTokenizer, GPT2Tokenizer, split_documents
 
@@ -28,27 +29,38 @@ PIECE = 2**16  # characters
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
-def text_of(line: str) -> str:
-    """The "text" of a line of .jsonl. Raises TypeError if it is none."""
-    text = json.loads(line)["text"]
-    if not isinstance(text, str):
-        raise TypeError(f"text is {text!r}")
-    return text
+def of_jsonl(lines: Iterable[str], column: str) -> Iterator[str]:
+    """The texts of lines of JSON; '' where one is null. Raises UserError with the number of a line that has none."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[column]
+            if not isinstance(text, str | None):
+                raise TypeError(f"{column} is {text!r}"[:80])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            why = f"has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f'line {number} is no JSON object with its text in "{column}" ({why}): --column=NAME'
+            ) from None
+        yield text or ""
 
 
-def documents(path: str | Path) -> Iterator[str]:
-    """The documents of one file. Raises UserError naming the file where it cannot be read."""
+def documents(path: str | Path, column: str = "text") -> Iterator[str]:
+    """The documents of one file. Raises UserError naming the file, and the line of it, where it cannot be read."""
     path = Path(path)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
         raise UserError(f"{path}: know .txt and .jsonl, also as .xz or .gz, not {path.name!r}")
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            yield from map(text_of, lines) if kind == ".jsonl" else split_documents(lines)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
+            yield from of_jsonl(lines, column) if kind == ".jsonl" else split_documents(lines)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not in UTF-8 ({error.reason})") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: every line must be a JSON object with a "text" ({error})') from None
 
 
 def new_folder(name: str, overwrite: bool) -> Path:
@@ -56,7 +68,7 @@ def new_folder(name: str, overwrite: bool) -> Path:
     folder = DATA / name
     if not re.fullmatch(r"[\w-]+", name) or ((folder / "prepare.py").exists() and name != "text"):
         raise UserError(f"--name={name} is taken or is no plain name; choose another")
-    if (folder / "meta.json").exists() and not overwrite:
+    if all((folder / file).exists() for file in ("meta.json", "train.bin", "val.bin")) and not overwrite:
         raise UserError(f"{folder.name} is prepared already: --overwrite replaces it, --name=OTHER goes elsewhere")
     return folder
 
@@ -79,22 +91,21 @@ def pieces(documents: Iterable[str]) -> Iterator[str]:
 
 
 def prepare(
-    files: Iterable[str | Path], folder: Path, tokenizer: ByteTokenizer | GPT2Tokenizer, val_every: int
+    files: Iterable[str | Path],
+    folder: Path,
+    tokenizer: ByteTokenizer | GPT2Tokenizer,
+    val_every: int,
+    column: str = "text",
 ) -> None:
     """Writes {train,val}.bin and meta.json to `folder`; every `val_every`-th document is validation."""
     paths = [Path(file) for file in files]
     for file in paths:
         if not file.is_file():
             raise UserError(f"there is no file {file}")
-    settings = {
-        "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in paths],
-        "tokenizer": [tokenizer.name, tokenizer.vocab_size],
-        "val_every": val_every,
-    }
-    with DatasetWriter(folder, tokenizer, val_every, settings) as writer:
+    with DatasetWriter(folder, tokenizer, val_every, {"files": identities(paths), "column": column}) as writer:
         for done, file in enumerate(paths):
             if done >= writer.source:
-                writer.add(progress(pieces(documents(file)), desc=file.name, unit=" documents"))
+                writer.add(progress(pieces(documents(file, column)), desc=file.name, unit=" documents"))
                 writer.mark(done + 1)
         writer.finish(files=[file.name for file in paths])
 
@@ -104,6 +115,7 @@ def main() -> None:
     flags.add_argument("files", nargs="+", help="text files")
     flags.add_argument("--name", default="text", help="of the dataset: data/NAME")
     flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
+    flags.add_argument("--column", default="text", help="of the JSON objects of .jsonl, which holds the text")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
     flags.add_argument(
         "--vocab", type=int, default=GPT2_SIZE, metavar="N", help="of GPT-2's BPE, only the first N ids (the last: end)"
@@ -116,7 +128,7 @@ def main() -> None:
     if args.tokenizer != "gpt2" and args.vocab != GPT2_SIZE:
         raise UserError(f"--vocab is GPT-2's, not --tokenizer={args.tokenizer}'s")
     folder = new_folder(args.name, args.overwrite)
-    prepare(args.files, folder, TOKENIZERS[args.tokenizer](args.bpe, args.vocab), args.val_every)
+    prepare(args.files, folder, TOKENIZERS[args.tokenizer](args.bpe, args.vocab), args.val_every, args.column)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.archive import hub
+from data.archive import hub, parquet_files, parquet_texts
 from data.writer import DatasetWriter, progress
-from spikesink.errors import Flags, UserError, cli
+from spikesink.errors import Flags, cli
 from spikesink.text.tokenizers import GPT2Tokenizer
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
@@ -25,16 +25,12 @@ HEADING = re.compile(r" = [^=].* = \n")
 
 def rows(split: str, parquet: str | None = None) -> Iterator[str]:
     """The lines of one split, streamed."""
+    if parquet:
+        return parquet_texts(parquet_files(parquet, f"{split}-*.parquet"))
     from datasets import load_dataset
 
-    if parquet:
-        files = sorted(str(path) for path in Path(parquet).glob(f"**/{split}-*.parquet"))
-        if not files:
-            raise UserError(f"there is no {split}-*.parquet under {parquet}")
-        lines = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    else:
-        with hub(NAME):
-            lines = load_dataset(NAME, CONFIG, split=split, streaming=True)
+    with hub(NAME):
+        lines = load_dataset(NAME, CONFIG, split=split, streaming=True)
     return (row["text"] for row in lines)
 
 

@@ -4,6 +4,7 @@ The content hash lies inside the file, so that one rename is the whole commit: t
 """
 
 import dataclasses
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,22 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     write_atomic(path, lambda file: torch.save(whole, file))
 
 
+META_KINDS: dict[str, type | tuple[type, ...]] = {
+    "tokenizer": (str, type(None)),
+    "bpe": (str, type(None)),
+    "chars": str,
+    "vocab_size": int,
+    "bos_id": int,
+}
+
+
+def is_meta(data: object) -> bool:
+    """True for a dict that can be a meta.json, or is empty."""
+    if not isinstance(data, dict) or (data and "vocab_size" not in data):
+        return False
+    return all(isinstance(data[key], kind) for key, kind in META_KINDS.items() if key in data)
+
+
 def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
     """The Checkpoint of a file's dict, if every entry is what its readers take it for. Raises UserError."""
     known = {key: content[key] for key in KINDS if content.get(key) is not None}
@@ -98,15 +115,7 @@ def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{path} is no checkpoint: its weight {name!r} is not a plain tensor")
     dataset, data = known.get("config", {}).get("dataset", ""), known.get("data", {})
-    meta: dict[str, type | tuple[type, ...]] = {
-        "tokenizer": (str, type(None)),
-        "bpe": (str, type(None)),
-        "chars": str,
-        "vocab_size": int,
-        "bos_id": int,
-    }
-    wrong = [key for key, kind in meta.items() if key in data and not isinstance(data[key], kind)]
-    if wrong or not isinstance(dataset, str) or (data and "vocab_size" not in data):
+    if not isinstance(dataset, str) or not is_meta(data):
         raise UserError(f"{path} is no checkpoint: its description of the data does not make sense")
     return Checkpoint(**known, extra={key: value for key, value in content.items() if key not in KINDS})
 
@@ -133,9 +142,13 @@ def load(path: str | Path) -> Checkpoint:
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        todo = "restore it from a copy or train again"
         if "weights_only" in str(error) or "Unsupported" in str(error):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = "it holds more than tensors and plain Python, and nothing in it was executed"
-        raise UserError(f"cannot read checkpoint {path}: {reason}; restore it from a copy or train again") from None
+            todo = f"the first is {named[1]}" if named else todo
+            todo += "; save it again with float(number) for NumPy's" if named and "numpy" in named[1] else ""
+        raise UserError(f"cannot read checkpoint {path}: {reason}; {todo}") from None
     if isinstance(whole, dict) and whole.get("format") == FORMAT and isinstance(whole.get("content"), dict):
         if content_hash(whole["content"]) != whole.get("sha256"):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")

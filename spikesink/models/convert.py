@@ -25,6 +25,7 @@ GPT2_NAMES = {
     ".attn.f.c_": ".attn.c_",
     ".mlp.f.c_": ".mlp.c_",
 }
+WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # transformers holds the transpose of nn.Linear's weight
 
 # our module in block i -> Llama's in layer i, stacked along the outputs
@@ -72,10 +73,11 @@ def activation_of(name: str) -> str:
 
 
 def from_nanogpt(state: State) -> dict[str, Tensor]:
-    """A state dict of nanoGPT by our names; one of ours as it is."""
+    """A state dict of nanoGPT by our names; one of ours as it is. What DDP, torch.compile and other trainers put before
+    the names is left out."""
     ours = {theirs: ours for ours, theirs in GPT2_NAMES.items()} | {"_orig_mod.": ""}
     masks = (".attn.bias", ".attn.masked_bias")  # causal-mask buffers
-    return {rename(k, ours): v for k, v in state.items() if not k.endswith(masks)}
+    return {rename(WRAPPERS.sub("", k), ours): v for k, v in state.items() if not k.endswith(masks)}
 
 
 def from_gpt2(config: Any, state: State) -> Weights:
@@ -184,6 +186,15 @@ DEFAULTS: dict[str, Any] = {
     "bias": False,
     "dropout": 0.0,
 }
+
+
+def check_nanogpt(args: Args) -> None:
+    """Raises ValueError for settings of a nanoGPT checkpoint that nanoGPT does not have: its fork computes something
+    else, and its code is not at hand to compare with."""
+    known = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    other = [f"{key}={value}" for key, value in args.items() if key not in known and value]
+    if other:
+        raise ValueError(f"nanoGPT's model has no {', '.join(other)}")
 
 
 def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:

@@ -1,100 +1,138 @@
 """A checkpoint as a Hugging Face folder: config.json, model.safetensors and, where it has one, the tokenizer.
 
-For the arms that GPT-2 or Llama compute; others are refused with the reason. Logits are the same.
+For the arms that GPT-2 or Llama compute; others are refused with the reason. The logits are compared with those of
+the model.py that made the checkpoint, before the folder is put in place. Where training windows began with BOS, the
+tokenizer puts it there; what is known of the data goes into config.json, for `detect` to read the same sequences.
 """
 
-import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..errors import UserError, extra
+from ..text.token_files import Meta
+from ..text.tokenizers import END, GPT2Tokenizer
 from . import convert, hf
-from .checkpoint import Checkpoint
+from .checkpoint import META_KINDS, Checkpoint, is_meta
+from .lab import open_lab
+
+DATA = "spikesink_data"  # in config.json: what the checkpoint says of its data, and "bos"
+
+
+def trained_on(config: Any, bos_id: int | None) -> Meta:
+    """What the config of a folder that `export` wrote says of its data; empty where it says nothing that goes with a
+    tokenizer of this BOS (None: without one)."""
+    meta: Any = getattr(config, DATA, None)
+    return dict(meta) if is_meta(meta) and (bos_id is None or meta.get("bos_id") == bos_id) else {}
+
+
+def starts_with_bos(tokenizer: Any) -> Any:
+    """The transformers tokenizer, putting its BOS before every text."""
+    from tokenizers import processors
+
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+    )
+    return tokenizer
 
 
 def byte_tokenizer() -> Any:
     """A transformers tokenizer of 256 bytes and <bos>, id 256."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    vocabulary = {character: byte for byte, character in enumerate(bytes_to_characters())}
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<bos>": 256}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>")
 
 
-def bytes_to_characters() -> list[str]:
-    """The character that byte-level BPE shows for each of the 256 bytes (Radford et al. 2019)."""
-    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
-    hidden = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(hidden)) for b in range(256)]
-
-
-def gpt2_tokenizer(bpe: str | Path, size: int, folder: Path) -> Any:
+def gpt2_tokenizer(bpe: str | Path, size: int) -> Any:
     """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
-    with extra("bpe"):
-        from tiktoken.load import load_tiktoken_bpe
-    from transformers import GPT2Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    ranks = {token: rank for token, rank in load_tiktoken_bpe(str(bpe)).items() if rank < size - 1}
-    show = bytes_to_characters()
-    text = lambda token: "".join(show[b] for b in token)
-    vocabulary = {**{text(token): rank for token, rank in ranks.items()}, "<|endoftext|>": len(ranks)}
-    merges = [
-        " ".join(map(text, halves(token, ranks)))
-        for token in sorted(ranks, key=lambda token: ranks[token])
-        if len(token) > 1
-    ]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    return GPT2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    encoding = GPT2Tokenizer(bpe, size).encoding
+    converter: Any = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END])
+    converter.load_tiktoken_bpe = lambda file: encoding._mergeable_ranks
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END, eos_token=END)
 
 
-def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that BPE joined last to make `token`: it merges pairs of lower rank until two are left."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+def same_logits(content: Checkpoint, build: Callable[[Checkpoint], nn.Module], folder: Path) -> None:
+    """Raises UserError unless the model in a folder gives the logits of the one that `build` makes."""
+    try:
+        ours = build(content).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"cannot export: the model.py does not make this model: {hf.first_line(error)}") from None
+    args = content.model_args
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(args["vocab_size"], (2, min(args["block_size"], 256)), generator=generator)
+    with torch.no_grad():
+        wanted, got = ours(ids)[0], hf.open_model(folder).eval()(ids).logits
+    difference, size = (got - wanted).abs().max().item(), wanted.abs().max().item()
+    if not difference <= 1e-4 * size:
+        raise UserError(
+            f"cannot export: the {folder.name} folder would compute something else than the model.py (logits of up to "
+            f"{size:.3g} are off by {difference:.3g}): what was changed there, transformers does not have"
+        )
 
 
-def export(content: Checkpoint, folder: str | Path, bpe: str | Path | None = None) -> str:
+def export(
+    content: Checkpoint,
+    folder: str | Path,
+    bpe: str | Path | None = None,
+    build: Callable[[Checkpoint], nn.Module] | None = None,
+) -> str:
     """Writes the folder, whole or not at all. Returns what became of the tokenizer, in words.
 
-    Raises UserError for an arm that neither family computes, or a file of ranks that is not there.
+    `build`: a checkpoint -> the model that the folder must equal; None: by the model.py of the clone that this is
+    called in, and nanoGPT's by none. Raises UserError for what neither family computes, or a file of ranks that is not
+    there.
     """
     with extra("hf"):
         from transformers import GPT2LMHeadModel, LlamaForCausalLM
         from transformers.utils import logging
 
     logging.disable_progress_bar()
-    meta = content.meta
+    meta, bos = content.meta, bool(content.config.get("bos", False))
     bpe = bpe or meta.get("bpe")
     if bpe and not Path(bpe).is_file():
         raise UserError(f"there is no file of BPE ranks {bpe}")
+    if build is None and content.maker == "spikesink":
+        build = open_lab(None, folder).build
     try:
+        if content.maker == "nanoGPT":
+            convert.check_nanogpt(content.model_args)
         config, state = convert.to_hf(content.model_args, content.model)
-    except ValueError as error:
-        raise UserError(f"cannot export: {error}") from None
-    config.bos_token_id = config.eos_token_id = meta.get("bos_id")
-    kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
-    model = hf.with_weights(kind, config, state)
-    folder = Path(folder)
+        config.bos_token_id = config.eos_token_id = meta.get("bos_id")
+        told = {key: meta[key] for key in (*META_KINDS, "python", "split") if key in meta and key != "bpe"}
+        setattr(config, DATA, {**told, "bos": bos} if told else {})
+        kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
+        model = hf.with_weights(kind, config, state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot export: {' '.join(str(error).split())}") from None
+    folder, frame = Path(folder), starts_with_bos if bos else lambda tokenizer: tokenizer
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary) / folder.name
             model.save_pretrained(made)
+            if build:
+                same_logits(content, build, made)
             if meta.get("tokenizer") == "byte":
-                byte_tokenizer().save_pretrained(made)
+                frame(byte_tokenizer()).save_pretrained(made)
             elif meta.get("tokenizer") == "gpt2" and bpe:
-                gpt2_tokenizer(bpe, meta["vocab_size"], made).save_pretrained(made)
+                frame(gpt2_tokenizer(bpe, meta["vocab_size"])).save_pretrained(made)
             made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     if (folder / "tokenizer.json").exists():
-        return "with its tokenizer"
+        return "with its tokenizer" + (", which puts BOS before every text, as in training" if bos else "")
     return "no tokenizer" + (" (give --bpe for GPT-2's)" if meta.get("tokenizer") == "gpt2" else "")

@@ -240,6 +240,8 @@ def gpt_neo_attention(
 def check_folder(path: str | Path) -> None:
     """Refuses a folder whose files name code, an attention implementation, or weights elsewhere. Raises UserError."""
     path = Path(path)
+    if (path / "log.jsonl").is_file() and "given" in read_json(path / "config.json"):
+        raise UserError(f"{path} is a run of train.py that has no checkpoint yet")
     check_config(path / "config.json")
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -518,6 +520,7 @@ def of_nanogpt(model_args: Mapping[str, Any], weights: Mapping[str, torch.Tensor
     need_transformers()
     from transformers import GPT2LMHeadModel
 
+    convert.check_nanogpt(model_args)
     config, state = convert.to_gpt2(
         {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **model_args}, weights
     )
@@ -722,8 +725,18 @@ def weights_hash(path: str | Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def longest(config: Any) -> float:
-    """The longest sequence the model takes, or infinity."""
+def longest(model: Any) -> float:
+    """The longest sequence the model takes, or infinity.
+
+    Less than its config says where positions are counted from behind the padding's, as in RoBERTa's family: of 514 it
+    takes 512.
+    """
+    config = text_config(model.config)
     keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     known = [getattr(config, key, None) for key in keys]
-    return min((length for length in known if isinstance(length, int) and length > 0), default=math.inf)
+    tables = [
+        len(module.weight) - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if "position" in name.split(".")[-1] and isinstance(getattr(module, "padding_idx", None), int)
+    ]
+    return min((length for length in (*known, *tables) if isinstance(length, int) and length > 0), default=math.inf)

@@ -108,6 +108,7 @@ class Reader:
             else:
                 name = self.dataset if options.data is None else options.data
                 ids = self.of_dataset(name, seq_len, wanted)
+                name = default_text.titled(name, self.split(name, seq_len, False).meta, self.meta)
         check_length(ids.size(1), self.block_size)
         real = ids[ids != PADDING]
         if real.min() < 0 or real.max() >= self.vocab_size:

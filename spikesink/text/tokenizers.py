@@ -128,9 +128,9 @@ class NoTokenizer:
 
 
 class CharTokenizer(NoTokenizer):
-    """An alphabet listed in meta.json, as the synthetic data has."""
+    """An alphabet listed in meta.json or nanoGPT's meta.pkl, as the synthetic data has."""
 
-    def __init__(self, chars: str, bos_id: int) -> None:
+    def __init__(self, chars: str, bos_id: int | None = None) -> None:
         self.chars, self.bos_id = chars, bos_id
 
     def decode(self, token: int) -> str:
@@ -164,8 +164,8 @@ TOKENIZERS: dict[str, Callable[..., ByteTokenizer | GPT2Tokenizer]] = {
 
 def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
     """The tokenizer of a dataset's meta.json; NoTokenizer where it has none or it cannot be had here."""
-    if meta.get("tokenizer") == "chars" and {"chars", "bos_id"} <= meta.keys():
-        return CharTokenizer(meta["chars"], meta["bos_id"])
+    if meta.get("tokenizer") == "chars" and "chars" in meta:
+        return CharTokenizer(meta["chars"], meta.get("bos_id"))
     if meta.get("tokenizer") not in TOKENIZERS:
         return NoTokenizer()
     ids = min(meta.get("vocab_size", GPT2_SIZE), GPT2_SIZE)  # beyond it: padding
