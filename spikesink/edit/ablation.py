@@ -23,7 +23,7 @@ NOTE = (
     "T/4 queries see, head by head. edited: entries, tokens, keys, heads or sub-layers, over all sequences. Means, "
     "directions and the step-up come from other text. spikes left, sinks left: how many of the very same are still "
     "there, in the sequences that had what was edited; of a spike token, any spike at any tap, of any size. dose: of "
-    "a control, how far it moves states from the clean ones (squared), or how much attention its keys get, as a part of "
+    "a control, how far it moves states from the clean ones (squared), or how much attention its keys get, as part of "
     "its intervention's. Intervals: 95%, paired bootstrap over sequences. " + quantise.NOTE
 )
 # sizes at which an interval is some +- 3% wide, and all of it takes a minute for the quickstart's model
