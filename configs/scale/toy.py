@@ -16,6 +16,6 @@ lr_schedule = "constant"
 warmup_iters = 100
 weight_decay = 0.0
 eval_interval = 150
-eval_iters = 20
+eval_iters = 10
 log_interval = 10
 save_interval = 500
