@@ -114,7 +114,7 @@ def test_a_command_is_timed_beside_plain_passes_of_its_sequences(monkeypatch, tm
         init = 2 * 4  # what is usual, and what is observed, in the model with new weights, whose passes are plain again
         assert sum(n for n, _ in shapes) == 2 * said["sequences"] - init and {T for _, T in shapes} == {32}
         assert 0 < said["plain"] < said["seconds"] and 0 < said["plain_cpu"] < said["seconds_cpu"]
-    assert said["conditions"] >= 6 and said["passes"] > 0  # int8's six; a random model has little to edit
+    assert said["conditions"] >= 6 and said["passes"] > 0  # those of few bits; a random model has little to edit
 
 
 def test_power_on_a_few_sizes(cli, tmp_path):

@@ -62,7 +62,7 @@ def _causes(found: Ablation) -> Canvas:
         axes.axvline(bound, color=GREY, lw=0.8, ls=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlim(left=max(-1.05, axes.get_xlim()[0]))  # sinks may grow many times
-    axes.set_xlabel("lost downstream (dotted: the rule's bounds)")
+    axes.set_xlabel("share lost (dotted: bounds)")
     return figure
 
 
