@@ -185,7 +185,7 @@ def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
         if asked == "sinks"
         else (judged.spikes, [tap.entry for tap in clean.at], [x[..., SPIKE].abs() for x in other.streams])
     )
-    shares = [(y / x)[of] for of, x, y in zip(on, before, after, strict=True) if of is not None]
+    shares = [(y / x)[of] for of, x, y in zip(on, before, after, strict=True)]
     lost = 1 - float(torch.cat(shares).clamp_max(causes.MOST).mean())
     return "yes" if lost >= causes.NEEDED else "no" if lost < causes.MARGIN else "partly"
 

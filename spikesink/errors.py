@@ -32,6 +32,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """A line on stderr, once."""
+    print(text, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
     """Within, a package that is not there is a UserError that names the extra which installs it."""

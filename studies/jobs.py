@@ -64,9 +64,7 @@ class Study:
     probes: bool = False  # BLiMP and linear probes under the ablations, where they are prepared
     int8: bool = False  # what int8 costs, at every point
     clip: float = 10.0  # medians: what an arm's stream_clip="medians" is, by the checkpoint that it starts from
-    contrasts: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # planned: (arm, measure) against the baseline; alone are tested
+    contrasts: list[tuple[str, str]] = field(default_factory=list)  # planned, (arm, measure): these alone are tested
     # arm -> (perplexity, Sink_1 in %, largest |h|) of Sun et al. 2026
     published: dict[str, list[float | int | None]] = field(default_factory=dict)
 

@@ -145,9 +145,9 @@ def test_where_a_spike_begins_is_what_counts():
     on = torch.tensor([[True, False]])
     tap = lambda marked, held: types.SimpleNamespace(marked=marked, held=held)
     clean = types.SimpleNamespace(
-        subject=types.SimpleNamespace(streams=[0] * 4, attends=[], attended=slice(0, 4)),
+        subject=types.SimpleNamespace(streams=[0] * 4, attends=[], attended_taps=range(4)),
         at=[tap(on, on), tap(none, on), tap(on, on), tap(on, on)],
-        calls=[],
+        sinks=[],
     )
     edit = types.SimpleNamespace(keys={}, tokens={})
     late = [none, on, on, on]

@@ -4,8 +4,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from spikesink import errors
 from spikesink.models import hf
-from spikesink.text import sequences
 from spikesink.text.sequences import Reader
 from spikesink.text.tokenizers import ByteTokenizer, split_documents
 
@@ -45,7 +45,7 @@ def test_a_text_is_read_as_training_reads_it():
 
 
 def test_what_a_text_spells_is_text_and_is_said(llama_like, capsys):
-    sequences.say_once.cache_clear()
+    errors.say_once.cache_clear()
     ids = reader_of(llama_like).of_text(PLAIN * 30, "page.txt", 32)
     assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 1).all()  # BOS where it belongs, control tokens nowhere
     said = "page.txt spells special tokens, <s> 30 times, </s> 30 times: read as text; --special reads them"

@@ -33,18 +33,13 @@ ASKED = {"spike": "sinks", "bos": "sinks", "sink": "spikes"}  # of an interventi
 # with half of their sinks by the spike it said "yes"
 CAUSES = ("spike_zero", "spike_scale", "bos_ffn", "sink_mask")
 SIZES = ("spike_scale",)
-SIZED = ("same_energy", "same_mass")  # controls of the same size
+SIZED, FACTOR = ("same_energy", "same_mass"), 2.0  # controls of the same size, and how far off their dose may be
 REMOVED, SMALL = 0.1, 0.1
 NEEDED, MARGIN = 0.5, 0.1
 ENOUGH = 10  # sequences with something to judge: with fewer, an interval over sequences is none
 MOST = 2.0  # times as much: what a gain counts as, at most
-SUMS = (
-    "edited",
-    "still",
-    "judged",
-    "left",
-    "share",
-)  # what is counted of every sequence; share: the sum of what is left
+# what is counted of every sequence; share: the sum of the shares that are left
+SUMS = ("edited", "still", "judged", "left", "share")
 
 
 def seams_after(subject: Subject) -> list[list[int]]:
@@ -85,34 +80,31 @@ def visible(clean: CleanPass, seam: int) -> Tensor:
 
 
 class Judged:
-    """What is judged under an edit on one batch: per tap and per seam, bool; None where nothing is.
+    """What is judged under an edit on one batch: bool, a tensor for each tap or seam.
 
-    `edited_tokens` (B, T) at a tap, or `edited_keys` (B, H, T) at a seam, were to be removed; `written` (B, T): tokens
-    whose spikes were edited there or before; `spikes` (B, T) and `sinks` (B, H, T) are those downstream. `of_size`: it
-    is an edit of the size of states.
+    `written` (B, T) at a tap: tokens whose spikes were edited there or before, and were to be removed; `keys` (B, H, T)
+    at a seam: sinks that were. `spikes` (B, T) and `sinks` (B, H, T) are those downstream. `of_size`: it is an edit of
+    the size of states.
     """
 
     def __init__(self, clean: CleanPass, edit: Edit, asked: str, of_size: bool = False) -> None:
         subject = clean.subject
         self.clean, self.of_size = clean, of_size
-        taps, seams = len(subject.streams), len(subject.attends)
-        self.edited_tokens: list[Tensor | None] = [None] * taps
-        self.written: list[Tensor | None] = [None] * taps
-        self.spikes: list[Tensor | None] = [None] * taps
-        self.edited_keys: list[Tensor | None] = [None] * seams
-        self.sinks: list[Tensor | None] = [None] * seams
-        attended, none = range(taps)[subject.attended], torch.zeros_like(clean.at[0].marked)
+        none = torch.zeros_like(clean.at[0].marked)
+        self.written, self.spikes = ([none] * len(clean.at) for _ in range(2))
+        self.keys, self.sinks = ([torch.zeros_like(found) for found in clean.sinks] for _ in range(2))
+        attended = subject.attended_taps
         if asked == "sinks":
             written = none
             for i, after in enumerate(seams_after(subject)):
                 marked = clean.at[i].marked
                 written = written | (edit.tokens[i] & marked) if i in edit.tokens else written
                 if i in attended:
-                    self.edited_tokens[i], self.written[i] = marked & written, written
+                    self.written[i] = written
                 for s in after:
                     self.sinks[s] = clean.sinks[s] & written[:, None]
         else:
-            self.edited_keys = [edit.keys.get(s) for s in range(seams)]
+            self.keys = [edit.keys.get(s, found) for s, found in enumerate(self.keys)]
             held = live = none
             for i, reached in enumerate(reach(clean, edit)):
                 now = clean.at[i].held | clean.at[i].marked
@@ -123,16 +115,14 @@ class Judged:
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """(number within the batch, position) of every token that is judged, once."""
-        of_taps = [found for found in self.spikes if found is not None]
-        of_seams = [found.any(1) for found in self.sinks if found is not None]
-        yield from torch.stack(of_taps + of_seams).any(0).nonzero().tolist() if of_taps or of_seams else ()
+        found = [*self.spikes, *(sinks.any(1) for sinks in self.sinks)]
+        yield from torch.stack(found).any(0).nonzero().tolist()
 
     def count_tap(self, i: int, now: AtTap) -> Tensor:
         """What is at tap i: SUMS, (B, 5)."""
-        was, none = self.clean.at[i], torch.zeros_like(now.marked)
-        of_tap = (self.edited_tokens[i], self.written[i], self.spikes[i])
-        edited, written, judged = (none if found is None else found for found in of_tap)
-        large = (now.entry >= was.threshold) & (now.entry > SMALL * was.entry)
+        was, written, judged = self.clean.at[i], self.written[i], self.spikes[i]
+        edited = written & was.marked
+        large = now.large & (now.entry > SMALL * was.entry)
         still = (edited & large) | (written & now.marked & (now.magnitude > SMALL * was.magnitude))
         if self.of_size:
             still = edited & (now.norm > 2 * was.norm.median(1, keepdim=True).values)
@@ -141,8 +131,7 @@ class Judged:
 
     def count_seam(self, i: int, sinks: Tensor, alpha: Tensor) -> Tensor:
         """What is there at seam i, in sinks and alpha (B, H, T): SUMS, (B, 5)."""
-        none = torch.zeros_like(sinks)
-        edited, judged = (none if found is None else found for found in (self.edited_keys[i], self.sinks[i]))
+        edited, judged = self.keys[i], self.sinks[i]
         left = judged * (alpha / self.clean.alpha[i].clamp_min(1e-30)).clamp_max(MOST)
         return torch.stack([n.double().sum((1, 2)) for n in (edited, edited & sinks, judged, judged & sinks, left)], 1)
 
@@ -154,6 +143,11 @@ class Judged:
 
 
 # ----------------------------------------------------------------------------------------------- the verdict
+
+
+def matches(control: str, dose: float, wanted: float) -> bool:
+    """Whether a control counts: of the same size only if its dose is, within a FACTOR, what is `wanted`."""
+    return control not in SIZED or wanted / FACTOR <= dose <= wanted * FACTOR
 
 
 def cause(

@@ -31,14 +31,14 @@ class AtTap(NamedTuple):
 
     `marked`: it has a spike there; `held`: an entry of half a spike's size at least; `entry`: |h| in the channel in
     which the clean model has its spike, or its largest |h|; `magnitude`: that, or the largest |h| of a spike there;
-    `threshold`: from which `entry` is a spike's; `norm`: of the state.
+    `large`: `entry` is as large as the rule asks; `norm`: of the state.
     """
 
     marked: torch.Tensor
     held: torch.Tensor
     entry: torch.Tensor
     magnitude: torch.Tensor
-    threshold: torch.Tensor
+    large: torch.Tensor
     norm: torch.Tensor
 
 
@@ -129,7 +129,7 @@ class CleanPass:
             held=((size * usual.per_threshold).amax(-1) >= HELD).cpu(),
             entry=entry.cpu(),
             magnitude=torch.maximum(entry, (size * marked).amax(-1)).cpu(),
-            threshold=usual.thresholds[self.channel[i][..., 0]].cpu(),
+            large=(entry >= usual.thresholds[self.channel[i][..., 0]]).cpu(),
             norm=torch.linalg.vector_norm(size, dim=-1).cpu(),
         )
 

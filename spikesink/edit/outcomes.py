@@ -181,7 +181,7 @@ class _Watch:
         self.edit, self.clean, self.rows, self.outcome, self.judged = edit, clean, rows, outcome, judged
         self.tokens = clean.spike_tokens  # bool (B, T)
         self.still = torch.zeros_like(self.tokens)  # those with a spike at some attended tap under the edit
-        self.attended = range(len(clean.streams))[clean.subject.attended]
+        self.attended = clean.subject.attended_taps
         self.sinks = torch.zeros(len(rows), 2)  # the very same, and all
         outcome.sums[rows] = 0.0
 
@@ -210,7 +210,10 @@ class _Watch:
     def on_stream(self, i: int, x: Tensor) -> None:
         """The stream (B, T, C), or flattened, at tap i."""
         x = x.view(self.clean.streams[i].shape)
-        self.count_tap(i, self.clean.look_at(i, x))
+        if self.judged:
+            self.count_tap(i, self.clean.look_at(i, x))
+        elif i in self.attended:
+            self.still |= self.clean.ordinary.spikes_at(i, x).any(-1).cpu()
         old = self.clean.streams[i].float()
         relative = ((x.float() - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
         for kind, of in enumerate((self.tokens, ~self.tokens)):
@@ -407,7 +410,7 @@ def causes_of(table: Mapping[str, Intervention], outcomes: Outcomes) -> list[Cau
         sums = {
             control: outcome.sums
             for control, outcome in of_controls.items()
-            if outcome.edited and (control not in causes.SIZED or 0.5 <= outcome.dose / (real.dose or 1) <= 2)
+            if outcome.edited and causes.matches(control, outcome.dose, real.dose)
         }
         asked = causes.ASKED[one.kind]
         states = len(outcomes.states.get(name, ()))

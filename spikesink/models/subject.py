@@ -220,6 +220,11 @@ class Subject:
         return slice(0, len(self.streams) if self.part in ("encoder", "cross") else -1)
 
     @property
+    def attended_taps(self) -> range:
+        """The numbers of these taps."""
+        return range(len(self.streams))[self.attended]
+
+    @property
     def writable(self) -> list[Tap]:
         """The taps of the stream where an edit reaches every later module."""
         return [tap for tap in self.streams if tap.writable]

@@ -11,7 +11,6 @@ import hashlib
 import io
 import platform
 import pydoc_data.topics
-import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import say_once
 from .token_files import Meta, Windows
 from .tokenizers import ByteTokenizer
 
@@ -106,11 +106,5 @@ def titled(name: str, meta: Meta, trained: Meta) -> str:
         return name
     here, there = (f"Python {of.get('python')}, split {of.get('split', 'by number')}" for of in (meta, trained))
     if "python" in trained and here != there:
-        _say(f"the model was trained on {name} of {there}, and may have seen some of this: it is of {here}")
+        say_once(f"the model was trained on {name} of {there}, and may have seen some of this: it is of {here}")
     return f"{name} of Python {meta['python']}"
-
-
-@functools.cache
-def _say(text: str) -> None:
-    """Once."""
-    print(text, file=sys.stderr)

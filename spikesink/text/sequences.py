@@ -1,9 +1,7 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
 import dataclasses
-import functools
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, say_once
 from ..options import Options
 from . import default_text
 from .token_files import Meta, TokenFile, Windows
@@ -220,12 +218,6 @@ class Reader:
             for special in (self.prefix_ids, self.suffix_ids)
         ]
         return torch.cat((around[0], ids, around[1]), dim=1)
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """A line on stderr, once."""
-    print(text, file=sys.stderr)
 
 
 def check_length(seq_len: int, block_size: float) -> None:
