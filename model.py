@@ -2,14 +2,26 @@
 
 Shapes: B batch, T sequence, C = n_embd, H = n_head, D = head_dim, R a chunk of queries, V = vocab_size.
 The names are nanoGPT's (wte, wpe, h, ln_f, c_attn, c_proj, c_fc), so that GPT-2 weights and tools map over.
-To add a choice, add a line to its table; to add an axis, add a field to GPTConfig and a table.
+
+To fork: a choice is a line in its table, an axis a field of GPTConfig and a table. `python train.py ARM --check` tells
+what a change broke. What the rest of the house relies on:
+
+- A part is built from (config, layer): the config of its own layer, in which every axis has one value.
+- It is called with its input and one Context, made anew for each pass. What a later layer needs, it leaves there in
+  `left`, never on a module: a pass that is replayed from the middle puts `left` back, and cannot know of anything else.
+- A matrix is an nn.Linear: then init, weight decay, FLOPs, Muon and int8 know it. The one whose output is added to the
+  stream is a StreamLinear. A module that is no such sum of matrices defines `flops(T)`; one that starts otherwise than
+  N(0, std) defines `init(std)`. Only weights of nn.Linear and nn.Embedding decay.
+- Position t depends on tokens up to t alone, and on no other sequence of the batch.
+- What queries see goes through Attend, whose `rows` and `seen` say what its map is.
 """
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +36,16 @@ CONTRACT = "spikesink-model-1"  # by which `spikesink detect` knows this file as
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Raises ValueError naming the fields, what was given and what is possible."""
+    """The architecture. Raises ValueError naming the fields, what was given and what is possible.
+
+    All but MODEL_WIDE may vary by layer: norm_place="post*2 pre" (two, then the rest), "post*25% pre",
+    window="cycle(64*3 0)" (three and one, over and over). `layers` has a config for each layer.
+    """
+
+    MODEL_WIDE: ClassVar = (
+        *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "tie", "embedding_init", "n_register"),
+        "logit_cap",
+    )
 
     # size
     n_layer: int = 12
@@ -45,16 +66,23 @@ class GPTConfig:
     norm_eps: float = 1e-5
     qk_norm: str = "none"  # none, head, full (heads x width)
     # feed-forward
-    ffn: str = "plain"  # plain, gated, linear, attention
-    ffn_hidden: int = 0  # hidden width of the FFN; 0: 4 n_embd, or 8/3 n_embd if gated
+    ffn: str = "plain"  # plain, gated, linear, attention, moe (a mixture of gated experts)
+    ffn_hidden: int = (
+        0  # hidden width of the FFN; 0: 4 n_embd; 8/3 n_embd if gated, of which moe's active experts share
+    )
+    n_expert: int = 8  # of moe
+    n_active: int = 2  # experts that a token goes to
     activation: str = "gelu"  # gelu, gelu_tanh, relu, relu2, silu, tanh, identity
     # residual stream
     residual_scale: str = "one"  # forward multiplier: one, inv_sqrt_2L, deepnorm, learned, rezero or a number
     init_scale: str = "inv_sqrt_2L"  # init of what writes to the stream: one, inv_sqrt_2L, deepnorm
+    embedding_init: str = "small"  # small (0.02), unit (1, and 1/sqrt(n_embd) for the unembedding)
     # attention
-    attention: str = "softmax"  # softmax, softmax1, sink_logit, k_bias, kv_bias, clipped, sigmoid, relu
+    attention: str = "softmax"  # softmax, softmax1, sink_logit, k_bias, kv_bias, clipped, softpick, sigmoid, relu
     window: int = 0  # keys a query sees, itself included; 0: all before it
     n_register: int = 0  # learned tokens before the sequence
+    value: str = "own"  # values: own, residual (mixed with the first layer's)
+    head_out: str = "none"  # on each head's output: none, rmsnorm, differential (pairs of heads are subtracted)
     gate: str = "none"  # on the attention output: none, channel, head, single
     gate_input: str = "input"  # what a gate depends on: input, constant, position, token
     # positions
@@ -65,14 +93,38 @@ class GPTConfig:
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise ValueError(f"{field.name}={value!r} is not of type {getattr(field.type, '__name__', field.type)}")
+        for layer in {id(layer): layer for layer in self.layers}.values():
+            layer._check()
+        several = lambda key: len({getattr(layer, key) for layer in self.layers}) > 1
+        added = [layer.position for layer in self.layers if POSITIONS[layer.position].embedding is not NO_EMBEDDING]
+        if added and several("position"):
+            raise ValueError(f"position={self.position}: {added[0]} is added to the embedding, before any layer")
+        for key in ("n_kv_head", "head_dim", "head_out"):
+            if "residual" in {layer.value for layer in self.layers} and several(key):
+                raise ValueError(f"value={self.value} needs values of one shape, not {key}={getattr(self, key)}")
+
+    @functools.cached_property
+    def layers(self) -> "list[GPTConfig]":
+        """One config a layer, in which every axis has one value. Raises ValueError for what does not fit n_layer."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.MODEL_WIDE}
+        kinds = {f.name: f.type for f in fields(self)}
+        varied = {k: by_layer(k, v, kinds[k], self.n_layer) for k, v in values.items() if is_varied(v)}
+        if not varied:
+            return [self] * (self.n_layer if type(self.n_layer) is int and self.n_layer > 0 else 1)
+        return [replace(self, **{k: column[i] for k, column in varied.items()}) for i in range(self.n_layer)]
+
+    def _check(self) -> None:
+        """Raises ValueError for what no layer can be."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            fits = type(value) is entry.type or (entry.type is float and type(value) is int)
+            if isinstance(entry.type, type) and not fits:
+                whole = ", one for all layers" if is_varied(value) else ""
+                raise ValueError(f"{entry.name}={value!r} is not of type {entry.type.__name__}{whole}")
         for key, table in CHOICES.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
-        for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_expert", "n_active"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         for key in ("n_kv_head", "head_dim", "ffn_hidden", "window", "n_register", "stream_clip", "logit_cap"):
@@ -86,19 +138,30 @@ class GPTConfig:
         if self.residual_scale not in RESIDUAL_SCALES and not is_number(self.residual_scale):
             known = ", ".join(RESIDUAL_SCALES)
             raise ValueError(f"residual_scale={self.residual_scale!r} is not a number or one of: {known}")
+        experts = (self.n_expert, self.n_active) == (GPTConfig.n_expert, GPTConfig.n_active)
         for refused, reason in (
             (not self.head_dim and self.n_embd % self.n_head, "n_embd={n_embd} is not a multiple of n_head={n_head}"),
             (self.n_head % self.n_key_head, "n_head={n_head} is not a multiple of n_kv_head={n_kv_head}"),
             (self.position == "rope" and self.head_width % 2, "position=rope needs an even head_dim, not {head_width}"),
             (
+                self.head_out == "differential" and (self.n_head % 2 or self.n_key_head % 2),
+                "head_out=differential takes heads in pairs: n_head={n_head}, n_kv_head={n_key_head}",
+            ),
+            (
                 self.residual_scale == "deepnorm" and self.norm_place != "post",
                 "residual_scale=deepnorm is defined for norm_place=post, not norm_place={norm_place}",
             ),
+            (
+                self.embedding_init == "unit" and self.tie,
+                "embedding_init=unit would start a tied unembedding at 1 too: it needs tie=False",
+            ),
             (self.gate == "none" and self.gate_input != "input", "gate_input={gate_input} needs a gate, not gate=none"),
             (
-                self.ffn_hidden and self.ffn not in ("plain", "gated"),
-                "ffn_hidden={ffn_hidden} needs ffn=plain or gated, not ffn={ffn}",
+                self.ffn_hidden and self.ffn not in ("plain", "gated", "moe"),
+                "ffn_hidden={ffn_hidden} needs ffn=plain, gated or moe, not ffn={ffn}",
             ),
+            (not experts and self.ffn != "moe", "n_expert={n_expert}, n_active={n_active} need ffn=moe, not ffn={ffn}"),
+            (self.n_active > self.n_expert, "n_active={n_active} is more than n_expert={n_expert}"),
             (
                 self.window and self.window < 2,
                 "window={window}: a query that sees itself alone is no attention; use 0 (all) or at least 2",
@@ -117,6 +180,12 @@ class GPTConfig:
         """Width D of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
+    @property
+    def out_heads(self) -> tuple[int, int]:
+        """(how many outputs attention has, the width of each): of its heads, or of pairs that share values."""
+        paired = 2 if self.head_out == "differential" else 1
+        return self.n_head // paired, self.head_width * paired
+
 
 def is_number(text: str) -> bool:
     """True if `text` is a finite number."""
@@ -126,7 +195,60 @@ def is_number(text: str) -> bool:
         return False
 
 
-Part = Callable[[GPTConfig], nn.Module]
+def is_varied(value: Any) -> bool:
+    """True for a value that is written layer by layer."""
+    return isinstance(value, str) and bool(re.search(r"[\s*(]", value))
+
+
+def by_layer(key: str, text: str, kind: Any, n_layer: int) -> list[Any]:
+    """What `key` is in each layer: "a*3 b" three times a, then b; "a*25% b" a quarter; "cycle(a*3 b)" over and over.
+
+    Raises ValueError where that does not fit n_layer, or an entry is not of type `kind`.
+    """
+    inside = re.fullmatch(r"\s*cycle\((.*)\)\s*", text)
+    entries = (inside[1] if inside else text).split()
+    values: list[Any] = []
+    for i, entry in enumerate(entries):
+        value, counted, count = entry.partition("*")
+        share = count.endswith("%")
+        try:
+            n = round(float(count.removesuffix("%")) * n_layer / 100) if share else int(count) if counted else 1
+            read = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(f"{key}={text!r}: {entry!r} is not a value of {key}, or value*count") from None
+        n = max(1, n) if share else n
+        if not inside and not counted and i == len(entries) - 1:
+            n = n_layer - len(values)  # the last entry fills what is left
+        if n < 1:
+            raise ValueError(f"{key}={text!r} leaves no layer of {n_layer} for {entry!r}")
+        values += [read] * n
+    fits = 0 < len(values) <= n_layer if inside else len(values) == n_layer
+    if not fits:
+        raise ValueError(f"{key}={text!r} is of {len(values)} layers and does not fit n_layer={n_layer}")
+    return (values * n_layer)[:n_layer]
+
+
+@dataclass
+class Context:
+    """What a part may read beside its input. Made anew for each pass; the registers stand in front of the tokens."""
+
+    ids: Tensor  # (B, T), without registers
+    embedding: Tensor  # (B, n_register + T, C), of tokens and registers
+    positions: Tensor  # (T,), of the tokens
+    left: dict[str, Any] = field(default_factory=dict)  # what layers leave for later ones
+    losses: dict[str, Tensor] = field(default_factory=dict)  # of this pass, by name, for train.py's `losses`
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # of this pass, by name, for log.jsonl
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Adds to an auxiliary loss: a mean over sequences, so that it is the same however these are batched."""
+        self.losses[name] = self.losses.get(name, 0) + value
+
+
+Part = Callable[[GPTConfig, int], nn.Module]  # (config of the layer, its number from 0)
+
+
+class StreamLinear(nn.Linear):
+    """The matrix of a sub-layer whose output is added to the stream: init_scale says how it starts."""
 
 
 class Apply(nn.Module):
@@ -210,10 +332,10 @@ class QKNorm(nn.Module):
         return self.q(q), self.k(k)
 
 
-QK_NORMS = {
-    "none": lambda config: Apply(lambda q, k: (q, k)),
-    "head": lambda config: QKNorm(config, full=False),  # Qwen 3
-    "full": lambda config: QKNorm(config, full=True),  # OLMo 2, and the paper's "QK + output" arm
+QK_NORMS: dict[str, Part] = {
+    "none": lambda config, layer: Apply(lambda q, k: (q, k)),
+    "head": lambda config, layer: QKNorm(config, full=False),  # Qwen 3
+    "full": lambda config, layer: QKNorm(config, full=True),  # OLMo 2, and the paper's "QK + output" arm
 }
 
 # -------------------------------------------------------------------------------------------- residual
@@ -258,7 +380,7 @@ def residual_scale(config: GPTConfig) -> nn.Module:
 class LearnedPosition(nn.Embedding):
     """A learned vector per position (GPT-2's wpe)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__(config.block_size, config.n_embd)
 
 
@@ -267,13 +389,14 @@ class Sinusoid(nn.Module):
 
     table: Tensor
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
         angles = torch.outer(
             torch.arange(config.block_size), 1e4 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
         )
         table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : config.n_embd]
-        self.register_buffer("table", INIT_STD * math.sqrt(2) * table, persistent=False)
+        std = EMBEDDING_INITS[config.embedding_init](config)[0]
+        self.register_buffer("table", std * math.sqrt(2) * table, persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
         return self.table[positions]
@@ -285,7 +408,7 @@ class Rotary(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         frequencies = config.rope_base ** (-torch.arange(0, config.head_width, 2) / config.head_width)
         angles = torch.outer(torch.arange(config.n_register + config.block_size), frequencies).repeat(1, 2)  # (T, D)
@@ -309,11 +432,14 @@ def alibi_slopes(n_head: int) -> Tensor:
     return torch.tensor(slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (n_head - power), 2)])
 
 
+NO_EMBEDDING: Part = lambda config, layer: Apply(lambda positions: 0.0)
+
+
 class Position(NamedTuple):
     """Where a kind of position enters: added to the token embedding, on q and k, or as slopes on the logits."""
 
-    embedding: Part = lambda config: Apply(lambda positions: 0.0)
-    rotation: Part = lambda config: Apply(lambda q, k: (q, k))
+    embedding: Part = NO_EMBEDDING
+    rotation: Part = lambda config, layer: Apply(lambda q, k: (q, k))
     alibi: bool = False
 
 
@@ -329,7 +455,7 @@ POSITIONS = {
 
 
 class RowNormaliser(nn.Module):
-    """weights = function(logits), and no slot. `rows`: what instruments may take them to sum to (see Attend)."""
+    """weights = function(logits), and no slot. `rows`: one, less, any or signed, see Attend."""
 
     def __init__(self, function: Callable[..., Any], rows: str = "one") -> None:
         super().__init__()
@@ -348,12 +474,18 @@ class SlotSoftmax(nn.Module):
 
     rows = "slot"
 
-    def __init__(self, config: GPTConfig, logit: bool = False, key: bool = False, value: bool = False) -> None:
+    def __init__(
+        self, config: GPTConfig, layer: int, logit: bool = False, key: bool = False, value: bool = False
+    ) -> None:
         super().__init__()
         H, D = config.n_head, config.head_width
         self.logit = nn.Parameter(torch.zeros(H)) if logit else None
         self.key = nn.Parameter(torch.zeros(H, D)) if key else None
-        self.value = nn.Parameter(torch.zeros(H, D)) if value else None
+        self.value = nn.Parameter(torch.zeros(H, config.out_heads[1])) if value else None
+
+    def flops(self, T: int) -> int:
+        """Of q k*."""
+        return 0 if self.key is None else 6 * self.key.numel()
 
     def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
         slot = torch.zeros_like(logits[..., :1])  # (B, H, R, 1)
@@ -366,21 +498,41 @@ class SlotSoftmax(nn.Module):
         return weights[..., :-1], extra
 
 
+def softpick(logits: Tensor) -> Tensor:
+    """relu(e^x - 1) / sum |e^x - 1| (Zuhri et al. 2025), summed over the keys that a query sees.
+
+    Summed over all T, as the paper prints it, hidden keys (e^-inf) count 1 each: then what a query gets depends on how
+    many tokens follow it.
+    """
+    largest = logits.amax(dim=-1, keepdim=True).clamp_min(0)
+    powers = ((logits - largest).exp() - (-largest).exp()).masked_fill(logits.isneginf(), 0)
+    return powers.relu() / (powers.abs().sum(dim=-1, keepdim=True) + 1e-6)
+
+
 # name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), what the slot adds to the output
 ATTENTIONS: dict[str, Part] = {
-    "softmax": lambda c: RowNormaliser(lambda logits: logits.softmax(dim=-1)),
+    "softmax": lambda c, layer: RowNormaliser(lambda logits: logits.softmax(dim=-1)),
     "softmax1": SlotSoftmax,
     "sink_logit": functools.partial(SlotSoftmax, logit=True),
     "k_bias": functools.partial(SlotSoftmax, key=True),
     "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
     # clip((zeta - gamma) softmax + gamma, 0, 1), zeta 1, gamma -0.03 (Bondarenko et al. 2023): exact zeros
-    "clipped": lambda c: RowNormaliser(lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), "less"),
+    "clipped": lambda c, layer: RowNormaliser(
+        lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), "less"
+    ),
+    "softpick": lambda c, layer: RowNormaliser(softpick, "less"),
     # Ramapuram et al. 2024
-    "sigmoid": lambda c: RowNormaliser(lambda logits: torch.sigmoid(logits - math.log(c.block_size))),
+    "sigmoid": lambda c, layer: RowNormaliser(lambda logits: torch.sigmoid(logits - math.log(c.block_size)), "any"),
     # divided by the number of keys the query sees (Wortsman et al. 2023)
-    "relu": lambda c: RowNormaliser(lambda logits: F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True)),
+    "relu": lambda c, layer: RowNormaliser(
+        lambda logits: F.relu(logits) / logits.isfinite().sum(dim=-1, keepdim=True), "any"
+    ),
 }
-UNNORMALISED = ("sigmoid", "relu")  # rows may sum to anything
+
+
+def for_heads(x: Tensor, n_head: int) -> Tensor:
+    """Keys or values (B, heads of them, T, D) as each of `n_head` heads has them: (B, n_head, T, D)."""
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
 class Attend(nn.Module):
@@ -388,16 +540,17 @@ class Attend(nn.Module):
 
     A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`. `rows`: what
     the rows that it gives are: "one", they sum to one; "slot", to at most one, a slot has the rest; "less", to at most
-    one, and nothing has the rest.
+    one, and nothing has the rest; "signed", to anything, of either sign. Where weights may sum to anything ("any"), the
+    rows are the weights divided by their sum, and "one".
     """
 
     slopes: Tensor | None
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.kind, self.dropout, self.window = config.attention, config.dropout, config.window
-        self.group = config.n_head // config.n_key_head
-        self.normalise = ATTENTIONS[config.attention](config)
+        self.width = config.n_head * (config.head_width + config.out_heads[1])
+        self.normalise = ATTENTIONS[config.attention](config, layer)
         slopes = alibi_slopes(config.n_head)[:, None, None] if POSITIONS[config.position].alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
 
@@ -411,7 +564,12 @@ class Attend(nn.Module):
     @property
     def rows(self) -> str:
         """See above."""
-        return str(self.normalise.rows)
+        rows = str(self.normalise.rows)
+        return "one" if rows == "any" else rows
+
+    def flops(self, T: int) -> int:
+        """Training FLOPs per query: of q k and the weights times v, over the keys that the last query sees."""
+        return 6 * self.width * min(T, self.window or T) + flops_of(self.normalise, T)
 
     def seen(self, first: int, R: int, T: int) -> Tensor:
         """Which of the first T keys the queries first ... first + R - 1 see: bool (R, T)."""
@@ -426,8 +584,9 @@ class Attend(nn.Module):
         position, so that a masked (-inf) first key leaves no empty row.
         """
         R, T = q.size(-2), k.size(-2)
-        k = k if k.size(1) == q.size(1) else k.repeat_interleave(self.group, dim=1)
-        logits = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(first, R, T, q.device)
+        logits = q @ for_heads(k, q.size(1)).transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(
+            first, R, T, q.device
+        )
         if bias is not None:
             own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
             logits = logits + torch.where(own, 0.0, bias)
@@ -436,16 +595,16 @@ class Attend(nn.Module):
     def shares(self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None) -> Tensor:
         """The attention map (B, H, R, T) as reported: the part of its attention that a query gives to each key.
 
-        These are the weights, so rows sum to less than one where a slot takes some. Sigmoid and ReLU weights, which
-        may sum to anything, are divided by their row's sum; a row of zeros stays zero.
+        These are the weights, so rows sum to less than one where a slot takes some. Weights that may sum to anything
+        (sigmoid, ReLU) are divided by their row's sum; a row of zeros stays zero.
         """
         weights, _ = self.weights(q, k, first, bias)
-        if self.kind in UNNORMALISED:
+        if self.normalise.rows == "any":
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-30)
         return weights
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
-        """q (B, H, T, D), k and v (B, n_kv_head, T, D) -> (B, H, T, D).
+        """q (B, H, T, D), k (B, n_kv_head, T, D), v of as many heads or fewer, of any width -> (B, H, T, width of v).
 
         Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
         times as fast (and under autocast give logits in bfloat16, as other eager attention does). What is not fused
@@ -454,8 +613,10 @@ class Attend(nn.Module):
         """
         dropout, T = self.dropout if self.training else 0.0, q.size(-2)
         fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
+        v = for_heads(v, k.size(1)) if fused else v
         if fused and self.slopes is None and not self.window:
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=self.group > 1)
+            grouped = k.size(1) < q.size(1)
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=grouped)
         chunk = T if fused and self.training else chunk
         rows_of = self._fused_rows if fused else self._rows
         if torch.is_grad_enabled() and not fused and not dropout and chunk < T:
@@ -471,13 +632,12 @@ class Attend(nn.Module):
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
         """Output of the queries q (B, H, R, D), the first at position `first`, over the keys up to the last of them."""
         weights, slot = self.weights(q, k, first, bias)
-        v = v if v.size(1) == q.size(1) else v.repeat_interleave(self.group, dim=1)
-        return F.dropout(weights, dropout, self.training).to(v.dtype) @ v + slot
+        return F.dropout(weights, dropout, self.training).to(v.dtype) @ for_heads(v, q.size(1)) + slot
 
     def _fused_rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
         """The same by PyTorch's kernels, for a mask that they do not know."""
         mask = self.mask(first, q.size(-2), k.size(-2), q.device).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=self.group > 1)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=k.size(1) < q.size(1))
 
 
 class Gate(nn.Module):
@@ -486,56 +646,116 @@ class Gate(nn.Module):
     def __init__(self, config: GPTConfig, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
-        width, self.source = GATE_INPUTS[config.gate_input]
-        self.width = width(config)
-        self.c_gate = nn.Linear(self.width, math.prod(shape), bias=config.bias)
+        width, self.source, self.of_tokens = GATE_INPUTS[config.gate_input]
+        self.c_gate = nn.Linear(width(config), math.prod(shape), bias=config.bias)
 
-    def forward(self, out: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
-        return out * torch.sigmoid(self.c_gate(self.source(x, embedding, self.width))).unflatten(-1, self.shape)
+    def flops(self, T: int) -> int:
+        """None where the gate is the same for all sequences."""
+        return 6 * self.c_gate.weight.numel() if self.of_tokens else 0
+
+    def forward(self, out: Tensor, x: Tensor, context: Context) -> Tensor:
+        source = self.source(x, context, self.c_gate.in_features)
+        return out * torch.sigmoid(self.c_gate(source)).unflatten(-1, self.shape)
 
 
-GATES = {
-    "none": lambda c: Apply(lambda out, x, embedding: out),
-    "channel": lambda c: Gate(c, (c.n_head, c.head_width)),
-    "head": lambda c: Gate(c, (c.n_head, 1)),
-    "single": lambda c: Gate(c, (1, 1)),
+GATES: dict[str, Part] = {
+    "none": lambda c, layer: Apply(lambda out, x, context: out),
+    "channel": lambda c, layer: Gate(c, c.out_heads),
+    "head": lambda c, layer: Gate(c, (c.out_heads[0], 1)),
+    "single": lambda c, layer: Gate(c, (1, 1)),
 }
 
-# name -> what a gate is linear in: (its width, the source), given the attention's input x and the token embedding e
+# name -> what a gate is linear in: (its width, the source, whether that differs between sequences), given the
+# attention's input x
 GATE_INPUTS = {
-    "input": (lambda c: c.n_embd, lambda x, e, width: x),  # conditional
-    "constant": (lambda c: 1, lambda x, e, width: x.new_ones(1)),
+    "input": (lambda c: c.n_embd, lambda x, context, width: x, True),  # conditional
+    "constant": (lambda c: 1, lambda x, context, width: x.new_ones(1), False),
     "position": (
         lambda c: c.n_register + c.block_size,
-        lambda x, e, width: torch.eye(width, device=x.device)[: x.size(1)],
+        lambda x, context, width: torch.eye(width, device=x.device)[: x.size(1)],
+        False,
     ),
-    "token": (lambda c: c.n_embd, lambda x, e, width: e),
+    "token": (lambda c: c.n_embd, lambda x, context, width: context.embedding, True),
+}
+
+
+def residual_value(v: Tensor, context: Context) -> Tensor:
+    """(v + the first layer's v) / 2, which in the first layer is v (Zhou et al. 2024, ResFormer)."""
+    return 0.5 * (v + context.left.setdefault("value", v))
+
+
+# name -> values (B, n_kv_head, T, D) as attention has them, given the context
+VALUES = {"own": lambda v, context: v, "residual": residual_value}
+
+
+class HeadRMSNorm(nn.Module):
+    """Each head's output (B, T, H, D) by its own rms (2605.06611: position by position the same variance)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.head_width, config.norm_eps, elementwise_affine=config.norm_gain)
+
+    def forward(self, out: Tensor) -> Tensor:
+        return self.norm(out)
+
+
+class Differential(nn.Module):
+    """Head 2i less lambda times head 2i + 1, which share values, then a norm (Ye et al. 2024, 2410.05258).
+
+    lambda = exp(lq1 lk1) - exp(lq2 lk2) + l0, l0 = 0.8 - 0.6 exp(-0.3 layer). The two maps of a pair are heads of their
+    own to instruments: each is a softmax.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.vectors = nn.Parameter(0.1 * torch.randn(4, config.head_width))  # lq1, lk1, lq2, lk2
+        self.norm = nn.RMSNorm(2 * config.head_width, config.norm_eps, elementwise_affine=config.norm_gain)
+
+    def forward(self, out: Tensor) -> Tensor:
+        """(B, T, H, 2D) -> (B, T, H/2, 2D)."""
+        q1, k1, q2, k2 = self.vectors.float()
+        factor = (q1 @ k1).exp() - (q2 @ k2).exp() + self.start
+        first, second = out.unflatten(-2, (-1, 2)).unbind(-2)
+        return (1 - self.start) * self.norm(first - factor.to(out.dtype) * second)
+
+
+# name -> module: the outputs of heads (B, T, H, width of values) -> (B, T, *out_heads)
+HEAD_OUTS: dict[str, Part] = {
+    "none": lambda config, layer: nn.Identity(),
+    "rmsnorm": HeadRMSNorm,
+    "differential": Differential,
 }
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention: c_proj(gate(attend(q, k, v)))."""
+    """Causal self-attention: c_proj(gate(head_out(attend(q, k, v))))."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.head_width = (config.n_head, config.n_key_head, config.n_key_head), config.head_width
+        self.value_width = config.out_heads[1]
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * self.head_width, bias=config.bias)
-        self.qk_norm = QK_NORMS[config.qk_norm](config)
-        self.rotate = POSITIONS[config.position].rotation(config)
-        self.attend = Attend(config)
-        self.gate = GATES[config.gate](config)
-        self.c_proj = nn.Linear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
+        self.qk_norm = QK_NORMS[config.qk_norm](config, layer)
+        self.rotate = POSITIONS[config.position].rotation(config, layer)
+        self.value = VALUES[config.value]
+        self.attend = Attend(config, layer)
+        self.head_out = HEAD_OUTS[config.head_out](config, layer)
+        self.gate = GATES[config.gate](config, layer)
+        self.c_proj = StreamLinear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `attend` is called with: queries (B, H, T, D), keys and values (B, n_kv_head, T, D)."""
+        """Queries (B, H, T, D), keys (B, n_kv_head, T, D) and the layer's own values, alike or of pairs of heads."""
         qkv = self.c_attn(x).unflatten(-1, (-1, self.head_width))  # (B, T, heads of q, k and v, D)
         q, k, v = qkv.split(self.heads, dim=-2)
+        v = v.flatten(-2).unflatten(-1, (-1, self.value_width))
         q, k, v = (p.transpose(1, 2) for p in (*self.qk_norm(q, k), v))  # (B, H, T, D)
         return *self.rotate(q, k), v
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        out = self.attend(*self.qkv(x)).transpose(1, 2)  # (B, T, H, D)
-        return self.c_proj(self.gate(out, x, embedding).flatten(-2))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = self.qkv(x)
+        out = self.head_out(self.attend(q, k, self.value(v, context)).transpose(1, 2))  # (B, T, H, D)
+        return self.c_proj(self.gate(out, x, context).flatten(-2))
 
 
 # ------------------------------------------------------------------------------------------------- FFN
@@ -555,44 +775,89 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 class PlainFFN(nn.Module):
     """c_proj(act(c_fc(x))), hidden width 4C."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         hidden = config.ffn_hidden or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_proj = StreamLinear(hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.c_proj(self.act(self.c_fc(x)))
 
 
 class GatedFFN(nn.Module):
     """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020); hidden width 8C/3 to the nearest 8: a plain FFN's parameters."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int, hidden: int = 0) -> None:
         super().__init__()
-        hidden = config.ffn_hidden or 8 * round(config.n_embd / 3)
+        hidden = hidden or config.ffn_hidden or 8 * round(config.n_embd / 3)
         self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_proj = StreamLinear(hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x))
 
 
 class LinearFFN(nn.Module):
     """c_proj(x): one matrix, no hidden layer."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = StreamLinear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.c_proj(x)
 
 
-FFNS: dict[str, Part] = {"plain": PlainFFN, "gated": GatedFFN, "linear": LinearFFN, "attention": SelfAttention}
+class MoE(nn.Module):
+    """A token goes to the n_active of n_expert gated FFNs that a router prefers, weighed by its softmax over these
+    (Mixtral, Jiang et al. 2024). The active experts together are as wide as one gated FFN.
+
+    Leaves the loss "load_balance": n_expert * sum_e f_e p_e, f_e expert e's share of a sequence's choices and p_e its
+    mean probability there (Fedus et al. 2022; by sequence, as DeepSeek-V2): 1 where all are used alike. Summed over
+    layers. And the scalar "busiest_expert": the largest f_e of the batch, of the last such layer.
+
+    Is not compiled: how many tokens an expert gets is not known before the pass.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_active = config.n_active
+        hidden = max(1, (config.ffn_hidden or 8 * round(config.n_embd / 3)) // config.n_active)
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(GatedFFN(config, layer, hidden) for _ in range(config.n_expert))
+
+    def flops(self, T: int) -> int:
+        """Of the router and the active experts."""
+        return flops_of(self.router, T) + self.n_active * flops_of(self.experts[0], T)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        probabilities = self.router(x).float().softmax(dim=-1)  # (B, T, experts)
+        weights, chosen = probabilities.topk(self.n_active, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):  # one without tokens is called too, so that it has a gradient
+            *tokens, slot = (chosen == number).nonzero(as_tuple=True)
+            given = weights[*tokens, slot, None] * expert(x[*tokens], context)
+            out.index_put_(tuple(tokens), given.to(out.dtype), accumulate=True)
+        n_expert = len(self.experts)
+        share = F.one_hot(chosen, n_expert).float().mean(dim=(1, 2))  # (B, experts)
+        context.add_loss("load_balance", n_expert * (share * probabilities.mean(dim=1)).sum(dim=-1).mean())
+        context.scalars["busiest_expert"] = share.mean(dim=0).amax()
+        return out
+
+
+FFNS: dict[str, Part] = {
+    "plain": PlainFFN,
+    "gated": GatedFFN,
+    "linear": LinearFFN,
+    "attention": SelfAttention,
+    "moe": MoE,
+}
 
 # ------------------------------------------------------------------------------------------------ loss
 
@@ -654,33 +919,61 @@ class ChunkedLoss(torch.autograd.Function):
 INIT_STD = 0.02
 
 
-def gpt2_init(model: "GPT", c_proj_scale: float) -> None:
-    """Matrices and embeddings N(0, 0.02), what writes to the stream times `c_proj_scale`; biases 0."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=INIT_STD * (c_proj_scale if name.endswith("c_proj") else 1.0))
+def init_matrices(module: nn.Module, std: float = INIT_STD, stream: float = 1.0) -> None:
+    """Matrices and embeddings in `module` N(0, std), a StreamLinear's std times `stream`; biases 0. A module with
+    `init(std)` is asked to do it; norms, scales and other vectors start as they are made."""
+    own = getattr(module, "init", None)
+    if own:
+        own(std)
+    elif isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std * (stream if isinstance(module, StreamLinear) else 1.0))
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+    else:
+        for child in module.children():
+            init_matrices(child, std, stream)
 
 
-def deepnorm_init(model: "GPT") -> None:
-    """Xavier, with gain (8L)^-1/4 on values, attention output and FFN (Wang et al. 2022, decoder-only)."""
-    gpt2_init(model, 1.0)
-    gain = (8 * model.config.n_layer) ** -0.25
-    for name, module in model.named_modules():
+def deepnorm_init(block: nn.Module, n_layer: int) -> None:
+    """Xavier, with gain (8L)^-1/4 on values, what writes to the stream and FFN (Wang et al. 2022, decoder-only)."""
+    init_matrices(block)
+    gain = (8 * n_layer) ** -0.25
+    for module in block.modules():
         if isinstance(module, SelfAttention):
             sizes = [heads * module.head_width for heads in module.heads]
             for part, part_gain in zip(module.c_attn.weight.split(sizes), (1.0, 1.0, gain), strict=True):
                 nn.init.xavier_normal_(part, part_gain)
-        elif name.endswith(("c_proj", "c_fc", "c_gate")):
-            nn.init.xavier_normal_(module.weight, gain)
+            nn.init.xavier_normal_(module.c_proj.weight, gain)
+        elif isinstance(module, (PlainFFN, GatedFFN, LinearFFN)):
+            for matrix in (m for m in module.modules() if isinstance(m, nn.Linear)):
+                nn.init.xavier_normal_(matrix.weight, gain)
 
 
-INIT_SCALES = {
-    "one": lambda model: gpt2_init(model, 1.0),
-    "inv_sqrt_2L": lambda model: gpt2_init(model, (2 * model.config.n_layer) ** -0.5),  # GPT-2
+# name -> what starts the matrices of a block, given n_layer
+INIT_SCALES: dict[str, Callable[[nn.Module, int], None]] = {
+    "one": lambda block, n_layer: init_matrices(block),
+    "inv_sqrt_2L": lambda block, n_layer: init_matrices(block, stream=(2 * n_layer) ** -0.5),  # GPT-2
     "deepnorm": deepnorm_init,
 }
+# name -> (std of embeddings, of the unembedding)
+EMBEDDING_INITS: dict[str, Callable[[GPTConfig], tuple[float, float]]] = {
+    "small": lambda c: (INIT_STD, INIT_STD),
+    "unit": lambda c: (1.0, c.n_embd**-0.5),  # Sun et al. 2026, with tie=False and init_scale=one
+}
+
+# ----------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops_of(module: nn.Module, T: int) -> int:
+    """Training FLOPs per token of a module at sequence length T: 6 per weight of a matrix, as often as it stands there;
+    a module with `flops(T)` is asked."""
+    own = getattr(module, "flops", None)
+    if own:
+        return own(T)
+    if isinstance(module, nn.Linear):
+        return 6 * module.weight.numel()
+    return sum(flops_of(child, T) for child in module.children())
+
 
 # ---------------------------------------------------------------------------------------------- choices
 
@@ -693,8 +986,11 @@ CHOICES: dict[str, Mapping[str, Any]] = {
     "attention": ATTENTIONS,
     "gate": GATES,
     "gate_input": GATE_INPUTS,
+    "value": VALUES,
+    "head_out": HEAD_OUTS,
     "position": POSITIONS,
     "init_scale": INIT_SCALES,
+    "embedding_init": EMBEDDING_INITS,
 }
 
 # ------------------------------------------------------------------------------------------------ model
@@ -718,21 +1014,21 @@ class SubLayer(nn.Module):
         self.clip = nn.Hardtanh(-config.stream_clip, config.stream_clip) if config.stream_clip else nn.Identity()
         self.update, self.stream = nn.Identity(), nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        update = self.update(self.scale(self.norm_update(self.dropout(self.f(self.norm_before(x), embedding)))))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        update = self.update(self.scale(self.norm_update(self.dropout(self.f(self.norm_before(x), context)))))
         return self.stream(self.clip(self.norm_after(x + update)))
 
 
 class Block(nn.Module):
     """An attention sub-layer, then an FFN sub-layer."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn = SubLayer(config, SelfAttention(config), "attn")
-        self.mlp = SubLayer(config, FFNS[config.ffn](config), "ffn")
+        self.attn = SubLayer(config, SelfAttention(config, layer), "attn")
+        self.mlp = SubLayer(config, FFNS[config.ffn](config, layer), "ffn")
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.mlp(self.attn(x, embedding), embedding)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.mlp(self.attn(x, context), context)
 
 
 class Transformer(nn.ModuleDict):
@@ -748,20 +1044,24 @@ class Transformer(nn.ModuleDict):
 
 
 class GPT(nn.Module):
-    """Embedding, n_layer blocks, final norm where the placement has one, and the unembedding."""
+    """Embedding, n_layer blocks, final norm where the last one's placement has one, and the unembedding.
+
+    `losses` and `scalars`: what the parts of the last pass with targets left of these in its Context.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        final = NORM_PLACES[config.norm_place].final
+        first, last = config.layers[0], config.layers[-1]
+        final = NORM_PLACES[last.norm_place].final
         self.transformer = Transformer(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": POSITIONS[config.position].embedding(config),
-                "drop": nn.Dropout(config.dropout),
+                "wpe": POSITIONS[first.position].embedding(first, 0),
+                "drop": nn.Dropout(first.dropout),
                 "stream": nn.Identity(),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": NORMS[config.norm](config, config.n_embd, "final") if final else nn.Identity(),
+                "h": nn.ModuleList(Block(of_layer, i) for i, of_layer in enumerate(config.layers)),
+                "ln_f": NORMS[last.norm](last, config.n_embd, "final") if final else nn.Identity(),
             }
         )
         if config.n_register:
@@ -769,8 +1069,24 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie:
             self.lm_head.weight = self.transformer.wte.weight
-        INIT_SCALES[config.init_scale](self)
+        self._init()
         self.slope_and_loss = slope_and_loss  # perhaps compiled
+        self.losses: dict[str, Tensor] = {}
+        self.scalars: dict[str, Tensor] = {}
+
+    def _init(self) -> None:
+        embeddings, unembedding = EMBEDDING_INITS[self.config.embedding_init](self.config)
+        for part in self.transformer.values():
+            if part is self.transformer.h:
+                for block, config in zip(self.transformer.h, self.config.layers, strict=True):
+                    INIT_SCALES[config.init_scale](block, config.n_layer)
+            else:
+                init_matrices(part, embeddings)
+        init_matrices(self.lm_head, unembedding)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model takes over: not what its last pass left."""
+        return {**vars(self), "losses": {}, "scalars": {}}
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V), None; given targets (B, T) -> None, their mean cross-entropy in nats.
@@ -782,17 +1098,18 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         net, n_register = self.transformer, self.config.n_register
-        embedding = net.wte(idx)
-        x = embedding + net.wpe(torch.arange(T, device=idx.device))
+        embedding, positions = net.wte(idx), torch.arange(T, device=idx.device)
+        x = embedding + net.wpe(positions)
         if n_register:  # they stand before the tokens, in front of position 0
             registers = net.registers.weight.expand(B, -1, -1)
             x, embedding = torch.cat((registers, x), dim=1), torch.cat((registers, embedding), dim=1)
-        x = net.stream(net.drop(x))
+        x, context = net.stream(net.drop(x)), Context(idx, embedding, positions)
         for block in net.h:
-            x = block(x, embedding)
+            x = block(x, context)
         x = net.ln_f(x[:, n_register:])
         if targets is None:
             return soft_cap(self.lm_head(x), self.config.logit_cap), None
+        self.losses, self.scalars = context.losses, {name: x.detach() for name, x in context.scalars.items()}
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
         slope_of = functools.partial(self.slope_and_loss, self.loss_of_rows, cap=self.config.logit_cap)
@@ -826,19 +1143,22 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Training FLOPs per token at sequence length T: 6 per weight of a matrix, 12 H D T' per attention.
 
-        As in appendix B of PaLM, with T' at most the window. Embedding look-ups are free, the unembedding is not.
+        As in appendix B of PaLM, with T' at most the window, and the registers' passes shared out over the tokens.
+        Embedding look-ups are free, the unembedding is not.
         """
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attentions = sum(isinstance(m, Attend) for m in self.modules())
-        seen = min(T, self.config.window or T)
-        return 6 * weights + 12 * attentions * self.config.n_head * self.config.head_width * seen
+        whole = self.config.n_register + T
+        return flops_of(self.transformer, whole) * whole // T + flops_of(self.lm_head, T)
 
     def optimiser_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """nanoGPT's groups: matrices and embeddings decay, vectors (biases, norms, scales) do not."""
+        """nanoGPT's groups: matrices and embeddings decay, all else (biases, norms, scales, keys of slots) does not.
+
+        A group may have an `lr_scale`, by which its learning rate is multiplied.
+        """
+        decays = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if id(p) in decays], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if id(p) not in decays], "weight_decay": 0.0},
         ]
 
     def block_matrices(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import model as model_module
-from model import CHOICES, GPT, GPTConfig
+from model import CHOICES, GPT, Context, GPTConfig
 from spikesink.errors import UserError
 from spikesink.measure.observe import Ordinary, observe
 from spikesink.models import convert
@@ -21,6 +21,7 @@ from spikesink.models.checkpoint import Checkpoint
 from .conftest import TINY, subject_of, tiny
 
 T = 20
+IDS = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
 def seam_of(**changes):
@@ -53,6 +54,14 @@ def k_bias(logits, q, parameters):
     return weights, extra * parameters["value"][:, None] if "value" in parameters else 0
 
 
+def softpick(logits):
+    """As printed, but for hidden keys, which count nothing: Zuhri et al. 2025, equation 4."""
+    powers = (logits.exp() - 1).masked_fill(logits.isneginf(), 0)
+    return powers.clip(min=0) / (
+        powers.abs().sum(-1, keepdim=True) + 1e-6 * logits.amax(-1, keepdim=True).clip(0).exp()
+    ), 0
+
+
 # kind -> (weights, output of the slot), from logits, q and the seam's parameters
 FORMULAS = {
     "softmax": lambda x, q, p: (x.exp() / x.exp().sum(-1, keepdim=True), 0),
@@ -61,6 +70,7 @@ FORMULAS = {
     "k_bias": k_bias,
     "kv_bias": k_bias,
     "clipped": lambda x, q, p: ((1.03 * x.softmax(-1) - 0.03).clip(0, 1), 0),
+    "softpick": lambda x, q, p: softpick(x),
     "sigmoid": lambda x, q, p: (1 / (1 + (math.log(32) - x).exp()), 0),
     "relu": lambda x, q, p: (x.clip(min=0) / torch.arange(1, T + 1)[:, None], 0),
 }  # fmt: skip
@@ -162,7 +172,83 @@ def test_gate_is_its_formula(gate, source):
     g = torch.sigmoid(GATE_SOURCES[source](x, embedding, attention.gate.c_gate.weight))
     out = plain(x, None)  # before c_proj, heads x width = 2 x 16
     wide = {"channel": g, "head": g.repeat_interleave(16, dim=-1) if gate == "head" else g, "single": g}[gate]
-    torch.testing.assert_close(attention(x, embedding), (out * wide) @ attention.c_proj.weight.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        attention(x, Context(None, embedding, None)), (out * wide) @ attention.c_proj.weight.T, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_residual_values_are_half_the_first_layers():
+    """Through a whole model: the second layer's values are the mean of its own and the first's."""
+    model = tiny(value="residual")
+    seen = []
+    for block in model.transformer.h:
+        block.attn.f.attend.register_forward_hook(lambda m, args, out: seen.append(args[2]))
+    x = model.transformer.wte(IDS) + model.transformer.wpe(torch.arange(12))
+    model(IDS)
+    first, second = (block.attn for block in model.transformer.h)
+    own = lambda attn, x: attn.f.qkv(attn.norm_before(x))[2]
+    torch.testing.assert_close(seen[0], own(first, x))
+    context = Context(IDS, model.transformer.wte(IDS), torch.arange(12))
+    x = model.transformer.h[0](x, context)
+    torch.testing.assert_close(
+        seen[1], (own(second, x) + own(first, model.transformer.wte(IDS) + model.transformer.wpe(torch.arange(12)))) / 2
+    )
+
+
+def test_differential_heads_are_written_out():
+    """Two softmax maps on one value of twice the width, subtracted, normed: Ye et al. 2024, equations 1 to 3."""
+    model = tiny(head_out="differential", n_head=4)
+    attention, x = model.transformer.h[1].attn.f, torch.randn(3, T, 32)
+    q, k, v = (x @ w.T for w in attention.c_attn.weight.split(32))
+    heads = lambda y, n: y.view(3, T, n, -1).transpose(1, 2)
+    maps = causal_logits(heads(q, 4), heads(k, 4)).softmax(-1)
+    start = 0.8 - 0.6 * math.exp(-0.3)  # the second layer
+    lq1, lk1, lq2, lk2 = attention.head_out.vectors
+    factor = (lq1 * lk1).sum().exp() - (lq2 * lk2).sum().exp() + start
+    out = torch.stack([(maps[:, 2 * i] - factor * maps[:, 2 * i + 1]) @ heads(v, 2)[:, i] for i in range(2)], dim=2)
+    out = out / (out.square().mean(-1, keepdim=True) + 1e-5).sqrt() * attention.head_out.norm.weight * (1 - start)
+    expected = out.flatten(-2) @ attention.c_proj.weight.T
+    for mode in (attention.train(), attention.eval()):
+        torch.testing.assert_close(mode(x, None), expected, atol=1e-5, rtol=1e-4)
+    subject, ids = subject_of(model), torch.randint(64, (2, T))
+    obs = observe(subject, ids, progress=False)
+    assert [len(stats.sums["alpha"]) for stats in obs.attention] == [4, 4]  # each map by itself
+    torch.testing.assert_close(obs.attention[0].sums["mass"], torch.full((4,), 2.0 * T, dtype=torch.float64))
+
+
+def test_head_rmsnorm_gives_every_head_and_position_one_size():
+    attention, x = tiny(head_out="rmsnorm").transformer.h[0].attn.f, torch.randn(2, T, 32)
+    seen = []
+    attention.head_out.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    attention(x, None)
+    out, normed = seen[0]  # (B, T, H, D)
+    torch.testing.assert_close(
+        normed, out / (out.square().mean(-1, keepdim=True) + 1e-5).sqrt() * attention.head_out.norm.weight
+    )
+
+
+def test_experts_are_written_out_and_their_balance_is_a_sequences():
+    model = tiny(ffn="moe", n_expert=4, n_active=2).train()
+    moe, x = model.transformer.h[0].mlp.f, torch.randn(3, T, 32)
+    context = Context(None, None, None)
+    out = moe(x, context)
+    probabilities = (x @ moe.router.weight.T).softmax(-1)
+    best = probabilities.topk(2, -1)
+    for b, t in ((0, 0), (2, 7)):
+        experts, weights = best.indices[b, t].tolist(), best.values[b, t] / best.values[b, t].sum()
+        expected = sum(w * moe.experts[e](x[b, t], None) for e, w in zip(experts, weights, strict=True))
+        torch.testing.assert_close(out[b, t], expected, atol=1e-5, rtol=1e-4)
+    share = torch.stack([(best.indices == e).float().mean((1, 2)) for e in range(4)], -1)
+    balance = 4 * (share * probabilities.mean(1)).sum(-1)
+    torch.testing.assert_close(context.losses["load_balance"], balance.mean())
+    one = Context(None, None, None)
+    moe(x[:1], one)  # a sequence's own, whatever it is batched with
+    torch.testing.assert_close(one.losses["load_balance"], balance[0])
+    model(IDS, IDS)[1].backward()  # an expert without tokens has a gradient, of zeros
+    assert all(p.grad is not None for p in model.parameters())
+    assert set(model.losses) == {"load_balance"} and set(model.scalars) == {"busiest_expert"}
+    active = 6 * (2 * 3 * 32 * (8 * round(32 / 3) // 2) + 4 * 32)
+    assert model_module.flops_of(moe, T) == active
 
 
 def test_dyt_and_its_alphas():
@@ -226,16 +312,21 @@ def test_flops_and_parameters_of_gpt2_small():
 SHAPE = {"n_embd": 16, "block_size": 12, "vocab_size": 11}
 DRAWN = {
     **{key: list(table) for key, table in CHOICES.items()},
-    "residual_scale": [*model_module.RESIDUAL_SCALES, "0.7"],
     **{key: [False, True] for key in ("bias", "tie", "norm_gain")},
     "gate_input": ["input", "input", *model_module.GATE_INPUTS],
-    "n_layer": [1, 2, 3],
+    "n_layer": [1, 2, 3, 2, 3],
     "n_head": [1, 2, 4],
     "n_kv_head": [0, 0, 1, 3],
     "head_dim": [0, 6, 7],
     "ffn_hidden": [0, 0, 24],
-    "window": [0, 3, 3, 1],
+    "window": [0, 3, 3, 1, "3 0"],
     "n_register": [0, 2],
+    "n_expert": [8] * 9 + [3],
+    "embedding_init": ["small"] * 3 + ["unit"],
+    "head_out": ["none"] * 3 + [*model_module.HEAD_OUTS],
+    "norm_place": [*model_module.NORM_PLACES, "post*1 pre", "cycle(sandwich pre)"],
+    "norm": [*model_module.NORMS, "rmsnorm layernorm"],
+    "residual_scale": [*model_module.RESIDUAL_SCALES, "0.7", "learned 0.5"],
     "stream_clip": [0.0, 5.0],
     "logit_cap": [0.0, 10.0],
 }

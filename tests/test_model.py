@@ -1,5 +1,6 @@
 """The model against Hugging Face, explicit formulas and the residual identity."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import model as model_module
-from model import GPT, GPTConfig
+from model import GPT, Context, GPTConfig
 from spikesink.models import convert
 
 from .conftest import TINY, tiny
@@ -89,6 +90,12 @@ ARMS = [
     {"stream_clip": 0.5},
     {"window": 4, "position": "alibi"},
     {"n_register": 3, "position": "rope", "head_dim": 10, "ffn_hidden": 40},
+    {"value": "residual"},
+    *choices("head_out", *model_module.HEAD_OUTS, n_head=4),
+    {"head_out": "differential", "value": "residual", "n_head": 4, "n_kv_head": 2, "gate": "head"},
+    {"ffn": "moe", "n_expert": 4, "n_active": 2},
+    {"norm_place": "post*1 pre", "window": "cycle(4 0)", "ffn": "moe plain", "bias": "true false", "n_layer": 3},
+    {"embedding_init": "unit", "tie": False, "init_scale": "one"},
 ]
 
 
@@ -105,6 +112,7 @@ def test_residual_identity(arm):
     if model.config.n_register:
         registers = model.transformer.registers.weight.expand(len(IDS), -1, -1)
         embedding = torch.cat((registers, embedding), dim=1)
+    context = Context(IDS, embedding, torch.arange(32))
     before = seen["transformer.stream"]
     for i, block in enumerate(model.transformer.h):
         for kind, sub in (("attn", block.attn), ("mlp", block.mlp)):
@@ -113,7 +121,7 @@ def test_residual_identity(arm):
             if model.config.stream_clip:
                 expected = expected.clamp(-model.config.stream_clip, model.config.stream_clip)
             torch.testing.assert_close(after, expected, atol=0, rtol=0)
-            out = sub.f(sub.norm_before(before), embedding)
+            out = sub.f(sub.norm_before(before), context)
             scale = {"inv_sqrt_2L": 0.5, "deepnorm": 4**-0.25, "0.3": 0.3}.get(
                 arm.get("residual_scale"), getattr(sub.scale, "scale", 1.0)
             )
@@ -124,6 +132,37 @@ def test_residual_identity(arm):
         expected = model.config.logit_cap * torch.tanh(expected / model.config.logit_cap)
     torch.testing.assert_close(logits, expected)
     assert (model.lm_head.weight is model.transformer.wte.weight) == model.config.tie
+
+
+@pytest.mark.parametrize(
+    "text, n_layer, values",
+    [
+        ("post*2 pre", 5, "post post pre pre pre"),
+        ("post pre", 3, "post pre pre"),
+        ("post*2 pre*1", 3, "post post pre"),
+        ("post*25% pre", 12, "post post post" + " pre" * 9),
+        ("post*25% pre", 2, "post pre"),
+        ("cycle(post pre*2)", 5, "post pre pre post pre"),
+    ],
+)
+def test_an_axis_varies_by_layer_as_it_is_written(text, n_layer, values):
+    config = GPTConfig(**{**TINY, "n_layer": n_layer}, norm_place=text)
+    assert [layer.norm_place for layer in config.layers] == values.split()
+    assert GPTConfig(**dataclasses.asdict(config)) == config  # as a checkpoint has it
+    model = GPT(config)
+    posts = [isinstance(block.mlp.norm_after, torch.nn.LayerNorm) for block in model.transformer.h]
+    assert posts == [place == "post" for place in values.split()]
+    assert isinstance(model.transformer.ln_f, torch.nn.LayerNorm) == (values.split()[-1] == "pre")
+
+
+def test_each_layer_has_its_own_numbers():
+    model = GPT(GPTConfig(**{**TINY, "n_layer": 4}, window="cycle(8*3 0)", n_kv_head="1*2 2", ffn_hidden="8 16"))
+    assert [block.attn.f.attend.window for block in model.transformer.h] == [8, 8, 8, 0]
+    assert [block.attn.f.c_attn.out_features for block in model.transformer.h] == [64, 64, 96, 96]
+    rows = [(8, 8), (16, 8), (16, 8), (16, 32)]
+    attention = [6 * (32 * (32 + 2 * 16 * kv) + 32 * 32) for kv in (1, 1, 2, 2)]
+    expected = sum(a + 6 * 2 * 32 * hidden + 12 * 32 * seen for a, (hidden, seen) in zip(attention, rows, strict=True))
+    assert model.flops_per_token(32) == expected + 6 * 64 * 32
 
 
 @pytest.mark.parametrize("place", model_module.NORM_PLACES)
@@ -231,6 +270,19 @@ def test_gpt2_small_has_gpt2s_parameters():
         ({"window": -1}, "window=-1 must be 0 or more"),
         ({"dropout": 1.0}, "dropout"),
         ({"n_layer": 0}, "n_layer"),
+        ({"norm_place": "post*3 pre"}, "norm_place='post\\*3 pre'.*2"),
+        ({"norm_place": "post*1 pre*2"}, "does not fit n_layer=2"),
+        ({"norm_place": "cycle(post*2 pre)"}, "of 3 layers and does not fit n_layer=2"),
+        ({"norm_place": "post*x pre"}, "'post\\*x' is not a value of norm_place, or value\\*count"),
+        ({"window": "4 wide"}, "'wide' is not a value of window"),
+        ({"norm_place": "past pre"}, "norm_place='past' is not one of"),
+        ({"n_head": "2 4"}, "n_head='2 4' is not of type int, one for all layers"),
+        ({"position": "learned rope"}, "learned is added to the embedding"),
+        ({"value": "residual", "n_kv_head": "1 2"}, "value=residual needs values of one shape"),
+        ({"head_out": "differential", "n_head": 2, "n_kv_head": 1}, "heads in pairs"),
+        ({"embedding_init": "unit"}, "unit.*tie=False"),
+        ({"n_expert": 4}, "need ffn=moe"),
+        ({"ffn": "moe", "n_active": 9}, "n_active=9 is more than n_expert=8"),
     ],
 )
 def test_impossible_configs_are_refused_by_name(change, words):
@@ -243,7 +295,10 @@ def test_too_long_a_sequence_is_refused():
         tiny()(torch.zeros(1, 33, dtype=torch.long))
 
 
-@pytest.mark.parametrize("arm", [a for a in ARMS if not {"attention", "gate"} & a.keys()], ids=str)
+COMPILED = [arm for arm in ARMS if not {"attention", "gate"} & arm.keys() and "moe" not in arm.get("ffn", "")]
+
+
+@pytest.mark.parametrize("arm", COMPILED, ids=str)
 def test_compiles_without_breaks(arm):
     torch.compiler.reset()
     model, compiled = tiny(**arm), tiny(**arm)

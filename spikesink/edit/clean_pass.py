@@ -61,6 +61,7 @@ class CleanPass:
     sinks: list[torch.Tensor] = field(default_factory=list)  # of these, which are sinks: bool
     queries: list[torch.Tensor] = field(default_factory=list)  # how many see each key (T,)
     outputs: list[Any] = field(default_factory=list)  # of each stage, as its module returned it
+    left: list[dict[str, Any]] = field(default_factory=list)  # what was in its context then, see `left_in`
 
     @classmethod
     def of(
@@ -87,8 +88,12 @@ class CleanPass:
             clean.sinks.append(are_sinks(alpha, queries, q.size(-2)))
             clean.queries.append(queries)
 
+        def on_stage(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            clean.outputs.append(output)
+            clean.left.append(copied(left_in(args)))
+
         hooks: list[tuple[nn.Module, Any]] = [(tap.module, on_attention) for tap in subject.attends]
-        hooks += [(stage, lambda m, a, k, output: clean.outputs.append(output)) for stage in subject.stages]
+        hooks += [(stage, on_stage) for stage in subject.stages]
         with on_streams(subject.streams, [on_stream] * len(subject.streams)), hooked(hooks):
             clean.losses = subject.losses(ids)
         return clean
@@ -146,11 +151,17 @@ class CleanPass:
 
     @contextlib.contextmanager
     def prefix(self, stage: int) -> Iterator[None]:
-        """Within the block, the stages before `stage` return what they returned in the clean model, uncomputed."""
+        """Within the block, the stages before `stage` return what they returned in the clean model, uncomputed, and
+        leave in their context what they left there then."""
         replaced = self.subject.stages[:stage]
         own = [vars(module).get("forward") for module in replaced]
-        for module, output in zip(replaced, self.outputs, strict=False):
-            module.forward = lambda *args, _output=output, **kwargs: _output
+
+        def again(output: Any, left: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            left_in(args).update(copied(left))
+            return output
+
+        for module, output, left in zip(replaced, self.outputs, self.left, strict=False):
+            module.forward = functools.partial(again, output, left)
         try:
             yield
         finally:
@@ -159,6 +170,17 @@ class CleanPass:
                     del module.forward
                 else:
                     module.forward = forward
+
+
+def left_in(args: tuple) -> dict[str, Any]:
+    """What earlier layers of a GPT of model.py left for later ones, in the Context that a stage was called with; empty
+    for other models."""
+    return getattr(args[1], "left", {}) if len(args) > 1 else {}
+
+
+def copied(left: dict[str, Any]) -> dict[str, Any]:
+    """The same, safe from what a later layer appends."""
+    return {name: value.copy() if isinstance(value, (list, dict)) else value for name, value in left.items()}
 
 
 class Means:

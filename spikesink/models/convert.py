@@ -172,6 +172,8 @@ BOTH_NEED: dict[str, Any] = {
     "attention": "softmax",
     "window": 0,
     "n_register": 0,
+    "value": "own",
+    "head_out": "none",
     "gate": "none",
     "stream_clip": 0.0,
     "logit_cap": 0.0,
@@ -266,6 +268,7 @@ def to_hf(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
         ("Llama", LLAMA_NEEDS, to_llama) if args["position"] == "rope" else ("GPT-2", GPT2_NEEDS, to_gpt2)
     )
     other = [f"{k}={args[k]} (it has {v})" for k, v in {**needs, **BOTH_NEED}.items() if args[k] != v]
+    other += [f"{k}={args[k]}" for k in ("head_dim", "n_kv_head", *DEFAULTS) if k not in needs and " " in str(args[k])]
     if args["activation"] not in ACTIVATIONS:
         other.append(f"activation={args['activation']}")
     if other:
