@@ -1,6 +1,7 @@
 """The loop: exact resume, the non-finite guard, ranks, and what it leaves behind."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -256,7 +257,7 @@ def test_loss_range_counts_the_positions_it_says(train, tmp_path):
     train(tmp_path, "--loss_first=3", "--loss_last=9", "--max_iters=1", "--gradient_accumulation_steps=1")
     config = json.loads((tmp_path / "config.json").read_text())["config"]
     torch.manual_seed(config["seed"])
-    model = GPT(GPTConfig(**{key: config[key] for key in GPTConfig.__dataclass_fields__}))
+    model = GPT(GPTConfig(**{key: config[key] for key in (field.name for field in dataclasses.fields(GPTConfig))}))
     x, y = Tokens(config["dataset"], "train", 16, False, config["seed"]).batch(0, 4)
     each = torch.nn.functional.cross_entropy(model(x)[0].transpose(1, 2), y, reduction="none")
     assert rows(tmp_path)[0]["loss"] == pytest.approx(each[:, 3:9].mean().item(), rel=1e-5)
