@@ -328,7 +328,7 @@ def test_processes_make_a_dataset_once(tmp_path):
 
 
 def test_split_documents_keeps_every_character():
-    lines = ["a\n", "\n", "<|endoftext|>\n", "<|endoftext|>\n", "b <|endoftext|>\n", "c"]
+    lines = ["a\n", "\n", "<|endoftext|>\n", " <|endoftext|> \t\r\n", "b <|endoftext|>\n", "c"]
     assert list(split_documents(lines)) == ["a\n\n", "b <|endoftext|>\nc"]
 
 

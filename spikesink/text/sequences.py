@@ -1,6 +1,7 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
 import dataclasses
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,13 +109,17 @@ class Reader:
                 ids = self.of_dataset(name, seq_len, wanted)
                 name = default_text.titled(name, self.split(name, seq_len, False).meta, self.meta)
         check_length(ids.size(1), self.block_size)
+        self.check_ids(ids, name)
+        if options.n_seq and len(ids) < wanted:
+            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        return Sequences(ids if tokens is not None and not options.n_seq else ids[:wanted], name, bos)
+
+    def check_ids(self, ids: torch.Tensor, name: object) -> None:
+        """Raises UserError for ids that the model's embedding does not have, as those of tokens added later may be."""
         real = ids[ids != PADDING]
         if real.min() < 0 or real.max() >= self.vocab_size:
             worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
-        if options.n_seq and len(ids) < wanted:
-            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
-        return Sequences(ids if tokens is not None and not options.n_seq else ids[:wanted], name, bos)
 
     def ordinary(self, options: Options, wanted: int) -> torch.Tensor:
         """Up to `wanted` sequences (N, T) of the text that is read by default; where that is not at hand, of Python's
@@ -163,8 +168,8 @@ class Reader:
         tokens that the text spells are text, and are counted and said; with `special` they are these tokens, and those
         that would be put around the text anyway are not there twice.
         """
-        lines = text.splitlines(keepends=True)
-        documents = [*split_documents(lines)] if any(line.rstrip("\n") == END for line in lines) else [text]
+        lines = [*io.StringIO(text)]
+        documents = [d for d in split_documents(lines) if d.strip()] if any(line.strip() == END for line in lines) else [text]
         after = [] if len(documents) == 1 and documents[0] == text else [self.separator_id]
         ids = [i for document in documents for i in [*self._encode(document), *after] if i is not None]
         special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})
@@ -209,6 +214,7 @@ class Reader:
             raise UserError("the prompt is one token; two are needed")
         if framed.size(1) > self.block_size:
             raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
+        self.check_ids(framed, "the prompt")
         return framed
 
     def framed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -270,7 +276,7 @@ def _load(path: str | Path) -> object:
 def read_text(path: str | Path) -> str:
     """A text file. Raises UserError."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"cannot read {path}: it is no text in UTF-8") from None
     except OSError as error:

@@ -179,10 +179,10 @@ def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
 
 
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each."""
+    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each, with white space around it or not."""
     document: list[str] = []
     for line in lines:
-        if line.rstrip("\n") == END:
+        if line.strip() == END:
             if document:
                 yield "".join(document)
             document = []
