@@ -669,8 +669,11 @@ class Run:
         return self.done or self.step % interval == 0
 
     def evaluate(self) -> bool:
-        """Takes the validation loss. Returns whether it is the lowest so far."""
+        """Takes the validation loss. Returns whether it is the lowest so far. Raises StoppedError if it is not
+        finite."""
         self.val_loss = validation_loss(self.compiled_model, self.val_data, self.cfg, self.machine)
+        if not math.isfinite(self.val_loss):
+            raise StoppedError(f"step {self.step}: val_loss {self.val_loss} after the update: stopped, not saved")
         is_best = self.val_loss < self.best
         self.best = min(self.val_loss, self.best)
         return is_best
@@ -702,12 +705,13 @@ class Run:
 
     def _stopped(self, error: StoppedError) -> NoReturn:
         """What is left of a run whose loss or gradient was not finite. Raises StoppedError."""
-        step = self.step + 1
+        step = self.step + math.isfinite(self.val_loss or 0.0)  # the update that was not made, or that spoiled the model
         if self.machine.is_rank0:
             self._note(step, {"stopped": str(error)})
             with contextlib.suppress(OSError):
                 self.checkpoints.wait()
-        raise StoppedError(f"{error}; checkpoints: {self._last_good()}; --replay={step} shows its batch") from None
+        sound = self._last_good(before=self.step)  # what was saved at this step has the loss that is not finite
+        raise StoppedError(f"{error}; checkpoints: {sound}; --replay={step} shows its batch") from None
 
     # ----------------------------------------------------------------------------------------------- saving
 
@@ -755,8 +759,9 @@ class Run:
             extra=provenance(),
         )
 
-    def _last_good(self) -> str:
-        return f"the last good one is {self.path}" if self.path.exists() else "there is none yet"
+    def _last_good(self, before: float = math.inf) -> str:
+        paths = [path for step, path in self.checkpoints.all().items() if step < before]
+        return f"the last good one is {paths[-1]}" if paths else "there is none yet"
 
 
 # --------------------------------------------------------------------------------------------------- looking back
