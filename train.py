@@ -705,7 +705,9 @@ class Run:
 
     def _stopped(self, error: StoppedError) -> NoReturn:
         """What is left of a run whose loss or gradient was not finite. Raises StoppedError."""
-        step = self.step + math.isfinite(self.val_loss or 0.0)  # the update that was not made, or that spoiled the model
+        step = self.step + math.isfinite(
+            self.val_loss or 0.0
+        )  # the update that was not made, or that spoiled the model
         if self.machine.is_rank0:
             self._note(step, {"stopped": str(error)})
             with contextlib.suppress(OSError):

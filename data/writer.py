@@ -5,10 +5,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from tqdm import tqdm
 
@@ -20,13 +21,29 @@ BATCH = 256  # documents encoded at a time
 KEPT = ("settings", "tokens", "documents", "empty", "source")  # of a writer, in progress.json
 
 
+def lock_of(folder: Path) -> filelock.BaseFileLock:
+    """The lock of whoever makes a dataset; a process that holds it may take it again."""
+    return filelock.FileLock(folder / ".lock", is_singleton=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other process prepares the dataset of this folder. Raises UserError where one does."""
+    try:
+        with lock_of(folder).acquire(timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"another process prepares {folder}: wait for it, or stop it") from None
+
+
 class DatasetWriter:
     """Appends encoded documents to train.bin.part and val.bin.part; `finish` gives them their names.
 
     Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. What was
     written up to the last `mark` survives a crash: a new writer on the same folder goes on from there (`documents`
     and `source` say how far that was). Where that is not all there any more, or was begun with other `settings`, it
-    starts again and says so. Documents of white space alone are left out, and counted (`empty`).
+    starts again and says so. Documents of white space alone are left out, and counted (`empty`). Raises UserError while
+    another process writes there.
     """
 
     def __init__(
@@ -40,6 +57,8 @@ class DatasetWriter:
         own = {"tokenizer": [tokenizer.name, tokenizer.vocab_size, tokenizer.bpe], "val_every": val_every}
         self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as it is read back
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._alone = contextlib.ExitStack()
+        self._alone.enter_context(alone_in(self.folder))
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.empty, self.source = {"train": 0, "val": 0}, 0, 0, 0
         if self.progress_file.exists():
@@ -76,6 +95,7 @@ class DatasetWriter:
     def __exit__(self, *error: object) -> None:
         for file in self.files.values():
             file.close()
+        self._alone.close()
 
     def add(self, documents: Iterable[str], split: str | None = None) -> None:
         """Encodes an iterable of strings; `split` overrides the every-n-th rule."""

@@ -553,6 +553,29 @@ def test_prepare_starts_again_where_what_it_wrote_is_gone(tmp_path, capsys, spoi
     assert bins(tmp_path / "broken") == bins(tmp_path / "whole")
 
 
+def test_two_preparations_of_a_dataset_do_not_spoil_each_other(tmp_path):
+    """The second cut the first one's files down to nothing, and both ended well."""
+    (tmp_path / "other.txt").write_text("another text\n<|endoftext|>\n" * 9)
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; from pathlib import Path\n"
+        "from spikesink.errors import cli; from spikesink.text.tokenizers import ByteTokenizer\n"
+        f"prepare = runpy.run_path({str(ROOT / 'data/text/prepare.py')!r})['prepare']\n"
+        f"cli(lambda: prepare([{str(tmp_path / 'other.txt')!r}], Path({str(tmp_path / 'd')!r}), ByteTokenizer(), 2))"
+    )
+    with DatasetWriter(tmp_path / "d", ByteTokenizer(), 2) as writer:
+        writer.add(["one", "two"])
+        writer.mark(1)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "another process prepares" in done.stderr
+        writer.add(["three", "four"])
+        writer.finish()
+    assert [ByteTokenizer().text(np.frombuffer(part, "<u2")) for part in bins(tmp_path / "d")] == [
+        "two\n\nfour\n\n",
+        "one\n\nthree\n\n",
+    ]
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
 def test_prepare_does_not_go_on_with_another_tokenizer(tmp_path, capsys, ranks):
     with DatasetWriter(tmp_path, ByteTokenizer(), 2) as writer:
         writer.add(["one", "two"])

@@ -179,7 +179,14 @@ def test_non_finite_gradient_stops_before_the_update(train, tmp_path, monkeypatc
 
 
 SPOILED = [  # the first update leaves finite weights whose loss is not
-    *("--optimizer=sgd", "--learning_rate=1e9", "--min_lr=1e8", "--warmup_iters=0", "--grad_clip=0", "--save_interval=1")
+    *(
+        "--optimizer=sgd",
+        "--learning_rate=1e9",
+        "--min_lr=1e8",
+        "--warmup_iters=0",
+        "--grad_clip=0",
+        "--save_interval=1",
+    )
 ]
 
 

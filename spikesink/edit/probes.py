@@ -232,9 +232,9 @@ def words_of(reader: Reader, read: list[Sentence]) -> Words:
             numbers.append([*ends[0], *(number.get(word, -1) for word in words[:kept]), *ends[1]])
     if not rows:
         raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
-    ids = padded(rows)
-    reader.check_ids(ids, "the treebank")
-    return Words(ids, padded(numbers, -1), *np.array(where).T)
+    framed = padded(rows)
+    reader.check_ids(framed, "the treebank")
+    return Words(framed, padded(numbers, -1), *np.array(where).T)
 
 
 @torch.no_grad()

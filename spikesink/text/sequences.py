@@ -169,7 +169,9 @@ class Reader:
         that would be put around the text anyway are not there twice.
         """
         lines = [*io.StringIO(text)]
-        documents = [d for d in split_documents(lines) if d.strip()] if any(line.strip() == END for line in lines) else [text]
+        documents = (
+            [d for d in split_documents(lines) if d.strip()] if any(line.strip() == END for line in lines) else [text]
+        )
         after = [] if len(documents) == 1 and documents[0] == text else [self.separator_id]
         ids = [i for document in documents for i in [*self._encode(document), *after] if i is not None]
         special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})

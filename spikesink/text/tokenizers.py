@@ -179,7 +179,7 @@ def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
 
 
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each, with white space around it or not."""
+    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each; blanks around it do not count."""
     document: list[str] = []
     for line in lines:
         if line.strip() == END:
