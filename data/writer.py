@@ -54,6 +54,7 @@ class DatasetWriter:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         own = {"tokenizer": [tokenizer.name, tokenizer.vocab_size, tokenizer.bpe], "val_every": val_every}
         self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as it is read back
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ class DatasetWriter:
             self._go_on()
         self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
         for split, file in self.files.items():
-            file.truncate(2 * self.tokens[split])
+            file.truncate(self.dtype.itemsize * self.tokens[split])
 
     def _go_on(self) -> None:
         """Takes up what the last `mark` noted, if all of it is still there."""
@@ -80,7 +81,7 @@ class DatasetWriter:
                 part, whole = self.folder / f"{split}.bin.part", self.folder / f"{split}.bin"
                 if noted["finishing"] and not part.exists() and whole.exists():
                     os.replace(whole, part)  # it was renamed, and not yet the other one
-                if not part.exists() or part.stat().st_size < 2 * count:
+                if not part.exists() or part.stat().st_size < self.dtype.itemsize * count:
                     lost.append(part.name)
             if not lost:
                 vars(self).update({key: noted[key] for key in KEPT})
@@ -103,7 +104,7 @@ class DatasetWriter:
         while batch := list(itertools.islice(rest, BATCH)):
             for ids in self.tokenizer.encode(batch):
                 to = split or ("val" if self.documents % self.val_every == 0 else "train")
-                self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype("<u2").tobytes())
+                self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype(self.dtype).tobytes())
                 self.tokens[to] += len(ids) + 1
                 self.documents += 1
 
@@ -139,7 +140,7 @@ class DatasetWriter:
         finish_dataset(
             self.folder,
             {
-                "dtype": "uint16",
+                "dtype": self.dtype.name,
                 "vocab_size": self.tokenizer.vocab_size,
                 "tokenizer": self.tokenizer.name,
                 "bos_id": self.tokenizer.bos_id,

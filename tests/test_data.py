@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -551,6 +552,21 @@ def test_prepare_starts_again_where_what_it_wrote_is_gone(tmp_path, capsys, spoi
     steps(tmp_path / "broken")
     assert f"lacks what was written to {split}.bin.part; starting again" in capsys.readouterr().err
     assert bins(tmp_path / "broken") == bins(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_that_two_bytes_do_not_hold_take_four(tmp_path, size, dtype):
+    """A tokenizer that a fork adds may be larger than any of ours: its ids were cut down to two bytes."""
+    large = types.SimpleNamespace(name="large", vocab_size=size, bos_id=size - 1, bpe=None)
+    large.encode = lambda texts: [np.array([0, size - 2]) for _ in texts]
+    with DatasetWriter(tmp_path, large, 2) as writer:
+        writer.add(["one", "two"])
+        writer.mark(1)
+    with DatasetWriter(tmp_path, large, 2) as writer:
+        writer.add(["three", "four"])
+        writer.finish()
+    data = Tokens(str(tmp_path), "train", 5)
+    assert data.meta["dtype"] == dtype and data.tokens.tolist() == [0, size - 2, size - 1] * 2
 
 
 def test_two_preparations_of_a_dataset_do_not_spoil_each_other(tmp_path):

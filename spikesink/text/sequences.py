@@ -97,10 +97,6 @@ class Reader:
         if tokens is not None:
             name = str(tokens) if isinstance(tokens, (str, Path)) else "tokens"
             ids = ids_of_array(tokens, seq_len)
-            start = torch.tensor(self.prefix_ids, dtype=torch.int64)
-            if not (ids[:, : len(start)] == start).all():
-                bos = self.tokenizer.decode(int(start[0]))
-                say_once(f"{name}: not every sequence starts with {bos}, as the model's text does")
         else:
             seq_len = seq_len or int(min(DEFAULT_LENGTH, self.block_size))
             check_length(seq_len, self.block_size)
@@ -115,6 +111,10 @@ class Reader:
         self.check_ids(ids, name)
         if options.n_seq and len(ids) < wanted:
             raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        start = torch.tensor(self.prefix_ids, dtype=torch.int64)
+        if not (ids[:, : len(start)] == start).all():
+            bos = self.tokenizer.decode(int(start[0]))
+            say_once(f"{name}: not every sequence starts with {bos}, as the model's text does")
         ids = ids if tokens is not None and not options.n_seq else ids[:wanted]
         return Sequences(ids, name, bool(self.prefix_ids) and tokens is None)
 
