@@ -570,7 +570,7 @@ def test_ids_that_two_bytes_do_not_hold_take_four(tmp_path, size, dtype):
 
 
 def test_two_preparations_of_a_dataset_do_not_spoil_each_other(tmp_path):
-    """The second cut the first one's files down to nothing, and both ended well."""
+    """The second began the first one's files anew under its hands, and ended well."""
     (tmp_path / "other.txt").write_text("another text\n<|endoftext|>\n" * 9)
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; from pathlib import Path\n"

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from data.loader import Tokens
+from spikesink import errors
 from spikesink.models import checkpoint
 from train import PENALTIES, SCHEMAS, Run, TrainConfig, cpp_compiler, validation_loss
 from trainer import config
@@ -59,6 +61,12 @@ def test_an_ascii_terminal_shows_what_it_can():
     command = [sys.executable, "-c", "from spikesink import errors; errors.cli(lambda: print('a\u23ce'))"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\\u23ce\n", b"")
+
+
+def test_on_windows_a_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert errors.exit_code(lambda: pytest.fail("it ran")) == 2
+    assert re.fullmatch("error: .*on Windows call it in WSL.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--norm_place=post"]], ids=["plain", "dropout"])
