@@ -74,8 +74,9 @@ ARMS = {
     "nodecay": {"weight_decay": 0.0},
     "beta2": {"beta2": 0.999},
     "stream_clip": {"stream_clip": 20.0},
-    "kurtosis_penalty": {"penalty": "kurtosis"},
-    "magnitude_penalty": {"penalty": "magnitude", "penalty_weight": 0.01},
+    "soap": {"optimizer": "soap", "beta1": 0.95, "learning_rate": 3e-3},
+    "kurtosis_penalty": {"losses": {"kurtosis": 1e-3}},
+    "magnitude_penalty": {"losses": {"magnitude": 0.01}},
     "untied": {"tie": False},
     "biased": {"bias": True},
     "softcap": {"logit_cap": 30.0},
@@ -207,7 +208,7 @@ def test_learning_rate_schedules():
     assert learning_rate(10, cosine) == 1.0
     assert learning_rate(60, cosine) == pytest.approx(0.55)
     assert learning_rate(110, cosine) == learning_rate(500, cosine) == pytest.approx(0.1)
-    linear = TrainConfig(**shape, lr_schedule="constant_linear")
+    linear = TrainConfig(**shape, lr_schedule="wsd")
     assert [learning_rate(step, linear) for step in (10, 50, 90)] == [1.0, 1.0, pytest.approx(1.0)]
     assert learning_rate(100, linear) == pytest.approx(0.55)
     assert learning_rate(110, linear) == pytest.approx(0.1)

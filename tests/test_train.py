@@ -13,7 +13,7 @@ import torch
 
 from data.loader import Tokens
 from spikesink.models import checkpoint
-from train import PENALTIES, SCHEMAS, Run, TrainConfig, cpp_compiler, validation_loss
+from train import SCHEMAS, STREAM_LOSSES, Run, TrainConfig, cpp_compiler, validation_loss
 from trainer import config
 from trainer.machine import Machine
 
@@ -221,7 +221,7 @@ def test_bfloat16_trains_close_to_float32(train, tmp_path):
     assert a == pytest.approx(b, rel=0.02) and a != b
 
 
-# ------------------------------------------------------------------------------- optimisers, penalties, loss range
+# ------------------------------------------------------------------------------- optimisers, losses, loss range
 
 
 def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
@@ -238,7 +238,7 @@ def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
     assert set(of(first)) == {n for n in names.values() if ".h." in n and n.endswith(".weight") and "norm" not in n}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "soap"])
 def test_every_optimiser_learns_and_resumes_bitwise(train, tmp_path, optimizer):
     extra = [f"--optimizer={optimizer}", "--lr_decay_iters=8", f"--learning_rate={0.3 if optimizer == 'sgd' else 1e-2}"]
     train(tmp_path / "whole", *extra)
@@ -270,31 +270,31 @@ def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, pe
         "kurtosis": ((power**2).mean(1) / power.mean(1) ** 2).mean(),
         "magnitude": (x.abs().max(-1).values / x.square().mean(-1).sqrt()).mean(),
     }[penalty]
-    torch.testing.assert_close(PENALTIES[penalty](x), expected)
+    torch.testing.assert_close(STREAM_LOSSES[penalty](x), expected)
 
     measured = {}
     for weight in ("0.0", "3.0"):
-        train(tmp_path / weight, f"--penalty={penalty}", f"--penalty_weight={weight}", "--max_iters=30")
+        train(tmp_path / weight, f"--losses={penalty}={weight}", "--max_iters=30")
         from model import GPT
 
         model, streams = GPT.from_checkpoint(checkpoint.load(tmp_path / weight)).eval(), []
         model.transformer.h[0].mlp.stream.register_forward_hook(lambda m, a, out, s=streams: s.append(out))
         model(torch.arange(16)[None])
-        measured[weight] = PENALTIES[penalty](streams[0]).item()
+        measured[weight] = STREAM_LOSSES[penalty](streams[0]).item()
     assert measured["3.0"] < measured["0.0"] * 0.97
     # with no weight it is the run without a penalty, bit by bit: the penalty only adds its own gradient
     train(tmp_path / "plain", "--max_iters=30")
     assert same(checkpoint.load(tmp_path / "plain").model, checkpoint.load(tmp_path / "0.0").model)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
-def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_path, penalty):
+@pytest.mark.parametrize("losses", ["", "kurtosis=1 magnitude=1"])
+def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_path, losses):
     """The kurtosis of a batch is not the mean of its parts': over a whole batch it made 15% of a gradient."""
     grads = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         options = dict(option.removeprefix("--").split("=") for option in SMALL_RUN)
         options |= {"dataset": str(toy_data), "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        options |= {"penalty": penalty, "penalty_weight": 1.0}
+        options |= {"losses": losses}
         fields = config.fields_of(SCHEMAS)
         typed = {key: config.typed(key, value, fields[key].type, "test") for key, value in options.items()}
         run = Run.open(typed, tmp_path / str(batch_size), Machine.find("cpu"))
