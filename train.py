@@ -71,7 +71,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     init_from: str = "scratch"  # or a checkpoint of ours, or a Hugging Face folder or hub name: GPT-2, Llama
     # optimiser
-    optimizer: str = "adamw"  # adamw, muon (matrices of the blocks; AdamW for the rest), sgd, soap
+    optimizer: str = "adamw"  # adamw, sgd; muon and soap for the matrices of the blocks, adamw for the rest
     learning_rate: float = 6e-4
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9
@@ -169,18 +169,31 @@ def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
 
 
-def muon(model: GPT, cfg: TrainConfig) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) on the matrices of the blocks, its step scaled to AdamW's rms; AdamW on the rest."""
-    taken = {id(matrix) for matrix in model.block_matrices()}
-    groups = model.optimiser_groups(cfg.weight_decay)
-    matrices = [{**group, "params": [p for p in group["params"] if id(p) in taken]} for group in groups]
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-    of_blocks = torch.optim.Muon(
-        [group for group in matrices if group["params"]],
-        *(cfg.learning_rate, cfg.weight_decay, cfg.momentum),
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [of_blocks, adamw(rest, cfg)]
+def on_matrices(make: Callable[..., Optimizer], model: GPT, cfg: TrainConfig) -> list[Optimizer]:
+    """The optimiser make(groups, cfg) on the matrices of the blocks, AdamW on the rest."""
+    matrices = {id(matrix) for matrix in model.block_matrices()}
+    parts: list[list[dict[str, Any]]] = [
+        [
+            {**group, "params": [p for p in group["params"] if (id(p) in matrices) is inside]}
+            for group in model.optimiser_groups(cfg.weight_decay)
+        ]
+        for inside in (True, False)
+    ]
+    return [make([group for group in parts[0] if group["params"]], cfg), adamw(parts[1], cfg)]
+
+
+def muon(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
+    """Muon (Jordan et al. 2024), its step scaled to AdamW's rms."""
+    return torch.optim.Muon(groups, cfg.learning_rate, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw")
+
+
+def soap(groups: list[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
+    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, on both sides, which follows them every
+    10 steps; the first step only finds it. Raises UserError if the package is not installed."""
+    with extra("soap"):
+        from pytorch_optimizer import SOAP
+    widest = max(max(p.shape) for group in groups for p in group["params"])
+    return SOAP(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), max_precondition_dim=widest)
 
 
 def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
@@ -188,20 +201,12 @@ def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum)
 
 
-def soap(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
-    """SOAP (Vyas et al. 2024), Adam in the eigenbasis of Shampoo, which follows every 10 steps; the first step only
-    finds it. Raises UserError if the package is not installed."""
-    with extra("soap"):
-        from pytorch_optimizer import SOAP
-    return SOAP(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
-
-
 # name -> the optimisers that share a model's parameters out among themselves
 OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
     "adamw": lambda model, cfg: [adamw(model.optimiser_groups(cfg.weight_decay), cfg)],
-    "muon": muon,
+    "muon": functools.partial(on_matrices, muon),
     "sgd": lambda model, cfg: [sgd(model.optimiser_groups(cfg.weight_decay), cfg)],
-    "soap": lambda model, cfg: [soap(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "soap": functools.partial(on_matrices, soap),
 }
 
 
@@ -217,9 +222,9 @@ def magnitude_loss(x: Tensor) -> Tensor:
     return (x.abs().amax(-1) / x.square().mean(-1).add(1e-12).sqrt()).mean()
 
 
-# name -> function of the stream (B, T, C) after a sub-layer, averaged over sub-layers; a mean over sequences, so that it
-# is the same however micro-batches share these out. Other losses are the model's own: what a pass leaves in its `losses`,
-# {name: scalar ()}, as a mixture of experts does.
+# name -> function of the stream (B, T, C) after a sub-layer, averaged over sub-layers; a mean over sequences, which is
+# the same however micro-batches share these out. Other losses are the model's: a pass leaves them in its attribute
+# `losses`, {name: scalar ()}, as a mixture of experts does.
 STREAM_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"kurtosis": kurtosis_loss, "magnitude": magnitude_loss}
 NOTED = ("losses", "scalars")  # attributes of a model: what a pass leaves there is logged
 

@@ -148,19 +148,19 @@ def _read_union(value: Any, kinds: Sequence[Any]) -> Any:
     raise ValueError(value)
 
 
-def _read_container(value: Any, origin: Any, inner: Sequence[Any]) -> Any:
+def _read_container(given: Any, origin: Any, inner: Sequence[Any]) -> Any:
     """A list, tuple or dict: as Python writes it, or its items with blanks or commas between, a dict's as name=item."""
-    if isinstance(value, str):
-        parts = re.findall(r"[^\s,]+", value)
-        found: Any = None
+    value = given
+    if isinstance(given, str):
+        value = None
         with contextlib.suppress(ValueError, TypeError, SyntaxError):
-            found = ast.literal_eval(value)
-        if not isinstance(found, (list, tuple, dict)):
-            found = dict(part.split("=", 1) for part in parts) if origin is dict else parts
-        value = found
-    if not isinstance(value, dict if origin is dict else (list, tuple)):
+            value = ast.literal_eval(given)
+        if not isinstance(value, (list, tuple, dict)):
+            parts = re.findall(r"[^\s,]+", given)
+            value = dict(part.split("=", 1) for part in parts) if origin is dict else parts
+    if isinstance(value, dict) is not (origin is dict) or not isinstance(value, (list, tuple, dict)):
         raise ValueError(value)
-    if origin is dict:
+    if isinstance(value, dict):
         of_key, of_item = inner or (Any, Any)
         return {_read(name, of_key): _read(item, of_item) for name, item in value.items()}
     fixed = origin is tuple and inner and inner[-1] is not ...
