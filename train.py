@@ -172,14 +172,10 @@ def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 def on_matrices(make: Callable[..., Optimizer], model: GPT, cfg: TrainConfig) -> list[Optimizer]:
     """The optimiser make(groups, cfg) on the matrices of the blocks, AdamW on the rest."""
     matrices = {id(matrix) for matrix in model.block_matrices()}
-    parts: list[list[dict[str, Any]]] = [
-        [
-            {**group, "params": [p for p in group["params"] if (id(p) in matrices) is inside]}
-            for group in model.optimiser_groups(cfg.weight_decay)
-        ]
-        for inside in (True, False)
-    ]
-    return [make([group for group in parts[0] if group["params"]], cfg), adamw(parts[1], cfg)]
+    groups = model.optimiser_groups(cfg.weight_decay)
+    those = [{**group, "params": [p for p in group["params"] if id(p) in matrices]} for group in groups]
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
+    return [make([group for group in those if group["params"]], cfg), adamw(rest, cfg)]
 
 
 def muon(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
@@ -226,7 +222,6 @@ def magnitude_loss(x: Tensor) -> Tensor:
 # the same however micro-batches share these out. Other losses are the model's: a pass leaves them in its attribute
 # `losses`, {name: scalar ()}, as a mixture of experts does.
 STREAM_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"kurtosis": kurtosis_loss, "magnitude": magnitude_loss}
-NOTED = ("losses", "scalars")  # attributes of a model: what a pass leaves there is logged
 
 CHOICES: dict[str, Any] = {
     "lr_schedule": LR_SCHEDULES,
@@ -495,11 +490,8 @@ class Run:
             load_weights(self.model, weights, cfg.init_from)
         machine.shard(self.model, self.model.transformer.h)
         self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
-        # of the current forward pass, one per sub-layer
-        self.of_streams: dict[str, list[Tensor]] = {name: [] for name in cfg.losses if name in STREAM_LOSSES}
-        for name in self.of_streams:
-            self._watch_streams(name)
-        self._check_losses()
+        self.of_streams: dict[str, list[Tensor]] = {}  # losses of the current forward pass, one per sub-layer
+        self._watch_streams()
         self.monitor = Monitor(self.model, cfg.monitor if machine.is_rank0 else 0)
 
     def _check_out_dir(self, goes_on: bool) -> None:
@@ -534,34 +526,31 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
 
-    def _watch_streams(self, name: str) -> None:
-        """Collects a loss of the stream after every sub-layer, in passes that will be differentiated."""
+    def _watch_streams(self) -> None:
+        """Collects the losses of the stream after every sub-layer, in passes that will be differentiated.
+
+        Raises UserError for one of cfg.losses that is none of these, and that a pass of the model does not leave.
+        """
+        names = [name for name in self.cfg.losses if name in STREAM_LOSSES]
 
         def hook(module: nn.Module, args: Any, x: Tensor) -> None:
             if torch.is_grad_enabled():
-                self.of_streams[name].append(STREAM_LOSSES[name](x))
+                for name in names:
+                    self.of_streams.setdefault(name, []).append(STREAM_LOSSES[name](x))
 
-        for sub_layer in self.model.sub_layers():
+        for sub_layer in self.model.sub_layers() if names else ():
             sub_layer.stream.register_forward_hook(hook)
-
-    def _check_losses(self) -> None:
-        """Raises UserError for one of cfg.losses that is no loss of the stream, and that a pass does not leave."""
-        rest = [name for name in self.cfg.losses if name not in STREAM_LOSSES]
-        if rest:
+        for name in self.cfg.losses.keys() - set(names):
             x = torch.zeros(1, self.model_config.block_size, dtype=torch.long, device=self.machine.device)
             with self.machine.autocast():
                 self.model(x, x)
-            known = [*STREAM_LOSSES, *self._auxiliary()]
-            for name in rest:
-                if name not in known:
-                    raise UserError(f"losses: there is no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+            if name not in (known := {**STREAM_LOSSES, **self._auxiliary()}):
+                raise UserError(f"losses: there is no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
     def _auxiliary(self) -> dict[str, Tensor]:
-        """{name: scalar ()} of the losses beside the language model's that the last pass has left, and lets go of
-        those of the stream."""
-        found = {name: torch.stack(values).mean() for name, values in self.of_streams.items() if values}
-        for values in self.of_streams.values():
-            values.clear()
+        """{name: scalar ()}: losses beside the language model's that the last pass left; lets go of the stream's."""
+        found = {name: torch.stack(values).mean() for name, values in self.of_streams.items()}
+        self.of_streams.clear()
         return getattr(self.model, "losses", {}) | found
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -611,10 +600,8 @@ class Run:
             yield x.to(machine.device), y.to(machine.device)
 
     def gradients(self) -> Tensor:
-        """Leaves the gradients of the current step in the parameters. Returns the mean loss () on this rank.
-
-        It is the language model's alone; `noted` has the means of the others, and of the model's own scalars.
-        """
+        """Leaves the gradients of the current step in the parameters, and in `noted` the means of the losses beside the
+        language model's and of the model's scalars. Returns the language model's mean loss () on this rank."""
         mean = torch.zeros((), device=self.machine.device)
         self.noted: dict[tuple[str, str], Tensor] = {}  # (losses or scalars, name) -> mean ()
         for micro, (x, y) in enumerate(self.batches()):
@@ -625,7 +612,7 @@ class Run:
                 auxiliary = self._auxiliary()
                 for name, weight in self.cfg.losses.items():
                     loss = loss + weight * auxiliary[name]
-                for kind, found in zip(NOTED, (auxiliary, getattr(self.model, "scalars", {})), strict=True):
+                for kind, found in (("losses", auxiliary), ("scalars", getattr(self.model, "scalars", {}))):
                     for name, value in found.items():
                         part = value.detach().to(mean) / self.n_micro
                         self.noted[kind, name] = self.noted.get((kind, name), 0) + part
@@ -633,10 +620,8 @@ class Run:
         return mean
 
     def agree(self, loss: Tensor) -> tuple[float, dict[str, dict[str, float | None]], str | None]:
-        """(Mean over the ranks of their loss (), the means of what is noted, the signal that one of them got).
-
-        The same on every rank, and one message and one wait for the device for all of it.
-        """
+        """(Mean over the ranks of their loss (), the means of what is noted, the signal that one of them got); the same
+        on every rank, and one wait for the device for all of it."""
         means = torch.stack((loss, *self.noted.values())) / self.machine.world
         everything = self.machine.sum(torch.cat((means, self.signals.votes(self.machine.device)))).tolist()
         noted: dict[str, dict[str, float | None]] = {}

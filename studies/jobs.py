@@ -131,8 +131,6 @@ class Job:
 
 # Keys that came later: at its default, such a key is no part of a run's hash, so that runs without it are known again.
 NEWER = ("losses",)
-
-
 # of each key of a study file, the type that it has
 KINDS = {name: get_origin(kind) or kind for name, kind in get_type_hints(Study).items()}
 
@@ -183,9 +181,8 @@ def arm_keys(study: Study, arm: str, common: dict[str, Any]) -> tuple[dict[str, 
     entry = study.arms[arm]
     medians = isinstance(entry, dict) and entry.get("stream_clip") == "medians"
     if isinstance(entry, dict):
-        entry = train.renamed(
-            {"penalty_weight": study.penalty_weight, **entry, **({"stream_clip": 0.0} if medians else {})}
-        )
+        entry = train.renamed({"penalty_weight": study.penalty_weight} | entry)
+        entry |= {"stream_clip": 0.0} if medians else {}
     values = {**common, **keys_of(entry, f"arm {arm}")}
     start, hashes = start_of(values.get("init_from", "scratch"))
     values = {**start, **values}
@@ -323,10 +320,8 @@ def settings(model: GPTConfig, cfg: train.TrainConfig) -> dict[str, Any]:
 
 
 def hashed(of_run: dict[str, Any], penalty_weight: float) -> dict[str, Any]:
-    """`settings` as they enter a run's hash: newer keys only where they are used, and what was renamed by its old name.
-
-    One of the `losses` was `penalty` and `penalty_weight`, which without a penalty was the study's.
-    """
+    """`settings` as a run's hash has them: newer keys only where they are used, and what was renamed by its old name,
+    as were `penalty` and `penalty_weight`, which without a penalty is the study's."""
     usual, found = settings(GPTConfig(), train.TrainConfig()), {}
     for key, value in of_run.items():
         if key == "losses" and len(value) <= 1:

@@ -365,13 +365,13 @@ def test_a_group_has_its_own_rate_after_resume_too(train, tmp_path, monkeypatch,
 def test_soap_is_its_papers_algorithm():
     """Vyas et al. 2024, algorithm 3, on one matrix: the first gradient finds the basis, which is kept for 10 steps."""
     torch.manual_seed(0)
-    weight, lr, decay, (b1, b2) = torch.nn.Parameter(torch.randn(4, 6)), 0.1, 0.2, (0.9, 0.8)
+    weight, lr, decay, (b1, b2) = torch.nn.Parameter(torch.randn(5, 5)), 0.1, 0.2, (0.9, 0.8)
     cfg = TrainConfig(learning_rate=lr, beta1=b1, beta2=b2)
     optimizer = soap([{"params": [weight], "weight_decay": decay}], cfg)
-    gradients, w = torch.randn(5, 4, 6), weight.detach().clone()
+    gradients, w = torch.randn(5, 5, 5), weight.detach().clone()
     first = gradients[0]
     left, right = (torch.linalg.eigh(square)[1] for square in (first @ first.T, first.T @ first))
-    m, v = torch.zeros(4, 6), torch.zeros(4, 6)
+    m, v = torch.zeros(5, 5), torch.zeros(5, 5)
     for step, g in enumerate(gradients):
         weight.grad = g.clone()
         optimizer.step()

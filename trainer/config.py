@@ -116,7 +116,12 @@ def _read(value: Any, kind: Any) -> Any:
     origin, inner = get_origin(kind) or kind, get_args(kind)
     text = isinstance(value, str)
     if origin in (Union, types.UnionType):
-        return _read_union(value, inner)
+        if type(None) in inner and str(value).lower() == "none":
+            return None
+        for each in sorted(inner, key=lambda each: (text or type(value) is not each, each is str)):  # what it is, first
+            with contextlib.suppress(*MISFIT):
+                return _read(value, each)
+        raise ValueError(value)
     if origin is Literal:
         return next(choice for choice in inner if choice == value or (text and str(choice) == value))
     if origin in (list, tuple, dict):
@@ -125,56 +130,40 @@ def _read(value: Any, kind: Any) -> Any:
         return kind[value] if text else kind(value)
     if kind is bool and text:
         return TRUTH[value.lower()]
-    if kind is int and text:
-        value = int(value.replace("_", ""))
-    if kind is float and (text or type(value) is int):
-        value = float(value)
-    if kind is str and type(value) in (int, float):
+    if (text and kind is int) or (kind is float and (text or type(value) is int)):
+        value = kind(value.replace("_", "") if text else value)
+    elif kind is str and type(value) in (int, float):
         value = str(value)
     if (kind is not Any and type(value) is not kind) or (kind is float and not math.isfinite(value)):
         raise ValueError(value)
     return value
 
 
-def _read_union(value: Any, kinds: Sequence[Any]) -> Any:
-    """The first that fits: a value that has the type already, then None, a str last."""
-    if type(None) in kinds and (value is None or str(value).lower() == "none"):
-        return None
-    for kind in sorted(kinds, key=lambda kind: (isinstance(value, str) or type(value) is not kind, kind is str)):
-        try:
-            return _read(value, kind)
-        except MISFIT:
-            continue
-    raise ValueError(value)
-
-
 def _read_container(given: Any, origin: Any, inner: Sequence[Any]) -> Any:
     """A list, tuple or dict: as Python writes it, or its items with blanks or commas between, a dict's as name=item."""
     value = given
     if isinstance(given, str):
-        value = None
         with contextlib.suppress(ValueError, TypeError, SyntaxError):
             value = ast.literal_eval(given)
         if not isinstance(value, (list, tuple, dict)):
-            parts = re.findall(r"[^\s,]+", given)
-            value = dict(part.split("=", 1) for part in parts) if origin is dict else parts
-    if isinstance(value, dict) is not (origin is dict) or not isinstance(value, (list, tuple, dict)):
-        raise ValueError(value)
-    if isinstance(value, dict):
-        of_key, of_item = inner or (Any, Any)
-        return {_read(name, of_key): _read(item, of_item) for name, item in value.items()}
-    fixed = origin is tuple and inner and inner[-1] is not ...
-    kinds = inner if fixed else [inner[0] if inner else Any] * len(value)
-    return origin(_read(item, kind) for item, kind in zip(value, kinds, strict=True))
+            value = re.findall(r"[^\s,]+", given)
+            value = dict(part.split("=", 1) for part in value) if origin is dict else value
+    if isinstance(value, dict) and origin is dict:
+        return {_read(name, (inner or [Any])[0]): _read(item, (inner or [Any])[-1]) for name, item in value.items()}
+    if isinstance(value, (list, tuple)) and origin is not dict:
+        fixed = origin is tuple and inner and inner[-1] is not ...
+        kinds = inner if fixed else [inner[0] if inner else Any] * len(value)
+        return origin(_read(item, kind) for item, kind in zip(value, kinds, strict=True))
+    raise ValueError(given)
 
 
 def plain(value: Any) -> Any:
     """`value` of plain Python alone, as checkpoints hold it: members of enums by their names."""
-    if isinstance(value, enum.Enum):
-        return value.name
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.name if isinstance(value, enum.Enum) else value
 
 
 def _as_written(value: Any, kind: Any) -> str:
