@@ -187,7 +187,7 @@ def cost(jobs: Sequence[Job], asked: Asked, device: str) -> tuple[list[str], lis
         of_arm = [job for job in jobs if job.arm == arm]
         job, left = of_arm[0], [job for job in of_arm if not finished_row(job, asked)]
         parameters, flops = params_and_flops(job.model)
-        shape = (job.model, job.cfg.batch_size, job.cfg.optimizer, job.cfg.penalty, job.cfg.dtype)
+        shape = (job.model, job.cfg.batch_size, job.cfg.optimizer, tuple(job.cfg.losses), job.cfg.dtype)
         if asked.warmup and left and shape not in rates:
             rates[shape] = tokens_per_second(job, asked.warmup, device)
         tokens_left = sum(job.tokens for job in left)

@@ -27,7 +27,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -42,7 +42,7 @@ from data.loader import Tokens
 from model import CHOICES as OF_MODEL
 from model import CONTRACT, GPT, GPTConfig
 from spikesink import __version__, files
-from spikesink.errors import InterruptedRunError, StoppedError, UserError, cli
+from spikesink.errors import InterruptedRunError, StoppedError, UserError, cli, extra, nearest
 from spikesink.files import rows_of
 from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor
@@ -73,7 +73,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     init_from: str = "scratch"  # or a checkpoint of ours, or a Hugging Face folder or hub name: GPT-2, Llama
     # optimiser
-    optimizer: str = "adamw"  # adamw, muon (matrices of the blocks; AdamW for the rest), sgd
+    optimizer: str = "adamw"  # adamw, sgd; muon and soap for the matrices of the blocks, adamw for the rest
     learning_rate: float = 6e-4
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9
@@ -81,15 +81,14 @@ class TrainConfig:
     momentum: float = 0.95  # of sgd and muon
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     # learning-rate schedule
-    lr_schedule: str = "cosine"  # cosine, constant_linear (constant, then linear over the last fifth) or constant
+    lr_schedule: str = "cosine"  # cosine, wsd (warmup, stable, decay: linear over the last fifth) or constant
     warmup_iters: int = 2000
     lr_decay_iters: int = 0  # step at which min_lr is reached; 0: max_iters
     min_lr: float = 6e-5
     # loss
     loss_first: int = 0  # first position that the training loss counts
     loss_last: int = 0  # the position after the last one that it counts; 0: all
-    penalty: str = "none"  # on the residual stream, against spikes: none, kurtosis, magnitude
-    penalty_weight: float = 1e-3
+    losses: dict[str, float] = field(default_factory=dict)  # added: "kurtosis=1e-3 NAME=WEIGHT"; magnitude, the model's
     # log and checkpoints
     eval_interval: int = 2000  # steps between validation losses
     eval_iters: int = 200  # 16 times as many windows in a validation loss, whatever batch_size; always the same ones
@@ -119,10 +118,13 @@ class TrainConfig:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
         for key in (
             *("weight_decay", "grad_clip", "min_lr", "warmup_iters", "lr_decay_iters", "seed"),
-            *("loss_first", "loss_last", "penalty_weight", "keep_every", "monitor", "replay"),
+            *("loss_first", "loss_last", "keep_every", "monitor", "replay"),
         ):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be 0 or more")
+        for name, weight in self.losses.items():
+            if weight < 0:
+                raise ValueError(f"losses: the weight of {name}, {weight}, must be 0 or more")
         for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be in [0, 1)")
@@ -158,7 +160,7 @@ EVAL_WINDOWS = 16  # windows in a validation loss, for each of eval_iters
 # name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    "constant_linear": lambda done: min(1.0, (1.0 - done) / 0.2),
+    "wsd": lambda done: min(1.0, (1.0 - done) / 0.2),
     "constant": lambda done: 1.0,
 }
 
@@ -169,16 +171,27 @@ def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
 
 
-def muon(model: GPT, cfg: TrainConfig) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) on the matrices of the blocks, its step scaled to AdamW's rms; AdamW on the rest."""
-    matrices = model.block_matrices()
-    taken = {id(matrix) for matrix in matrices}
+def on_matrices(make: Callable[..., Optimizer], model: GPT, cfg: TrainConfig) -> list[Optimizer]:
+    """The optimiser make(groups, cfg) on the matrices of the blocks, AdamW on the rest."""
+    matrices = {id(matrix) for matrix in model.block_matrices()}
     groups = model.optimiser_groups(cfg.weight_decay)
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-    of_blocks = torch.optim.Muon(
-        matrices, cfg.learning_rate, cfg.weight_decay, cfg.momentum, adjust_lr_fn="match_rms_adamw"
-    )
-    return [of_blocks, adamw(rest, cfg)]
+    those = [{**group, "params": [p for p in group["params"] if id(p) in matrices]} for group in groups]
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
+    return [make([group for group in those if group["params"]], cfg), adamw(rest, cfg)]
+
+
+def muon(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
+    """Muon (Jordan et al. 2024), its step scaled to AdamW's rms."""
+    return torch.optim.Muon(groups, cfg.learning_rate, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw")
+
+
+def soap(groups: list[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
+    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, on both sides, which follows them every
+    10 steps; the first step only finds it. Raises UserError if the package is not installed."""
+    with extra("soap"):
+        from pytorch_optimizer import SOAP
+    widest = max(max(p.shape) for group in groups for p in group["params"])
+    return SOAP(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), max_precondition_dim=widest)
 
 
 def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
@@ -189,33 +202,32 @@ def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 # name -> the optimisers that share a model's parameters out among themselves
 OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
     "adamw": lambda model, cfg: [adamw(model.optimiser_groups(cfg.weight_decay), cfg)],
-    "muon": muon,
+    "muon": functools.partial(on_matrices, muon),
     "sgd": lambda model, cfg: [sgd(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "soap": functools.partial(on_matrices, soap),
 }
 
 
-def kurtosis_penalty(x: Tensor) -> Tensor:
+def kurtosis_loss(x: Tensor) -> Tensor:
     """He et al.'s kurtosis of a stream (B, T, C) over a sequence's tokens: 1 if all channels are alike, C if one holds
     all. The mean over sequences, and not of the whole batch: so it is the same however micro-batches share that out."""
     return torch.vmap(metrics.channel_kurtosis)(x.float().square().mean(1)).mean()
 
 
-def magnitude_penalty(x: Tensor) -> Tensor:
+def magnitude_loss(x: Tensor) -> Tensor:
     """max_j |x_j| / rms(x) of a token, averaged: what is left of the magnitude when the scale of the stream is free."""
     x = x.float()
     return (x.abs().amax(-1) / x.square().mean(-1).add(1e-12).sqrt()).mean()
 
 
-PENALTIES: dict[str, Callable[[Tensor], Tensor] | None] = {
-    "none": None,
-    "kurtosis": kurtosis_penalty,
-    "magnitude": magnitude_penalty,
-}
+# name -> function of the stream (B, T, C) after a sub-layer, averaged over sub-layers; a mean over sequences, which is
+# the same however micro-batches share these out. Other losses are the model's: a pass leaves them in its attribute
+# `losses`, {name: scalar ()}, as a mixture of experts does.
+STREAM_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"kurtosis": kurtosis_loss, "magnitude": magnitude_loss}
 
 CHOICES: dict[str, Any] = {
     "lr_schedule": LR_SCHEDULES,
     "optimizer": OPTIMIZERS,
-    "penalty": PENALTIES,
     "dtype": DTYPES,
     "parallel": PARALLEL,
     "tracker": TRACKERS,
@@ -366,13 +378,23 @@ def saved_run(kept: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoin
     return saved, path
 
 
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{key: value} of an older version by today's names."""
+    now = {key: value for key, value in values.items() if key not in ("penalty", "penalty_weight")}
+    if values.get("penalty", "none") != "none":
+        now["losses"] = {values["penalty"]: values.get("penalty_weight", 1e-3)}
+    if values.get("lr_schedule") == "constant_linear":
+        now["lr_schedule"] = "wsd"
+    return now
+
+
 def settings_of(saved: Checkpoint, path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """{key: value} of a run that goes on: the checkpoint's, but for what was given and may change. Raises UserError."""
     fields, values = config.fields_of(SCHEMAS), {}
-    for key, stored in (saved.model_args | saved.config).items():
+    for key, stored in renamed(saved.model_args | saved.config).items():
         if key not in fields:
             raise UserError(f"{path} was trained with {key}={stored}, which this version does not know")
-        value = config.typed(key, stored, fields[key].type, path)
+        value = fields[key].read(stored, path)
         if key not in RESUMABLE and overrides.get(key, value) != value:
             raise UserError(f"{path} was trained with {key}={value}, not {overrides[key]}; arms are not mixed")
         if key not in OF_COMMAND:
@@ -402,8 +424,8 @@ def check_settings(model: GPTConfig, cfg: TrainConfig, machine: Machine) -> None
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
             f"{machine.world} ranks, which share the micro-batches out: make it one, and batch_size as much smaller"
         )
-    if machine.sharded and cfg.optimizer == "muon":
-        raise UserError("muon needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
+    if machine.sharded and cfg.optimizer in ("muon", "soap"):
+        raise UserError(f"{cfg.optimizer} needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
 
 
 def compiles(cfg: TrainConfig, machine: Machine) -> bool:
@@ -420,6 +442,7 @@ class Update(NamedTuple):
     loss: float  # the batch's, in nats per token
     norm: float  # of the gradient, before clipping
     lr: float
+    noted: dict[str, dict[str, float | None]]  # losses and scalars beside it: {name: mean}
 
 
 class Run:
@@ -451,7 +474,7 @@ class Run:
             for key, value in before.items():
                 if overrides.get(key, value) != value:
                     print(f"changed on resume: {key} {value} -> {overrides[key]}")
-        given = saved.given or {} if saved else {}
+        given = renamed(saved.given or {}) if saved else {}
         run = cls(model_config, cfg, given | dict(overrides), machine, saved)
         if not replay:
             machine.on_rank0(run._take_folder)
@@ -500,9 +523,8 @@ class Run:
             load_weights(self.model, weights, cfg.init_from)
         machine.shard(self.model, self.model.transformer.h)
         self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
-        self.penalties: list[Tensor] = []  # of the current forward pass, one per sub-layer
-        if penalty := PENALTIES[cfg.penalty]:
-            self._watch_streams(penalty)
+        self.of_streams: dict[str, list[Tensor]] = {}  # losses of the current forward pass, one per sub-layer
+        self._watch_streams()
         self.monitor = Monitor(self.model, cfg.monitor if machine.is_rank0 else 0)
 
     def _check_out_dir(self, goes_on: bool) -> None:
@@ -529,22 +551,40 @@ class Run:
                 self.checkpoints.clear()
                 (self.out_dir / Tracker.FILE).unlink(missing_ok=True)
             everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
-            text = json.dumps({"given": self.overrides, "config": everything, **provenance()}, indent=1)
+            told = config.plain({"given": self.overrides, "config": everything})
+            text = json.dumps({**told, **provenance()}, indent=1)
             files.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
         except filelock.Timeout:
             raise UserError(f"another process trains in {self.out_dir}: stop it, or give another --out_dir") from None
         except OSError as error:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
 
-    def _watch_streams(self, penalty: Callable[[Tensor], Tensor]) -> None:
-        """Collects the penalty of the stream after every sub-layer, in passes that will be differentiated."""
+    def _watch_streams(self) -> None:
+        """Collects the losses of the stream after every sub-layer, in passes that will be differentiated.
+
+        Raises UserError for one of cfg.losses that is none of these, and that a pass of the model does not leave.
+        """
+        names = [name for name in self.cfg.losses if name in STREAM_LOSSES]
 
         def hook(module: nn.Module, args: Any, x: Tensor) -> None:
             if torch.is_grad_enabled():
-                self.penalties.append(penalty(x))
+                for name in names:
+                    self.of_streams.setdefault(name, []).append(STREAM_LOSSES[name](x))
 
-        for sub_layer in self.model.sub_layers():
+        for sub_layer in self.model.sub_layers() if names else ():
             sub_layer.stream.register_forward_hook(hook)
+        for name in self.cfg.losses.keys() - set(names):
+            x = torch.zeros(1, self.model_config.block_size, dtype=torch.long, device=self.machine.device)
+            with self.machine.autocast():
+                self.model(x, x)
+            if name not in (known := {**STREAM_LOSSES, **self._auxiliary()}):
+                raise UserError(f"losses: there is no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+
+    def _auxiliary(self) -> dict[str, Tensor]:
+        """{name: scalar ()}: losses beside the language model's that the last pass left; lets go of the stream's."""
+        found = {name: torch.stack(values).mean() for name, values in self.of_streams.items()}
+        self.of_streams.clear()
+        return getattr(self.model, "losses", {}) | found
 
     def _restore(self, saved: Checkpoint) -> None:
         """Takes up the state of a checkpoint. Raises UserError if it does not belong to this run."""
@@ -593,24 +633,34 @@ class Run:
             yield x.to(machine.device), y.to(machine.device)
 
     def gradients(self) -> Tensor:
-        """Leaves the gradients of the current step in the parameters. Returns the mean loss () on this rank."""
+        """Leaves the gradients of the current step in the parameters, and in `noted` the means of the losses beside the
+        language model's and of the model's scalars. Returns the language model's mean loss () on this rank."""
         mean = torch.zeros((), device=self.machine.device)
+        self.noted: dict[tuple[str, str], Tensor] = {}  # (losses or scalars, name) -> mean ()
         for micro, (x, y) in enumerate(self.batches()):
             with self.machine.accumulating(self.compiled_model, last=micro == self.n_micro - 1):
                 with self.machine.autocast():
                     loss = self.compiled_model(x, y)[1]
                 mean += loss.detach() / self.n_micro
-                if self.penalties:
-                    loss = loss + self.cfg.penalty_weight * torch.stack(self.penalties).mean()
-                    self.penalties.clear()
+                auxiliary = self._auxiliary()
+                for name, weight in self.cfg.losses.items():
+                    loss = loss + weight * auxiliary[name]
+                for kind, found in (("losses", auxiliary), ("scalars", getattr(self.model, "scalars", {}))):
+                    for name, value in found.items():
+                        part = value.detach().to(mean) / self.n_micro
+                        self.noted[kind, name] = self.noted.get((kind, name), 0) + part
                 (loss / self.n_micro).backward()
         return mean
 
-    def agree(self, loss: Tensor) -> tuple[float, str | None]:
-        """(Mean over the ranks of their loss (), the signal that one of them got); the same on every rank."""
-        everything = torch.cat((loss[None] / self.machine.world, self.signals.votes(self.machine.device)))
-        mean, *votes = self.machine.sum(everything).tolist()
-        return mean, self.signals.elected(votes)
+    def agree(self, loss: Tensor) -> tuple[float, dict[str, dict[str, float | None]], str | None]:
+        """(Mean over the ranks of their loss (), the means of what is noted, the signal that one of them got); the same
+        on every rank, and one wait for the device for all of it."""
+        means = torch.stack((loss, *self.noted.values())) / self.machine.world
+        everything = self.machine.sum(torch.cat((means, self.signals.votes(self.machine.device)))).tolist()
+        noted: dict[str, dict[str, float | None]] = {}
+        for (kind, name), value in zip(self.noted, everything[1:], strict=False):
+            noted.setdefault(kind, {})[name] = value if math.isfinite(value) else None
+        return everything[0], noted, self.signals.elected(everything[len(means) :])
 
     def clip(self) -> float:
         """Scales the gradients down to grad_clip. Returns their norm before."""
@@ -623,18 +673,18 @@ class Run:
         """
         with self.monitor(self.step + 1):  # its number when it is done, as in the log
             loss_here = self.gradients()
-        loss, self.stopping = self.agree(loss_here)
+        loss, noted, self.stopping = self.agree(loss_here)
         norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise StoppedError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update")
         lr = learning_rate(self.step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return Update(loss, norm, lr)
+        return Update(loss, norm, lr, noted)
 
     # -------------------------------------------------------------------------------------------- the loop
 
@@ -657,7 +707,8 @@ class Run:
     def _open_logs(self, stack: contextlib.ExitStack) -> None:
         """Opens what rows are written to, until `stack` is left. Raises UserError."""
         stack.callback(self.lock.release)
-        arm = {key: value for key, value in self.overrides.items() if key not in OF_COMMAND}
+        single = lambda value: value if isinstance(value, (bool, int, float)) else str(value)  # all that HParams takes
+        arm = {key: single(value) for key, value in self.overrides.items() if key not in OF_COMMAND}
         logged = int(max((row["step"] for row in rows_of(self.out_dir / "log.jsonl")), default=0))
         try:
             self.logs = [JsonLines(self.out_dir / "log.jsonl", self.step)]
@@ -721,6 +772,7 @@ class Run:
             "lr": update.lr,
             "grad_norm": update.norm,
             "tokens_per_s": tokens_per_s,
+            **update.noted,
             **({"monitor": self.monitor.row} if self.monitor.row else {}),
         }
         for log in self.logs:
@@ -777,11 +829,11 @@ class Run:
 
     def _checkpoint(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> Checkpoint:
         return Checkpoint(
-            model_args=dataclasses.asdict(self.model_config),
+            model_args=config.plain(dataclasses.asdict(self.model_config)),
             model=weights,
             optimizer=optimizer,
-            config=dataclasses.asdict(self.cfg),
-            given=self.overrides,
+            config=config.plain(dataclasses.asdict(self.cfg)),
+            given=config.plain(self.overrides),
             data=self.train_data.meta,
             data_sample=self.train_data.sample,
             step=self.step,
@@ -826,7 +878,7 @@ def replay(run: Run) -> Replay:
             each = nn.functional.cross_entropy(logits.float().transpose(1, 2), y, ignore_index=-1, reduction="none")
             losses += (each.sum(1) / (y >= 0).sum(1)).tolist()
             ids += x.tolist()
-    loss, _ = run.agree(run.gradients())
+    loss, _, _ = run.agree(run.gradients())
     norm = run.clip()
     squares = {n: p.grad.float().square().sum().item() for n, p in run.model.named_parameters() if p.grad is not None}
     whole = sum(squares.values())
@@ -883,7 +935,7 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print((__doc__ or "") + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES))
+        print((__doc__ or "") + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES | {"losses": STREAM_LOSSES}))
         return
     overrides, names = config.parse_argv(SCHEMAS, sys.argv[1:], ROOT)
     out_dir = overrides.get("out_dir") or str(Path("out") / ("-".join(names) or "gpt2"))

@@ -1,3 +1,3 @@
 """A penalty on the channel kurtosis of the stream."""
 
-penalty = "kurtosis"
+losses = {"kurtosis": 1e-3}

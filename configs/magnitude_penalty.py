@@ -1,4 +1,3 @@
 """A penalty on max / rms of every token's stream."""
 
-penalty = "magnitude"
-penalty_weight = 0.01
+losses = {"magnitude": 0.01}

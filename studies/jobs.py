@@ -5,6 +5,7 @@ that its numbers depend on.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -64,6 +65,7 @@ class Study:
     probes: bool = False  # BLiMP and linear probes under the ablations, where they are prepared
     int8: bool = False  # what int8 costs, at every point
     clip: float = 10.0  # medians: what an arm's stream_clip="medians" is, by the checkpoint that it starts from
+    penalty_weight: float = 1e-3  # what an arm's penalty="kurtosis" weighs: losses={"kurtosis": penalty_weight}
     contrasts: list[tuple[str, str]] = field(default_factory=list)  # planned, (arm, measure): these alone are tested
     # arm -> (perplexity, Sink_1 in %, largest |h|) of Sun et al. 2026
     published: dict[str, list[float | int | None]] = field(default_factory=dict)
@@ -127,6 +129,8 @@ class Job:
         return self.cfg.max_iters * self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.model.block_size
 
 
+# Keys that came later: at its default, such a key is no part of a run's hash, so that runs without it are known again.
+NEWER = ("losses", "embedding_init", "n_expert", "n_active", "value", "head_out")
 # of each key of a study file, the type that it has
 KINDS = {name: get_origin(kind) or kind for name, kind in get_type_hints(Study).items()}
 
@@ -142,7 +146,7 @@ def read_study(name: str, changes: dict[str, Any]) -> Study:
     for key, value in values.items():
         if key not in KINDS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, KINDS)}; keys of all runs go into common")
-        config.typed(key, value, KINDS[key], path)
+        values[key] = config.typed(key, value, KINDS[key], path)
     arms = values["arms"]
     unknown = next((arm for arm in changes.get("arms", ()) if arm not in arms), None)
     if unknown is not None:
@@ -176,7 +180,10 @@ def arm_keys(study: Study, arm: str, common: dict[str, Any]) -> tuple[dict[str, 
     """({key: value} of an arm, the hash of the checkpoint that it starts from if there is one). Raises UserError."""
     entry = study.arms[arm]
     medians = isinstance(entry, dict) and entry.get("stream_clip") == "medians"
-    values = {**common, **keys_of({**entry, "stream_clip": 0.0} if medians else entry, f"arm {arm}")}
+    if isinstance(entry, dict):
+        entry = train.renamed({"penalty_weight": study.penalty_weight} | entry)
+        entry |= {"stream_clip": 0.0} if medians else {}
+    values = {**common, **keys_of(entry, f"arm {arm}")}
     start, hashes, sample = start_of(values.get("init_from", "scratch"))
     values = {**start, **values}
     if sample and values["dataset"] == start["dataset"] and data_of(values["dataset"])[1][0] != sample:
@@ -200,9 +207,10 @@ def start_of(name: str) -> tuple[dict[str, Any], list[str], str | None]:
         raise UserError(f"{error}; of a Hugging Face GPT-2 or Llama, train.py --init_from={name} makes one") from None
     if "dataset" not in content.config:
         raise UserError(f"{name} does not say what it was trained on, so it cannot be trained further on the same")
-    fields, settings = config.fields_of(train.SCHEMAS), content.model_args | content.config
-    fits = lambda value, kind: type(value) is kind or (kind is float and type(value) is int)
-    known = {key: value for key, value in settings.items() if key in fields and fits(value, fields[key].type)}
+    fields, known = config.fields_of(train.SCHEMAS), {}
+    for key, value in train.renamed(content.model_args | content.config).items():
+        with contextlib.suppress(KeyError, UserError):  # another program's
+            known[key] = fields[key].read(value, name)
     if known.get("dtype") not in DTYPES:  # nanoGPT's float16
         known["dtype"] = "auto"
     left_out = (*train.OF_COMMAND, *SET_HERE, "min_lr", "lr_decay_iters", "warmup_iters", "max_iters")
@@ -294,7 +302,8 @@ def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) ->
                 raise UserError(f"arm {arm}: seq_len={study.seq_len} is more than block_size={model.block_size}")
             check_sequences(study.n_seq, study.seq_len, cfg.dataset, cfg.bos)
             samples = [*samples, *start]
-            asked = [settings(model, cfg), seed, samples, study.n_seq, study.seq_len, study.ablations, study.probes]
+            of_run = hashed(settings(model, cfg), study.penalty_weight)
+            asked = [of_run, seed, samples, study.n_seq, study.seq_len, study.ablations, study.probes]
             asked += ["int8"] if study.int8 else []
             config_hash = files.content_hash(asked)
             if arms.setdefault(config_hash, arm) != arm:
@@ -309,8 +318,20 @@ def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) ->
 
 def settings(model: GPTConfig, cfg: train.TrainConfig) -> dict[str, Any]:
     """{key: value} of all that makes a run what it is."""
-    everything = {**dataclasses.asdict(model), **dataclasses.asdict(cfg)}
+    everything = config.plain({**dataclasses.asdict(model), **dataclasses.asdict(cfg)})
     return {key: value for key, value in everything.items() if key not in (*train.OF_COMMAND, "seed")}
+
+
+def hashed(of_run: dict[str, Any], penalty_weight: float) -> dict[str, Any]:
+    """`settings` as a run's hash has them: newer keys only where they are used, and what was renamed by its old name,
+    as were `penalty` and `penalty_weight`, which without a penalty is the study's."""
+    usual, found = settings(GPTConfig(), train.TrainConfig()), {}
+    for key, value in of_run.items():
+        if key == "losses" and len(value) <= 1:
+            [(found["penalty"], found["penalty_weight"])] = value.items() or [("none", penalty_weight)]
+        elif key not in NEWER or value != usual[key]:
+            found[key] = "constant_linear" if (key, value) == ("lr_schedule", "wsd") else value
+    return found
 
 
 def params_and_flops(model: GPTConfig) -> tuple[int, int]:

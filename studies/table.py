@@ -212,7 +212,7 @@ class Table:
 
         AB is an arm whose changes are those of two others together. What is not 0 (not 1) is more than both add up to.
         """
-        changes = {name: set(arm.changes.items()) for name, arm in self.arms.items()}
+        changes = {name: {(key, repr(value)) for key, value in arm.changes.items()} for name, arm in self.arms.items()}
         found = {}
         for both, a, b in permutations(self.arms, 3):
             parts = changes[a] and changes[b] and not changes[a] & changes[b]

@@ -2,6 +2,9 @@
 
 import ast
 import dataclasses
+import enum
+import json
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -82,8 +85,9 @@ ARMS = {
     "hybrid_window": {"window": "cycle(128*3 0)"},
     "unit_init": {"embedding_init": "unit", "tie": False, "init_scale": "one"},
     "moe": {"ffn": "moe", "losses": {"load_balance": 0.01}},
-    "kurtosis_penalty": {"penalty": "kurtosis"},
-    "magnitude_penalty": {"penalty": "magnitude", "penalty_weight": 0.01},
+    "soap": {"optimizer": "soap", "beta1": 0.95, "learning_rate": 3e-3},
+    "kurtosis_penalty": {"losses": {"kurtosis": 1e-3}},
+    "magnitude_penalty": {"losses": {"magnitude": 0.01}},
     "untied": {"tie": False},
     "biased": {"bias": True},
     "softcap": {"logit_cap": 30.0},
@@ -215,11 +219,80 @@ def test_learning_rate_schedules():
     assert learning_rate(10, cosine) == 1.0
     assert learning_rate(60, cosine) == pytest.approx(0.55)
     assert learning_rate(110, cosine) == learning_rate(500, cosine) == pytest.approx(0.1)
-    linear = TrainConfig(**shape, lr_schedule="constant_linear")
+    linear = TrainConfig(**shape, lr_schedule="wsd")
     assert [learning_rate(step, linear) for step in (10, 50, 90)] == [1.0, 1.0, pytest.approx(1.0)]
     assert learning_rate(100, linear) == pytest.approx(0.55)
     assert learning_rate(110, linear) == pytest.approx(0.1)
     assert learning_rate(109, TrainConfig(**shape, lr_schedule="constant")) == 1.0
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+    """What a fork may ask for."""
+
+    MODEL_WIDE: ClassVar[tuple[str, ...]] = ("width", "maybe", "mode", "sizes", "pair", "names", "weights", "colour")
+    width: int = 1
+    window: int = 0  # by layer
+    gain: bool = True
+    maybe: int | None = None
+    mode: Literal["fast", "slow"] = "fast"
+    sizes: tuple[int, ...] = ()
+    pair: tuple[int, str] = (0, "")
+    names: list[str] = dataclasses.field(default_factory=list)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    colour: Colour = Colour.RED
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("maybe", "3", 3), ("maybe", "none", None), ("mode", "slow", "slow"), ("sizes", "1,2", (1, 2)),
+        ("sizes", "7", (7,)), ("sizes", "()", ()), ("pair", "(1, 'a')", (1, "a")), ("names", "a b", ["a", "b"]),
+        ("weights", "a=1e-3 b=2", {"a": 1e-3, "b": 2.0}), ("weights", '{"a": 1}', {"a": 1.0}), ("weights", "", {}),
+        ("colour", "BLUE", Colour.BLUE), ("window", "cycle(64*3 0)", "cycle(64*3 0)"), ("window", "64", 64),
+        ("gain", "true*2 false", "true*2 false"),
+    ],
+)  # fmt: skip
+def test_a_key_of_any_type_is_read_from_flags_files_and_json_alike(tmp_path, key, text, value):
+    """And its type is the same again: JSON has lists for tuples, and no enums."""
+    same = lambda found: found == value and type(found) is type(value)
+    read = config.parse_argv((Fork,), [f"--{key}={text}"], tmp_path)[0][key]
+    assert same(read) and all(type(item) is float for item in (read.values() if isinstance(read, dict) else ()))
+    stored = json.loads(json.dumps(config.plain({key: value})))[key]
+    assert same(config.fields_of((Fork,))[key].read(stored, "a checkpoint"))
+    if key != "colour":
+        (tmp_path / "mine.py").write_text(f"{key} = {value!r}\n")
+        assert same(config.parse_argv((Fork,), [str(tmp_path / "mine.py")], tmp_path)[0][key])
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("width=post*2 pre", "width='post.*' is not of type int"),
+        ("window=pre", "window='pre' is not of type int"),
+        ("maybe=x", "maybe='x' is not of type int | None"),
+        ("mode=fats", r"mode='fats' is not of type Literal\['fast', 'slow'\]"),
+        ("sizes=1,b", r"not of type tuple\[int, ...\]"),
+        ("pair=(1,)", "not of type tuple"),
+        ("weights=a", 'write "name=1 other=2"'),
+        ("weights=a=b", "not of type dict"),
+        ("colour=GREEN", "not of type Colour: one of RED, BLUE"),
+        ("weight=a=1", "unknown key 'weight' .did you mean weights"),
+    ],
+)
+def test_a_wrong_value_of_any_type_is_one_line(tmp_path, flag, words):
+    with pytest.raises(UserError, match=words):
+        config.parse_argv((Fork,), [f"--{flag}"], tmp_path)
+
+
+def test_help_shows_the_names_of_a_literal_and_of_an_enum():
+    text = config.describe((Fork,))
+    assert "slow" in text and "RED, BLUE" in text and "--colour=         RED" in text
 
 
 def test_help_shows_every_key_with_its_comment():

@@ -113,6 +113,17 @@ def test_a_resumed_run_of_two_ranks_is_bitwise_the_uninterrupted_one(fresh, whol
     assert saved_like(world, whole[parallel])
 
 
+def test_soap_and_losses_are_the_same_on_two_ranks_and_after_a_resume(fresh):
+    whole, halves, one = (fresh(f"soap-{name}") for name in ("whole", "halves", "one"))
+    options = ["--optimizer=soap", "--losses=kurtosis=0.1", "--dropout=0"]
+    whole.run_ranks(*options)
+    halves.run_ranks(*options, "--max_iters=12")
+    halves.run_ranks("--dropout=0", "--resume")
+    assert saved_like(halves, whole)
+    one.run(*options, "--max_iters=1")
+    assert log_of(whole.out)[0]["losses"] == pytest.approx(log_of(one.out)[0]["losses"], rel=1e-5)
+
+
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(fresh, whole, parallel):
     world = fresh("signal")
@@ -174,8 +185,9 @@ def test_errors_of_two_ranks(fresh):
     world.says(world.run_ranks("--resume", code=2), "there is no checkpoint in")
     err = world.run_ranks("--gradient_accumulation_steps=3", code=2)
     assert "is not a multiple of the 2 ranks" in err
-    err = world.run_ranks("--parallel=fsdp", "--optimizer=muon", code=2)
-    assert "muon needs whole matrices" in err
+    for optimizer in ("muon", "soap"):
+        err = world.run_ranks("--parallel=fsdp", f"--optimizer={optimizer}", code=2)
+        assert f"{optimizer} needs whole matrices" in err
     assert not world.out.exists()
 
 

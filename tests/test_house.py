@@ -137,7 +137,7 @@ def test_functions_are_short():
 
 OPTIONAL = (
     *("transformers", "safetensors", "accelerate", "psutil", "jinja2", "matplotlib", "plotly", "scipy", "sklearn"),
-    *("conllu", "tiktoken", "datasets", "filelock", "tensorboard", "wandb", "trackio"),
+    *("conllu", "tiktoken", "datasets", "filelock", "tensorboard", "wandb", "trackio", "pytorch_optimizer"),
 )
 
 

@@ -45,7 +45,7 @@ def test_gates_that_are_there_stay_and_a_gated_ffn_is_none():
 
 SCHEDULE = {  # what every arm changes
     *("out_dir", "init_from", "overwrite", "seed", "max_iters", "eval_interval", "save_interval", "keep_every"),
-    *("lr_schedule", "learning_rate", "min_lr", "warmup_iters", "penalty_weight", "device"),
+    *("lr_schedule", "learning_rate", "min_lr", "warmup_iters", "device"),
 }
 
 
@@ -82,7 +82,7 @@ def test_end_to_end(mitigate, source, tmp_path):
     runs = tmp_path / "out" / "mitigate"
     saved = {(name, seed): checkpoint.load(runs / f"{name}-{seed}") for name, seed in rows}
     base = checkpoint.load(source)
-    own = {"none": set(), "clip": {"stream_clip"}, "penalty": {"penalty"}, "gate": {"gate"}}
+    own = {"none": set(), "clip": {"stream_clip"}, "penalty": {"losses"}, "gate": {"gate"}}
     for (name, seed), content in saved.items():
         assert (content.step, content.config["seed"], content.config["learning_rate"]) == (3, seed, 3e-3)
         everything, was = (of.model_args | of.config for of in (content, base))

@@ -352,7 +352,7 @@ def assert_same_run(one, two):
     [
         [],
         ["--dropout=0.2", "--norm_place=post"],
-        ["--penalty=kurtosis", "--dropout=0.1", "--optimizer=muon"],
+        ["--losses=kurtosis=1e-3", "--dropout=0.1", "--optimizer=muon"],
         ["--dtype=bfloat16", "--dropout=0.1", "--position=rope", "--qk_norm=full"],
     ],
     ids=lambda extra: " ".join(extra),
@@ -369,7 +369,7 @@ def test_training_is_bitwise_the_same(train, tmp_path, extra):
 def test_compiled_training_is_bitwise_the_same(tmp_path, toy_data):
     for name, every in (("on", 2), ("off", 0)):
         options = [*SMALL_RUN, f"--dataset={toy_data}", "--compile=True", "--dtype=bfloat16", f"--monitor={every}"]
-        options += ["--dropout=0.1", "--penalty=magnitude", f"--out_dir={tmp_path / name}"]
+        options += ["--dropout=0.1", "--losses=magnitude=1e-3", f"--out_dir={tmp_path / name}"]
         subprocess.run([sys.executable, "train.py", *options], cwd=ROOT, check=True)
     assert_same_run(tmp_path / "on", tmp_path / "off")
     assert [row["step"] for row in rows(tmp_path / "on") if "monitor" in row] == [2, 4, 6, 8]

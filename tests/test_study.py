@@ -18,12 +18,14 @@ import pytest
 
 import study
 from benchmarks import coverage
+from model import GPTConfig
 from spikesink import schema
 from spikesink.errors import UserError
 from studies import aggregate, hypotheses, jobs, tables
 from studies.aggregate import Estimate
 from studies.runs import measures, rows, run
 from studies.table import Arm, Conditions, Table, load_table
+from train import TrainConfig
 
 from .conftest import ROOT, SMALL_RUN
 from .test_house import MODULES, imports_of
@@ -328,6 +330,16 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
     )  # what is done first can be compared
     own = [jobs.settings(job.model, job.cfg) for job in planned if job.arm in ("adamw", "decay_0")][:2]
     assert {key for key in own[0] if own[0][key] != own[1][key]} == {"weight_decay"}
+
+
+def test_new_keys_and_names_leave_the_hash_of_other_runs_alone():
+    """A key of NEWER counts where it is used; what was renamed counts by its old name."""
+    of = lambda **keys: jobs.hashed(jobs.settings(GPTConfig(), TrainConfig(**keys)), 1e-3)
+    assert of().keys() >= {"penalty", "penalty_weight"} and not of().keys() & set(jobs.NEWER)
+    one, two = of(losses={"kurtosis": 0.5}), of(losses={"kurtosis": 0.5, "load_balance": 0.1})
+    assert {key for key in one if one[key] != of()[key]} == {"penalty", "penalty_weight"} and "losses" not in one
+    assert two["losses"] == {"kurtosis": 0.5, "load_balance": 0.1}
+    assert of(lr_schedule="wsd")["lr_schedule"] == "constant_linear"
 
 
 def test_one_grammar():

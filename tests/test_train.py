@@ -16,8 +16,9 @@ import torch
 from data.loader import Tokens
 from spikesink import errors
 from spikesink.models import checkpoint
-from train import PENALTIES, SCHEMAS, Run, TrainConfig, cpp_compiler, validation_loss
+from train import SCHEMAS, STREAM_LOSSES, Run, TrainConfig, cpp_compiler, soap, validation_loss
 from trainer import config
+from trainer.log import numbers
 from trainer.machine import Machine
 
 from .conftest import ROOT, SMALL_RUN, same, tiny
@@ -253,7 +254,7 @@ def test_bfloat16_trains_close_to_float32(train, tmp_path):
     assert a == pytest.approx(b, rel=0.02) and a != b
 
 
-# ------------------------------------------------------------------------------- optimisers, penalties, loss range
+# ------------------------------------------------------------------------------- optimisers, losses, loss range
 
 
 def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
@@ -270,7 +271,7 @@ def test_muon_updates_the_blocks_matrices_and_adamw_the_rest():
     assert set(of(first)) == {n for n in names.values() if ".h." in n and n.endswith(".weight") and "norm" not in n}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "soap"])
 def test_every_optimiser_learns_and_resumes_bitwise(train, tmp_path, optimizer):
     extra = [f"--optimizer={optimizer}", "--lr_decay_iters=8", f"--learning_rate={0.3 if optimizer == 'sgd' else 1e-2}"]
     train(tmp_path / "whole", *extra)
@@ -302,31 +303,31 @@ def test_penalty_is_its_formula_and_lowers_what_it_penalises(train, tmp_path, pe
         "kurtosis": ((power**2).mean(1) / power.mean(1) ** 2).mean(),
         "magnitude": (x.abs().max(-1).values / x.square().mean(-1).sqrt()).mean(),
     }[penalty]
-    torch.testing.assert_close(PENALTIES[penalty](x), expected)
+    torch.testing.assert_close(STREAM_LOSSES[penalty](x), expected)
 
     measured = {}
     for weight in ("0.0", "3.0"):
-        train(tmp_path / weight, f"--penalty={penalty}", f"--penalty_weight={weight}", "--max_iters=30")
+        train(tmp_path / weight, f"--losses={penalty}={weight}", "--max_iters=30")
         from model import GPT
 
         model, streams = GPT.from_checkpoint(checkpoint.load(tmp_path / weight)).eval(), []
         model.transformer.h[0].mlp.stream.register_forward_hook(lambda m, a, out, s=streams: s.append(out))
         model(torch.arange(16)[None])
-        measured[weight] = PENALTIES[penalty](streams[0]).item()
+        measured[weight] = STREAM_LOSSES[penalty](streams[0]).item()
     assert measured["3.0"] < measured["0.0"] * 0.97
     # with no weight it is the run without a penalty, bit by bit: the penalty only adds its own gradient
     train(tmp_path / "plain", "--max_iters=30")
     assert same(checkpoint.load(tmp_path / "plain").model, checkpoint.load(tmp_path / "0.0").model)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
-def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_path, penalty):
+@pytest.mark.parametrize("losses", ["", "kurtosis=1 magnitude=1"])
+def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_path, losses):
     """The kurtosis of a batch is not the mean of its parts': over a whole batch it made 15% of a gradient."""
     grads = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         options = dict(option.removeprefix("--").split("=") for option in SMALL_RUN)
         options |= {"dataset": str(toy_data), "batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        options |= {"penalty": penalty, "penalty_weight": 1.0}
+        options |= {"losses": losses}
         fields = config.fields_of(SCHEMAS)
         typed = {key: config.typed(key, value, fields[key].type, "test") for key, value in options.items()}
         run = Run.open(typed, tmp_path / str(batch_size), Machine.find("cpu"))
@@ -334,6 +335,83 @@ def test_a_step_is_the_same_however_micro_batches_share_it_out(toy_data, tmp_pat
         grads.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
         run.lock.release()
     assert (grads[0] - grads[1]).abs().max() < 1e-4 * grads[0].abs().max()
+
+
+def test_losses_of_the_stream_and_of_the_model_are_added_with_their_weights_and_logged(train, tmp_path, monkeypatch):
+    """The log's loss and the validation loss stay the language model's alone."""
+    import train as script
+
+    def forward(self, idx, targets=None):
+        found = forward_of_gpt(self, idx, targets)
+        self.losses, self.scalars = {"load_balance": self.lm_head.weight.square().mean()}, {"one": torch.ones(())}
+        return found
+
+    forward_of_gpt = script.GPT.forward
+    monkeypatch.setattr(script.GPT, "forward", forward)
+    assert train(tmp_path / "plain", "--max_iters=4")[0] == 0
+    assert train(tmp_path / "o", "--losses=load_balance=50 kurtosis=0", "--max_iters=4", "--tensorboard")[0] == 0
+    plain, log = rows(tmp_path / "plain"), rows(tmp_path / "o")
+    assert plain[0]["losses"].keys() == {"load_balance"} and log[0]["losses"].keys() == {"load_balance", "kurtosis"}
+    assert log[0]["losses"]["load_balance"] == pytest.approx(4e-4, rel=0.1) and log[0]["scalars"] == {"one": 1.0}
+    assert log[0]["loss"] == plain[0]["loss"] and log[0]["grad_norm"] != plain[0]["grad_norm"]
+    assert log[-1]["losses"]["load_balance"] < 0.9 * plain[-1]["losses"]["load_balance"]
+    assert numbers(log[0])["losses/kurtosis"] == log[0]["losses"]["kurtosis"]
+    code, _, err = train(tmp_path / "typo", "--losses=load_balanc=1")
+    assert code == 2 and "there is no 'load_balanc' (did you mean load_balance?); there are kurtosis" in err
+    assert err.count("\n") == 1 and not (tmp_path / "typo").exists()
+
+
+def test_a_run_with_the_keys_of_an_older_version_goes_on_as_the_same_run(train, tmp_path):
+    extra = ["--losses=kurtosis=0.5", "--lr_schedule=wsd", "--lr_decay_iters=8"]
+    train(tmp_path / "whole", *extra)
+    train(tmp_path / "halves", *extra, "--max_iters=4")
+    content = checkpoint.load(tmp_path / "halves")
+    del content.config["losses"], content.given["losses"]
+    older = {"penalty": "kurtosis", "penalty_weight": 0.5, "lr_schedule": "constant_linear"}
+    content.config.update(older)
+    content.given.update(older)
+    checkpoint.save((tmp_path / "halves" / "ckpt.pt").resolve(), content)
+    assert train(tmp_path / "halves", "--resume")[0] == 0
+    one, two = (checkpoint.load(tmp_path / name) for name in ("whole", "halves"))
+    assert same(one.model, two.model) and two.config["losses"] == {"kurtosis": 0.5} == two.given["losses"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "soap"])
+def test_a_group_has_its_own_rate_after_resume_too(train, tmp_path, monkeypatch, optimizer):
+    import train as script
+
+    def groups(self, weight_decay):
+        scaled = [{**group, "lr_scale": 0.0} for group in groups_of_gpt(self, weight_decay)]
+        return [*scaled[:1], {**scaled[1], "lr_scale": 1.0}]  # matrices stand still, vectors do not
+
+    groups_of_gpt = script.GPT.optimiser_groups
+    monkeypatch.setattr(script.GPT, "optimiser_groups", groups)
+    train(tmp_path, f"--optimizer={optimizer}", "--max_iters=1", "--save_interval=1")
+    first = checkpoint.load(tmp_path).model
+    train(tmp_path, "--resume", "--max_iters=3")
+    last = checkpoint.load(tmp_path).model
+    assert {torch.equal(first[name], last[name]) for name in first if first[name].dim() > 1} == {True}
+    assert {torch.equal(first[name], last[name]) for name in first if first[name].dim() == 1} == {False}
+
+
+def test_soap_is_its_papers_algorithm():
+    """Vyas et al. 2024, algorithm 3, on one matrix: the first gradient finds the basis, which is kept for 10 steps."""
+    torch.manual_seed(0)
+    weight, lr, decay, (b1, b2) = torch.nn.Parameter(torch.randn(5, 5)), 0.1, 0.2, (0.9, 0.8)
+    cfg = TrainConfig(learning_rate=lr, beta1=b1, beta2=b2)
+    optimizer = soap([{"params": [weight], "weight_decay": decay}], cfg)
+    gradients, w = torch.randn(5, 5, 5), weight.detach().clone()
+    first = gradients[0]
+    left, right = (torch.linalg.eigh(square)[1] for square in (first @ first.T, first.T @ first))
+    m, v = torch.zeros(5, 5), torch.zeros(5, 5)
+    for step, g in enumerate(gradients):
+        weight.grad = g.clone()
+        optimizer.step()
+        if step:
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * (left.T @ g @ right) ** 2
+            n = (left.T @ m @ right / (1 - b1**step)) / (v / (1 - b2**step)).sqrt()
+            w = (w - lr * left @ n @ right.T) * (1 - lr * decay)
+        torch.testing.assert_close(weight.detach(), w, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ init_from

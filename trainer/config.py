@@ -1,12 +1,17 @@
 """dataclasses <- config files <- --key value; typed, and typos are refused with the nearest name.
 
+A key may be an int, float, bool, str, enum, Literal, X | None, or a list, tuple or dict of these.
+
 A config file is Python: a list of `key = value` lines (it is executed: run only files you trust). `config/x.py`,
 `configs/x.py` and `x` name the same file. Sizes (scale/) are taken first, then the other files left to right, then the
 command line: an arm keeps what it says at every size. Keys are written `--key value` or `--key=value`, `--flag` and
 `--no-flag`.
 """
 
+import ast
+import contextlib
 import dataclasses
+import enum
 import inspect
 import math
 import re
@@ -16,7 +21,7 @@ import textwrap
 import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from spikesink.errors import UserError, nearest
 
@@ -65,29 +70,110 @@ def read_config(path: str | Path) -> Values:
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, hidden)}
 
 
+class Key(NamedTuple):
+    """A key of a schema."""
+
+    name: str
+    type: Any
+    default: Any  # dataclasses.MISSING: none
+    by_layer: bool  # may be a text that says a value for each layer: "post*2 pre", "cycle(64*3 0)"
+
+    def read(self, value: Any, origin: str | Path) -> Any:
+        """`value` as this key has it. Raises UserError. What a text by layer says, its dataclass checks."""
+        if self.by_layer and isinstance(value, str) and re.search(r"[\s*]|cycle\(", value):
+            return value
+        return typed(self.name, value, self.type, origin)
+
+
+def fields_of(schemas: Schemas) -> dict[str, Key]:
+    """{key: Key} of all schemas. One with `MODEL_WIDE`, names of fields, may have a value by layer in all others."""
+    keys: dict[str, Key] = {}
+    for schema in schemas:
+        kinds, wide = get_type_hints(schema), getattr(schema, "MODEL_WIDE", None)
+        for f in dataclasses.fields(schema):
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            keys[f.name] = Key(f.name, kinds[f.name], default, wide is not None and f.name not in wide)
+    return keys
+
+
 def typed(key: str, value: Any, kind: Any, origin: str | Path) -> Any:
-    """`value` as `kind` (int, float, bool or str), read from text where it came from the command line."""
-    text = isinstance(value, str)
+    """`value` as `kind`, read from text where it came from the command line. Raises UserError.
+
+    A list is taken for a tuple, as JSON has no tuples, and the other way round; a name for a member of an enum.
+    """
     try:
-        if kind is bool and text:
-            return TRUTH[value.lower()]
-        if kind is int and text:
-            return int(value.replace("_", ""))
-        if kind is float and (text or type(value) is int):
-            value = float(value)
-        if kind is str and type(value) in (int, float):
-            return str(value)
-    except (KeyError, ValueError, OverflowError):
-        pass
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{origin}: {key}={value!r} is not of type {kind.__name__}{_as_written(value, kind)}")
+        return _read(value, kind)
+    except MISFIT:
+        name = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+        raise UserError(f"{origin}: {key}={value!r} is not of type {name}{_as_written(value, kind)}") from None
+
+
+MISFIT = (KeyError, ValueError, TypeError, OverflowError, StopIteration, RecursionError, MemoryError)  # of `_read`
+
+
+def _read(value: Any, kind: Any) -> Any:
+    """`value` as `kind`. Raises what a wrong one happens to raise."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    text = isinstance(value, str)
+    if origin in (Union, types.UnionType):
+        if type(None) in inner and str(value).lower() == "none":
+            return None
+        for each in sorted(inner, key=lambda each: (text or type(value) is not each, each is str)):  # what it is, first
+            with contextlib.suppress(*MISFIT):
+                return _read(value, each)
+        raise ValueError(value)
+    if origin is Literal:
+        return next(choice for choice in inner if choice == value or (text and str(choice) == value))
+    if origin in (list, tuple, dict):
+        return _read_container(value, origin, inner)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind[value] if text else kind(value)
+    if kind is bool and text:
+        return TRUTH[value.lower()]
+    if (text and kind is int) or (kind is float and (text or type(value) is int)):
+        value = kind(value.replace("_", "") if text else value)
+    elif kind is str and type(value) in (int, float):
+        value = str(value)
+    if (kind is not Any and type(value) is not kind) or (kind is float and not math.isfinite(value)):
+        raise ValueError(value)
     return value
+
+
+def _read_container(given: Any, origin: Any, inner: Sequence[Any]) -> Any:
+    """A list, tuple or dict: as Python writes it, or its items with blanks or commas between, a dict's as name=item."""
+    value = given
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError):
+            value = ast.literal_eval(given)
+        if not isinstance(value, (list, tuple, dict)):
+            value = re.findall(r"[^\s,]+", given)
+            value = dict(part.split("=", 1) for part in value) if origin is dict else value
+    if isinstance(value, dict) and origin is dict:
+        return {_read(name, (inner or [Any])[0]): _read(item, (inner or [Any])[-1]) for name, item in value.items()}
+    if isinstance(value, (list, tuple)) and origin is not dict:
+        fixed = origin is tuple and inner and inner[-1] is not ...
+        kinds = inner if fixed else [inner[0] if inner else Any] * len(value)
+        return origin(_read(item, kind) for item, kind in zip(value, kinds, strict=True))
+    raise ValueError(given)
+
+
+def plain(value: Any) -> Any:
+    """`value` of plain Python alone, as checkpoints hold it: members of enums by their names."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.name if isinstance(value, enum.Enum) else value
 
 
 def _as_written(value: Any, kind: Any) -> str:
     """How a value of the wrong type would be written, or ''."""
     if kind is bool:
         return ": true or false"
+    if get_origin(kind) is dict:
+        return ': write "name=1 other=2", or a dict as Python writes it'
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f": one of {', '.join(kind.__members__)}"
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -95,12 +181,7 @@ def _as_written(value: Any, kind: Any) -> str:
     return f": write {int(number)}" if kind is int and number.is_integer() else ""
 
 
-def fields_of(schemas: Schemas) -> dict[str, dataclasses.Field[Any]]:
-    """{key: field} of all schemas."""
-    return {f.name: f for schema in schemas for f in dataclasses.fields(schema)}
-
-
-def split_argv(argv: Sequence[str], fields: Mapping[str, dataclasses.Field[Any]]) -> tuple[list[str], Values]:
+def split_argv(argv: Sequence[str], fields: Mapping[str, Key]) -> tuple[list[str], Values]:
     """(words that are no flags, {key: value as text, or a bool}) of a command line. The last of a key counts.
 
     Raises UserError for a key that is not one of `fields`, or has no value.
@@ -145,12 +226,12 @@ def parse_argv(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[Value
         for key, value in read_config(path).items():
             if key not in fields:
                 raise UserError(f"{path}: unknown key {key!r}{_known_as(key, fields)}")
-            values[key] = typed(key, value, fields[key].type, path)
-    values |= {key: typed(key, value, fields[key].type, "command line") for key, value in flags.items()}
+            values[key] = fields[key].read(value, path)
+    values |= {key: fields[key].read(value, "command line") for key, value in flags.items()}
     return values, [path.stem for path in paths]
 
 
-def _known_as(key: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
+def _known_as(key: str, fields: Mapping[str, Key]) -> str:
     """What to do about an unknown key."""
     plain = key.lower().replace("-", "_")
     switched = plain.removeprefix("no_")
@@ -197,10 +278,12 @@ def describe(schemas: Schemas, choices: Mapping[str, Collection[str]] | None = N
             found = re.match(r"^ {4}(\w+): [^#]*(?:# (.*))?$", line)
             if not found or found[1] not in fields:
                 continue
-            key, comment = found[1], found[2] or ""
-            more = [name for name in choices.get(key, ()) if not re.search(rf"\b{re.escape(name)}\b", comment)]
+            key, comment, kind = found[1], found[2] or "", fields[found[1]].type
+            of_kind = get_args(kind) if get_origin(kind) is Literal else getattr(kind, "__members__", ())
+            names = [str(name) for name in (*choices.get(key, ()), *of_kind)]
+            more = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", comment)]
             comment += f"{'; also ' if comment else ''}{', '.join(more)}" if more else ""
-            option, default = f"  --{key}=", str(fields[key].default)
+            option, default = f"  --{key}=", str(plain(fields[key].default))
             start = f"{option:<{left}} {default:<{middle}}"
             told = fold(comment, " " * (left + middle + 2)) or [""]
             if len(start.rstrip()) <= left + 1 + middle:

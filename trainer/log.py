@@ -119,8 +119,10 @@ class Speed:
 
 
 def numbers(row: Row) -> dict[str, float]:
-    """{name: number} of a row, with those of its look at spikes and sinks as `flat` names them; without its step."""
-    own = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
+    """{name: number} of a row, without its step; its other losses are "losses/NAME", a model's own scalars
+    "scalars/NAME", and its look at spikes and sinks is as `flat` names it."""
+    more = {f"{kind}/{name}": value for kind in ("losses", "scalars") for name, value in row.get(kind, {}).items()}
+    own = {key: value for key, value in {**row, **more}.items() if key != "step" and isinstance(value, (int, float))}
     return own | (flat(row["monitor"]) if "monitor" in row else {})
 
 
