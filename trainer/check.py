@@ -286,14 +286,14 @@ def flops(copy: Copy) -> Iterator[str]:
     wrong = []
     for name, module in model.named_modules():
         own = forward.get(name, 0) - sum(n for child, n in forward.items() if child.rpartition(".")[0] == name)
-        known = 2 * module.weight.numel() * (T + more) / T if isinstance(module, nn.Linear) else 0
-        known = 2 * module.weight.numel() if module is model.lm_head else known
+        passes = 1 if module is model.lm_head else (T + more) / T
+        known = 2 * module.weight.numel() * passes if isinstance(module, nn.Linear) else 0 if name in forward else own
         if name and abs(own - known) > 1 and not any(f"{name}.".startswith(f"{one}.") for one in asked):
             wrong.append(name)
+    where = f"the difference is in {listed(wrong)}: " if wrong else ""
     yield (
-        f"flops_per_token({T}) is {told:,}, and {done:,.0f} are done"
-        + (f"; what its nn.Linear says is not what is done in {listed(wrong)}" if wrong else "")
-        + ". Make the matrix a nn.Linear that is called once for each token, or give its module flops(T)"
+        f"flops_per_token({T}) is {told:,}, and {done:,.0f} are done; {where}make a matrix a nn.Linear that is called "
+        "once for each token, or give its module flops(T)"
     )
 
 
@@ -303,7 +303,7 @@ def parameters(copy: Copy) -> Iterator[str]:
     if empty := uninitialised(copy):
         yield f"{listed(empty)} not initialised: fill it where it is made"
     model = copy.model().train()
-    loss_of(model, copy.ids).backward()
+    loss_of(model, torch.cat([copy.ids.roll(i, 1) for i in range(copy.ids.size(1))])).backward()  # for every expert
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if idle := [n for n, p in trained.items() if p.grad is None or not p.grad.any()]:
         yield f"No gradient reaches {listed(idle)}"
