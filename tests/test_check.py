@@ -18,6 +18,7 @@ from trainer import config
 
 from .conftest import ROOT, subject_of, tiny
 
+BASELINE = GPTConfig()
 CHEAP = ("causal", "replay", "rows", "flops", "parameters", "detect")
 ARMS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 AXES = {
@@ -29,7 +30,7 @@ AXES = {
 }
 
 
-def broken(only, fork=GPTConfig(), cfg=None):
+def broken(only, fork=BASELINE, cfg=None):
     """What is said of one contract; '' where it holds."""
     (result,) = train.check(fork, cfg, only=[only])
     return "; ".join(result.broken)
