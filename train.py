@@ -49,8 +49,10 @@ from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor
 from spikesink.models import checkpoint, convert, hf
 from spikesink.models.checkpoint import Checkpoint
+from spikesink.models.export import trained_on
 from spikesink.text.default_text import titled
-from spikesink.text.tokenizers import tokenizer_of
+from spikesink.text.token_files import other_ids
+from spikesink.text.tokenizers import TextTokenizer, same_tokens, tokenizer_of
 from trainer import check as contracts
 from trainer import checkpoints, config
 from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, Speed, TensorBoard, Tracker, warn
@@ -277,23 +279,51 @@ def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: M
 # ------------------------------------------------------------------------------------------- what a run starts from
 
 
-def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """(GPTConfig, state dict) of `init_from`; architecture keys that were given change the config. Raises UserError."""
-    found: Checkpoint | convert.Weights
+def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, Checkpoint, TextTokenizer | None]:
+    """(GPTConfig, checkpoint, tokenizer of a Hugging Face folder or None) of `init_from`; architecture keys that were
+    given change the config. Raises UserError."""
+    tokenizer = None
     if Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file():
         found = checkpoint.load(name)
         found.check_contract(CONTRACT, name)
     else:
         try:
-            found = convert.from_hf(hf.open_model(name))
+            source = hf.open_model(name)
+            tokenizer = hf.Tokenizer.of(hf.Source.of(name))
+            data = trained_on(source.config, getattr(tokenizer, "bos_id", None))
+            bos = {"bos": bool(tokenizer.prefix_ids)} if tokenizer else {}
+            found = Checkpoint(*convert.from_hf(source), config=bos, data=data)
         except ValueError as error:
             raise UserError(f"init_from={name}: {error}") from None
     keys = {field.name for field in dataclasses.fields(GPTConfig)}
     changes = {key: value for key, value in overrides.items() if key in keys}
     try:
-        return GPTConfig(**{**found.model_args, **changes}), found.model
+        return GPTConfig(**{**found.model_args, **changes}), found, tokenizer
     except (TypeError, ValueError) as error:
         raise UserError(f"init_from={name}: {error}") from None
+
+
+def check_start(
+    cfg: TrainConfig, block_size: int, data: Tokens, found: Checkpoint, tokenizer: TextTokenizer | None, says: bool
+) -> None:
+    """Raises UserError where the run's data hold other ids than the weights of `init_from` know. `says`: what else
+    differs from what these were trained with is said."""
+    same = same_tokens(tokenizer, tokenizer_of(data.meta)) if tokenizer else None
+    other = "" if same else "another tokenizer" if same is False else other_ids(data.meta, found.meta)
+    if other:
+        raise UserError(
+            f"init_from={cfg.init_from} was trained on other tokens than {cfg.dataset} has ({other}): prepare the text "
+            "with its tokenizer, or start from scratch"
+        )
+    was = found.config | found.model_args
+    now = {"bos": cfg.bos, "block_size": block_size}
+    told = [f"{key} {was[key]} -> {value}" for key, value in now.items() if was.get(key, value) != value]
+    if was.get("dataset") == cfg.dataset and found.data_sample not in (None, data.sample):
+        told.append(f"{cfg.dataset} holds other text now")
+    if not same and found.meta.get("tokenizer") is None and found.data_sample != data.sample:
+        told.append(f"its tokenizer is not known, its ids are taken to be those of {cfg.dataset}")
+    if told and says:
+        print(f"init_from={cfg.init_from}: {'; '.join(told)}", file=sys.stderr)
 
 
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
@@ -452,7 +482,8 @@ class Run:
             machine.on_rank0(self._check_out_dir, saved is not None)
         weights = None
         if cfg.init_from != "scratch" and saved is None:
-            model_config, weights = foreign_model(cfg.init_from, overrides)
+            model_config, found, tokenizer = foreign_model(cfg.init_from, overrides)
+            weights = found.model
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
         if saved is None:
@@ -460,6 +491,8 @@ class Run:
         check_settings(model_config, cfg, machine)
         self.n_micro = cfg.gradient_accumulation_steps // machine.world
         self._make_model(model_config, weights)
+        if weights is not None:
+            check_start(cfg, model_config.block_size, self.train_data, found, tokenizer, machine.is_rank0)
         if saved is not None:
             self._restore(saved)
 
@@ -674,8 +707,11 @@ class Run:
         return self.done or self.step % interval == 0
 
     def evaluate(self) -> bool:
-        """Takes the validation loss. Returns whether it is the lowest so far."""
+        """Takes the validation loss. Returns whether it is the lowest so far. Raises StoppedError if it is not
+        finite."""
         self.val_loss = validation_loss(self.compiled_model, self.val_data, self.cfg, self.machine)
+        if not math.isfinite(self.val_loss):
+            raise StoppedError(f"step {self.step}: val_loss {self.val_loss} after the update: stopped, not saved")
         is_best = self.val_loss < self.best
         self.best = min(self.val_loss, self.best)
         return is_best
@@ -707,12 +743,14 @@ class Run:
 
     def _stopped(self, error: StoppedError) -> NoReturn:
         """What is left of a run whose loss or gradient was not finite. Raises StoppedError."""
-        step = self.step + 1
+        spoiled = self.val_loss is not None and not math.isfinite(self.val_loss)
+        step = self.step if spoiled else self.step + 1  # the update that spoiled the model, or was not made
         if self.machine.is_rank0:
             self._note(step, {"stopped": str(error)})
             with contextlib.suppress(OSError):
                 self.checkpoints.wait()
-        raise StoppedError(f"{error}; checkpoints: {self._last_good()}; --replay={step} shows its batch") from None
+        sound = self._last_good(before=self.step)  # what was saved at this step has the loss that is not finite
+        raise StoppedError(f"{error}; checkpoints: {sound}; --replay={step} shows its batch") from None
 
     # ----------------------------------------------------------------------------------------------- saving
 
@@ -760,8 +798,9 @@ class Run:
             extra=provenance(),
         )
 
-    def _last_good(self) -> str:
-        return f"the last good one is {self.path}" if self.path.exists() else "there is none yet"
+    def _last_good(self, before: float = math.inf) -> str:
+        paths = [path for step, path in self.checkpoints.all().items() if step < before]
+        return f"the last good one is {paths[-1]}" if paths else "there is none yet"
 
 
 # --------------------------------------------------------------------------------------------------- looking back

@@ -8,10 +8,10 @@ import runpy
 import sys
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 
+from data.writer import lock_of
 from spikesink.errors import UserError, nearest
 from spikesink.text.token_files import TokenFile, meta_of
 
@@ -58,7 +58,7 @@ def make_once(path: Path) -> None:
     whole = lambda: all(file.is_file() for file in files) and (path.name != "stdlib" or "split" in meta_of(path))
     if whole():
         return
-    with filelock.FileLock(path / ".lock"), contextlib.redirect_stdout(sys.stderr):  # a remark, not anyone's output
+    with lock_of(path), contextlib.redirect_stdout(sys.stderr):  # a remark, not anyone's output
         if not whole():
             runpy.run_path(str(path / "prepare.py"))["prepare"]()
 

@@ -5,10 +5,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from tqdm import tqdm
 
@@ -20,13 +21,29 @@ BATCH = 256  # documents encoded at a time
 KEPT = ("settings", "tokens", "documents", "empty", "source")  # of a writer, in progress.json
 
 
+def lock_of(folder: Path) -> filelock.BaseFileLock:
+    """The lock of whoever makes a dataset; a process that holds it may take it again."""
+    return filelock.FileLock(folder / ".lock", is_singleton=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other process prepares the dataset of this folder. Raises UserError where one does."""
+    try:
+        with lock_of(folder).acquire(timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"another process prepares {folder}: wait for it, or stop it") from None
+
+
 class DatasetWriter:
     """Appends encoded documents to train.bin.part and val.bin.part; `finish` gives them their names.
 
     Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. What was
     written up to the last `mark` survives a crash: a new writer on the same folder goes on from there (`documents`
     and `source` say how far that was). Where that is not all there any more, or was begun with other `settings`, it
-    starts again and says so. Documents of white space alone are left out, and counted (`empty`).
+    starts again and says so. Documents of white space alone are left out, and counted (`empty`). Raises UserError while
+    another process writes there.
     """
 
     def __init__(
@@ -37,16 +54,19 @@ class DatasetWriter:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         own = {"tokenizer": [tokenizer.name, tokenizer.vocab_size, tokenizer.bpe], "val_every": val_every}
         self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as it is read back
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._alone = contextlib.ExitStack()
+        self._alone.enter_context(alone_in(self.folder))
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.empty, self.source = {"train": 0, "val": 0}, 0, 0, 0
         if self.progress_file.exists():
             self._go_on()
         self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
         for split, file in self.files.items():
-            file.truncate(2 * self.tokens[split])
+            file.truncate(self.dtype.itemsize * self.tokens[split])
 
     def _go_on(self) -> None:
         """Takes up what the last `mark` noted, if all of it is still there."""
@@ -61,7 +81,7 @@ class DatasetWriter:
                 part, whole = self.folder / f"{split}.bin.part", self.folder / f"{split}.bin"
                 if noted["finishing"] and not part.exists() and whole.exists():
                     os.replace(whole, part)  # it was renamed, and not yet the other one
-                if not part.exists() or part.stat().st_size < 2 * count:
+                if not part.exists() or part.stat().st_size < self.dtype.itemsize * count:
                     lost.append(part.name)
             if not lost:
                 vars(self).update({key: noted[key] for key in KEPT})
@@ -76,6 +96,7 @@ class DatasetWriter:
     def __exit__(self, *error: object) -> None:
         for file in self.files.values():
             file.close()
+        self._alone.close()
 
     def add(self, documents: Iterable[str], split: str | None = None) -> None:
         """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
@@ -83,7 +104,7 @@ class DatasetWriter:
         while batch := list(itertools.islice(rest, BATCH)):
             for ids in self.tokenizer.encode(batch):
                 to = split or ("val" if self.documents % self.val_every == 0 else "train")
-                self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype("<u2").tobytes())
+                self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype(self.dtype).tobytes())
                 self.tokens[to] += len(ids) + 1
                 self.documents += 1
 
@@ -119,7 +140,7 @@ class DatasetWriter:
         finish_dataset(
             self.folder,
             {
-                "dtype": "uint16",
+                "dtype": self.dtype.name,
                 "vocab_size": self.tokenizer.vocab_size,
                 "tokenizer": self.tokenizer.name,
                 "bos_id": self.tokenizer.bos_id,

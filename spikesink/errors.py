@@ -118,6 +118,8 @@ def out_of_memory(error: BaseException) -> bool:
 def exit_code(main: Callable[[], None]) -> int:
     """Runs `main()` and says on stderr how it ended, if not well."""
     try:
+        if sys.platform == "win32":
+            raise UserError("this runs on Linux and macOS: on Windows call it in WSL, the Linux within Windows")
         main()
     except UserError as error:
         if not error.everywhere or os.environ.get("RANK", "0") == "0":

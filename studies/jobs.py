@@ -177,8 +177,10 @@ def arm_keys(study: Study, arm: str, common: dict[str, Any]) -> tuple[dict[str, 
     entry = study.arms[arm]
     medians = isinstance(entry, dict) and entry.get("stream_clip") == "medians"
     values = {**common, **keys_of({**entry, "stream_clip": 0.0} if medians else entry, f"arm {arm}")}
-    start, hashes = start_of(values.get("init_from", "scratch"))
+    start, hashes, sample = start_of(values.get("init_from", "scratch"))
     values = {**start, **values}
+    if sample and values["dataset"] == start["dataset"] and data_of(values["dataset"])[1][0] != sample:
+        raise UserError(f"{values['init_from']} was trained on other data than what {values['dataset']} holds now")
     if medians and not hashes:
         raise UserError(f'arm {arm}: stream_clip="medians" takes a checkpoint to start from, init_from')
     if medians:
@@ -187,11 +189,11 @@ def arm_keys(study: Study, arm: str, common: dict[str, Any]) -> tuple[dict[str, 
 
 
 @functools.cache
-def start_of(name: str) -> tuple[dict[str, Any], list[str]]:
-    """({key: value} of a checkpoint, [its hash]): what runs that start from it have in common with the run that made
-    it, at the learning rate at which that ended. Of "scratch", nothing. Raises UserError."""
+def start_of(name: str) -> tuple[dict[str, Any], list[str], str | None]:
+    """({key: value} of a checkpoint, [its hash], its data_sample): what runs that start from it have in common with the
+    run that made it, at the learning rate at which that ended. Of "scratch", nothing. Raises UserError."""
     if name == "scratch":
-        return {}, []
+        return {}, [], None
     try:
         content = checkpoint.load(name)
     except UserError as error:
@@ -206,7 +208,8 @@ def start_of(name: str) -> tuple[dict[str, Any], list[str]]:
     left_out = (*train.OF_COMMAND, *SET_HERE, "min_lr", "lr_decay_iters", "warmup_iters", "max_iters")
     rate = {"learning_rate": known.get("min_lr", train.TrainConfig.min_lr), "min_lr": 0.0, "lr_schedule": "constant"}
     path = Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
-    return {key: value for key, value in known.items() if key not in left_out} | rate, [files.file_hash(path)[:16]]
+    kept = {key: value for key, value in known.items() if key not in left_out} | rate
+    return kept, [files.file_hash(path)[:16]], content.data_sample
 
 
 @functools.cache

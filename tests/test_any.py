@@ -280,6 +280,18 @@ def test_a_model_without_a_head_is_measured_without_a_loss(kind, tmp_path):
     schema.from_json(type(found), json.loads(json.dumps(schema.to_json(found))))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_states_that_are_not_finite_are_no_findings(dtype):
+    """Without a loss that told of them, they were written down as nan; and whatever overflowed was called float32."""
+    model = HEADLESS["bert"]().to(dtype)
+    with torch.no_grad():
+        model.encoder.layer[-1].output.dense.bias[3] = 65504 if dtype == torch.float16 else torch.nan
+        model.encoder.layer[-1].attention.output.LayerNorm.bias[3] = 65504
+    words = f"are not finite: weights are broken, or overflow in {str(dtype).removeprefix('torch.')}"
+    with spikesink.open(model, tokens=IDS, nulls=0) as look, pytest.raises(UserError, match=words):
+        spikesink.detect(look)
+
+
 def test_the_commands_say_that_there_is_no_loss(tmp_path, cli):
     transformers.BertModel(transformers.BertConfig(**{**SHAPE, "pad_token_id": 0})).save_pretrained(tmp_path)
     bert_tokenizer().save_pretrained(tmp_path)

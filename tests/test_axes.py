@@ -317,7 +317,7 @@ DRAWN = {
     "gate_input": ["input", "input", *model_module.GATE_INPUTS],
     "n_layer": [1, 2, 3, 2, 3],
     "n_head": [1, 2, 4],
-    "n_kv_head": [0, 0, 1, 3],
+    "n_kv_head": [0, 0, 0, 0, 1, 3],
     "head_dim": [0, 6, 7],
     "ffn_hidden": [0, 0, 24],
     "window": [0, 3, 3, 1, "3 0"],

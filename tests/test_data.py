@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -328,7 +329,7 @@ def test_processes_make_a_dataset_once(tmp_path):
 
 
 def test_split_documents_keeps_every_character():
-    lines = ["a\n", "\n", "<|endoftext|>\n", "<|endoftext|>\n", "b <|endoftext|>\n", "c"]
+    lines = ["a\n", "\n", "<|endoftext|>\n", " <|endoftext|> \t\r\n", "b <|endoftext|>\n", "c"]
     assert list(split_documents(lines)) == ["a\n\n", "b <|endoftext|>\nc"]
 
 
@@ -551,6 +552,44 @@ def test_prepare_starts_again_where_what_it_wrote_is_gone(tmp_path, capsys, spoi
     steps(tmp_path / "broken")
     assert f"lacks what was written to {split}.bin.part; starting again" in capsys.readouterr().err
     assert bins(tmp_path / "broken") == bins(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_that_two_bytes_do_not_hold_take_four(tmp_path, size, dtype):
+    """A tokenizer that a fork adds may be larger than any of ours: its ids were cut down to two bytes."""
+    large = types.SimpleNamespace(name="large", vocab_size=size, bos_id=size - 1, bpe=None)
+    large.encode = lambda texts: [np.array([0, size - 2]) for _ in texts]
+    with DatasetWriter(tmp_path, large, 2) as writer:
+        writer.add(["one", "two"])
+        writer.mark(1)
+    with DatasetWriter(tmp_path, large, 2) as writer:
+        writer.add(["three", "four"])
+        writer.finish()
+    data = Tokens(str(tmp_path), "train", 5)
+    assert data.meta["dtype"] == dtype and data.tokens.tolist() == [0, size - 2, size - 1] * 2
+
+
+def test_two_preparations_of_a_dataset_do_not_spoil_each_other(tmp_path):
+    """The second began the first one's files anew under its hands, and ended well."""
+    (tmp_path / "other.txt").write_text("another text\n<|endoftext|>\n" * 9)
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; from pathlib import Path\n"
+        "from spikesink.errors import cli; from spikesink.text.tokenizers import ByteTokenizer\n"
+        f"prepare = runpy.run_path({str(ROOT / 'data/text/prepare.py')!r})['prepare']\n"
+        f"cli(lambda: prepare([{str(tmp_path / 'other.txt')!r}], Path({str(tmp_path / 'd')!r}), ByteTokenizer(), 2))"
+    )
+    with DatasetWriter(tmp_path / "d", ByteTokenizer(), 2) as writer:
+        writer.add(["one", "two"])
+        writer.mark(1)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "another process prepares" in done.stderr
+        writer.add(["three", "four"])
+        writer.finish()
+    assert [ByteTokenizer().text(np.frombuffer(part, "<u2")) for part in bins(tmp_path / "d")] == [
+        "two\n\nfour\n\n",
+        "one\n\nthree\n\n",
+    ]
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
 def test_prepare_does_not_go_on_with_another_tokenizer(tmp_path, capsys, ranks):

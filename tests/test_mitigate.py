@@ -185,7 +185,7 @@ def test_nanogpts_settings_are_taken_where_they_mean_something_here(source, tmp_
     theirs = {"dataset": "shakespeare", "dtype": "float16", "device": "cuda", "compile": True, "grad_clip": 1}
     theirs |= {"min_lr": 6e-5, "weight_decay": 1e-1, "backend": "nccl", "warmup_iters": 2000, "max_iters": 600000}
     checkpoint.save(tmp_path / "nano.pt", dataclasses.replace(checkpoint.load(source), config=theirs))
-    values, hashes = jobs.start_of(str(tmp_path / "nano.pt"))
+    values, hashes, _ = jobs.start_of(str(tmp_path / "nano.pt"))
     of_run = {key: value for key, value in values.items() if key not in GPTConfig.__dataclass_fields__}
     assert len(hashes) == 1 and of_run == {
         **{"dataset": "shakespeare", "dtype": "auto", "grad_clip": 1, "weight_decay": 0.1},

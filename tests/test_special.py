@@ -1,12 +1,17 @@
 """Special tokens that a text spells: one rule for what trains, for --text and for --prompt."""
 
+import dataclasses
+import types
+
 import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from spikesink import errors
+from spikesink.edit import probes
+from spikesink.errors import UserError
 from spikesink.models import hf
-from spikesink.text.sequences import Reader
+from spikesink.text.sequences import Reader, read_text
 from spikesink.text.tokenizers import ByteTokenizer, split_documents
 
 from .conftest import ROOT  # noqa: F401, the clone is on the path
@@ -35,13 +40,17 @@ def reader_of(tokenizer, special=False):
     return Reader(tokenizer, {}, "x", prefix, suffix, 256, 300, special=special)
 
 
-def test_a_text_is_read_as_training_reads_it():
-    """A line <|endoftext|> ends a document: as in data/text/prepare.py."""
-    text = "".join(f"Once there was a cat number {i}.\nIt slept.\n<|endoftext|>\n" for i in range(60))
+def test_a_text_is_read_as_training_reads_it(tmp_path):
+    """A line <|endoftext|>, blanks around it or not, ends a document, and one without text is none: as in
+    data/text/prepare.py."""
+    text = "".join(f"Once there was a cat number {i}.\nIt slept.\n<|endoftext|>{' ' * (i % 2)}\n" for i in range(60))
     tokenizer = ByteTokenizer()
     documents = split_documents(text.splitlines(keepends=True))
     train = [i for ids in tokenizer.encode([*documents]) for i in [*map(int, ids), tokenizer.bos_id]]
-    assert reader_of(tokenizer).encoded(text, "x").tolist() == train and train.count(tokenizer.bos_id) == 60
+    assert train.count(tokenizer.bos_id) == 60
+    assert reader_of(tokenizer).encoded(f"{text} \n<|endoftext|>\n", "x").tolist() == train
+    (tmp_path / "bom.txt").write_text(text, encoding="utf-8-sig")
+    assert read_text(tmp_path / "bom.txt") == text  # its mark was once three tokens at the start
 
 
 def test_what_a_text_spells_is_text_and_is_said(llama_like, capsys):
@@ -60,6 +69,19 @@ def test_with_special_they_are_tokens_and_no_bos_is_there_twice(llama_like, caps
     plain = reader_of(llama_like, special=True).prompt("the cat")[0].tolist()
     assert plain == reader_of(llama_like).prompt("the cat")[0].tolist()
     assert not capsys.readouterr().err
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(llama_like):
+    """Of a prompt and of a probe's sentences too, where it was an IndexError."""
+    reader = dataclasses.replace(reader_of(llama_like), vocab_size=20)
+    calls = (
+        lambda: reader.prompt("the cat"),
+        lambda: probes.blimp(types.SimpleNamespace(shift=1), reader, [probes.Pair("the cat", "cat the", "a", "b")], {}),
+        lambda: probes.words_of(reader, [probes.Sentence(["the", " cat"], [], [], [])]),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match=r"holds token \d+, outside the vocabulary of 20"):
+            call()
 
 
 def test_offsets_are_of_the_same_tokens(llama_like):

@@ -1,9 +1,11 @@
 """The loop: exact resume, the non-finite guard, ranks, and what it leaves behind."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from data.loader import Tokens
+from spikesink import errors
 from spikesink.models import checkpoint
 from train import PENALTIES, SCHEMAS, Run, TrainConfig, cpp_compiler, validation_loss
 from trainer import config
@@ -59,6 +62,12 @@ def test_an_ascii_terminal_shows_what_it_can():
     command = [sys.executable, "-c", "from spikesink import errors; errors.cli(lambda: print('a\u23ce'))"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\\u23ce\n", b"")
+
+
+def test_on_windows_a_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert errors.exit_code(lambda: pytest.fail("it ran")) == 2
+    assert re.fullmatch("error: .*on Windows call it in WSL.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--norm_place=post"]], ids=["plain", "dropout"])
@@ -173,9 +182,32 @@ def test_non_finite_gradient_stops_before_the_update(train, tmp_path, monkeypatc
 
     monkeypatch.setattr(script.Run, "update", poison)
     code, _, err = train(tmp_path)
-    assert code == 3 and "step 6" in err and "gradient norm nan" in err and str(tmp_path / "ckpt.pt") in err
+    assert code == 3 and "step 6" in err and "gradient norm nan" in err and str(tmp_path / "ckpt-00000004.pt") in err
     assert rows(tmp_path)[-1]["step"] == 5
     assert checkpoint.load(tmp_path / "ckpt.pt").step == 4
+
+
+SPOILED = [  # the first update leaves finite weights whose loss is not
+    *(
+        "--optimizer=sgd",
+        "--learning_rate=1e9",
+        "--min_lr=1e8",
+        "--warmup_iters=0",
+        "--grad_clip=0",
+        "--save_interval=1",
+    )
+]
+
+
+@pytest.mark.parametrize("interval", [1, 100])
+def test_a_model_whose_loss_is_not_finite_is_not_the_last_good_one(train, tmp_path, interval):
+    """A validation loss of NaN was logged, which is no JSON, and the model saved and called good."""
+    code, _, err = train(tmp_path, *SPOILED, f"--eval_interval={interval}")
+    first = "step 1: val_loss nan after the update: stopped, not saved" if interval == 1 else "step 2: loss nan"
+    assert code == 3 and first in err and "checkpoints: there is none yet" in err
+    assert f"--replay={1 if interval == 1 else 2} shows" in err
+    assert (tmp_path / "ckpt.pt").exists() == (interval > 1)
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
 def test_a_run_started_again_leaves_no_old_checkpoint_behind(train, tmp_path, monkeypatch):
@@ -256,7 +288,7 @@ def test_loss_range_counts_the_positions_it_says(train, tmp_path):
     train(tmp_path, "--loss_first=3", "--loss_last=9", "--max_iters=1", "--gradient_accumulation_steps=1")
     config = json.loads((tmp_path / "config.json").read_text())["config"]
     torch.manual_seed(config["seed"])
-    model = GPT(GPTConfig(**{key: config[key] for key in GPTConfig.__dataclass_fields__}))
+    model = GPT(GPTConfig(**{key: config[key] for key in (field.name for field in dataclasses.fields(GPTConfig))}))
     x, y = Tokens(config["dataset"], "train", 16, False, config["seed"]).batch(0, 4)
     each = torch.nn.functional.cross_entropy(model(x)[0].transpose(1, 2), y, reduction="none")
     assert rows(tmp_path)[0]["loss"] == pytest.approx(each[:, 3:9].mean().item(), rel=1e-5)

@@ -21,7 +21,7 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.writer import finish_dataset
+from data.writer import alone_in, finish_dataset
 from spikesink.errors import Flags, UserError, cli
 
 LENGTH = 64  # characters after BOS; train with block_size=64
@@ -62,14 +62,15 @@ def prepare(sequences: int = 200_000, seed: int = 0) -> None:
     is_trigger = np.isin(list(chars), list(TRIGGERS))
     rng = np.random.default_rng(seed)
     tokens = {}
-    for split, n in (("train", sequences), ("val", max(200, sequences // 100))):
-        with open(FOLDER / f"{split}.bin.part", "wb") as file:
-            for start in range(0, n, 10_000):
-                rows = generate(min(10_000, n - start), probabilities, is_trigger, rng)
-                file.write(rows.astype("<u2").tobytes())
-        tokens[split] = n * LENGTH
     meta = {"dtype": "uint16", "vocab_size": ALPHABET + 1, "tokenizer": "chars", "chars": chars, "bos_id": ALPHABET}
-    finish_dataset(FOLDER, meta, tokens)
+    with alone_in(FOLDER):
+        for split, n in (("train", sequences), ("val", max(200, sequences // 100))):
+            with open(FOLDER / f"{split}.bin.part", "wb") as file:
+                for start in range(0, n, 10_000):
+                    rows = generate(min(10_000, n - start), probabilities, is_trigger, rng)
+                    file.write(rows.astype("<u2").tobytes())
+            tokens[split] = n * LENGTH
+        finish_dataset(FOLDER, meta, tokens)
 
 
 def main() -> None:

@@ -82,6 +82,7 @@ def blimp(
     if not kept:
         raise UserError(f"no pair of BLiMP fits into the model's {reader.block_size} tokens")
     ids = padded([ids for i, ids in enumerate(encoded) if fit[i // 2]])
+    reader.check_ids(ids, "BLiMP")
     scores = {name: torch.zeros(len(ids), 2, dtype=torch.float64) for name in conditions}  # sum, mean over tokens
     for rows, batch in tqdm([*batches(ids, batch_size)], desc="blimp", disable=None, leave=False):
         for name, condition in conditions.items():
@@ -231,7 +232,9 @@ def words_of(reader: Reader, read: list[Sentence]) -> Words:
             numbers.append([*ends[0], *(number.get(word, -1) for word in words[:kept]), *ends[1]])
     if not rows:
         raise UserError(f"no word of the treebank fits into the model's {reader.block_size} tokens")
-    return Words(padded(rows), padded(numbers, -1), *np.array(where).T)
+    framed = padded(rows)
+    reader.check_ids(framed, "the treebank")
+    return Words(framed, padded(numbers, -1), *np.array(where).T)
 
 
 @torch.no_grad()

@@ -467,8 +467,9 @@ def _observe_batch(
     with on_streams(*zip(*taps, strict=True)), hooked(seams):
         losses = subject.losses(ids)
     loss = losses.mean(1)
-    if subject.has_loss and not loss.isfinite().all():
-        raise UserError("the model's loss on this text is not finite: its weights are broken, or overflow in float32")
+    of_loss = [loss] if subject.has_loss else []
+    if not all(numbers.isfinite().all() for numbers in (obs.sum.magnitudes[:, rows, :T], *of_loss)):
+        raise UserError(f"states or loss here are not finite: weights are broken, or overflow in {subject.dtype}")
 
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
     obs.share[rows, :T] = share / metrics.zero_is_nan(share.sum(1, keepdim=True))

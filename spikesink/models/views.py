@@ -90,10 +90,19 @@ def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tens
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng())
             stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False))
-            type(sub_layer).forward(sub_layer, *args, **kwargs)
+            type(sub_layer).forward(sub_layer, *(_apart(arg) for arg in args), **kwargs)
         return sums[0]
 
     return made
+
+
+def _apart(arg: Any) -> Any:
+    """A Context (see model.py) in which a second call of a sub-layer leaves nothing that the first pass reads."""
+    if not hasattr(arg, "left"):
+        return arg
+    copied = copy.copy(arg)
+    vars(copied).update({name: value.copy() for name, value in vars(arg).items() if isinstance(value, dict)})
+    return copied
 
 
 def _of_sub_layer(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
 import dataclasses
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from ..errors import UserError, say_once
 from ..options import Options
 from . import default_text
-from .token_files import Meta, TokenFile, Windows
+from .token_files import Meta, TokenFile, Windows, other_ids
 from .tokenizers import END, NoTokenizer, TextTokenizer, split_documents, tokenizer_of
 
 DEFAULT_LENGTH = 64  # Gu et al.'s
@@ -93,7 +94,6 @@ class Reader:
         Fewer only where n_seq was not given. Raises UserError.
         """
         tokens, seq_len = options.tokens, options.seq_len
-        bos = bool(self.prefix_ids) and tokens is None
         if tokens is not None:
             name = str(tokens) if isinstance(tokens, (str, Path)) else "tokens"
             ids = ids_of_array(tokens, seq_len)
@@ -108,13 +108,22 @@ class Reader:
                 ids = self.of_dataset(name, seq_len, wanted)
                 name = default_text.titled(name, self.split(name, seq_len, False).meta, self.meta)
         check_length(ids.size(1), self.block_size)
+        self.check_ids(ids, name)
+        if options.n_seq and len(ids) < wanted:
+            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        start = torch.tensor(self.prefix_ids, dtype=torch.int64)
+        if not (ids[:, : len(start)] == start).all():
+            bos = self.tokenizer.decode(int(start[0]))
+            say_once(f"{name}: not every sequence starts with {bos}, as the model's text does")
+        ids = ids if tokens is not None and not options.n_seq else ids[:wanted]
+        return Sequences(ids, name, bool(self.prefix_ids) and tokens is None)
+
+    def check_ids(self, ids: torch.Tensor, name: object) -> None:
+        """Raises UserError for ids that the model's embedding does not have, as those of tokens added later may be."""
         real = ids[ids != PADDING]
         if real.min() < 0 or real.max() >= self.vocab_size:
             worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
-        if options.n_seq and len(ids) < wanted:
-            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
-        return Sequences(ids if tokens is not None and not options.n_seq else ids[:wanted], name, bos)
 
     def ordinary(self, options: Options, wanted: int) -> torch.Tensor:
         """Up to `wanted` sequences (N, T) of the text that is read by default; where that is not at hand, of Python's
@@ -131,24 +140,38 @@ class Reader:
         Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
         """
         data = self.split(name, seq_len, False)
-        same_ids = all(data.meta.get(key) == self.meta.get(key) for key in ("tokenizer", "vocab_size"))
+        other = other_ids(data.meta, self.meta)
+        same_ids = bool(self.meta) and not other
         if same_ids and self.prefix_ids:
             data = self.split(name, seq_len, True)
         # a text that is encoded anew is taken from 8 tokens of the dataset for one of the model: none of it twice
         count = min(wanted, data.n_windows if same_ids else max(1, len(data.tokens) // (8 * seq_len) - 1))
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
         if same_ids:
+            self._say_what_is_unsure(name, data.meta)
             return data.read(windows)[0]
         text_of = getattr(tokenizer_of(data.meta), "text", None)
         if text_of is None or isinstance(self.tokenizer, NoTokenizer):
             raise UserError(
-                f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}, "
-                "and no tokenizer is at hand to translate; give ids with --tokens FILE.npy"
+                f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}"
+                + (f" ({other})" if other else "")
+                + ", and no tokenizer is at hand to translate; give ids with --tokens FILE.npy"
             )
+        if other:
+            say_once(f"{name} holds other ids than the model's ({other}): its text is encoded anew")
         # from the same places, long enough if a token of the model is up to 8 of the dataset's
         starts = np.minimum(windows * seq_len, len(data.tokens) - 8 * seq_len).clip(0)
         texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
         return torch.cat([self.of_text(text, name, seq_len)[:1] for text in texts])
+
+    def _say_what_is_unsure(self, name: str, meta: Meta) -> None:
+        """A line where ids that are read as they are may not be what they seem."""
+        if name != self.dataset and meta.get("tokenizer") is None:
+            say_once(f"neither {name} nor the model says of which tokenizer it is: their ids are taken to be the same")
+        counts = [(key, meta[key], self.meta[key]) for key in meta.keys() & self.meta.keys() if key.endswith("_tokens")]
+        changed = next((f"{key} is {now:,}, was {then:,}" for key, now, then in sorted(counts) if now != then), None)
+        if name == self.dataset and "python" not in meta and changed:
+            say_once(f"{name} is not what the model was trained on ({changed}): it may have seen some of this text")
 
     @property
     def separator_id(self) -> int | None:
@@ -163,9 +186,10 @@ class Reader:
         tokens that the text spells are text, and are counted and said; with `special` they are these tokens, and those
         that would be put around the text anyway are not there twice.
         """
-        lines = text.splitlines(keepends=True)
-        documents = [*split_documents(lines)] if any(line.rstrip("\n") == END for line in lines) else [text]
-        after = [] if len(documents) == 1 and documents[0] == text else [self.separator_id]
+        lines = [*io.StringIO(text)]
+        separated = any(line.strip() == END for line in lines)
+        documents = [d for d in split_documents(lines) if d.strip()] if separated else [text]
+        after = [self.separator_id] if separated else []
         ids = [i for document in documents for i in [*self._encode(document), *after] if i is not None]
         special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})
         spelled = {word: n for word in special if (n := sum(document.count(word) for document in documents))}
@@ -209,6 +233,7 @@ class Reader:
             raise UserError("the prompt is one token; two are needed")
         if framed.size(1) > self.block_size:
             raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
+        self.check_ids(framed, "the prompt")
         return framed
 
     def framed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -270,7 +295,7 @@ def _load(path: str | Path) -> object:
 def read_text(path: str | Path) -> str:
     """A text file. Raises UserError."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"cannot read {path}: it is no text in UTF-8") from None
     except OSError as error:

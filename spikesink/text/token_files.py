@@ -52,6 +52,17 @@ def meta_of(path: str | Path) -> Meta:
     return meta
 
 
+def other_ids(data: Meta, trained: Meta) -> str:
+    """By what the ids of `data` are known to be others than those that a model was `trained` on, in words; else ''."""
+    size = lambda meta: min(meta["vocab_size"], 50257) if meta.get("tokenizer") == "gpt2" else meta["vocab_size"]
+    if not trained:
+        return ""
+    told = [(key, data.get(key), trained.get(key)) for key in ("tokenizer", "chars")]
+    told += [("vocab_size", size(data), size(trained))]
+    told += [("bos_id", data["bos_id"], trained["bos_id"])] if "bos_id" in data and "bos_id" in trained else []
+    return next((f"{key} {here!r:.24}, not {there!r:.24}" for key, here, there in told if here != there), "")
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings and containers of them. Whatever names a class or a function is refused unread."""
 

@@ -178,11 +178,20 @@ def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
         return NoTokenizer()
 
 
+def same_tokens(a: TextTokenizer, b: TextTokenizer) -> bool | None:
+    """Whether two tokenizers make the same ids of a text; None where one of them cannot tell."""
+    text = ["The na\u00efve caf\u00e9 of 1990:\n\tdef price(x): return x"]
+    try:
+        return [*map(int, a.encode(text)[0])] == [*map(int, b.encode(text)[0])]
+    except UserError:
+        return None
+
+
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each."""
+    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each; blanks around it do not count."""
     document: list[str] = []
     for line in lines:
-        if line.rstrip("\n") == END:
+        if line.strip() == END:
             if document:
                 yield "".join(document)
             document = []
