@@ -39,11 +39,13 @@ def broken(only, fork=BASELINE, cfg=None):
 # ------------------------------------------------------------------------------------------ all of ours hold
 
 
-# the command line and config files do not read axes by layer yet
-by_layer = pytest.mark.xfail(raises=spikesink.UserError, strict=True)
+# config files are not read yet with axes by layer, or with `losses`
+not_read = pytest.mark.xfail(raises=spikesink.UserError, strict=True)
 
 
-@pytest.mark.parametrize("arm", [pytest.param(arm, marks=[by_layer] if arm == "hybrid_window" else []) for arm in ARMS])
+@pytest.mark.parametrize(
+    "arm", [pytest.param(arm, marks=[not_read] if arm in ("hybrid_window", "moe") else []) for arm in ARMS]
+)
 def test_every_arm_keeps_the_contracts(arm):
     values, _ = config.parse_argv(train.SCHEMAS, [arm], ROOT)
     found = list(train.check(*config.build(train.SCHEMAS, values), only=CHEAP))
