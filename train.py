@@ -5,6 +5,7 @@
   torchrun --nproc_per_node=8 train.py config/postnorm.py  on eight GPUs
   python train.py --resume --out_dir out/postnorm          goes on
   python train.py --replay 812 --out_dir out/postnorm      step 812, looked at
+  python train.py postnorm --check                         what a fork broke
 
 CONFIG names a file of configs/: an arm (configs/README.md lists them) or a
 size (scale/toy, scale/micro, scale/nano, scale/tiny, scale/gpt2). Without one
@@ -26,10 +27,10 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import filelock
 import numpy as np
@@ -52,6 +53,7 @@ from spikesink.models.export import trained_on
 from spikesink.text.default_text import titled
 from spikesink.text.token_files import other_ids
 from spikesink.text.tokenizers import TextTokenizer, same_tokens, tokenizer_of
+from trainer import check as contracts
 from trainer import checkpoints, config
 from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, Speed, TensorBoard, Tracker, warn
 from trainer.machine import DTYPES, PARALLEL, Machine, attempt
@@ -111,6 +113,7 @@ class TrainConfig:
     resume: bool = False  # go on from the newest sound checkpoint of OUT_DIR
     overwrite: bool = False  # start again in an out_dir that holds a run
     replay: int = 0  # compute this step of the run in OUT_DIR again and show its batch; writes nothing
+    check: bool = False  # say what this model breaks of what the rest relies on, on a tiny copy; writes nothing
 
     def __post_init__(self) -> None:
         for key, table in CHOICES.items():
@@ -146,7 +149,7 @@ class TrainConfig:
 
 
 # what is asked of this command alone, and never taken from a checkpoint
-OF_COMMAND = ("out_dir", "resume", "overwrite", "replay", "device", "parallel", "compile", "deterministic")
+OF_COMMAND = ("out_dir", "resume", "overwrite", "replay", "check", "device", "parallel", "compile", "deterministic")
 # what may change when a run is resumed; everything else is what the run is
 RESUMABLE = (
     *OF_COMMAND,
@@ -454,6 +457,8 @@ class Run:
     `overrides`: the keys that were asked for; `saved`: the checkpoint to go on from, of `saved_run`.
     """
 
+    model_class: ClassVar = GPT
+
     @classmethod
     def open(cls, overrides: Mapping[str, Any], out_dir: str | Path, machine: Machine) -> "Run":
         """The run of a command, new or going on from what OUT_DIR holds, which from here on is this process's own.
@@ -518,7 +523,7 @@ class Run:
         """The model with the weights that the seed makes, or those given; its optimisers, and what watches it."""
         cfg, machine, self.model_config = self.cfg, self.machine, model_config
         torch.manual_seed(cfg.seed)
-        self.model = GPT(model_config).to(machine.device)
+        self.model = self.model_class(model_config).to(machine.device)
         if weights is not None:
             load_weights(self.model, weights, cfg.init_from)
         machine.shard(self.model, self.model.transformer.h)
@@ -911,6 +916,25 @@ def print_replay(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------------ the command
 
 
+def check(
+    what: GPT | GPTConfig, cfg: TrainConfig | None = None, only: Collection[str] = ()
+) -> Iterator[contracts.Result]:
+    """What becomes of every contract of trainer/check.py, or of those named, with a tiny copy of a model."""
+    trainer = contracts.Trainer(Run, OPTIMIZERS, cfg or TrainConfig(), cpp_compiler())
+    kind, model_config = (GPT, what) if isinstance(what, GPTConfig) else (type(what), what.config)
+    return contracts.check(kind, model_config, trainer, only)
+
+
+def print_check(model_config: GPTConfig, cfg: TrainConfig) -> None:
+    """Prints a line for each contract. Raises UserError if one is broken."""
+    broken = []
+    for result in check(model_config, cfg):
+        print(result)
+        broken += [result.contract] if result.broken else []
+    if broken:
+        raise UserError(f"{len(broken)} of {len(contracts.CONTRACTS)} contracts are broken: {', '.join(broken)}")
+
+
 def be_deterministic(asked: bool) -> None:
     """Only algorithms that give the same bits again; for others torch raises if that was asked for, else warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -938,6 +962,9 @@ def main() -> None:
         print((__doc__ or "") + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES | {"losses": STREAM_LOSSES}))
         return
     overrides, names = config.parse_argv(SCHEMAS, sys.argv[1:], ROOT)
+    if overrides.get("check"):
+        print_check(*config.build(SCHEMAS, overrides))
+        return
     out_dir = overrides.get("out_dir") or str(Path("out") / ("-".join(names) or "gpt2"))
     machine = Machine.find(overrides.get("device", "auto"), overrides.get("parallel", "ddp"))
     if overrides.get("deterministic") or machine.device.type == "cpu":  # there it costs nothing

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import model as model_module
+import train
 from model import CHOICES, GPT, Context, GPTConfig
 from spikesink.errors import UserError
 from spikesink.measure.observe import Ordinary, observe
@@ -352,6 +353,8 @@ def test_any_config_trains_and_reloads_or_is_refused_by_name(choice):
     again = GPT.from_checkpoint(Checkpoint(dataclasses.asdict(config), model.state_dict()))
     assert torch.equal(again.eval()(ids)[0], model.eval()(ids)[0])
     assert torch.isfinite(observe(subject_of(model), ids, progress=False).loss).all()
+    contracts = train.check(config, only=("causal", "replay", "rows", "flops", "parameters"))
+    assert [str(result) for result in contracts if result.broken] == []
 
 
 def check_gradient(config, ids):

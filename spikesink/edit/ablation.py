@@ -57,7 +57,7 @@ def ablate_subject(
         **about,
         part=subject.part,
         calibration=Calibration(n_seq=len(other_ids)),
-        note=NOTE,
+        note=" ".join((NOTE, *subject.whole_passes)).strip(),
         taps=[Place(layer=tap.layer, kind=tap.kind) for tap in subject.streams],
         baseline=outcomes.baseline(measured),
         interventions=entries,

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..hooks import hooked, on_streams
+from ..errors import say_once
+from ..hooks import Tap, hooked, on_streams
 from ..measure.observe import Ordinary
 from ..measure.sinks import alpha_in, are_sinks, eligible_keys, needed_heads
 from ..models.subject import Subject, batches
@@ -149,11 +150,48 @@ class CleanPass:
         heads = torch.cat(self.sinks, dim=1)
         return heads.sum(1) >= needed_heads(heads.size(1))
 
+    def why_whole(self) -> str:
+        """Why no stage is replayed, a line that is said once; '' where a replay is right. Tried once for a subject."""
+        known = self.subject.whole_passes
+        if not known:
+            found = self.broken_replay()
+            known.append(f"Passes are made whole: replayed, {found[1].name} reads what another left." if found else "")
+            if known[0]:
+                say_once(f"{known[0]} Numbers are right, and take longer; see `left` in model.py")
+        return known[0]
+
+    def broken_replay(self, at_most: int = 12) -> "tuple[Tap, Tap] | tuple[()]":
+        """(the tap from which on a pass is replayed, the first that then differs from a whole pass), or () for none.
+
+        On 32 tokens of two sequences, with noise on the stream at `at_most` of the taps; other text goes through the
+        model before each replay, so that nothing is still there by chance.
+        """
+        subject, few = self.subject, CleanPass.of(self.subject, self.ids[:2, :32], ordinary=self.ordinary)
+        taps = [tap for tap in subject.writable if subject.stage_of(tap)]
+        for tap in taps[:: max(1, -(-len(taps) // at_most))]:
+            subject.losses(few.ids.flip(1))
+            with few.prefix(subject.stage_of(tap), sure=True):
+                replayed = few._with_noise(tap)
+            for (later, x), (_, y) in zip(replayed, few._with_noise(tap), strict=True):
+                if not torch.allclose(x, y, rtol=0, atol=1e-4 * float(y.abs().float().mean()), equal_nan=True):
+                    return tap, later
+        return ()
+
+    def _with_noise(self, tap: Tap) -> list[tuple[Tap, torch.Tensor]]:
+        """A pass with noise on the stream at a tap: the stream there and at every later tap, then the loss."""
+        noise = lambda x: x + x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        seen: list[tuple[Tap, torch.Tensor]] = []
+        later = [one for one in self.subject.streams if self.subject.stage_of(one) >= self.subject.stage_of(tap)]
+        keep = [functools.partial(lambda one, x: seen.append((one, x)), one) for one in later]
+        with on_streams([tap], [noise]), on_streams(later, keep):
+            losses = self.subject.losses(self.ids)
+        return [*seen, (later[-1], losses)]
+
     @contextlib.contextmanager
-    def prefix(self, stage: int) -> Iterator[None]:
+    def prefix(self, stage: int, sure: bool = False) -> Iterator[None]:
         """Within the block, the stages before `stage` return what they returned in the clean model, uncomputed, and
-        leave in their context what they left there then."""
-        replaced = self.subject.stages[:stage]
+        leave in their context what they left there then. Unless `sure`, not where `why_whole` has a reason."""
+        replaced = self.subject.stages[: 0 if stage and not sure and self.why_whole() else stage]
         own = [vars(module).get("forward") for module in replaced]
 
         def again(output: Any, left: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -105,6 +105,8 @@ class Ranges:
         self.largest: list[Tensor | None] = [None] * len(taps)
 
         def record(index: int, x: Tensor) -> None:
+            if not x.numel():  # of an expert that no token of this batch went to
+                return
             new, old = x.float().abs().reshape(-1, x.size(-1)).amax(0), self.largest[index]
             self.largest[index] = new if old is None else torch.maximum(old, new)
 

@@ -1,0 +1,482 @@
+"""What a fork broke: one assertion for each contract that train.py, detect.py and ablate.py rely on.
+
+    for result in check(GPT, config, trainer):
+        print(result)
+
+A tiny copy of the model is checked, on a CPU: few layers of every kind, small widths, a small vocabulary, every switch
+as it is. Its weights are drawn at random, so that no part is idle. Numbers are equal within TOLERANCE of the largest.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import spikesink
+from spikesink.edit.clean_pass import CleanPass
+from spikesink.edit.findings import Unavailable
+from spikesink.errors import UserError
+from spikesink.files import save_text
+from spikesink.hooks import Tap, hooked, on_streams
+from spikesink.models.checkpoint import Checkpoint
+from spikesink.models.export import export as to_folder
+from spikesink.models.subject import Subject, for_heads
+
+from .machine import Machine
+
+TOLERANCE, GRADIENT_TOLERANCE, FLOPS_TOLERANCE = 1e-4, 1e-3, 0.01
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "block_size", "vocab_size", "ffn_hidden", "dropout")
+
+
+class Trainer(NamedTuple):
+    """What train.py hands over: its Run, its table of optimisers, a TrainConfig, and whether it can compile here."""
+
+    run: Any
+    optimizers: Mapping[str, Callable[[Any, Any], list[Any]]]
+    cfg: Any
+    compiles: bool = True
+
+
+class Result(NamedTuple):
+    """What became of a contract: `broken` says what and where, and is empty where all is well."""
+
+    contract: str
+    broken: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        notes = f" Note: {'; '.join(self.notes)}." if self.notes else ""
+        return f"{self.contract}: " + (f"BROKEN. {'; '.join(self.broken)}." if self.broken else "ok.") + notes
+
+
+@dataclass
+class Copy:
+    """A tiny copy of a model: its class, its config, token ids (4, T), and what is said beside the results."""
+
+    model_class: Any
+    config: Any
+    trainer: Trainer
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids (4, T), the same ones every time."""
+        shape, generator = (4, self.config.block_size), torch.Generator().manual_seed(0)
+        return torch.randint(self.config.vocab_size, shape, generator=generator)
+
+    def model(self, **changes: Any) -> Any:
+        """A new one in eval mode, without dropout. Noise on every weight: a scale of 0 would hide its sub-layer."""
+        torch.manual_seed(0)
+        model = self.model_class(dataclasses.replace(self.config, dropout=0.0, **changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model.eval()
+
+    def place(self, model: nn.Module, tap: Tap | None) -> str:
+        """The sub-layer of a tap by name, None: what follows the last one; and how the arm differs from the default."""
+        name = {module: name for name, module in model.named_modules()}[tap.module].rpartition(".")[0] if tap else ""
+        where = name if tap and tap.layer >= 0 else "the embedding" if tap else "the last norm or the unembedding"
+        values = ((f, getattr(self.config, f.name)) for f in dataclasses.fields(self.config) if f.name not in SIZES)
+        return f"{where} ({', '.join(f'{f.name}={v}' for f, v in values if v != f.default) or 'every default'})"
+
+    def first_difference(self, subject: Subject, a: list[Tensor], b: list[Tensor]) -> str:
+        """Where two passes of `streams` first differ, or ''."""
+        pairs = zip([*subject.streams, None], a, b, strict=True)
+        return next((self.place(subject.model, tap) for tap, x, y in pairs if not same(x, y)), "")
+
+
+def tiny(config: Any) -> Any:
+    """The config of the copy. Raises UserError if the model.py refuses such small sizes."""
+    heads = min(config.n_head, 4)
+    width = min(config.n_embd // config.n_head, 32 // heads)
+    changes = {
+        "n_head": heads,
+        "n_kv_head": heads if config.n_kv_head == config.n_head else capped(config.n_kv_head, 2),
+        "n_embd": min(config.n_embd, 32) if config.head_dim else heads * width,
+        "head_dim": capped(config.head_dim, 8),
+        "block_size": min(config.block_size, 16),
+        "vocab_size": min(config.vocab_size, 64),
+        "ffn_hidden": capped(config.ffn_hidden, 48),
+        "window": capped(config.window, 6),
+    }
+    kinds = lambda config: {repr({**vars(layer), "n_layer": 0, "layers": 0}) for layer in config.layers}
+    try:
+        whole = dataclasses.replace(config, **changes)
+        for n_layer in range(min(3, config.n_layer), config.n_layer):
+            with contextlib.suppress(ValueError):  # an axis says how many layers of each kind there are
+                if kinds(fewer := dataclasses.replace(whole, n_layer=n_layer)) == kinds(whole):
+                    return fewer
+    except ValueError as error:
+        raise UserError(f"no tiny copy of this model can be made: {error}; widths of 32 and less must work") from None
+    return whole
+
+
+def capped(value: Any, most: int) -> Any:
+    """A number, or the numbers of an axis that is written layer by layer, at most `most`; counts stay as they are."""
+    return type(value)(re.sub(r"(?<![*\d])\d+", lambda number: str(min(int(number[0]), most)), str(value)))
+
+
+def same(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """True if two tensors are equal within `tolerance` of the largest; nan equals nothing."""
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def listed(names: list[str]) -> str:
+    """'a, b and 3 more'."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+@torch.no_grad()
+def streams(subject: Subject, ids: Tensor) -> list[Tensor]:
+    """The stream (B, registers + T, C) at every tap of a pass, then the logits (B, T, V)."""
+    found: list[Tensor] = []
+    with on_streams(subject.streams, [found.append] * len(subject.streams)):
+        logits = subject.logits(ids)
+    return [*found, logits]
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """The loss that is trained, auxiliary ones included, of ids (B, T) that predict themselves."""
+    return model(ids, ids)[1] + sum(getattr(model, "losses", {}).values())
+
+
+# -------------------------------------------------------------------------------------------- the contracts
+
+
+def causal(copy: Copy) -> Iterator[str]:
+    """Logits do not depend on later tokens, on the length of the sequence, or on the others of the batch."""
+    model = copy.model()
+    subject, ids, T = Subject.of_gpt(model, str), copy.ids, copy.config.block_size
+    for training in (False, True):
+        model.train(training)
+        whole = streams(subject, ids)
+        if training and copy.first_difference(subject, streams(subject, ids), whole):
+            copy.notes.append("it draws noise in training, so this was compared in eval mode alone")
+            return
+        mode = " in training" if training else ""
+        for k in sorted({1, 2, T // 2, T - 1} & set(range(1, T))):
+            part = streams(subject, ids[:, :k])
+            cut = [x[:, : y.size(1)] for x, y in zip(whole, part, strict=True)]
+            if place := copy.first_difference(subject, part, cut):
+                off = (part[-1] - cut[-1]).abs().amax((0, 2))
+                yield f"Logits at position {off.argmax()} change when tokens after it do{mode}; first seen in {place}"
+                return
+        if place := copy.first_difference(subject, streams(subject, ids[:1]), [x[:1] for x in whole]):
+            yield f"A sequence alone gives other logits than in a batch{mode}; first seen in {place}"
+            return
+
+
+def replay(copy: Copy) -> Iterator[str]:
+    """A pass replayed from a stage on is the whole pass, as ablate.py takes it to be."""
+    model = copy.model()
+    clean = CleanPass.of(Subject.of_gpt(model, str), copy.ids)
+    if found := clean.broken_replay(at_most=sys.maxsize):
+        start, first = (copy.place(model, tap) for tap in found)
+        yield (
+            f"A pass replayed from {start} on is not the whole pass; first seen in {first}: what it reads was left on "
+            "a module by another pass. Hand it on with the stream, or in the context of the pass"
+        )
+
+
+def rows(copy: Copy) -> Iterator[str]:
+    """Every attention map is what its seam says of it: `rows`, `seen`, `weights`, `shares`."""
+    model, calls = copy.model(), list[Any]()
+    names = {module: name for name, module in model.named_modules()}
+    keep = lambda module, args, kwargs, output: calls.append((module, *args, output))
+    with torch.no_grad():
+        with hooked([(tap.module, keep) for tap in Subject.of_gpt(model, str).attends]):
+            model(copy.ids)
+        faults = ((call[0], row_fault(*call)) for call in calls)
+        for seam, fault in itertools.islice(((seam, fault) for seam, fault in faults if fault), 1):
+            yield f"{names[seam]}, of rows={seam.rows}: {fault}"
+
+
+def row_fault(seam: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str:
+    """What is wrong with a seam that was called with q (B, H, T, D), k and v (B, heads of keys, T, D), or ''."""
+    k, T, half = for_heads(k, q.size(1)), q.size(-2), q.size(-2) // 2
+    shares, (weights, slot), seen = seam.shares(q, k), seam.weights(q, k), seam.seen(0, T, T)
+    sums = shares.sum(-1)
+    sums = sums.where(sums != 0, 1) if seam.rows == "one" else sums  # a row may give nothing to any key
+    result = weights.to(v.dtype) @ for_heads(v, weights.size(1)) + slot
+    draws = (torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(i)) for i, x in enumerate((q, k)))
+    shown = seam.shares(*draws).ne(0).flatten(0, 1).any(0)  # bool (T, T)
+    early = seam.shares(q[:, :, :half], k[:, :, :half])
+    wrong = {
+        "`rows` must be one, slot, less or signed": seam.rows not in ("one", "slot", "less", "signed"),
+        f"a row sums to {sums.min():.3f}, less than one": seam.rows == "one" and sums.min() < 1 - TOLERANCE,
+        f"a row sums to {sums.max():.3f}, more than one": seam.rows != "signed" and sums.max() > 1 + TOLERANCE,
+        "a share is negative": seam.rows != "signed" and shares.min() < 0,
+        "`seen` is not what the map shows": not torch.equal(shown, seen) or weights[..., ~seen].any(),
+        "rows of later queries alone are others": not same(seam.shares(q[:, :, half:], k, half), shares[:, :, half:]),
+        "rows without the keys they do not see are others": not same(early, shares[:, :, :half, :half]),
+        "weights @ v + slot is not what it returns": not same(result, output),
+        "weights @ v + slot is not what it returns in training": not same(result, seam.train()(q, k, v)),
+    }
+    return next((text for text, is_wrong in wrong.items() if is_wrong), "")
+
+
+def compiled(copy: Copy) -> Iterator[str]:
+    """Compiled as for training, the loss and every gradient are those of the model as it is written."""
+    if not copy.trainer.compiles:
+        copy.notes.append("not tried: there is no C++ compiler here")
+        return
+    torch._dynamo.reset()
+    passes = []
+    with torch._inductor.config.patch(fallback_random=True):  # noise as without compilation
+        for compiles in (False, True):
+            model, outputs = copy.model().train(), list[Tensor]()
+            if compiles:
+                model.compile_sublayers()
+            keep = lambda module, args, kwargs, output, outputs=outputs: outputs.append(output.detach())
+            with hooked([(sub_layer, keep) for sub_layer in model.sub_layers()]):
+                torch.manual_seed(0)
+                loss = loss_of(model, copy.ids)
+            loss.backward()
+            passes.append((outputs, loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (outputs, loss, slopes), (its_outputs, its_loss, its_slopes) = passes
+    pairs = zip(Subject.of_gpt(model, str).streams[1:], its_outputs, outputs, strict=True)
+    largest = GRADIENT_TOLERANCE * max(slope.abs().max() for slope in slopes.values())
+    if place := next((copy.place(model, tap) for tap, x, y in pairs if not same(x, y)), ""):
+        yield f"Compiled, {place} returns something else"
+    elif not same(its_loss, loss):
+        yield f"Compiled, the loss is {its_loss:.6f}, not {loss:.6f}, though the stream is the same"
+    elif wrong := [n for n, x in slopes.items() if not (its_slopes.get(n, torch.nan) - x).abs().max() <= largest]:
+        yield f"Compiled, the gradient of {listed(wrong)} is another"
+
+
+def flops(copy: Copy) -> Iterator[str]:
+    """What flops_per_token says is what forward and backward passes cost, counted operation by operation."""
+    model = copy.model()
+    seams, more = [tap.module for tap in Subject.of_gpt(model, str).attends], copy.config.n_register
+    hides = lambda S: any((seam.seen(0, S, S).cpu() != torch.ones(S, S).tril().bool()).any() for seam in seams)
+    T = max(T for T in range(1, copy.config.block_size + 1) if T == 1 or not hides(T + more))  # no window hides a key
+
+    def counted(work: Callable[[Tensor], Any]) -> dict[str, float]:
+        """By name of a module, the work on one token more: what is done once for a batch is left out."""
+        found = []
+        for B in (2, 4):
+            with FlopCounterMode(display=False) as counter:
+                work(copy.ids[:B, :T])
+            found.append({name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
+            found[-1]["all"] = counter.get_total_flops()
+        return {name: (n - found[0].get(name, 0)) / (2 * T) for name, n in found[1].items()}
+
+    model.train()
+    told, done = model.flops_per_token(T), counted(lambda ids: loss_of(model, ids).backward())["all"]
+    if abs(told - done) <= FLOPS_TOLERANCE * done:
+        return
+    with torch.no_grad():
+        forward = counted(model)
+    asked = [name for name, module in model.named_modules() if hasattr(module, "flops")]
+    wrong = []
+    for name, module in model.named_modules():
+        own = forward.get(name, 0) - sum(n for child, n in forward.items() if child.rpartition(".")[0] == name)
+        passes = 1 if module is model.lm_head else (T + more) / T
+        known = 2 * module.weight.numel() * passes if isinstance(module, nn.Linear) else 0 if name in forward else own
+        if name and abs(own - known) > 1 and not any(f"{name}.".startswith(f"{one}.") for one in asked):
+            wrong.append(name)
+    where = f"the difference is in {listed(wrong)}: " if wrong else ""
+    yield (
+        f"flops_per_token({T}) is {told:,}, and {done:,.0f} are done; {where}make a matrix a nn.Linear that is called "
+        "once for each token, or give its module flops(T)"
+    )
+
+
+def parameters(copy: Copy) -> Iterator[str]:
+    """Every parameter is initialised, gets a gradient, and is in one group of every optimiser, decayed or not by what
+    it is; what writes to the stream is a StreamLinear."""
+    if empty := uninitialised(copy):
+        yield f"{listed(empty)} not initialised: fill it where it is made"
+    model = copy.model().train()
+    loss_of(model, copy.ids).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if idle := [n for n, p in trained.items() if p.grad is None]:
+        yield f"No gradient reaches {listed(idle)}"
+    if zero := [n for n, p in trained.items() if p.grad is not None and not p.grad.any()]:
+        copy.notes.append(f"the gradient is zero here of {listed(zero)}")  # as of an expert that no token goes to
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    cfg = dataclasses.replace(copy.trainer.cfg, weight_decay=0.1)
+    for name, optimisers in copy.trainer.optimizers.items():
+        faults: dict[str, list[str]] = {}
+        groups = [group for optimiser in optimisers(model, cfg) for group in optimiser.param_groups]
+        for n, p in trained.items():
+            of = [bool(group["weight_decay"]) for group in groups for q in group["params"] if q is p]
+            if fault := group_fault(of, id(p) in linear):
+                faults.setdefault(fault, []).append(n)
+        yield from (f"{name}: {listed(names)} {fault}" for fault, names in faults.items())
+    owned = {id(p) for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "flops") for p in m.parameters()}
+    blocks = ((n, p) for n, p in trained.items() if n.startswith("transformer.h.") and p.dim() >= 2)
+    if loose := [n for n, p in blocks if id(p) not in owned]:
+        copy.notes.append(f"FLOPs, Muon and int8 do not see {listed(loose)}, in no nn.Linear")
+    yield from plain_outputs(copy, model)
+
+
+def group_fault(decays: list[bool], is_matrix: bool) -> str:
+    """What is wrong with the groups that a parameter is in, given whether they decay, or ''."""
+    if len(decays) != 1:
+        return f"is in {len(decays)} groups, not in one"
+    kind = "the weight of a nn.Linear or nn.Embedding"
+    return (
+        "" if decays == [is_matrix] else f"does not decay, and is {kind}" if is_matrix else f"decays, and is not {kind}"
+    )
+
+
+def uninitialised(copy: Copy) -> list[str]:
+    """The names of parameters and buffers that hold what the memory held: torch.empty is filled with NaN here."""
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = True
+        state = copy.model_class(copy.config)
+        return [n for n, x in itertools.chain(state.named_parameters(), state.named_buffers()) if x.isnan().any()]
+    finally:
+        settings.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+
+
+def plain_outputs(copy: Copy, model: Any) -> Iterator[str]:
+    """Names sub-layers whose update no StreamLinear makes, where the model.py has that class."""
+    files = (sys.modules[c.__module__] for c in copy.model_class.__mro__)
+    wanted: Any = next((getattr(file, "StreamLinear", None) for file in files if hasattr(file, "StreamLinear")), ())
+    names = {module: name for name, module in model.named_modules()}
+    for sub_layer in model.sub_layers() if wanted else ():
+        called: list[nn.Module] = []
+        keep = lambda module, args, kwargs, output, called=called: called.append(module)
+        linear = [m for m in sub_layer.f.modules() if isinstance(m, nn.Linear)]
+        with torch.no_grad(), hooked([(m, keep) for m in linear if m.out_features == copy.config.n_embd]):
+            model(copy.ids)
+        if called and not any(isinstance(m, wanted) for m in called):
+            yield f"{names[called[-1]]} writes to the stream: make it a StreamLinear, whose init follows init_scale"
+
+
+def export(copy: Copy) -> Iterator[str]:
+    """The exported model gives the same logits, or the export is refused."""
+    content = Checkpoint(dataclasses.asdict(copy.config), copy.model().state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            to_folder(content, Path(folder) / "hf", build=copy.model_class.from_checkpoint)
+        except UserError as error:
+            copy.notes.append(f"refused: {str(error).removeprefix('cannot export: ')}")
+    yield from ()
+
+
+def resume(copy: Copy) -> Iterator[str]:
+    """A run that was saved and resumed has the weights of one that was not, bit for bit."""
+    cfg, T, steps = copy.trainer.cfg, copy.config.block_size, 4
+    run_of: Any = type("Run", (copy.trainer.run,), {"model_class": copy.model_class})
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        tokens = np.random.default_rng(0).integers(0, copy.config.vocab_size, 64 * (T + 1)).astype("<u2")
+        meta = {"dtype": "uint16", "vocab_size": copy.config.vocab_size, "tokenizer": None, "bos_id": 0}
+        for split in ("train", "val"):
+            tokens.tofile(data / f"{split}.bin")
+        counts = {"train_tokens": len(tokens), "val_tokens": len(tokens)}
+        save_text(data / "meta.json", json.dumps(meta | counts))
+        values = dataclasses.asdict(copy.config) | dataclasses.asdict(cfg) | {"dataset": str(data), "max_iters": steps}
+        values |= {"batch_size": 2, "gradient_accumulation_steps": 2, "eval_iters": 1, "warmup_iters": 1, "monitor": 0}
+        values |= {"loss_first": min(cfg.loss_first, T // 4), "loss_last": min(cfg.loss_last, T // 2)}
+        values |= {"init_from": "scratch", "tracker": "none", "tensorboard": False, "dtype": "float32"}
+        values |= {"compile": False, "device": "cpu", "async_save": False, "check": False}
+        states = []
+        for parts in ([steps], [steps // 2, steps]):
+            for i, last in enumerate(parts):
+                out_dir = Path(folder) / str(len(parts))
+                run = run_of.open(values | {"resume": i > 0}, out_dir, Machine.find("cpu"))
+                while run.step < last:
+                    run.update()
+                run.save(last=True)
+                run.lock.release()
+            states.append(run.model.state_dict())
+    if wrong := [name for name, x in states[0].items() if not torch.equal(x, states[1][name])]:
+        yield (
+            f"After {steps // 2} steps, a resume and {steps // 2} more, {listed(wrong)} differs from a run of {steps}: "
+            "noise must come from torch's own generator, and state that lasts must be a parameter or a buffer"
+        )
+
+
+def looked_at(copy: Copy) -> Any:
+    """The copy, opened by the library on 4 sequences and 4 of other text."""
+    ids = torch.cat((copy.ids, copy.ids.flip(0, 1)))
+    return spikesink.open(copy.model(), tokens=ids, n_seq=4, nulls=1, calibration=True)
+
+
+def detect(copy: Copy) -> Iterator[str]:
+    """detect runs, and finds a finite loss."""
+    with looked_at(copy) as look:
+        loss = spikesink.detect(look).data.loss
+    if loss is None or not math.isfinite(loss):
+        yield f"The loss that detect finds is {loss}"
+
+
+def ablate(copy: Copy) -> Iterator[str]:
+    """ablate runs with all its interventions and int8, and finds finite losses."""
+    with looked_at(copy) as look:
+        found = spikesink.ablate(look, probe=False)
+    losses = {"baseline": found.baseline.loss} | {entry.name: entry.loss for entry in found.entries}
+    losses |= {f"{e.name}/{control.name}": control.loss for e in found.entries for control in e.control}
+    if isinstance(found.int8, Unavailable):
+        yield f"int8 cannot be tried: {found.int8.reason}"
+    else:
+        losses |= {name: change.loss for name, change in found.int8.items()}
+    if wrong := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        yield f"The loss is not finite under {listed(wrong)}"
+
+
+CONTRACTS: dict[str, Callable[[Copy], Iterator[str]]] = {
+    "causal": causal,
+    "replay": replay,
+    "rows": rows,
+    "flops": flops,
+    "parameters": parameters,
+    "detect": detect,
+    "ablate": ablate,
+    "export": export,
+    "resume": resume,
+    "compiled": compiled,
+}
+
+
+def raised(error: Exception, model_class: type) -> str:
+    """An exception as a line: its first line, and where in the fork's file it was raised."""
+    files = {getattr(sys.modules[c.__module__], "__file__", None) for c in model_class.__mro__}
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
+
+
+def check(model_class: type, config: Any, trainer: Trainer, only: Collection[str] = ()) -> Iterator[Result]:
+    """Yields the Result of every contract, or of those named in `only`, as it is found. Raises UserError where no tiny
+    copy can be made."""
+    small = tiny(config)
+    for name, contract in CONTRACTS.items():
+        if only and name not in only:
+            continue
+        copy, threads = Copy(model_class, small, trainer), torch.get_num_threads()
+        torch.set_num_threads(1)  # matrices are so small that several wait for each other
+        with torch.random.fork_rng(devices=[]):
+            try:
+                broken = list(contract(copy))
+            except Exception as error:  # a fork's own, of any kind; the other contracts are checked all the same
+                broken = [raised(error, model_class)]
+            finally:
+                torch.set_num_threads(threads)
+        yield Result(name, broken, copy.notes)
