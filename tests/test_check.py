@@ -39,13 +39,7 @@ def broken(only, fork=BASELINE, cfg=None):
 # ------------------------------------------------------------------------------------------ all of ours hold
 
 
-# config files are not read yet with axes by layer, or with `losses`
-not_read = pytest.mark.xfail(raises=spikesink.UserError, strict=True)
-
-
-@pytest.mark.parametrize(
-    "arm", [pytest.param(arm, marks=[not_read] if arm in ("hybrid_window", "moe") else []) for arm in ARMS]
-)
+@pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_keeps_the_contracts(arm):
     values, _ = config.parse_argv(train.SCHEMAS, [arm], ROOT)
     found = list(train.check(*config.build(train.SCHEMAS, values), only=CHEAP))
