@@ -8,7 +8,10 @@ what a change broke. What the rest of the house relies on:
 
 - A part is built from (config, layer): the config of its own layer, in which every axis has one value.
 - It is called with its input and one Context, made anew for each pass. What a later layer needs, it leaves there in
-  `left`, never on a module: a pass that is replayed from the middle puts `left` back, and cannot know of anything else.
+  `left`, never on a module, and never changed in place: GPT.forward runs in every pass, but where one is replayed from
+  the middle, the sub-layers before return what they returned, and `left` is put back.
+- The stream changes inside a sub-layer, before its tap `stream`, and nowhere between two sub-layers.
+- A pass changes no weight and no buffer. What is to change once a step, a module does in `after_update()`, on every rank.
 - A matrix is an nn.Linear: then init, weight decay, FLOPs, Muon and int8 know it. The one whose output is added to the
   stream is a StreamLinear. A module that is no such sum of matrices defines `flops(T)`; one that starts otherwise than
   N(0, std) defines `init(std)`. Only weights of nn.Linear and nn.Embedding decay.
@@ -114,7 +117,8 @@ class GPTConfig:
         return [replace(self, **{k: column[i] for k, column in varied.items()}) for i in range(self.n_layer)]
 
     def _check(self) -> None:
-        """Raises ValueError for what no layer can be."""
+        """Raises ValueError for what no layer can be, given its own config; what layers are together is for
+        __post_init__."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             fits = type(value) is entry.type or (entry.type is float and type(value) is int)
@@ -233,7 +237,7 @@ class Context:
     """What a part may read beside its input. Made anew for each pass; the registers stand in front of the tokens."""
 
     ids: Tensor  # (B, T), without registers
-    embedding: Tensor  # (B, n_register + T, C), of tokens and registers
+    embedding: Tensor  # (B, n_register + T, C), of tokens and registers, without positions: not yet the stream
     positions: Tensor  # (T,), of the tokens
     left: dict[str, Any] = field(default_factory=dict)  # what layers leave for later ones
     losses: dict[str, Tensor] = field(default_factory=dict)  # of this pass, by name, for train.py's `losses`
@@ -836,7 +840,9 @@ class MoE(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        probabilities = self.router(x).float().softmax(dim=-1)  # (B, T, experts)
+        logits = self.router(x)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        probabilities = logits.to(precise).softmax(dim=-1)  # (B, T, experts)
         weights, chosen = probabilities.topk(self.n_active, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(x)
@@ -845,7 +851,7 @@ class MoE(nn.Module):
             given = weights[*tokens, slot, None] * expert(x[*tokens], context)
             out.index_put_(tuple(tokens), given.to(out.dtype), accumulate=True)
         n_expert = len(self.experts)
-        share = F.one_hot(chosen, n_expert).float().mean(dim=(1, 2))  # (B, experts)
+        share = F.one_hot(chosen, n_expert).to(precise).mean(dim=(1, 2))  # (B, experts)
         context.add_loss("load_balance", n_expert * (share * probabilities.mean(dim=1)).sum(dim=-1).mean())
         context.scalars["busiest_expert"] = share.mean(dim=0).amax()
         return out

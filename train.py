@@ -528,6 +528,8 @@ class Run:
             load_weights(self.model, weights, cfg.init_from)
         machine.shard(self.model, self.model.transformer.h)
         self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
+        asked = (getattr(module, "after_update", None) for module in self.model.modules())
+        self.after_update: list[Callable[[], Any]] = [method for method in asked if callable(method)]
         self.of_streams: dict[str, list[Tensor]] = {}  # losses of the current forward pass, one per sub-layer
         self._watch_streams()
         self.monitor = Monitor(self.model, cfg.monitor if machine.is_rank0 else 0)
@@ -688,6 +690,8 @@ class Run:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for after_update in self.after_update:
+            after_update()
         self.step += 1
         return Update(loss, norm, lr, noted)
 

@@ -16,10 +16,10 @@ from spikesink.edit.findings import Unavailable
 from trainer import check as contracts
 from trainer import config
 
-from .conftest import ROOT, subject_of, tiny
+from .conftest import ROOT, SMALL_RUN, subject_of, tiny
 
 BASELINE = GPTConfig()
-CHEAP = ("causal", "replay", "rows", "flops", "parameters", "detect")
+CHEAP = ("causal", "taps", "state", "replay", "rows", "flops", "parameters", "detect")
 ARMS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 AXES = {
     "by layer": {"norm_place": "post*25% pre", "window": "cycle(64*3 0)"},
@@ -146,6 +146,53 @@ def stale_values():
         return 0.5 * (v + kept["value"])
 
     return value
+
+
+def test_a_stream_that_changes_between_sub_layers_is_seen(monkeypatch):
+    class Averaged(model_module.Block):
+        def forward(self, x, context):
+            return 0.9 * super().forward(x, context) + 0.1 * context.embedding
+
+    monkeypatch.setattr(model_module, "Block", Averaged)
+    assert "between transformer.h.0.mlp" in broken("taps", SMALL)
+
+
+class Loaded(model_module.PlainFFN):
+    """A router's bias that follows the load: `when` says where it is changed."""
+
+    when = "pass"
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("bias", torch.zeros(config.n_embd))
+        self.load = 0.0
+
+    def forward(self, x, context):
+        self.load = x.detach().mean((0, 1))
+        if self.when == "pass":
+            self.after_update()
+        if self.when == "sum":
+            context.add_loss("load", x.square().sum())
+        return super().forward(x + self.bias, context)
+
+    def after_update(self):
+        self.bias += self.load
+
+
+@pytest.mark.parametrize("when", ["pass", "sum", "update"])
+def test_a_pass_changes_nothing_and_its_losses_are_means(monkeypatch, tmp_path, cli, toy_data, when):
+    monkeypatch.setattr(Loaded, "when", when)
+    monkeypatch.setitem(model_module.FFNS, "linear", Loaded)
+    said = broken("state", SMALL)
+    assert ("changes transformer.h.0.mlp.f.bias" in said, "The loss load of a batch" in said) == (
+        when == "pass",
+        when == "sum",
+    )
+    if when == "update":
+        options = [f"--dataset={toy_data}", "--ffn=linear", *SMALL_RUN, "--max_iters=2", f"--out_dir={tmp_path}"]
+        assert cli("train.py", *options)[0] == 0
+        saved = spikesink.models.checkpoint.load(tmp_path)
+        assert saved.model["transformer.h.0.mlp.f.bias"].any()
 
 
 def test_what_is_left_on_a_module_is_not_replayed(monkeypatch):
@@ -362,14 +409,16 @@ class OwnNoise(model_module.LinearFFN):
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_a_resumed_run_is_the_whole_one(optimizer):
     dropped = GPTConfig(n_layer=1, dropout=0.1)
-    assert not broken("resume", dropped, train.TrainConfig(optimizer=optimizer, loss_first=64, penalty="kurtosis"))
+    assert not broken(
+        "resume", dropped, train.TrainConfig(optimizer=optimizer, loss_first=64, losses={"kurtosis": 1e-3})
+    )
 
 
 def test_noise_of_its_own_is_not_resumed(monkeypatch):
     monkeypatch.setitem(model_module.FFNS, "linear", OwnNoise)
     assert "and 2 more, transformer" in broken("resume", SMALL)
     (result,) = train.check(SMALL, only=["causal"])
-    assert not result.broken and "it draws noise in training" in result.notes[0]
+    assert not result.broken and "two training passes differ" in result.notes[0]
 
 
 def test_an_export_is_right_or_refused_and_does_not_crash(monkeypatch):
@@ -387,7 +436,7 @@ def test_an_export_is_right_or_refused_and_does_not_crash(monkeypatch):
 def test_detect_and_ablate_run_and_find_numbers(monkeypatch):
     bad = lambda module, x: x * (torch.nan if x.abs().sum() % 1 > 0 else 1)
     monkeypatch.setitem(model_module.FFNS, "plain", mixing(bad))
-    assert "UserError: the model's loss on this text is not finite" in broken("detect")
+    assert "UserError: states or loss here are not finite" in broken("detect")
     monkeypatch.undo()
     monkeypatch.setattr("spikesink.edit.ablation.int8", lambda *args: Unavailable(reason="no weights"))
     assert "int8 cannot be tried: no weights" in broken("ablate", SMALL)

@@ -168,9 +168,9 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(fresh, whole, parallel):
     assert saved_like(world, whole[parallel])
 
 
-def test_the_readmes_example_works_as_typed(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    command = next(line for line in readme.splitlines() if "--nproc_per_node=2" in line)
+def test_the_example_of_many_machines_works_as_typed(tmp_path):
+    page = (ROOT / "docs" / "many_machines.md").read_text()
+    command = next(line for line in page.splitlines() if "--nproc_per_node=2" in line)
     command = command.replace("out/two", str(tmp_path / "two"))  # as typed, but for where it writes
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ON_PATH, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

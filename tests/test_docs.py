@@ -20,7 +20,7 @@ from trainer import config
 
 from .conftest import ROOT
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 OFFLINE = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
 
 
@@ -126,7 +126,8 @@ def test_the_api_example_runs(clone):
 
 
 def test_the_readmes_python_runs_as_it_stands(clone):
-    examples = [block for block in blocks("python", "README.md") if "spikesink.open" in block]
+    pages = ("README.md", "docs/metrics.md")
+    examples = [block for page in pages for block in blocks("python", page) if "spikesink.open" in block]
     assert len(examples) == 2
     for example, numbers in zip(examples, (1, 2), strict=True):
         script = example if "import spikesink" in example else f"import spikesink\n\n{example}"

@@ -116,7 +116,10 @@ def export(
         setattr(config, DATA, {**told, "bos": bos} if told else {})
         kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
         model = hf.with_weights(kind, config, state)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except RuntimeError as error:
+        first = next(iter(str(error).splitlines()[1:]), str(error)).strip().rstrip(".")
+        raise UserError(f"cannot export: these are not the weights of a {config.model_type}: {first}") from None
+    except (ValueError, KeyError) as error:
         raise UserError(f"cannot export: {' '.join(str(error).split())}") from None
     folder, frame = Path(folder), starts_with_bos if bos else lambda tokenizer: tokenizer
     try:
