@@ -11,7 +11,7 @@ what a change broke. What the rest of the house relies on:
   `left`, never on a module, and never changed in place: GPT.forward runs in every pass, but where one is replayed from
   the middle, the sub-layers before return what they returned, and `left` is put back.
 - The stream changes inside a sub-layer, before its tap `stream`, and nowhere between two sub-layers.
-- A pass changes no weight and no buffer. What is to change once a step, a module does in `after_update()`, on every rank.
+- A pass changes no weight and no buffer. What is to change once a step, a module does in `after_update()`, on each rank.
 - A matrix is an nn.Linear: then init, weight decay, FLOPs, Muon and int8 know it. The one whose output is added to the
   stream is a StreamLinear. A module that is no such sum of matrices defines `flops(T)`; one that starts otherwise than
   N(0, std) defines `init(std)`. Only weights of nn.Linear and nn.Embedding decay.

@@ -197,8 +197,8 @@ def taps(copy: Copy) -> Iterator[str]:
     for tap, x, y in zip(Subject.of_gpt(model, str).streams, left, given, strict=True):
         if x.shape != y.shape or not torch.equal(x, y):
             yield (
-                f"The stream changes between {copy.place(model, tap)} and what reads it next, where detect does not look "
-                "and edits do not reach. Change it inside the sub-layer, before its tap `stream`"
+                f"The stream changes between {copy.place(model, tap)} and what reads it next, where detect does not "
+                "look and edits do not reach. Change it inside the sub-layer, before its tap `stream`"
             )
             return
 
