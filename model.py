@@ -1115,6 +1115,26 @@ class GPT(nn.Module):
         slope_of = functools.partial(self.slope_and_loss, self.loss_of_rows, cap=self.config.logit_cap)
         return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), slope_of, dtype)
 
+    @torch.no_grad()
+    def generate(
+        self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> (B, T + n): `n` more, each drawn from softmax(logits / temperature), or with top_k from
+        the k likeliest alone. Temperature 0 takes the likeliest.
+
+        Each is a whole pass over the last block_size tokens. Call eval() first where the model has dropout.
+        """
+        for _ in range(n):
+            row = self(ids[:, -self.config.block_size :])[0][:, -1].float()
+            if top_k:
+                row = row.masked_fill(row < row.topk(min(top_k, row.size(-1))).values[:, -1:], -torch.inf)
+            if temperature:
+                token = torch.multinomial((row / temperature).softmax(-1), 1, generator=generator)
+            else:
+                token = row.argmax(-1, keepdim=True)
+            ids = torch.cat((ids, token), dim=1)
+        return ids
+
     @staticmethod
     def loss_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
         """The summed cross-entropy in nats of logits (R, V), float32; targets (R,), of which those of -1 count 0."""

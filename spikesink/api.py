@@ -337,6 +337,8 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
         tokens=int((ids != PADDING).sum()),
         bos=read.bos,
         dtype=loaded.subjects[0].dtype,
+        predicted_bytes=loaded.reader.predicted_bytes(ids, loaded.subjects[0].shift),
+        tokenizer=loaded.reader.fingerprint,
     )
     return Look(loaded, options, ids, data, _other_ids=other_ids)
 

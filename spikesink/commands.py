@@ -140,7 +140,7 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
     json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
-    ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES)
+    ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES).ids
     first, *others = (
         prompt.inspect(subject, ids, loaded.checkpoint, loaded.model, Ordinary.of(subject, ordinary_ids))
         for subject in loaded.subjects
@@ -178,6 +178,8 @@ def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | No
     if page:
         page.comparison_page(html_path, names, found)
     print(grid(*report.comparison_table(names, found)))
+    if differ := report.tokens_differ(found):
+        print(f"\n{differ}")
     differs = report.architecture_table(names, found)
     if differs.rows:
         print("\nwhat differs in their architecture\n" + grid(*differs))

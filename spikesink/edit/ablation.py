@@ -52,6 +52,7 @@ def ablate_subject(
     measured = outcomes.measure(
         subject, ids, conditions, batch_size, f"ablate {subject.part}".strip(), reference.ordinary
     )
+    measured.predicted_bytes = about["data"].predicted_bytes
     entries = outcomes.table_entries(table, measured)
     return Ablation(
         **about,

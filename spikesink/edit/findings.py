@@ -46,10 +46,12 @@ class ClassLoss(Record):
 
 
 class Baseline(Record):
-    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position."""
+    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position. `bits_per_byte`: None where the
+    text of the tokens is not at hand."""
 
     loss: float
     ppl: float
+    bits_per_byte: float | None = sometimes()
     by_class: dict[str, ClassLoss]
     by_position: list[float]
 
@@ -96,6 +98,7 @@ class Effect(LossChange, Named):
 
     edited: int
     dose: float | None
+    bits_per_byte: float | None = sometimes()
     by_class: dict[str, ClassChange]
     by_position: list[float]
     spikes_left: Left

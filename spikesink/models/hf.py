@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -712,6 +713,19 @@ class Tokenizer:
     def decode(self, token: int) -> str:
         """One id -> text to show."""
         return self.tokenizer.decode([token])
+
+    def text(self, ids: np.ndarray) -> str:
+        """An array of ids -> text, without the spaces that some tokenizers drop before punctuation."""
+        return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+    def n_bytes(self, ids: Sequence[int]) -> int | None:
+        """See tokenizers.n_bytes: a byte-level BPE writes each byte as one character."""
+        decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
+        if type(decoder).__name__ != "ByteLevel":
+            return None
+        added = self.tokenizer.added_tokens_decoder
+        pieces = self.tokenizer.convert_ids_to_tokens([i for i in ids if i not in added])
+        return sum(len(piece or "") for piece in pieces) + sum(len(str(added[i]).encode()) for i in ids if i in added)
 
 
 def weights_hash(path: str | Path) -> str | None:

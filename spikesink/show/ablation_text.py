@@ -138,6 +138,7 @@ def rows(found: Ablation) -> Table:
         "dose",
         "loss",
         "ppl",
+        "bits/byte",
         "delta loss",
         "95% interval",
         "spikes left",
@@ -145,13 +146,16 @@ def rows(found: Ablation) -> Table:
     ]
     base = found.baseline
     share: Callable[[Left], str] = lambda left: number(left.same, ".0%")
-    table = [["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", "", "", "", ""]]
+    table = [
+        ["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", number(base.bits_per_byte, ".4f"), *[""] * 4]
+    ]
     for label, effect, dose in _labelled(found):
         what = [NOTHING, "", "", ""]
         if effect.edited:
             what = [f"{effect.delta_loss:+.4f}", interval(effect.ci95, "+.4f")]
             what += [share(effect.spikes_left), share(effect.sinks_left)]
-        table.append([label, f"{effect.edited:,}", dose, f"{effect.loss:.4f}", f"{effect.ppl:.3f}", *what])
+        loss = [f"{effect.loss:.4f}", f"{effect.ppl:.3f}", number(effect.bits_per_byte, ".4f")]
+        table.append([label, f"{effect.edited:,}", dose, *loss, *what])
     return header, table
 
 
