@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .edit import interventions, outcomes, quantise
+from .edit import interventions, outcomes, quantise, sampling
 from .edit.ablation import ablate_subject, has_bos
 from .edit.clean_pass import Reference
-from .edit.findings import Ablation
+from .edit.findings import Ablation, Samples
 from .errors import UserError
 from .files import file_hash
 from .measure import history
@@ -39,7 +39,7 @@ from .models.export import trained_on
 from .models.lab import Lab, open_lab
 from .models.subject import Subject, gpt_in
 from .models.views import as_it_was
-from .options import Options
+from .options import Options, Sampling
 from .text import default_text
 from .text.sequences import PADDING, Reader, bos_of
 from .text.token_files import Meta, meta_of
@@ -399,6 +399,49 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
         for subject, reference in zip(look.subjects, look.references, strict=True)
     )
     return dataclasses.replace(first, parts={found.part: found for found in others}) if others else first
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+SAMPLE_REFERENCE = 24  # sequences that say what is usual
+
+
+def sample(
+    look: Look | Loaded,
+    prompt: str,
+    options: Sampling | None = None,
+    edit: str | None = None,
+    on_text: sampling.OnText | None = None,
+) -> Samples:
+    """What a model says after a prompt; and again, with the same seeds, under the intervention `edit`.
+
+    It does not stop at a token that ends a text. What is usual, and the means that some interventions need, are of the
+    text that the model reads by default, or of Python's documentation. `on_text` is called with ("clean" or `edit`,
+    number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
+    token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
+    """
+    if isinstance(look, Look):
+        look.check_open(unedited=True)
+        look = look.loaded
+    subject, reader, options = look.subjects[0], dataclasses.replace(look.reader, suffix_ids=()), options or Sampling()
+    one = interventions.intervention_named(edit) if edit else None
+    if one and one.kind == "bos" and not reader.prefix_ids:
+        raise UserError(f"{edit}: no BOS stands before the prompt; --bos puts one there")
+    start = sampling.prompt_ids(subject, reader, prompt)
+    under = lambda name, logits: [
+        sampling.continuation(subject, reader, start, options, i, name, logits, on_text)
+        for i in range(options.n_samples)
+    ]
+    found = Samples(prompt=prompt, clean=under("clean", sampling.clean_logits(subject)))
+    if edit is None or one is None:
+        return found
+    read, counts = reader.ordinary(Options(), SAMPLE_REFERENCE), list[int]()
+    ordinary = Ordinary.of(subject, read.ids)
+    reference = Reference(subject, read.ids, ordinary=ordinary) if one.needs_reference else None
+    condition = functools.partial(one.edit, reference=reference)
+    edited = under(edit, sampling.edited_logits(subject, condition, ordinary, counts))
+    text = f"{len(read.ids)} sequences of {read.name}"
+    return dataclasses.replace(found, edit=edit, edited=edited, n_edited=sum(counts), reference=text)
 
 
 # -------------------------------------------------------------------------------------------------------- pages

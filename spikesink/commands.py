@@ -5,6 +5,7 @@ A clone's detect.py and ablate.py are these with the clone's own model and datas
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from .measure.findings import Comparison
 from .measure.observe import ORDINARY_SEQUENCES, Ordinary
 from .models import checkpoint, hf
 from .models.lab import Lab, open_lab
-from .options import Options, add_flags, from_flags, option
+from .options import Options, Sampling, add_flags, from_flags, option
 from .show import report
-from .show.text import grid
+from .show.ablation_text import what_broke
+from .show.text import grid, printable
 
 NO_PAGE = "none: it needs pip install 'spikesink[pages]'"
 
@@ -233,6 +235,40 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         drawn = (page.figures.DETECTION, found.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
         print(f"\n{page.figure_files(outputs.figures, *drawn)}")
     print(written(json_path, html_path if page else None))
+
+
+# ------------------------------------------------------------------------------------------------------- sample
+
+
+def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> None:
+    """The command `sample`. Raises UserError."""
+    names = [*interventions.INTERVENTIONS, *interventions.REMOVALS]
+    parser = Flags(description=description)
+    parser.add_argument("checkpoint", help="as detect's: ckpt.pt, or a Hugging Face folder or hub name, or a GGUF file")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
+    parser.add_argument(
+        "--with", dest="edit", choices=names, metavar="NAME", help=f"again under one of {', '.join(names)}"
+    )
+    add_flags(parser, Sampling)
+    add_flags(parser, Options, ("bos", "special", "bpe", "device", "revision", "max_memory", "model"))
+    args = parser.parse_args(argv)
+    options, drawing = from_flags(Options, args), from_flags(Sampling, args)
+    last: list[tuple[str, int]] = []
+
+    def show(name: str, number: int, piece: str) -> None:
+        if (name, number) not in last:
+            title = f"== {name}, sample {number + 1} ==\n" if args.edit or drawing.n_samples > 1 else ""
+            print(("\n\n" if last else "") + title + printable(args.prompt), end="")
+            last.append((name, number))
+        print(printable(piece), end="", flush=True)
+
+    loaded = api.load(args.checkpoint, options, lab=lab)
+    found = api.sample(loaded, args.prompt, drawing, args.edit, show if sys.stdout.isatty() else None)
+    if not sys.stdout.isatty():
+        for name, continuations in (("clean", found.clean), (found.edit or "", found.edited or [])):
+            for i, one in enumerate(continuations):
+                show(name, i, one.text)
+    print(f"\n\n{what_broke(found)}" if found.edit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- export

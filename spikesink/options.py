@@ -1,7 +1,6 @@
 """What a caller may choose, as frozen dataclasses. Command-line flags are made from their fields, never the reverse."""
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection
@@ -110,17 +109,9 @@ def whole(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def number(text: str) -> float:
-    """A finite number of at least 0, from a command line."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-
-
 def add_flags(parser: argparse.ArgumentParser, kind: type, only: Collection[str] = ()) -> None:
-    """A flag for every field of a dataclass of options, or for some `only`: `--key value` or `--key=value`, `--flag` and
-    `--no-flag`."""
+    """A flag for every field of a dataclass of options, or `only` for some: `--key value` or `--key=value`, `--flag`
+    and `--no-flag`."""
     groups: dict[str, Any] = {"": parser}
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -134,11 +125,9 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, only: Collection[str]
         if bool in types:
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            kinds: dict[bool, Any] = {
-                int in types: functools.partial(whole, least=about["least"]),
-                float in types: number,
-            }
-            flag |= {"metavar": about["metavar"], "type": kinds.get(True, str)}
+            kinds: dict[type, Any] = {int: functools.partial(whole, least=about["least"]), float: float}
+            kind_of = next((kinds[one] for one in types if one in kinds), str)
+            flag |= {"metavar": about["metavar"], "type": kind_of}
         groups[heading].add_argument(f"--{field.name}", **flag)
 
 

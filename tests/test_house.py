@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import ROOT
 
-SCRIPTS = ("model", "train", "detect", "ablate", "study")
+SCRIPTS = ("model", "train", "detect", "ablate", "sample", "study")
 BASE = ("errors", "hooks", "files", "options", "schema")
 TOP = ("api", "commands", "__main__")
 FOLDERS = ("spikesink", "trainer", "studies", "benchmarks", "data", "configs", "docs")
@@ -112,7 +112,7 @@ def test_no_module_imports_itself_through_others():
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)  # or CycleError, with the circle
 
 
-def test_the_top_level_is_five_scripts():
+def test_the_top_level_is_six_scripts():
     assert {file.stem for file in ROOT.glob("*.py")} == set(SCRIPTS)
 
 

@@ -46,8 +46,8 @@ class ClassLoss(Record):
 
 
 class Baseline(Record):
-    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position. `bits_per_byte`: None where the
-    text of the tokens is not at hand."""
+    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position. `bits_per_byte`: None where
+    the text of the tokens is not at hand."""
 
     loss: float
     ppl: float
@@ -283,6 +283,39 @@ class Probes(Record):
 
     blimp: Blimp | Unavailable | None = sometimes()
     linear: Linear | Unavailable | None = sometimes()
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+
+class Continuation(Record):
+    """What a model said after a prompt: its ids (n_tokens,), their text, and the clean model's loss on those of them
+    that it can read at once, in nats per token."""
+
+    ids: list[int]
+    text: str
+    loss: float
+
+    @property
+    def repeated(self) -> float:
+        """The share of its runs of four tokens that stand in it earlier."""
+        runs = [*zip(*(self.ids[i:] for i in range(4)), strict=False)]
+        return 1 - len({*runs}) / len(runs) if runs else 0.0
+
+
+class Samples(Record):
+    """Continuations of a prompt by the model left alone, and with the same seeds under an `edit`.
+
+    `n_edited`: entries, tokens, keys, heads or sub-layers that it changed, over all passes. `reference`: the text that
+    says what is usual, and from which an edit that needs them has its means.
+    """
+
+    prompt: str
+    clean: list[Continuation]
+    edit: str | None = None
+    edited: list[Continuation] | None = None
+    n_edited: int = 0
+    reference: str | None = None
 
 
 # --------------------------------------------------------------------------------------------------- everything

@@ -1,5 +1,6 @@
 """Ablation findings -> answers in words, and tables."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..edit.findings import (
     Left,
     Linear,
     LossChange,
+    Samples,
     Unavailable,
 )
 from ..measure.findings import Interval
@@ -181,6 +183,23 @@ def probe_tables(found: Ablation) -> list[tuple[str, Table | None]]:
     }
     probes = [make[type(of)](of) for of in (found.probes.blimp, found.probes.linear) if of is not None]
     return [_quantised(found.int8), *probes]
+
+
+def what_broke(found: Samples) -> str:
+    """What an intervention did to the samples of a model, means over them."""
+    if not found.edited or not found.n_edited:
+        return f"{found.edit} found nothing to edit. What is usual is from {found.reference}."
+    pairs = [*zip(found.clean, found.edited, strict=True)]
+    mean = lambda values: sum(values) / len(pairs)
+    same = mean(len(os.path.commonprefix([clean.ids, edited.ids])) for clean, edited in pairs)
+    loss = [mean(one.loss for one in side) for side in (found.clean, found.edited)]
+    repeated = [mean(one.repeated for one in side) for side in (found.clean, found.edited)]
+    return (
+        f"Under {found.edit} the first {same:g} of {len(found.clean[0].ids)} tokens are the same. The clean model's "
+        f"loss is {loss[0]:.2f} nats per token on its own text, {loss[1]:.2f} on the edited model's. Of runs of four "
+        f"tokens {repeated[0]:.0%} repeat an earlier one in the clean text, {repeated[1]:.0%} in the edited one. What is "
+        f"usual, and any means, are from {found.reference}."
+    )
 
 
 def _label(name: str) -> str:

@@ -463,8 +463,8 @@ def tokens_differ(all_findings: Sequence[Findings]) -> str | None:
     if len(kinds) == 1:
         return None
     return (
-        "Nats per token are left out, as the models have different tokenizers: a token of one is more text than a token "
-        "of another. Bits per byte compare them, on the same text."
+        "Nats per token are left out, as the models have different tokenizers: a token of one is more text than one of "
+        "another. Bits per byte compare them, on the same text."
     )
 
 
