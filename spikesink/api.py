@@ -22,6 +22,7 @@ from torch import nn
 
 from .edit import interventions, outcomes, quantise, sampling
 from .edit.ablation import ablate_subject, has_bos
+from .edit.choices import questions
 from .edit.clean_pass import Reference
 from .edit.findings import Ablation, Samples
 from .errors import UserError
@@ -376,14 +377,19 @@ def folder_of(path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------- ablate
 
 
-def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation:
+def ablate(look: Look, only: Iterable[str] = (), probe: bool = True, choices: str | Path | None = None) -> Ablation:
     """Ablation findings of an open model; of an encoder-decoder, the decoder's, with the other `parts`.
 
     `only`: names of interventions, by default all. `probe`: BLiMP and linear probes too, where they are prepared.
-    Raises UserError for an unknown name, and where there is no other text to take means from.
+    `choices`: a JSONL file of multiple choice, see edit.choices. Raises UserError for an unknown name, and where there
+    is no other text to take means from.
     """
     look.check_open(unedited=True)
     look.check_loss()
+    files = dict.fromkeys(("blimp", "linear"), look.loaded.probe_data) if probe else {}
+    if choices is not None:
+        questions(choices)  # a mistake in it is said at once
+        files["choices"] = Path(choices)
     first, *others = (
         ablate_subject(
             subject,
@@ -393,8 +399,8 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
             look.about,
             only=tuple(only),
             batch_size=look.options.batch_size,
-            reader=look.loaded.reader if probe else None,
-            probe_data=look.loaded.probe_data,
+            reader=look.loaded.reader,
+            probe_files=files,
         )
         for subject, reference in zip(look.subjects, look.references, strict=True)
     )
@@ -428,20 +434,16 @@ def sample(
     if one and one.kind == "bos" and not reader.prefix_ids:
         raise UserError(f"{edit}: no BOS stands before the prompt; --bos puts one there")
     start = sampling.prompt_ids(subject, reader, prompt)
-    under = lambda name, logits: [
-        sampling.continuation(subject, reader, start, options, i, name, logits, on_text)
-        for i in range(options.n_samples)
-    ]
-    found = Samples(prompt=prompt, clean=under("clean", sampling.clean_logits(subject)))
+    draw = functools.partial(sampling.continuations, subject, reader, start, options, on_text)
+    found = Samples(prompt=prompt, clean=draw("clean")[0])
     if edit is None or one is None:
         return found
-    read, counts = reader.ordinary(Options(), SAMPLE_REFERENCE), list[int]()
+    read = reader.ordinary(Options(), SAMPLE_REFERENCE)
     ordinary = Ordinary.of(subject, read.ids)
     reference = Reference(subject, read.ids, ordinary=ordinary) if one.needs_reference else None
-    condition = functools.partial(one.edit, reference=reference)
-    edited = under(edit, sampling.edited_logits(subject, condition, ordinary, counts))
+    edited, n_edited = draw(edit, functools.partial(one.edit, reference=reference), ordinary)
     text = f"{len(read.ids)} sequences of {read.name}"
-    return dataclasses.replace(found, edit=edit, edited=edited, n_edited=sum(counts), reference=text)
+    return dataclasses.replace(found, edit=edit, edited=edited, n_edited=n_edited, reference=text)
 
 
 # -------------------------------------------------------------------------------------------------------- pages

@@ -5,7 +5,6 @@ A clone's detect.py and ablate.py are these with the clone's own model and datas
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from . import api, schema
 from .api import folder_of
-from .edit import interventions
+from .edit import choices, interventions
 from .errors import Flags, UserError
 from .files import check_writable
 from .measure import prompt
@@ -212,6 +211,7 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     part.add_argument(
         "--probes", action=argparse.BooleanOptionalAction, default=True, help="BLiMP and linear probes (default: yes)"
     )
+    part.add_argument("--choices", metavar="FILE", help="multiple choice too: a JSONL file in HellaSwag's form")
     args = parser.parse_args(argv)
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
@@ -221,10 +221,12 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         look.check_loss()
         path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
+        if args.choices:
+            choices.questions(args.choices)
         if json_path.name == "detect.json":
             raise UserError(f"--json {json_path}: what detect finds on the same text goes there; name another file")
         found = api.detect(look)
-        ablation = api.ablate(look, args.only, args.probes)
+        ablation = api.ablate(look, args.only, args.probes, args.choices)
     ablation.save(json_path)
     found.save(json_path.with_name("detect.json"))
     if page:
@@ -263,11 +265,7 @@ def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         print(printable(piece), end="", flush=True)
 
     loaded = api.load(args.checkpoint, options, lab=lab)
-    found = api.sample(loaded, args.prompt, drawing, args.edit, show if sys.stdout.isatty() else None)
-    if not sys.stdout.isatty():
-        for name, continuations in (("clean", found.clean), (found.edit or "", found.edited or [])):
-            for i, one in enumerate(continuations):
-                show(name, i, one.text)
+    found = api.sample(loaded, args.prompt, drawing, args.edit, show)
     print(f"\n\n{what_broke(found)}" if found.edit else "")
 
 

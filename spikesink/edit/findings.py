@@ -278,11 +278,29 @@ class Linear(Record):
     conditions: list[LinearCondition]
 
 
+class ChoicesCondition(Accuracy, Named):
+    """Multiple choice under one condition: acc; `normalised`: acc_norm."""
+
+    normalised: Accuracy
+
+
+class Choices(Record):
+    """Multiple choice under every condition, the clean model ("none") first. `cropped`: questions too long for the
+    model, of which the start is not read; `left_out`: those with an ending that is; `chance`: of a guess."""
+
+    questions: int
+    left_out: int
+    cropped: int
+    chance: float
+    conditions: list[ChoicesCondition]
+
+
 class Probes(Record):
-    """What grammar and the states say under every condition; None where it was not asked for."""
+    """What grammar, the states and multiple choice say under every condition; None where it was not asked for."""
 
     blimp: Blimp | Unavailable | None = sometimes()
     linear: Linear | Unavailable | None = sometimes()
+    choices: Choices | Unavailable | None = sometimes()
 
 
 # ------------------------------------------------------------------------------------------------------ samples

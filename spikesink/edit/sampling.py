@@ -1,5 +1,6 @@
 """What a model says after a prompt, left alone or under an intervention: a whole pass for each token."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -16,26 +17,23 @@ from .clean_pass import CleanPass
 from .findings import Continuation
 from .outcomes import Condition
 
-Logits = Callable[[Tensor], Tensor]  # ids (1, T) -> of what comes next, (V,)
 OnText = Callable[[str, int, str], None]  # (clean or the intervention, number of the sample, a piece of its text)
 
 
-def clean_logits(subject: Subject) -> Logits:
-    """The model left alone."""
-    return lambda ids: subject.logits(ids.to(subject.device))[0, -1]
-
-
-def edited_logits(subject: Subject, condition: Condition, ordinary: Ordinary, edited: list[int]) -> Logits:
-    """The model under an edit, which the clean model fixes anew for every text; `edited` gets how much each did."""
-
-    def logits(ids: Tensor) -> Tensor:
-        clean = CleanPass.of(subject, ids, ordinary=ordinary)
-        edit = condition(clean)
-        edited.append(edit.edited)
-        with clean.prefix(edit.stage), edit:
-            return subject.logits(ids.to(subject.device))[0, -1]
-
-    return logits
+def next_logits(
+    subject: Subject, ids: Tensor, condition: Condition | None, ordinary: Ordinary | None
+) -> tuple[Tensor, int]:
+    """(logits (V,) of what comes after ids (1, T), how much was edited) by one pass, under an edit that the clean model
+    fixes anew for these very ids, or none."""
+    with contextlib.ExitStack() as stack:
+        edited = 0
+        if condition:
+            clean = CleanPass.of(subject, ids, ordinary=ordinary)
+            edit = condition(clean)
+            edited = edit.edited
+            stack.enter_context(clean.prefix(edit.stage))
+            stack.enter_context(edit)
+        return subject.logits(ids.to(subject.device))[0, -1], edited
 
 
 def drawn(row: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -71,28 +69,30 @@ def window(reader: Reader, ids: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def continuation(
+def continuations(
     subject: Subject,
     reader: Reader,
     start: list[int],
     sampling: Sampling,
-    number: int,
-    name: str,
-    logits: Logits,
     on_text: OnText | None,
-) -> Continuation:
-    """Sample `number` (from 0) after the ids `start` (T,), drawn from `logits`; `on_text` gets its text piece by piece,
-    whole characters only."""
-    generator = torch.Generator().manual_seed(sampling.seed + number)
-    ids, known = [*start], reader.meta.get("vocab_size")  # beyond it: padding of the vocabulary
-    before = text = shown = text_of(reader.tokenizer, start)
-    for _ in tqdm(range(sampling.n_tokens), desc=name, disable=True if on_text else None, leave=False):
-        ids.append(drawn(logits(window(reader, ids))[:known], sampling, generator))
-        text = text_of(reader.tokenizer, ids)
-        if on_text and not text.endswith("\ufffd"):
-            on_text(name, number, text[len(shown) :])
-            shown = text
-    if on_text:
-        on_text(name, number, text[len(shown) :])
-    losses = subject.losses(window(reader, ids))[0, -sampling.n_tokens :]
-    return Continuation(ids=ids[len(start) :], text=text[len(before) :], loss=losses.mean().item())
+    name: str,
+    condition: Condition | None = None,
+    ordinary: Ordinary | None = None,
+) -> tuple[list[Continuation], int]:
+    """(samples after the ids `start` (T,), how much was edited for them). `on_text` gets the text of each piece by
+    piece, whole characters only."""
+    found, n_edited = [], 0
+    known = reader.meta.get("vocab_size")  # beyond it: padding of the vocabulary
+    for number in range(sampling.n_samples):
+        generator, ids = torch.Generator().manual_seed(sampling.seed + number), [*start]
+        before = text = shown = text_of(reader.tokenizer, start)
+        for left in tqdm(range(sampling.n_tokens)[::-1], desc=name, disable=True if on_text else None, leave=False):
+            logits, edited = next_logits(subject, window(reader, ids), condition, ordinary)
+            ids.append(drawn(logits[:known], sampling, generator))
+            text, n_edited = text_of(reader.tokenizer, ids), n_edited + edited
+            if on_text and not (left and text.endswith("\ufffd")):
+                on_text(name, number, text[len(shown) :])
+                shown = text
+        losses = subject.losses(window(reader, ids))[0, -sampling.n_tokens :]
+        found.append(Continuation(ids=ids[len(start) :], text=text[len(before) :], loss=losses.mean().item()))
+    return found, n_edited

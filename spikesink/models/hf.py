@@ -718,15 +718,6 @@ class Tokenizer:
         """An array of ids -> text, without the spaces that some tokenizers drop before punctuation."""
         return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
-    def n_bytes(self, ids: Sequence[int]) -> int | None:
-        """See tokenizers.n_bytes: a byte-level BPE writes each byte as one character."""
-        decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
-        if type(decoder).__name__ != "ByteLevel":
-            return None
-        added = self.tokenizer.added_tokens_decoder
-        pieces = self.tokenizer.convert_ids_to_tokens([i for i in ids if i not in added])
-        return sum(len(piece or "") for piece in pieces) + sum(len(str(added[i]).encode()) for i in ids if i in added)
-
 
 def weights_hash(path: str | Path) -> str | None:
     """SHA-256 of a GGUF file, or over the names and hashes of a folder's safetensors files; None for the hub's."""

@@ -188,7 +188,8 @@ class Reader:
         special: dict[str, int] = getattr(self.tokenizer, "special_ids", {}) if self.special else {}
         longest_first = "|".join(re.escape(word) for word in sorted(special, key=len, reverse=True))
         parts = re.split(f"({longest_first})", text) if special else [text]
-        plain = iter(self.tokenizer.encode([part for part in parts if part and part not in special]))
+        texts = [part for part in parts if part and part not in special]
+        plain = iter(self.tokenizer.encode(texts) if texts else [])  # transformers' break down on no text
         return [int(i) for part in parts if part for i in ([special[part]] if part in special else next(plain))]
 
     def of_text(self, text: str, name: str, seq_len: int) -> torch.Tensor:

@@ -166,7 +166,7 @@ def text_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 def n_bytes(tokenizer: TextTokenizer, ids: Sequence[int], first: int = 0) -> int:
     """How many bytes of UTF-8 the ids (K,), none of them special, stand for from number `first` on.
 
-    Exact for bytes and byte-level BPE. Others are asked for their text, in which a piece of a character is one byte.
+    Exact for bytes and GPT-2's BPE. Others are asked for their text, in which a piece of a character is one byte.
     """
     exact = getattr(tokenizer, "n_bytes", lambda ids: None)(ids[first:])
     size = lambda ids: len(text_of(tokenizer, ids).replace("\ufffd", "?").encode("utf-8", "replace"))
