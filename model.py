@@ -1129,7 +1129,9 @@ class GPT(nn.Module):
             if top_k:
                 row = row.masked_fill(row < row.topk(min(top_k, row.size(-1))).values[:, -1:], -torch.inf)
             if temperature:
-                token = torch.multinomial((row / temperature).softmax(-1), 1, generator=generator)
+                token = torch.multinomial(
+                    ((row - row.amax(-1, keepdim=True)) / temperature).softmax(-1), 1, generator=generator
+                )
             else:
                 token = row.argmax(-1, keepdim=True)
             ids = torch.cat((ids, token), dim=1)

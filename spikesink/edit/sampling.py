@@ -12,7 +12,7 @@ from ..measure.observe import Ordinary
 from ..models.subject import Subject
 from ..options import Sampling
 from ..text.sequences import Reader
-from ..text.tokenizers import text_of
+from ..text.tokenizers import NoTokenizer, text_of
 from .clean_pass import CleanPass
 from .findings import Continuation
 from .outcomes import Condition
@@ -39,11 +39,13 @@ def next_logits(
 def drawn(row: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token from logits (V,), as GPT.generate draws it, on the CPU."""
     row = row.float().cpu()
+    if not row.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are broken, or overflow")
     if sampling.top_k:
         row = row.masked_fill(row < row.topk(min(sampling.top_k, len(row))).values[-1], -torch.inf)
     if not sampling.temperature:
         return int(row.argmax())
-    return int(torch.multinomial((row / sampling.temperature).softmax(-1), 1, generator=generator))
+    return int(torch.multinomial(((row - row.max()) / sampling.temperature).softmax(-1), 1, generator=generator))
 
 
 def prompt_ids(subject: Subject, reader: Reader, prompt: str) -> list[int]:
@@ -53,6 +55,8 @@ def prompt_ids(subject: Subject, reader: Reader, prompt: str) -> list[int]:
     """
     if subject.shift != 1 or not subject.has_loss:
         raise UserError("this model does not predict the next token of a text, so it cannot continue one")
+    if isinstance(reader.tokenizer, NoTokenizer):
+        raise UserError("the model has no tokenizer at hand, so a prompt cannot be read")
     ids = reader.encoded(prompt, "the prompt").tolist()
     if not ids:
         raise UserError("the prompt is empty")
