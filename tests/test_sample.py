@@ -54,12 +54,15 @@ def folder(tmp_path_factory):
 
 def test_generate_draws_what_the_softmax_says():
     model = tiny(**BYTES)
-    ids = torch.randint(256, (2, 40))
-    written = ids
+    ids = written = torch.randint(256, (9, 40))
+    generator = torch.Generator().manual_seed(1)
     for _ in range(3):  # longer than the window
-        written = torch.cat((written, model(written[:, -32:])[0][:, -1:].argmax(-1)), 1)
-    assert torch.equal(model.generate(ids, 3, temperature=0), written)
-    assert torch.equal(model.generate(ids, 3, top_k=1), written)
+        p = (model(written[:, -32:])[0][:, -1] / 0.05).softmax(-1)
+        written = torch.cat((written, torch.multinomial(p, 1, generator=generator)), 1)
+    assert torch.equal(model.generate(ids, 3, 0.05, generator=torch.Generator().manual_seed(1)), written)
+    greedy = model(ids[:, -32:])[0][:, -1:].argmax(-1)
+    assert torch.equal(model.generate(ids, 1, temperature=0)[:, -1:], greedy)
+    assert torch.equal(model.generate(ids, 1, top_k=1)[:, -1:], greedy)
     many = model.generate(ids[:1, :4].expand(20_000, -1), 1, 2.0, 3, torch.Generator().manual_seed(0))[:, -1]
     p = model(ids[:1, :4])[0][0, -1].topk(3)
     rates = torch.stack([(many == i).float().mean() for i in p.indices])
@@ -137,7 +140,7 @@ def test_what_broke_counts_what_a_reader_sees():
 def test_a_long_prompt_loses_its_start_and_this_is_said(capsys):
     look = spikesink.open(tiny(**BYTES), tokenizer=ByteTokenizer(), tokens=torch.randint(256, (9, 32)))
     look.loaded.reader = reader_of()
-    options = Sampling(n_tokens=4)
+    options = Sampling(n_tokens=9, temperature=0.05)
     found = spikesink.sample(look, "y" * 9 + "x" * 31, options)
     assert "the first 9 of the prompt are left out" in capsys.readouterr().err
     assert found.clean[0].ids == spikesink.sample(look, "x" * 31, options).clean[0].ids
