@@ -129,7 +129,7 @@ def test_text_comes_in_whole_characters(monkeypatch):
 
 def test_what_broke_counts_what_a_reader_sees():
     clean = [Continuation(ids=[1, 2, 3, 4, 5, 6, 7, 8], text="", loss=2.0)]
-    edited = [Continuation(ids=[1, 2, 9, 9, 9, 9, 9, 9], text="", loss=5.0)]
+    edited = [Continuation(ids=[1, 2, 9, 9, 9, 9, 9, 8], text="", loss=5.0)]
     words = what_broke(Samples(prompt="", clean=clean, edit="spike_zero", edited=edited, n_edited=3, reference="some"))
     assert "first 2 of 8 tokens" in words and "2.00 nats per token on its own text, 5.00" in words
     assert "0% repeat an earlier one in the clean text, 40%" in words
@@ -235,20 +235,24 @@ def log_p(model, context, ending, block_size=48):
 def test_choices_are_sums_written_out(tmp_path):
     model = tiny(vocab_size=257, block_size=48)
     texts = ["sat", "ran off with a fox", "é", "was naïve", "stood"]
-    contexts = [f"{'The cat ' * (i % 7)}number {i}" for i in range(12)]
-    rows = [{"ctx": c, "endings": texts[i % 3 : i % 3 + 3], "label": str(i % 3)} for i, c in enumerate(contexts)]
-    asked = choices.questions(write_questions(tmp_path / "q.jsonl", *rows, {**rows[0], "endings": ["x", "y" * 60]}))
-    found = choices.multiple_choice(subject_of(model), reader_of(48), asked, NONE, batch_size=5)
-    acc, norm = [], []
+    contexts = [f"{'The cat ' * (i % 7)}number {i}" for i in range(40)]
+    rows = [{"ctx": c, "endings": texts[i % 3 : i % 3 + 3]} for i, c in enumerate(contexts)]
+    best = lambda scores: scores.index(max(scores))
+    by_rule = []  # labels that each rule gets right: (of the sum, per character)
     for row in rows:
         scores = [log_p(model, row["ctx"], e) for e in row["endings"]]
-        norms = [s / len(e) for s, e in zip(scores, row["endings"], strict=True)]
-        acc.append(scores.index(max(scores)) == int(row["label"]))
-        norm.append(norms.index(max(norms)) == int(row["label"]))
-    assert 0 < sum(acc) < 12 and acc != norm
-    (clean,) = found.conditions
-    assert (clean.accuracy, clean.normalised.accuracy) == pytest.approx((sum(acc) / 12, sum(norm) / 12))
-    assert (found.questions, found.left_out, found.chance) == (12, 1, pytest.approx(1 / 3))
+        by_rule.append((best(scores), best([s / len(e) for s, e in zip(scores, row["endings"], strict=True)])))
+    agree = sum(a == b for a, b in by_rule) / 40
+    assert agree < 1
+    for rule in (0, 1):
+        labelled = [{**row, "label": str(labels[rule])} for row, labels in zip(rows, by_rule, strict=True)]
+        too_long = {**labelled[0], "endings": ["x", "y" * 60]}
+        asked = choices.questions(write_questions(tmp_path / "q.jsonl", *labelled, {**too_long, "label": 0}))
+        found = choices.multiple_choice(subject_of(model), reader_of(48), asked, NONE, batch_size=5)
+        (clean,) = found.conditions
+        accuracies = clean.accuracy, clean.normalised.accuracy
+        assert accuracies == pytest.approx(((1, agree), (agree, 1))[rule])
+    assert (found.questions, found.left_out, found.chance) == (40, 1, pytest.approx(1 / 3))
     longest = lambda row: len(row["ctx"]) + 2 + max(len(e.encode()) for e in row["endings"])
     assert found.cropped == sum(longest(row) > 48 for row in rows) > 0
 
