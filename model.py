@@ -11,7 +11,7 @@ what a change broke. What the rest of the house relies on:
   `left`, never on a module, and never changed in place: GPT.forward runs in every pass, but where one is replayed from
   the middle, the sub-layers before return what they returned, and `left` is put back.
 - The stream changes inside a sub-layer, before its tap `stream`, and nowhere between two sub-layers.
-- A pass changes no weight and no buffer. What is to change once a step, a module does in `after_update()`, on each rank.
+- A pass changes no weight and no buffer. What changes once a step, a module does in `after_update()`, on each rank.
 - A matrix is an nn.Linear: then init, weight decay, FLOPs, Muon and int8 know it. The one whose output is added to the
   stream is a StreamLinear. A module that is no such sum of matrices defines `flops(T)`; one that starts otherwise than
   N(0, std) defines `init(std)`. Only weights of nn.Linear and nn.Embedding decay.
@@ -1120,6 +1120,28 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
         slope_of = functools.partial(self.slope_and_loss, self.loss_of_rows, cap=self.config.logit_cap)
         return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), slope_of, dtype)
+
+    @torch.no_grad()
+    def generate(
+        self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> (B, T + n): `n` more, each drawn from softmax(logits / temperature), or with top_k from
+        the k likeliest alone. Temperature 0 takes the likeliest.
+
+        Each is a whole pass over the last block_size tokens. Call eval() first where the model has dropout.
+        """
+        for _ in range(n):
+            row = self(ids[:, -self.config.block_size :])[0][:, -1].float()
+            if top_k:
+                row = row.masked_fill(row < row.topk(min(top_k, row.size(-1))).values[:, -1:], -torch.inf)
+            if temperature:
+                token = torch.multinomial(
+                    ((row - row.amax(-1, keepdim=True)) / temperature).softmax(-1), 1, generator=generator
+                )
+            else:
+                token = row.argmax(-1, keepdim=True)
+            ids = torch.cat((ids, token), dim=1)
+        return ids
 
     @staticmethod
     def loss_of_rows(logits: Tensor, targets: Tensor) -> Tensor:

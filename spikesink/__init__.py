@@ -17,6 +17,7 @@ __all__ = [
     "Monitor",
     "MonitorCallback",
     "Options",
+    "Sampling",
     "UserError",
     "ablate",
     "detect",
@@ -24,6 +25,7 @@ __all__ = [
     "figures",
     "open",
     "page",
+    "sample",
 ]
 __all__ += ["spike_clip", "spike_constant", "spike_direction", "spike_mean", "spike_project", "spike_scale"]
 __all__ += ["spike_stepup", "spike_zero"]
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         Monitor,
         MonitorCallback,
         Options,
+        Sampling,
         UserError,
         ablate,
         bos_ffn,
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
         page,
         remove_sink_heads,
         remove_step_up,
+        sample,
         sink_damp,
         sink_mask,
         sink_null,

@@ -2,6 +2,7 @@
 
   spikesink detect gpt2                          what does it do?
   spikesink ablate gpt2 --only sink_mask         what changes when it cannot?
+  spikesink sample gpt2 --prompt "The cat"       what does it say?
   spikesink export out/x/ckpt.pt DIR             a checkpoint as a Hugging Face folder
   spikesink COMMAND --help                       the flags of a command
   spikesink --version
@@ -42,9 +43,18 @@ Writes config.json, model.safetensors and, where there is one, the tokenizer.
 For the arms that GPT-2 or Llama compute; others are refused with the reason.
 The logits are compared with those of the model.py that made the checkpoint.
 """
+SAMPLE = """What does it say?    spikesink sample CHECKPOINT --prompt TEXT [--flag ...]
+
+  spikesink sample gpt2 --prompt "The cat" --top_k 50
+  spikesink sample gpt2 --prompt "The cat" --with spike_zero    what breaks?
+
+Continues a text, token by token; --with NAME again under an intervention of
+ablate's, with the same seed.
+"""
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "detect": lambda argv: commands.detect(argv, DETECT),
     "ablate": lambda argv: commands.ablate(argv, ABLATE),
+    "sample": lambda argv: commands.sample(argv, SAMPLE),
     "export": lambda argv: commands.export(argv, EXPORT),
 }
 

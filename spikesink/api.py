@@ -20,10 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .edit import interventions, outcomes, quantise
+from .edit import interventions, outcomes, quantise, sampling
 from .edit.ablation import ablate_subject, has_bos
+from .edit.choices import questions
 from .edit.clean_pass import Reference
-from .edit.findings import Ablation
+from .edit.findings import Ablation, Samples
 from .errors import UserError
 from .files import file_hash
 from .measure import history
@@ -39,7 +40,7 @@ from .models.export import trained_on
 from .models.lab import Lab, open_lab
 from .models.subject import Subject, gpt_in
 from .models.views import as_it_was
-from .options import Options
+from .options import Options, Sampling
 from .text import default_text
 from .text.sequences import PADDING, Reader, bos_of
 from .text.token_files import Meta, meta_of
@@ -337,6 +338,8 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
         tokens=int((ids != PADDING).sum()),
         bos=read.bos,
         dtype=loaded.subjects[0].dtype,
+        predicted_bytes=loaded.reader.predicted_bytes(ids, loaded.subjects[0].shift),
+        tokenizer=loaded.reader.fingerprint,
     )
     return Look(loaded, options, ids, data, _other_ids=other_ids)
 
@@ -374,14 +377,19 @@ def folder_of(path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------- ablate
 
 
-def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation:
+def ablate(look: Look, only: Iterable[str] = (), probe: bool = True, choices: str | Path | None = None) -> Ablation:
     """Ablation findings of an open model; of an encoder-decoder, the decoder's, with the other `parts`.
 
     `only`: names of interventions, by default all. `probe`: BLiMP and linear probes too, where they are prepared.
-    Raises UserError for an unknown name, and where there is no other text to take means from.
+    `choices`: a JSONL file of multiple choice, see edit.choices. Raises UserError for an unknown name, and where there
+    is no other text to take means from.
     """
     look.check_open(unedited=True)
     look.check_loss()
+    files = dict.fromkeys(("blimp", "linear"), look.loaded.probe_data) if probe else {}
+    if choices is not None:
+        questions(choices)  # a mistake in it is said at once
+        files["choices"] = Path(choices)
     first, *others = (
         ablate_subject(
             subject,
@@ -391,12 +399,51 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True) -> Ablation
             look.about,
             only=tuple(only),
             batch_size=look.options.batch_size,
-            reader=look.loaded.reader if probe else None,
-            probe_data=look.loaded.probe_data,
+            reader=look.loaded.reader,
+            probe_files=files,
         )
         for subject, reference in zip(look.subjects, look.references, strict=True)
     )
     return dataclasses.replace(first, parts={found.part: found for found in others}) if others else first
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+SAMPLE_REFERENCE = 24  # sequences that say what is usual
+
+
+def sample(
+    look: Look | Loaded,
+    prompt: str,
+    options: Sampling | None = None,
+    edit: str | None = None,
+    on_text: sampling.OnText | None = None,
+) -> Samples:
+    """What a model says after a prompt; and again, with the same seeds, under the intervention `edit`.
+
+    It does not stop at a token that ends a text. What is usual, and the means that some interventions need, are of the
+    text that the model reads by default, or of Python's documentation. `on_text` is called with ("clean" or `edit`,
+    number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
+    token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
+    """
+    if isinstance(look, Look):
+        look.check_open(unedited=True)
+        look = look.loaded
+    subject, reader, options = look.subjects[0], dataclasses.replace(look.reader, suffix_ids=()), options or Sampling()
+    one = interventions.intervention_named(edit) if edit else None
+    if one and one.kind == "bos" and not reader.prefix_ids:
+        raise UserError(f"{edit}: no BOS stands before the prompt; --bos puts one there")
+    start = sampling.prompt_ids(subject, reader, prompt)
+    draw = functools.partial(sampling.continuations, subject, reader, start, options, on_text)
+    found = Samples(prompt=prompt, clean=draw("clean")[0])
+    if edit is None or one is None:
+        return found
+    read = reader.ordinary(Options(), SAMPLE_REFERENCE)
+    ordinary = Ordinary.of(subject, read.ids)
+    reference = Reference(subject, read.ids, ordinary=ordinary) if one.needs_reference else None
+    edited, n_edited = draw(edit, functools.partial(one.edit, reference=reference), ordinary)
+    text = f"{len(read.ids)} sequences of {read.name}"
+    return dataclasses.replace(found, edit=edit, edited=edited, n_edited=n_edited, reference=text)
 
 
 # -------------------------------------------------------------------------------------------------------- pages

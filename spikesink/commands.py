@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import api, schema
 from .api import folder_of
-from .edit import interventions
+from .edit import choices, interventions
 from .errors import Flags, UserError
 from .files import check_writable
 from .measure import prompt
@@ -22,9 +22,10 @@ from .measure.findings import Comparison
 from .measure.observe import ORDINARY_SEQUENCES, Ordinary
 from .models import checkpoint, hf
 from .models.lab import Lab, open_lab
-from .options import Options, add_flags, from_flags, option
+from .options import Options, Sampling, add_flags, from_flags, option
 from .show import report
-from .show.text import grid
+from .show.ablation_text import what_broke
+from .show.text import grid, printable
 
 NO_PAGE = "none: it needs pip install 'spikesink[pages]'"
 
@@ -140,7 +141,7 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
     json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
-    ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES)
+    ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES).ids
     first, *others = (
         prompt.inspect(subject, ids, loaded.checkpoint, loaded.model, Ordinary.of(subject, ordinary_ids))
         for subject in loaded.subjects
@@ -178,6 +179,8 @@ def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | No
     if page:
         page.comparison_page(html_path, names, found)
     print(grid(*report.comparison_table(names, found)))
+    if differ := report.tokens_differ(found):
+        print(f"\n{differ}")
     differs = report.architecture_table(names, found)
     if differs.rows:
         print("\nwhat differs in their architecture\n" + grid(*differs))
@@ -208,6 +211,7 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     part.add_argument(
         "--probes", action=argparse.BooleanOptionalAction, default=True, help="BLiMP and linear probes (default: yes)"
     )
+    part.add_argument("--choices", metavar="FILE", help="multiple choice too: a JSONL file in HellaSwag's form")
     args = parser.parse_args(argv)
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
@@ -217,10 +221,12 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         look.check_loss()
         path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
+        if args.choices:
+            choices.questions(args.choices)
         if json_path.name == "detect.json":
             raise UserError(f"--json {json_path}: what detect finds on the same text goes there; name another file")
         found = api.detect(look)
-        ablation = api.ablate(look, args.only, args.probes)
+        ablation = api.ablate(look, args.only, args.probes, args.choices)
     ablation.save(json_path)
     found.save(json_path.with_name("detect.json"))
     if page:
@@ -231,6 +237,36 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         drawn = (page.figures.DETECTION, found.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
         print(f"\n{page.figure_files(outputs.figures, *drawn)}")
     print(written(json_path, html_path if page else None))
+
+
+# ------------------------------------------------------------------------------------------------------- sample
+
+
+def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> None:
+    """The command `sample`. Raises UserError."""
+    names = [*interventions.INTERVENTIONS, *interventions.REMOVALS]
+    parser = Flags(description=description)
+    parser.add_argument("checkpoint", help="as detect's: ckpt.pt, or a Hugging Face folder or hub name, or a GGUF file")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
+    parser.add_argument(
+        "--with", dest="edit", choices=names, metavar="NAME", help=f"again under one of {', '.join(names)}"
+    )
+    add_flags(parser, Sampling)
+    add_flags(parser, Options, ("bos", "special", "bpe", "device", "revision", "max_memory", "model"))
+    args = parser.parse_args(argv)
+    options, drawing = from_flags(Options, args), from_flags(Sampling, args)
+    last: list[tuple[str, int]] = []
+
+    def show(name: str, number: int, piece: str) -> None:
+        if (name, number) not in last:
+            title = f"== {name}, sample {number + 1} ==\n" if args.edit or drawing.n_samples > 1 else ""
+            print(("\n\n" if last else "") + title + printable(args.prompt), end="")
+            last.append((name, number))
+        print(printable(piece), end="", flush=True)
+
+    loaded = api.load(args.checkpoint, options, lab=lab)
+    found = api.sample(loaded, args.prompt, drawing, args.edit, show)
+    print(f"\n\n{what_broke(found)}" if found.edit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- export

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -74,10 +75,31 @@ class Options:
             raise UserError(f"--{texts[0]} and --{texts[1]} are two texts: give one of them")
         if self.bos is not None and self.tokens is not None:
             raise UserError(f"--tokens are used as they are: --{'' if self.bos else 'no-'}bos goes with a text")
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            if type(value) is int and value < least:
-                raise UserError(f"--{field.name}={value} must be at least {least}")
+        check_least(self)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: from softmax(logits / temperature). Raises UserError for what cannot be."""
+
+    n_tokens: int = option("tokens of a sample (default: 64)", 64, metavar="N")
+    n_samples: int = option("samples, with seeds one after the other (default: 1)", 1, metavar="N")
+    temperature: float = option("below 1 likely tokens get likelier; 0: the likeliest (default: 1)", 1.0, metavar="X")
+    top_k: int = option("draws from so many likeliest tokens alone (default: 0, all)", 0, metavar="K", least=0)
+    seed: int = option("of the first sample (default: 0)", 0, metavar="N", least=0)
+
+    def __post_init__(self) -> None:
+        check_least(self)
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature={self.temperature} must be a number of at least 0")
+
+
+def check_least(options: Any) -> None:
+    """Raises UserError for a whole number of a dataclass of options that is smaller than its field allows."""
+    for field in dataclasses.fields(options):
+        value, least = getattr(options, field.name), field.metadata["least"]
+        if type(value) is int and value < least:
+            raise UserError(f"--{field.name}={value} must be at least {least}")
 
 
 def whole(text: str, least: int = 1) -> int:
@@ -87,11 +109,14 @@ def whole(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
-    """A flag for every field of a dataclass of options: `--key value` or `--key=value`, `--flag` and `--no-flag`."""
+def add_flags(parser: argparse.ArgumentParser, kind: type, only: Collection[str] = ()) -> None:
+    """A flag for every field of a dataclass of options, or `only` for some: `--key value` or `--key=value`, `--flag`
+    and `--no-flag`."""
     groups: dict[str, Any] = {"": parser}
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
+        if only and field.name not in only:
+            continue
         about, types = field.metadata, get_args(hints[field.name]) or (hints[field.name],)
         heading = about["group"]
         if heading not in groups:
@@ -100,10 +125,9 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> None:
         if bool in types:
             flag["action"] = argparse.BooleanOptionalAction
         else:
-            flag |= {
-                "metavar": about["metavar"],
-                "type": functools.partial(whole, least=about["least"]) if int in types else str,
-            }
+            kinds: dict[type, Any] = {int: functools.partial(whole, least=about["least"]), float: float}
+            kind_of = next((kinds[one] for one in types if one in kinds), str)
+            flag |= {"metavar": about["metavar"], "type": kind_of}
         groups[heading].add_argument(f"--{field.name}", **flag)
 
 

@@ -184,7 +184,7 @@ def test_pages_name_no_place_of_this_machine():
 
 
 @pytest.mark.parametrize("width", [80, 140])
-@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "study.py"])
+@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "sample.py", "study.py"])
 def test_help_fits_the_terminal(cli, monkeypatch, script, width):
     monkeypatch.setenv("COLUMNS", str(width))
     code, text, _ = cli(script, "--help")

@@ -251,7 +251,7 @@ def test_checkpoint_that_is_not_one(cli, tmp_path):
         assert code == 2 and name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "study.py"])
+@pytest.mark.parametrize("script", ["train.py", "detect.py", "ablate.py", "sample.py", "study.py"])
 def test_help(cli, script):
     code, out, _ = cli(script, "--help")
     assert code == 0 and f"python {script}" in out

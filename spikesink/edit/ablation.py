@@ -12,8 +12,9 @@ from ..measure.observe import Ordinary
 from ..models.subject import Subject
 from ..text.sequences import Reader
 from . import interventions, outcomes, probes, quantise
+from .choices import multiple_choice, questions
 from .clean_pass import Reference
-from .findings import Ablation, Blimp, Calibration, Entry, Int8, Linear, Probes, Unavailable
+from .findings import Ablation, Blimp, Calibration, Choices, Entry, Int8, Linear, Probes, Unavailable
 from .interventions import Intervention
 from .outcomes import Conditions
 
@@ -40,18 +41,20 @@ def ablate_subject(
     only: Sequence[str] = (),
     batch_size: int = 8,
     reader: Reader | None = None,
-    probe_data: Path = Path("data"),
+    probe_files: Mapping[str, Path] | None = None,
 ) -> Ablation:
     """Every intervention, its controls, int8 and the probes on ids (N, T), int64; `reference` is of other_ids (N', T).
 
     `about`: the findings' entries checkpoint, model and data. `only`: names of interventions, by default all. With a
-    `reader` also BLiMP and linear probes, where the folder `probe_data` has them. Raises UserError for an unknown name.
+    `reader` also those of PROBES that `probe_files` names, each with what it reads. Raises UserError for an unknown
+    name.
     """
     table, removals = chosen(subject, about["data"].bos, only)
     conditions = outcomes.conditions_of(table | removals, reference)
     measured = outcomes.measure(
         subject, ids, conditions, batch_size, f"ablate {subject.part}".strip(), reference.ordinary
     )
+    measured.predicted_bytes = about["data"].predicted_bytes
     entries = outcomes.table_entries(table, measured)
     return Ablation(
         **about,
@@ -66,8 +69,8 @@ def ablate_subject(
         attention=outcomes.attention_change(measured),
         int8=int8(subject, ids, other_ids, batch_size),
         probes=(
-            probed(subject, reader, probe_data, entries, conditions, reference.ordinary)
-            if reader and subject.part != "cross"
+            probed(subject, reader, probe_files, entries, conditions, reference.ordinary)
+            if reader and probe_files and subject.part != "cross"
             else Probes()
         ),
     )
@@ -123,27 +126,33 @@ def linear(subject: Subject, reader: Reader, folder: Path, conditions: Condition
     return probes.linear(subject, reader, train, test, outcomes.on_texts(subject, conditions, False, ordinary))
 
 
-PROBES: dict[str, Callable[[Subject, Reader, Path, Conditions, Ordinary], Blimp | Linear]] = {
+def choices(subject: Subject, reader: Reader, path: Path, conditions: Conditions, ordinary: Ordinary) -> Choices:
+    """Multiple choice under every condition. Raises UserError."""
+    return multiple_choice(subject, reader, questions(path), outcomes.on_texts(subject, conditions, True, ordinary))
+
+
+PROBES: dict[str, Callable[[Subject, Reader, Path, Conditions, Ordinary], Blimp | Linear | Choices]] = {
     "blimp": blimp,
     "linear": linear,
+    "choices": choices,
 }
 
 
 def probed(
     subject: Subject,
     reader: Reader,
-    folder: Path,
+    files: Mapping[str, Path],
     entries: list[Entry],
     conditions: Conditions,
     ordinary: Ordinary,
 ) -> Probes:
-    """What grammar and the states say under every condition that changed something."""
+    """What the probes that `files` names say under every condition that changed something."""
     conditions = {"none": interventions.nothing} | dict(conditions)
     conditions = {name: conditions[name] for name in changed_conditions(entries)}
     found: dict[str, Any] = {}
-    for name, run_probe in PROBES.items():
+    for name, path in files.items():
         try:
-            found[name] = run_probe(subject, reader, folder, conditions, ordinary)
+            found[name] = PROBES[name](subject, reader, path, conditions, ordinary)
         except UserError as error:
             found[name] = Unavailable(reason=str(error))
     return Probes(**found)

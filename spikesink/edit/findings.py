@@ -46,10 +46,12 @@ class ClassLoss(Record):
 
 
 class Baseline(Record):
-    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position."""
+    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position. `bits_per_byte`: None where
+    the text of the tokens is not at hand."""
 
     loss: float
     ppl: float
+    bits_per_byte: float | None = sometimes()
     by_class: dict[str, ClassLoss]
     by_position: list[float]
 
@@ -96,6 +98,7 @@ class Effect(LossChange, Named):
 
     edited: int
     dose: float | None
+    bits_per_byte: float | None = sometimes()
     by_class: dict[str, ClassChange]
     by_position: list[float]
     spikes_left: Left
@@ -275,11 +278,62 @@ class Linear(Record):
     conditions: list[LinearCondition]
 
 
+class ChoicesCondition(Accuracy, Named):
+    """Multiple choice under one condition: acc; `normalised`: acc_norm."""
+
+    normalised: Accuracy
+
+
+class Choices(Record):
+    """Multiple choice under every condition, the clean model ("none") first. `cropped`: questions too long for the
+    model, of which the start is not read; `left_out`: those with an ending that is; `chance`: of a guess."""
+
+    questions: int
+    left_out: int
+    cropped: int
+    chance: float
+    conditions: list[ChoicesCondition]
+
+
 class Probes(Record):
-    """What grammar and the states say under every condition; None where it was not asked for."""
+    """What grammar, the states and multiple choice say under every condition; None where it was not asked for."""
 
     blimp: Blimp | Unavailable | None = sometimes()
     linear: Linear | Unavailable | None = sometimes()
+    choices: Choices | Unavailable | None = sometimes()
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+
+class Continuation(Record):
+    """What a model said after a prompt: its ids (n_tokens,), their text, and the clean model's loss on those of them
+    that it can read at once, in nats per token."""
+
+    ids: list[int]
+    text: str
+    loss: float
+
+    @property
+    def repeated(self) -> float:
+        """The share of its runs of four tokens that stand in it earlier."""
+        runs = [*zip(*(self.ids[i:] for i in range(4)), strict=False)]
+        return 1 - len({*runs}) / len(runs) if runs else 0.0
+
+
+class Samples(Record):
+    """Continuations of a prompt by the model left alone, and with the same seeds under an `edit`.
+
+    `n_edited`: entries, tokens, keys, heads or sub-layers that it changed, over all passes. `reference`: the text that
+    says what is usual, and from which an edit that needs them has its means.
+    """
+
+    prompt: str
+    clean: list[Continuation]
+    edit: str | None = None
+    edited: list[Continuation] | None = None
+    n_edited: int = 0
+    reference: str | None = None
 
 
 # --------------------------------------------------------------------------------------------------- everything

@@ -78,6 +78,11 @@ class Outcomes:
     spikes_at_taps: Tensor  # (N,): spike tokens, counted at every attended tap
     states: dict[str, set[Hashable]] = field(default_factory=dict)  # of what is judged, by intervention
     spread: dict[str, Tensor] = field(default_factory=dict)  # of `spread_of`: name -> (N, 2), nan without sinks
+    predicted_bytes: int | None = None  # of the text of what is predicted
+
+    def bits_per_byte(self, name: str) -> float | None:
+        """The loss under a condition; None where the text is not known."""
+        return metrics.bits_per_byte(self.by_name[name].losses.nansum().item(), self.predicted_bytes)
 
 
 def measure(
@@ -351,6 +356,7 @@ def effect_entry(name: str, kind: str, outcomes: Outcomes) -> dict[str, Any]:
     return {
         "edited": outcome.edited,
         "dose": outcome.dose or None,
+        "bits_per_byte": outcomes.bits_per_byte(name),
         **metrics.paired_effect(clean.losses.nanmean(1), outcome.losses.nanmean(1)),
         "by_class": {name: _class_change(delta, at) for name, at in zip(CLASSES, outcomes.classes, strict=True)},
         "by_position": mean_by_position(delta),
@@ -395,6 +401,7 @@ def baseline(outcomes: Outcomes) -> Baseline:
     return Baseline(
         loss=loss.item(),
         ppl=loss.exp().item(),
+        bits_per_byte=outcomes.bits_per_byte("none"),
         by_class={kind: of_class(at) for kind, at in zip(CLASSES, outcomes.classes, strict=True)},
         by_position=mean_by_position(losses),
     )

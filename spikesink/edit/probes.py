@@ -98,7 +98,7 @@ def blimp(
         conditions=[
             BlimpCondition(
                 name=name,
-                **vars(_accuracy(of[:, 0], clean[:, 0])),
+                **vars(accuracy_of(of[:, 0], clean[:, 0])),
                 accuracy_per_token=of[:, 1].mean().item(),
                 by_field=_by([pair.field for pair in kept], of[:, 0], clean[:, 0]),
                 by_phenomenon=_by([pair.phenomenon for pair in kept], of[:, 0], clean[:, 0]),
@@ -108,7 +108,7 @@ def blimp(
     )
 
 
-def _accuracy(right: Tensor, clean: Tensor) -> Accuracy:
+def accuracy_of(right: Tensor, clean: Tensor) -> Accuracy:
     """Accuracy, and its paired change, of pairs (N,) that are right (1) or not (0)."""
     change = right - clean
     return Accuracy(
@@ -123,7 +123,7 @@ def _accuracy(right: Tensor, clean: Tensor) -> Accuracy:
 def _by(groups: list[str], right: Tensor, clean: Tensor) -> dict[str, Accuracy]:
     """The accuracy of each group of pairs; `groups`: the name of every pair's."""
     members = {name: [group == name for group in groups] for name in sorted(set(groups))}
-    return {name: _accuracy(right[where], clean[where]) for name, where in members.items()}
+    return {name: accuracy_of(right[where], clean[where]) for name, where in members.items()}
 
 
 def frame(reader: Reader, ids: Iterable[int] | np.ndarray) -> list[int]:

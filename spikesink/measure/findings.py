@@ -32,7 +32,11 @@ class CheckpointEntry(Record):
 
 
 class TextEntry(Record):
-    """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with it."""
+    """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with it.
+
+    `predicted_bytes`: of UTF-8, of the text of those tokens that are predicted; 0 where their text is not at hand.
+    `tokenizer`: what tells it from others, see Reader.fingerprint. Files of older versions have neither.
+    """
 
     name: str
     n_seq: int
@@ -40,14 +44,18 @@ class TextEntry(Record):
     tokens: int
     bos: bool
     dtype: str = "float32"
+    predicted_bytes: int | None = sometimes()
+    tokenizer: str | None = sometimes()
 
 
 class DataEntry(TextEntry):
-    """The text and what the model makes of it: the loss in nats per token, and of which token that is."""
+    """The text and what the model makes of it: the loss in nats per token and in bits per byte, and of which token that
+    is."""
 
     n_register: int
     loss: float
     loss_of: str
+    bits_per_byte: float | None = sometimes()
 
 
 # ---------------------------------------------------------------------------------------------------- the stream

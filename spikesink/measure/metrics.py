@@ -22,6 +22,12 @@ def uniform(numbers: torch.Tensor, shape: Sequence[int], *keys: int) -> torch.Te
     return torch.from_numpy(np.stack(draws))
 
 
+def bits_per_byte(nats: float, n_bytes: int | None) -> float | None:
+    """The summed loss of some tokens, in nats, as bits per byte of their text: what models of different tokenizers can
+    be compared by. None without a loss, or without a text."""
+    return nats / math.log(2) / n_bytes if n_bytes and math.isfinite(nats) else None
+
+
 # -------------------------------------------------------------------------------- magnitudes in the stream
 
 

@@ -121,11 +121,13 @@ def _as_text(obs: Observation) -> TextEntry:
 
 
 def _data(subject: Subject, obs: Observation, text: TextEntry) -> DataEntry:
+    nats = (obs.loss * obs.predicted).sum().item()
     return DataEntry(
         **vars(text),
         n_register=subject.n_register,
-        loss=(obs.loss * obs.predicted).sum().item() / max(1, int(obs.predicted.sum())),
+        loss=nats / max(1, int(obs.predicted.sum())),
         loss_of=subject.loss_of,
+        bits_per_byte=metrics.bits_per_byte(nats, text.predicted_bytes),
     )
 
 

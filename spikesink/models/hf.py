@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -712,6 +713,10 @@ class Tokenizer:
     def decode(self, token: int) -> str:
         """One id -> text to show."""
         return self.tokenizer.decode([token])
+
+    def text(self, ids: np.ndarray) -> str:
+        """An array of ids -> text, without the spaces that some tokenizers drop before punctuation."""
+        return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
 
 def weights_hash(path: str | Path) -> str | None:

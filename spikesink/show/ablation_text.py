@@ -8,6 +8,7 @@ from ..edit.findings import (
     AttentionChange,
     Blimp,
     Cause,
+    Choices,
     ClassChange,
     Effect,
     Entry,
@@ -15,6 +16,7 @@ from ..edit.findings import (
     Left,
     Linear,
     LossChange,
+    Samples,
     Unavailable,
 )
 from ..measure.findings import Interval
@@ -138,6 +140,7 @@ def rows(found: Ablation) -> Table:
         "dose",
         "loss",
         "ppl",
+        "bits/byte",
         "delta loss",
         "95% interval",
         "spikes left",
@@ -145,13 +148,16 @@ def rows(found: Ablation) -> Table:
     ]
     base = found.baseline
     share: Callable[[Left], str] = lambda left: number(left.same, ".0%")
-    table = [["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", "", "", "", ""]]
+    table = [
+        ["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", number(base.bits_per_byte, ".4f"), *[""] * 4]
+    ]
     for label, effect, dose in _labelled(found):
         what = [NOTHING, "", "", ""]
         if effect.edited:
             what = [f"{effect.delta_loss:+.4f}", interval(effect.ci95, "+.4f")]
             what += [share(effect.spikes_left), share(effect.sinks_left)]
-        table.append([label, f"{effect.edited:,}", dose, f"{effect.loss:.4f}", f"{effect.ppl:.3f}", *what])
+        loss = [f"{effect.loss:.4f}", f"{effect.ppl:.3f}", number(effect.bits_per_byte, ".4f")]
+        table.append([label, f"{effect.edited:,}", dose, *loss, *what])
     return header, table
 
 
@@ -174,9 +180,29 @@ def probe_tables(found: Ablation) -> list[tuple[str, Table | None]]:
         Unavailable: lambda of: (f"Not probed: {of.reason}.", None),
         Blimp: _blimp_table,
         Linear: _linear_table,
+        Choices: _choices_table,
     }
-    probes = [make[type(of)](of) for of in (found.probes.blimp, found.probes.linear) if of is not None]
+    of_probes = found.probes.blimp, found.probes.linear, found.probes.choices
+    probes = [make[type(of)](of) for of in of_probes if of is not None]
     return [_quantised(found.int8), *probes]
+
+
+def what_broke(found: Samples) -> str:
+    """What an intervention did to the samples of a model, means over them."""
+    if not found.edited or not found.n_edited:
+        return f"{found.edit} found nothing to edit. What is usual is from {found.reference}."
+    pairs = [*zip(found.clean, found.edited, strict=True)]
+    mean = lambda values: sum(values) / len(pairs)
+    alike = ([a == b for a, b in zip(one.ids, other.ids, strict=True)] for one, other in pairs)
+    same = mean([*of, False].index(False) for of in alike)
+    loss = [mean(one.loss for one in side) for side in (found.clean, found.edited)]
+    repeated = [mean(one.repeated for one in side) for side in (found.clean, found.edited)]
+    return (
+        f"Under {found.edit} the first {same:g} of {len(found.clean[0].ids)} tokens are the same. The clean model's "
+        f"loss is {loss[0]:.2f} nats per token on its own text, {loss[1]:.2f} on the edited model's. Of runs of four "
+        f"tokens {repeated[0]:.0%} repeat an earlier one in the clean text, {repeated[1]:.0%} in the edited one. What "
+        f"is usual, and any means, are from {found.reference}."
+    )
 
 
 def _label(name: str) -> str:
@@ -213,6 +239,23 @@ def _blimp_table(of: Blimp) -> tuple[str, Table]:
         f"Grammar: BLiMP, {of.pairs} minimal pairs{left_out}; {of.normalisation}. Chance is 50%. By field: the "
         f"accuracy of the clean model, then changes; semantics holds quantifiers and NPIs. {STARS}.",
         (["BLiMP under", "accuracy", "95% interval", "change", "95% interval", *clean.by_field], table),
+    )
+
+
+def _choices_table(of: Choices) -> tuple[str, Table]:
+    """Multiple choice: acc and acc_norm, each with its change against the clean model."""
+    table = []
+    for row in of.conditions:
+        table.append([_label(row.name)])
+        for part in (row, row.normalised):
+            changed = [f"{part.change:+.1%}", interval(part.change_ci95, "+.1%")] if len(table) > 1 else ["", ""]
+            table[-1] += [f"{part.accuracy:.1%}", interval(part.ci95, ".1%"), *changed]
+    columns = ["95% interval", "change", "95% interval"]
+    return (
+        f"Multiple choice: {of.questions} questions, {of.left_out} left out as too long, {of.cropped} without the "
+        "start of the context. As in lm-evaluation-harness, acc takes the ending of the largest log p, acc_norm "
+        f"that of the largest log p per character. Chance is {of.chance:.0%}.",
+        (["choices under", "acc", *columns, "acc_norm", *columns], table),
     )
 
 

@@ -110,7 +110,7 @@ def prompt_page(path: str | Path, found: PromptFindings) -> None:
 
 def comparison_page(path: str | Path, names: Sequence[str], all_findings: Sequence[Findings]) -> None:
     """Writes the page that puts checkpoints side by side. Raises UserError."""
-    pairs = list(zip(names, all_findings, strict=True))
+    pairs, differ = list(zip(names, all_findings, strict=True)), report.tokens_differ(all_findings)
     write_page(
         path,
         "compare.html",
@@ -119,7 +119,8 @@ def comparison_page(path: str | Path, names: Sequence[str], all_findings: Sequen
         rows=report.comparison_table(names, all_findings),
         architecture=report.architecture_table(names, all_findings),
         drawn=drawing.for_page(figures.COMPARISON, pairs),
-        conditions=[(name, report.conditions(found.checkpoint, found.data)) for name, found in pairs],
+        conditions=[(name, report.conditions(found.checkpoint, found.data, not differ)) for name, found in pairs],
+        differ=differ,
         history=report.history_table(history.of_findings(all_findings)),
     )
 

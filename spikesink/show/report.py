@@ -36,17 +36,20 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------------------------- in words
 
 
-def conditions(checkpoint: CheckpointEntry, data: DataEntry) -> str:
-    """Under what conditions every number of findings was measured."""
+def conditions(checkpoint: CheckpointEntry, data: DataEntry, nats: bool = True) -> str:
+    """Under what conditions every number of findings was measured; without `nats`, the loss in bits per byte alone."""
     digest = (checkpoint.sha256 or "unknown")[:12]
     ragged = "up to " if data.tokens < data.n_seq * data.seq_len else ""
     step = "" if checkpoint.step is None else f"step {checkpoint.step}, "
     start = "each starting with BOS" if data.bos else "no BOS"
     if data.n_register:
         start += f", after {data.n_register} registers (positions count from the first register)"
-    loss = f"loss {data.loss:.3f} nats per token" + (
-        "" if data.loss_of == "the next token" else f" (of {data.loss_of})"
-    )
+    losses = [f"{data.loss:.3f} nats per token"] if nats else []
+    if data.bits_per_byte is not None:
+        losses.append(f"{data.bits_per_byte:.3f} bits per byte")
+    elif data.predicted_bytes == 0:
+        losses.append("no bits per byte, as the text of its tokens is not at hand")
+    loss = f"loss {', '.join(losses)}" + ("" if data.loss_of == "the next token" else f" (of {data.loss_of})")
     if math.isnan(data.loss):
         loss = "no language-model head: no loss"
     return (
@@ -454,6 +457,17 @@ def vocabulary_terminal(found: Vocabulary) -> str:
 # --------------------------------------------------------------------------------------------- side by side
 
 
+def tokens_differ(all_findings: Sequence[Findings]) -> str | None:
+    """Why losses in nats per token do not stand side by side; None where all models have one tokenizer."""
+    kinds = {f.data.tokenizer or f"unknown, of {f.model.get('vocab_size')} ids" for f in all_findings}
+    if len(kinds) == 1:
+        return None
+    return (
+        "Nats per token are left out, as the models have different tokenizers: a token of one is more text than one of "
+        "another. Bits per byte compare them, on the same text."
+    )
+
+
 def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
     """Checkpoints side by side: a column each, so that many measures fit."""
     sink_1 = lambda rates: f"{rates.first:.1%} {interval(rates.first_ci95, '.1%')}"
@@ -463,7 +477,8 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("parameters", lambda f: f"{f.model['parameters'] / 1e6:.4g}M"),
         Column("text", attrgetter("data.name")),
         Column("sequences x tokens", lambda f: f"{f.data.n_seq} x {f.data.seq_len}"),
-        Column("loss", attrgetter("data.loss"), ".4f"),
+        Column("bits per byte", attrgetter("data.bits_per_byte"), ".4f"),
+        *([] if tokens_differ(all_findings) else [Column("loss, nats per token", attrgetter("data.loss"), ".4f")]),
         Column("of", attrgetter("data.loss_of")),
         Column("spike", attrgetter("verdicts.spike.verdict")),
         Column("sink", attrgetter("verdicts.sink.verdict")),

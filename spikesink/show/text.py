@@ -1,6 +1,7 @@
 """Numbers and tokens as text, and text in columns."""
 
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,11 @@ from ..text.tokenizers import visible  # noqa: F401  # where a token is shown, i
 def number(value: float | None, form: str = ".3g") -> str:
     """A number for a table; a dash for one that is undefined."""
     return "–" if value is None or math.isnan(value) else format(value, form)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters are shown, not sent."""
+    return "".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def interval(ci: Sequence[float] | None, form: str = ".3g") -> str:

@@ -1,6 +1,8 @@
 """The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
 
+import contextlib
 import dataclasses
+import hashlib
 import io
 import re
 from collections.abc import Callable
@@ -15,10 +17,14 @@ from ..errors import UserError, say_once
 from ..options import Options
 from . import default_text
 from .token_files import Meta, TokenFile, Windows, other_ids
-from .tokenizers import END, NoTokenizer, TextTokenizer, split_documents, tokenizer_of
+from .tokenizers import END, NoTokenizer, TextTokenizer, n_bytes, split_documents, tokenizer_of
 
 DEFAULT_LENGTH = 64  # Gu et al.'s
 SHORTEST = 8
+# tokenizers that cut this alike are taken for one
+FINGERPRINT = (
+    "Naïve quicksilver foxes, 12,345.67 of them: jumped over\n\tdef spikes(x):  return x**2  # 日本語, Ωμέγα 😀"
+)
 PADDING = -100  # stands in ids where there is no token
 
 
@@ -125,14 +131,14 @@ class Reader:
             worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
 
-    def ordinary(self, options: Options, wanted: int) -> torch.Tensor:
-        """Up to `wanted` sequences (N, T) of the text that is read by default; where that is not at hand, of Python's
+    def ordinary(self, options: Options, wanted: int) -> Sequences:
+        """Up to `wanted` sequences of the text that is read by default; where that is not at hand, of Python's
         documentation. Raises UserError."""
         plain = dataclasses.replace(options, data=None, text=None, tokens=None, n_seq=None)
         try:
-            return self.sequences(plain, wanted).ids
+            return self.sequences(plain, wanted)
         except UserError:
-            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), wanted).ids
+            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), wanted)
 
     def of_dataset(self, name: str, seq_len: int, wanted: int) -> torch.Tensor:
         """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
@@ -206,7 +212,8 @@ class Reader:
         special: dict[str, int] = getattr(self.tokenizer, "special_ids", {}) if self.special else {}
         longest_first = "|".join(re.escape(word) for word in sorted(special, key=len, reverse=True))
         parts = re.split(f"({longest_first})", text) if special else [text]
-        plain = iter(self.tokenizer.encode([part for part in parts if part and part not in special]))
+        texts = [part for part in parts if part and part not in special]
+        plain = iter(self.tokenizer.encode(texts) if texts else [])  # transformers' break down on no text
         return [int(i) for part in parts if part for i in ([special[part]] if part in special else next(plain))]
 
     def of_text(self, text: str, name: str, seq_len: int) -> torch.Tensor:
@@ -235,6 +242,27 @@ class Reader:
             raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
         self.check_ids(framed, "the prompt")
         return framed
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells the tokenizer from others, by how it cuts a text; None where none is at hand."""
+        with contextlib.suppress(UserError):
+            (ids,) = self.tokenizer.encode([FINGERPRINT])
+            return hashlib.blake2b(repr([int(i) for i in ids]).encode(), digest_size=6).hexdigest()
+        return None
+
+    def predicted_bytes(self, ids: torch.Tensor, shift: int) -> int:
+        """Bytes of UTF-8 of the text of ids (N, T) that are predicted: without the first `shift` of each sequence. A
+        special token has none, and no id has any where no tokenizer is at hand."""
+        if type(self.tokenizer) is NoTokenizer:
+            return 0
+        named = getattr(self.tokenizer, "special_ids", {}).values()
+        special = {*named, *self.prefix_ids, *self.suffix_ids, bos_of(self.tokenizer, self.meta), PADDING}
+        total = 0
+        for row in ids.tolist():
+            first = sum(i not in special for i in row[:shift])
+            total += n_bytes(self.tokenizer, [i for i in row if i not in special], first)
+        return total
 
     def framed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (N, T) between the special tokens."""

@@ -23,7 +23,7 @@ Spans = list[tuple[int, int]]  # of each token: the characters [start, end) of t
 class TextTokenizer(Protocol):
     """What the instruments need of a tokenizer. Some also have `bos_id`; `separator_id`, what stands between documents
     if that is not `bos_id`; `special_ids`, {how a special token is written: its id}; `text(ids)`, an array of ids ->
-    text; and `spans(texts)`: see `spans_of`."""
+    text; `n_bytes(ids)`: see `n_bytes`; and `spans(texts)`: see `spans_of`."""
 
     def encode(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
         """Texts -> their ids, without special tokens; one that is written in a text is text. Raises UserError where it
@@ -56,6 +56,10 @@ class ByteTokenizer:
         """An array of ids -> text; documents stand a blank line apart."""
         parts = np.split(ids, np.flatnonzero(ids == self.bos_id))
         return "\n\n".join(part[part < 256].astype(np.uint8).tobytes().decode("utf-8", "replace") for part in parts)
+
+    def n_bytes(self, ids: Sequence[int]) -> int:
+        """See `n_bytes`."""
+        return sum(i < 256 for i in ids)
 
 
 class GPT2Tokenizer:
@@ -112,7 +116,11 @@ class GPT2Tokenizer:
 
     def text(self, ids: np.ndarray) -> str:
         """An array of ids -> text; documents stand a blank line apart."""
-        return self.encoding.decode(ids.tolist()).replace(END, "\n\n")
+        return self.encoding.decode(ids[ids < self.vocab_size].tolist()).replace(END, "\n\n")
+
+    def n_bytes(self, ids: Sequence[int]) -> int:
+        """See `n_bytes`."""
+        return sum(len(self.encoding.decode_single_token_bytes(i)) for i in ids if i < self.vocab_size)
 
 
 class NoTokenizer:
@@ -146,6 +154,23 @@ def spans_of(tokenizer: TextTokenizer, texts: list[str]) -> list[tuple[list[int]
         tokenizer.encode([""])  # says why where there is no tokenizer at all
         raise UserError("the model's tokenizer does not tell which characters a token stands for")
     return spans(texts)
+
+
+def text_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
+    """ids (K,) -> text, as a whole where the tokenizer can, so that the bytes of a character come together; those that
+    are no character show as U+FFFD."""
+    whole = getattr(tokenizer, "text", None)
+    return whole(np.array(ids, dtype=np.int64)) if whole else "".join(map(tokenizer.decode, ids))
+
+
+def n_bytes(tokenizer: TextTokenizer, ids: Sequence[int], first: int = 0) -> int:
+    """How many bytes of UTF-8 the ids (K,), none of them special, stand for from number `first` on.
+
+    Exact for bytes and GPT-2's BPE. Others are asked for their text, in which a piece of a character is one byte.
+    """
+    exact = getattr(tokenizer, "n_bytes", lambda ids: None)(ids[first:])
+    size = lambda ids: len(text_of(tokenizer, ids).replace("\ufffd", "?").encode("utf-8", "replace"))
+    return size(ids) - size(ids[:first]) if exact is None else exact
 
 
 def spans_of_bytes(text: str, ids: np.ndarray, length: Callable[[int], int]) -> tuple[list[int], Spans]:
