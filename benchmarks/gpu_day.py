@@ -10,6 +10,7 @@ A call works for --slice minutes, and all calls together for --minutes. A step s
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import lzma
@@ -17,9 +18,9 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks import bench
 from data.loader import folder as folder_of
@@ -43,8 +44,6 @@ from trainer.checkpoints import Checkpoints
 from trainer.machine import Machine
 
 Facts = dict[str, Any]
-LEFT = 75  # exit code
-SAVING = 30  # seconds before its end in which a run saves
 
 
 class Size(NamedTuple):
@@ -68,7 +67,7 @@ GPT2_SMALL = Size(
         **{**OF_ARMS, "block_size": 1024, "batch_size": 32, "gradient_accumulation_steps": 2, "max_iters": 1526},
         **{"warmup_iters": 150, "eval_iters": 20, "monitor": 50},
     },
-    study={"scale": "scale/gpt2", "points": 4, "ablations": ["spike_zero", "spike_mean", "sink_mask", "sink_null"]},
+    study={"scale": "scale/gpt2", "points": 2, "ablations": ["spike_zero", "spike_mean", "sink_mask", "sink_null"]},
 )
 NANO = Size(
     {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 256},
@@ -98,12 +97,6 @@ class Day:
     seconds: float  # until it is stopped
     machine: Machine
 
-    def scratch(self, name: str) -> Path:
-        """An empty folder."""
-        shutil.rmtree(self.out / name, ignore_errors=True)
-        (self.out / name).mkdir(parents=True)
-        return self.out / name
-
     def study(self) -> tuple[Study, list[Job]]:
         """The study of the arms, and its runs: one of each."""
         study = Study("At GPT-2 small's size, which arms have spikes and sinks?", ARMS, [1], **self.size.study)
@@ -111,14 +104,12 @@ class Day:
         return study, plan(study, self.out / "runs", keys, code_version())
 
 
-# --------------------------------------------------------------------------------------------------------- steps
-
-
 def correct(day: Day) -> Facts:
     """The checks of tests/gpu_checks.py. Raises UserError naming those that failed."""
     from tests import gpu_checks
 
-    if failed := gpu_checks.run_checks(day.machine.device, day.scratch("checks")):
+    folder = tempfile.mkdtemp(dir=day.out)
+    if failed := gpu_checks.run_checks(day.machine.device, Path(folder)):
         raise UserError(f"failed: {', '.join(failed)}")
     return {"passed": list(gpu_checks.CHECKS)}
 
@@ -139,7 +130,7 @@ def largest(day: Day, name: str, batches: Sequence[int], job: Callable[[int], Fa
 
 def speed(day: Day) -> Facts:
     """train.py and nanoGPT's recipe, each with the largest batch that fits, beside the best matrix product."""
-    size, data = day.size, str(day.scratch("random"))
+    size, data = day.size, tempfile.mkdtemp(dir=day.out)
     bench.random_tokens(data, size.shape["vocab_size"])
     argv = lambda n, every: bench.arguments(size.shape, n, compile=size.compile, monitor=every, warmup_iters=1)
     run = lambda every: lambda n: {"job": "run", "data": data, "argv": argv(n, every)}
@@ -155,60 +146,33 @@ def speed(day: Day) -> Facts:
     }
 
 
-def timed(day: Day, call: Callable[..., Any], *args: Any) -> float:
-    """Median seconds of a call, after two to warm up."""
-    took = []
-    for _ in range(day.size.rounds + 2):
-        start = time.perf_counter()
-        call(*args)
-        if day.machine.device.type == "cuda":
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took[2:])
+def timed(day: Day, calls: dict[str, Callable[[], object]]) -> Facts:
+    """{name: mean seconds of a call that is warm, the GPU's work included}."""
+    return {name: Timer("f()", globals={"f": f}).timeit(day.size.rounds).mean for name, f in calls.items()}
 
 
 def attention(day: Day) -> Facts:
-    """Seconds of each kind as model.py has it and by flex_attention: forward, and on a GPU compiled, and backward."""
+    """Seconds of each kind as model.py has it and by flex_attention: forward and, on a GPU, backward."""
     from tests import gpu_checks
 
-    def passes(call: Callable[..., torch.Tensor], *qkv: torch.Tensor) -> None:
-        out = call(*qkv)
-        if out.requires_grad:
-            out.sum().backward()
-
-    facts: Facts = {}
-    for kind in gpu_checks.KINDS:
-        *calls, qkv = gpu_checks.attention_pair(kind, day.size.heads, day.machine.device)
-        calls = [torch.compile(call, dynamic=False) if day.size.compile else call for call in calls]
-        facts[kind] = dict(zip(("ours", "flex"), (timed(day, passes, call, *qkv) for call in calls), strict=True))
-        print(kind, facts[kind], flush=True)
-    return facts
+    where = day.size.heads, day.machine.device, day.size.compile
+    return {kind: timed(day, gpu_checks.attention_calls(kind, *where)) for kind in gpu_checks.KINDS}
 
 
 def together(day: Day) -> Facts:
-    """Updates a second of micro models, all counted: one alone, and N stacked into one by vmap; in float32."""
+    """Seconds of an update of N micro models: one after another, and stacked into one by vmap; in float32."""
     from tests import gpu_checks
 
-    device, facts = day.machine.device, {}
-    for n in (1, *day.size.together):
-        models, batch = gpu_checks.micro_models(n, device), gpu_checks.micro_batch(n, device)
-        calls = {f"{n} stacked": gpu_checks.stacked(models)[0]}
-        if day.size.compile:
-            calls[f"{n} stacked, compiled"] = gpu_checks.stacked(models, compiled=True)[0]
-            models[0].compile_sublayers()
-        calls |= {"alone": gpu_checks.apart(models)} if n == 1 else {}
-        for name, call in calls.items():
-            facts[name] = n / timed(day, call, *batch)
-            print(name, facts[name], flush=True)
-    return facts
+    calls = lambda n: gpu_checks.micro_calls(n, day.machine.device, day.size.compile)
+    return {f"{n} models": timed(day, calls(n)) for n in (1, *day.size.together)}
 
 
 def arm(day: Day, name: str) -> Facts:
-    """Trains, detects and ablates an arm; keeps its small files. Training that would be cut saves before, and ends."""
+    """Trains, detects and ablates an arm; keeps its small files. Training that would be cut ends 30 s before, saved."""
     study, jobs = day.study()
-    job = next(job for job in jobs if job.arm == name)
+    job = jobs[list(ARMS).index(name)]
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # but while it trains
-    timer = threading.Timer(max(1, day.seconds - SAVING), os.kill, (os.getpid(), signal.SIGUSR1))
+    timer = threading.Timer(max(1, day.seconds - 30), os.kill, (os.getpid(), signal.SIGUSR1))
     timer.daemon = True
     timer.start()
     do_run(job, study, str(day.machine.device), keep_checkpoints=True)
@@ -239,11 +203,8 @@ def draw(day: Day) -> Facts:
     return {"runs": [row.status for row in table.runs]}
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-
-
 def pack(dataset: str, path: Path, mib: float) -> None:
-    """Writes as many tokens of a prepared dataset as `mib` MiB hold, by lzma: a line of JSON, val, then train tokens."""
+    """Writes as many tokens of a prepared dataset as `mib` MiB hold, by lzma: a line of JSON, val, train tokens."""
     source, step = folder_of(dataset), 2**18
     meta = {key: value for key, value in meta_of(source).items() if key not in ("bpe", "files")}
     val, train = (TokenFile(source, split, 1).tokens for split in ("val", "train"))
@@ -266,42 +227,31 @@ def unpack(path: Path, target: Path) -> None:
         with lzma.open(path) as file:
             meta = json.loads(file.readline())
             width = np.dtype(meta["dtype"]).itemsize
-            val, train = file.read(width * meta["val_tokens"]), file.read()
+            files.save_bytes(target / "val.bin", file.read(width * meta["val_tokens"]))
+            files.save_bytes(target / "train.bin", train := file.read())
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise UserError(f"{path} is not what --pack writes: {error}") from None
-    files.save_bytes(target / "val.bin", val)
-    files.save_bytes(target / "train.bin", train)
     schema.save(target / "meta.json", {**meta, "train_tokens": len(train) // width})
 
 
-# -------------------------------------------------------------------------------------------------------- slices
-
-
-class Step(NamedTuple):
-    """A step, the minutes that it is thought to take on an H100, and the packages that it needs."""
-
-    run: Callable[[Day], Facts]
-    minutes: float
-    needs: tuple[str, ...] = ()
-
-
-OF_ARM = {name: Step(lambda day, name=name: arm(day, name), 7.5) for name in ARMS}  # type: ignore[misc]
-STEPS: dict[str, Step] = {
-    **{"correct": Step(correct, 2.5), "speed": Step(speed, 3), "attention": Step(attention, 1.5)},
-    **{name: OF_ARM[name] for name in ("pre", "post")},
-    **{"together": Step(together, 1.5), **OF_ARM, "table": Step(draw, 0.5, ("scipy", "matplotlib", "jinja2"))},
+OF_ARM = {name: (functools.partial(arm, name=name), 7.5) for name in ARMS}
+# name -> (the step, the minutes that it is thought to take on an H100)
+STEPS: dict[str, tuple[Callable[[Day], Facts], float]] = {
+    **{"correct": (correct, 2.5), "speed": (speed, 3), "attention": (attention, 1.5)},
+    **{"pre": OF_ARM["pre"], "post": OF_ARM["post"], "together": (together, 1.5), **OF_ARM, "table": (draw, 0.5)},
 }
+OF_TABLE = ("scipy", "matplotlib", "jinja2")  # packages that it needs
 
 
 def estimate(name: str, day: Day) -> float:
-    """Seconds that a step is thought to take; of an arm by the measured speed, where that is known, and what is left."""
+    """Seconds that a step is thought to take: of an arm by what is left of it, and the speed measured here."""
     fast = (read_json(day.results / "speed.json") or {}).get("found", {}).get("ours")
     if name not in ARMS or not fast or day.size.minutes:
-        return 60 * (day.size.minutes or STEPS[name].minutes)
+        return 60 * (day.size.minutes or STEPS[name][1])
     keys = ("max_iters", "batch_size", "gradient_accumulation_steps", "block_size")
     rows = rows_of(day.out / "runs" / f"{name}-1" / "log.jsonl")
     tokens = math.prod(day.size.arms[key] for key in keys) - (rows[-1]["tokens"] if rows else 0)
-    return 1.1 * tokens / fast["tokens_per_s"] + 90
+    return 1.1 * tokens / fast["tokens_per_s"] + 120
 
 
 def run_step(name: str, day: Day, about: Facts, flags: list[str]) -> str:
@@ -329,21 +279,23 @@ def run_step(name: str, day: Day, about: Facts, flags: list[str]) -> str:
 
 
 def work_through(args: argparse.Namespace, day: Day, about: Facts, flags: list[str]) -> int:
-    """Runs the steps that fit. Returns how many are left."""
+    """Runs the steps that fit. Returns how many are left for the next calls."""
     since, before, todo = time.monotonic(), read_json(day.results / "slices.json") or [], 0
-    for name, step in STEPS.items():
+    for name in STEPS:
         spent, need = time.monotonic() - since, estimate(name, day)
         of_all, of_slice = 60 * args.minutes - sum(before) - spent, 60 * args.slice - spent
-        known = None if step.needs else read_json(day.results / f"{name}.json")  # the table is made again
-        lacks = [package for package in step.needs if importlib.util.find_spec(package) is None]
-        lacks += ["--data"] if (name in ARMS or step.needs) and not (day.out / "data/meta.json").exists() else []
-        lacks += ["an arm"] if step.needs and not any((day.results / f"{arm}.json").exists() for arm in ARMS) else []
+        known, lacks = read_json(day.results / f"{name}.json"), []
+        if name in (*ARMS, "table") and not (day.out / "data/meta.json").exists():
+            lacks = ["--data"]
+        if name == "table":  # made again with every call
+            known, lacks = None, lacks + [package for package in OF_TABLE if importlib.util.find_spec(package) is None]
         # a run that is longer than a slice goes on in the next: it may have the whole of one
         fits = need <= of_all and (need <= of_slice or (name in ARMS and spent < 60))
         if known or lacks:
             became = f"{known['status']} before" if known else f"left out, for want of {', '.join(lacks)}"
         elif not fits:
-            became, todo = f"not started: about {need:.0f} s, of {min(of_all, of_slice):.0f} left", todo + 1
+            became = f"not started: it takes about {need:.0f} s, and {max(0, min(of_all, of_slice)):.0f} are left"
+            todo += need <= of_all and (need <= 60 * args.slice or name in ARMS)
         else:
             became = run_step(name, replace(day, seconds=min(of_all, of_slice)), {**about, "step": name}, flags)
             todo += became.startswith("stopped")
@@ -372,7 +324,7 @@ def main() -> None:
     machine = Machine.find("cpu" if args.rehearse else "auto").with_dtype("auto")
     day = Day(NANO if args.rehearse else GPT2_SMALL, Path(args.out), Path(args.results), args.seconds, machine)
     if args.step:
-        schema.save(day.out / "found.json", STEPS[args.step].run(day))
+        schema.save(day.out / "found.json", STEPS[args.step][0](day))
         return
     data = Path(args.data or day.out / "stdlib.xz")
     if args.rehearse and not args.data:
@@ -386,7 +338,7 @@ def main() -> None:
     day.out.mkdir(parents=True, exist_ok=True)
     todo = work_through(args, day, about, passed)
     print(f"{about['machine']}: {todo} steps left; results: {day.results}")
-    sys.exit(LEFT if todo else 0)
+    sys.exit(75 if todo else 0)
 
 
 if __name__ == "__main__":

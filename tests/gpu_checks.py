@@ -1,10 +1,11 @@
 """What must hold before a number from a GPU counts: functions that raise AssertionError; they need no pytest.
 
-benchmarks/gpu_day.py calls them on the GPU; its rehearsal, which a test runs, on a CPU. Each takes a device and an empty
-folder, and returns what it measured. Two that may become faster, and are not in use, are held here to the numbers of
-what they would replace: attention by flex_attention, and many models stacked into one.
+benchmarks/gpu_day.py calls them on the GPU; its rehearsal, which a test runs, on a CPU. Each takes a device and an
+empty folder, and returns what it measured. Two that may become faster, and are not in use, are held here to the numbers
+of what they would replace: attention by flex_attention, and many models stacked into one.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,19 @@ def attention_pair(kind: str, shape: tuple[int, int, int, int], device: torch.de
     return attend.forward, by_flex(c, attend, device), qkv
 
 
+def attention_calls(kind: str, shape: tuple[int, int, int, int], device: torch.device, compiled: bool) -> Facts:
+    """{name: a pass forward and, where there is one, backward}, to be timed."""
+    *calls, qkv = attention_pair(kind, shape, device)
+
+    def passes(call: Callable[..., Tensor]) -> None:
+        out = call(*qkv)
+        if out.requires_grad:
+            out.sum().backward()
+
+    calls = [torch.compile(call, dynamic=False) if compiled else call for call in calls]
+    return {name: functools.partial(passes, call) for name, call in zip(("ours", "flex"), calls, strict=True)}
+
+
 def flex_is_ours(device: torch.device, folder: Path) -> Facts:
     """flex_attention gives model.py's output for every kind, and on a GPU its gradients."""
     facts: Facts = {}
@@ -307,6 +321,18 @@ def stacked(models: list[GPT], compiled: bool = False) -> tuple[Step, dict[str, 
         return losses.detach()
 
     return step, weights
+
+
+def micro_calls(n: int, device: torch.device, compiled: bool) -> Facts:
+    """{name: one update of n models}, to be timed; apart, all that are beyond eight take as long as these."""
+    batch, few = micro_batch(n, device), micro_models(min(n, 8), device)
+    calls = {"stacked": stacked(micro_models(n, device))[0]}
+    if compiled:
+        calls["stacked, compiled"] = stacked(micro_models(n, device), compiled=True)[0]
+        for model in few:
+            model.compile_sublayers()
+    calls |= {f"{len(few)} apart": apart(few)}
+    return {name: functools.partial(call, *batch) for name, call in calls.items()}
 
 
 def stacked_is_apart(device: torch.device, folder: Path) -> Facts:

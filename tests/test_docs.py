@@ -20,7 +20,7 @@ from trainer import config
 
 from .conftest import ROOT
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tutorial.md", "docs/gpu_day.md")
 OFFLINE = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
 
 
