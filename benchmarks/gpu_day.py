@@ -205,14 +205,14 @@ def draw(day: Day) -> Facts:
 
 def pack(dataset: str, path: Path, mib: float) -> None:
     """Writes as many tokens of a prepared dataset as `mib` MiB hold, by lzma: a line of JSON, val, train tokens."""
-    source, step = folder_of(dataset), 2**18
+    source, step = folder_of(dataset), 2**16
     meta = {key: value for key, value in meta_of(source).items() if key not in ("bpe", "files")}
     val, train = (TokenFile(source, split, 1).tokens for split in ("val", "train"))
-    val = val[: 2 * step]
+    val = val[: 2**19]
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lp": 1, "lc": 3, "pb": 1}]  # of two bytes each
     packer = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=filters)
     content = packer.compress(json.dumps({**meta, "val_tokens": len(val)}).encode() + b"\n" + val.tobytes())
-    done, room = 0, int(mib * 2**20) - step
+    done, room = 0, int(mib * 2**20) - 4 * step
     while done < len(train) and len(content) < room:
         content += packer.compress(train[done : done + step].tobytes())
         done = min(len(train), done + step)

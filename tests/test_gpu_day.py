@@ -1,4 +1,4 @@
-"""The day a GPU is at hand, rehearsed: every step on a CPU, what fits into a slice, and what its checks would notice."""
+"""The day a GPU is at hand, rehearsed: every step on a CPU, what fits into a slice, what its checks would notice."""
 
 import json
 import signal
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from benchmarks import gpu_day
 from benchmarks.gpu_day import ARMS, NANO, STEPS, Day
 from spikesink.errors import InterruptedRunError, UserError
@@ -85,27 +86,40 @@ def test_a_step_starts_if_it_fits(cli, day, monkeypatch):
 
 
 def test_an_arm_that_is_cut_goes_on(day, monkeypatch):
-    """Training saves half a minute before the end; the next calls go on, to the same end."""
+    """Training saves half a minute before the end, and the next call goes on to the same end."""
     gpu_day.pack("stdlib", day.out / "text.xz", 0.3)
     gpu_day.unpack(day.out / "text.xz", day.out / "data")
-    size = NANO._replace(arms={**NANO.arms, "max_iters": 400})
-    monkeypatch.setattr(gpu_day, "code_version", lambda: "code")
-    short = Day(size, day.out, day.results, 31.0, day.machine)
-    cut = 0
+    timers = []
+
+    class Timer:
+        """Comes in step 4."""
+
+        def __init__(self, seconds, call, args):
+            self.seconds, self.call = seconds, lambda: call(*args)
+            timers.append(self)
+
+        start = cancel = lambda self: None
+
+    update = train.Run.update
+
+    def updated(run):
+        if run.step == 3:
+            timers[-1].call()
+        return update(run)
+
+    monkeypatch.setattr(gpu_day.threading, "Timer", Timer)
+    monkeypatch.setattr(train.Run, "update", updated)
     old = signal.getsignal(signal.SIGUSR1)
     try:
-        for _ in range(20):
-            try:
-                found = gpu_day.arm(short, "post")
-                break
-            except InterruptedRunError:
-                cut += 1
+        with pytest.raises(InterruptedRunError, match="at step 4"):
+            gpu_day.arm(day, "post")
+        found = gpu_day.arm(day, "post")
     finally:
         signal.signal(signal.SIGUSR1, old)
-    assert cut and found["row"]["row"]["step"] == 400
+    assert timers[0].seconds == day.seconds - 30 and found["row"]["row"]["step"] == 8
     assert (day.results / "post" / "detect.json").exists() and not list(day.out.rglob("*.pt"))
     log = [json.loads(line)["step"] for line in (day.results / "post" / "log.jsonl").read_text().splitlines()]
-    assert log == sorted(set(log)) and log[-1] == 400
+    assert log == [4, 8]
 
 
 def test_packed_tokens_come_back(tmp_path, toy_data):
@@ -163,11 +177,11 @@ def test_the_estimate_of_an_arm_is_of_the_measured_speed(day):
 
 
 def test_the_checks_notice_what_is_wrong(monkeypatch, tmp_path, capsys):
-    """Another ALiBi slope, a model that is not clipped, a spike that is not there; one failure does not hide others."""
+    """Another ALiBi slope, gradients that point back, a spike that is too small; one failure does not hide others."""
     monkeypatch.setattr(gpu_checks, "CHECKS", {n: gpu_checks.CHECKS[n] for n in ("flex", "stacked", "large spikes")})
     slopes = gpu_checks.alibi_slopes
     monkeypatch.setattr(gpu_checks, "alibi_slopes", lambda n: 1.01 * slopes(n))
-    monkeypatch.setattr(gpu_checks.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: None)
+    monkeypatch.setattr(gpu_checks.nn.utils, "clip_grad_norm_", lambda ps, *a, **k: [p.grad.neg_() for p in ps])
     spikes = gpu_checks.planted.spikes
     monkeypatch.setattr(gpu_checks.planted, "spikes", lambda *a, size, **k: spikes(*a, **k, size=3e3))
     assert gpu_checks.run_checks(CPU, tmp_path) == ["flex", "stacked", "large spikes"]
