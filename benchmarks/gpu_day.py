@@ -10,6 +10,7 @@ A call works for --slice minutes, and all calls together for --minutes. A step s
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -39,6 +40,7 @@ from spikesink.files import rows_of
 from spikesink.text.token_files import TokenFile, meta_of
 from studies.jobs import Job, Study, code_version, plan
 from studies.runs.run import OF_A_RUN, describe_machine, do_run, read_json
+from tests import gpu_checks
 from train import ROOT, provenance
 from trainer.checkpoints import Checkpoints
 from trainer.machine import Machine
@@ -106,10 +108,7 @@ class Day:
 
 def correct(day: Day) -> Facts:
     """The checks of tests/gpu_checks.py. Raises UserError naming those that failed."""
-    from tests import gpu_checks
-
-    folder = tempfile.mkdtemp(dir=day.out)
-    if failed := gpu_checks.run_checks(day.machine.device, Path(folder)):
+    if failed := gpu_checks.run_checks(day.machine.device, Path(tempfile.mkdtemp(dir=day.out))):
         raise UserError(f"failed: {', '.join(failed)}")
     return {"passed": list(gpu_checks.CHECKS)}
 
@@ -153,16 +152,12 @@ def timed(day: Day, calls: dict[str, Callable[[], object]]) -> Facts:
 
 def attention(day: Day) -> Facts:
     """Seconds of each kind as model.py has it and by flex_attention: forward and, on a GPU, backward."""
-    from tests import gpu_checks
-
     where = day.size.heads, day.machine.device, day.size.compile
     return {kind: timed(day, gpu_checks.attention_calls(kind, *where)) for kind in gpu_checks.KINDS}
 
 
 def together(day: Day) -> Facts:
     """Seconds of an update of N micro models: one after another, and stacked into one by vmap; in float32."""
-    from tests import gpu_checks
-
     calls = lambda n: gpu_checks.micro_calls(n, day.machine.device, day.size.compile)
     return {f"{n} models": timed(day, calls(n)) for n in (1, *day.size.together)}
 
@@ -195,8 +190,8 @@ def draw(day: Day) -> Facts:
     for job in jobs:
         if not (job.folder / "row.json").exists() and (kept := day.results / job.arm / "row.json").exists():
             files.save_bytes(job.folder / "row.json", kept.read_bytes())
-    where = {"name": "arms", "out": str(day.out / "drawn"), "results": str(day.results)}
-    asked = Asked(**where, keep_code=True, command="python -m benchmarks.gpu_day")  # type: ignore[arg-type]
+    command, drawn = "python -m benchmarks.gpu_day", str(day.out / "drawn")
+    asked = Asked(keep_code=True, name="arms", out=drawn, results=str(day.results), command=command)
     asked.runs_folder.mkdir(parents=True, exist_ok=True)
     table = write_results(study, jobs, asked, last=True)
     shutil.copytree(asked.runs_folder / "figures", asked.table_folder / "figures", dirs_exist_ok=True)
@@ -207,8 +202,7 @@ def pack(dataset: str, path: Path, mib: float) -> None:
     """Writes as many tokens of a prepared dataset as `mib` MiB hold, by lzma: a line of JSON, val, train tokens."""
     source, step = folder_of(dataset), 2**16
     meta = {key: value for key, value in meta_of(source).items() if key not in ("bpe", "files")}
-    val, train = (TokenFile(source, split, 1).tokens for split in ("val", "train"))
-    val = val[: 2**19]
+    val, train = (TokenFile(source, split, 1).tokens[:n] for split, n in (("val", 2**19), ("train", None)))
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lp": 1, "lc": 3, "pb": 1}]  # of two bytes each
     packer = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=filters)
     content = packer.compress(json.dumps({**meta, "val_tokens": len(val)}).encode() + b"\n" + val.tobytes())
@@ -237,7 +231,7 @@ def unpack(path: Path, target: Path) -> None:
 OF_ARM = {name: (functools.partial(arm, name=name), 7.5) for name in ARMS}
 # name -> (the step, the minutes that it is thought to take on an H100)
 STEPS: dict[str, tuple[Callable[[Day], Facts], float]] = {
-    **{"correct": (correct, 2.5), "speed": (speed, 3), "attention": (attention, 1.5)},
+    **{"correct": (correct, 2.5), "speed": (speed, 4), "attention": (attention, 1.5)},
     **{"pre": OF_ARM["pre"], "post": OF_ARM["post"], "together": (together, 1.5), **OF_ARM, "table": (draw, 0.5)},
 }
 OF_TABLE = ("scipy", "matplotlib", "jinja2")  # packages that it needs
@@ -264,9 +258,11 @@ def run_step(name: str, day: Day, about: Facts, flags: list[str]) -> str:
         said: Facts = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, **said)
         try:
-            code = process.wait(day.seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(day.seconds)
+        finally:  # its own workers too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
     text = log.read_text(errors="replace").replace(str(ROOT), ".").replace(sys.prefix, "PYTHON")
     files.save_text(day.results / f"{name}.log", text)
@@ -288,7 +284,9 @@ def work_through(args: argparse.Namespace, day: Day, about: Facts, flags: list[s
         if name in (*ARMS, "table") and not (day.out / "data/meta.json").exists():
             lacks = ["--data"]
         if name == "table":  # made again with every call
-            known, lacks = None, lacks + [package for package in OF_TABLE if importlib.util.find_spec(package) is None]
+            known, arms = None, [arm for arm in ARMS if (day.results / f"{arm}.json").exists()]
+            lacks += [] if arms else ["an arm"]
+            lacks += [package for package in OF_TABLE if importlib.util.find_spec(package) is None]
         # a run that is longer than a slice goes on in the next: it may have the whole of one
         fits = need <= of_all and (need <= of_slice or (name in ARMS and spent < 60))
         if known or lacks:
@@ -326,11 +324,11 @@ def main() -> None:
     if args.step:
         schema.save(day.out / "found.json", STEPS[args.step][0](day))
         return
-    data = Path(args.data or day.out / "stdlib.xz")
     if args.rehearse and not args.data:
-        pack("stdlib", data, 0.5)
-    if data.exists() and not (day.out / "data/meta.json").exists():
-        unpack(data, day.out / "data")
+        args.data = str(day.out / "stdlib.xz")
+        pack("stdlib", Path(args.data), 0.5)
+    if args.data and not (day.out / "data/meta.json").exists():
+        unpack(Path(args.data), day.out / "data")
     command = f"python -m benchmarks.gpu_day --minutes {args.minutes:g}{' --rehearse' if args.rehearse else ''}"
     about = {"command": command, **provenance(), "code": code_version(), "machine": describe_machine(machine)}
     about |= {"git_commit": args.commit} if args.commit else {}

@@ -1,6 +1,7 @@
 """The day a GPU is at hand, rehearsed: every step on a CPU, what fits into a slice, what its checks would notice."""
 
 import json
+import re
 import signal
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_every_step_is_rehearsed(cli, tmp_path):
     assert found["speed"]["found"]["ours"]["batch_size"] == found["speed"]["found"]["recipe"]["batch_size"] == 8
     assert found["attention"]["found"].keys() == gpu_checks.KINDS.keys()
     assert found["together"]["found"]["3 models"].keys() == {"stacked", "3 apart"}
-    assert {found[arm]["found"]["row"]["row"]["status"] for arm in ARMS} == {"done"}
+    assert {found[arm]["found"]["row"]["status"] for arm in ARMS} == {"done"}
     assert found["pre"]["found"]["ablate"]["seconds"] > 0 and found["pre"]["found"]["tokens"] == 8 * 4 * 32
     assert all((results / "arms" / name).stat().st_size for name in ("table.json", "table.md", "figures/arms.svg"))
     files = [path for path in results.rglob("*") if path.is_file()]
@@ -68,7 +69,10 @@ def test_a_step_starts_if_it_fits(cli, day, monkeypatch):
     code, out, _ = cli("benchmarks.gpu_day", *argv)
     assert [name for name, _ in ran] == ["correct", "attention", "together"]  # no data for arms
     assert ran[0][1] == 300 and "speed: not started: it takes about 400 s" in out
-    assert "pre: left out, for want of --data" in out and "table: left out, for want of --data, no_such_package" in out
+    assert (
+        "pre: left out, for want of --data" in out
+        and "table: left out, for want of --data, an arm, no_such_package" in out
+    )
     assert code == 0  # speed would not fit into the next slice either
     (day.out / "data").mkdir()
     (day.out / "data" / "meta.json").write_text("{}")
@@ -116,7 +120,7 @@ def test_an_arm_that_is_cut_goes_on(day, monkeypatch):
         found = gpu_day.arm(day, "post")
     finally:
         signal.signal(signal.SIGUSR1, old)
-    assert timers[0].seconds == day.seconds - 30 and found["row"]["row"]["step"] == 8
+    assert timers[0].seconds == day.seconds - 30 and found["row"]["step"] == 8
     assert (day.results / "post" / "detect.json").exists() and not list(day.out.rglob("*.pt"))
     log = [json.loads(line)["step"] for line in (day.results / "post" / "log.jsonl").read_text().splitlines()]
     assert log == [4, 8]
@@ -191,3 +195,12 @@ def test_the_checks_notice_what_is_wrong(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["flex", "stacked"])
 def test_what_may_become_faster_gives_the_same_numbers(name, tmp_path):
     assert gpu_checks.CHECKS[name](CPU, tmp_path)
+
+
+def test_the_page_names_flags_that_exist():
+    page = (ROOT / "docs" / "gpu_day.md").read_text()
+    source = (ROOT / "benchmarks" / "gpu_day.py").read_text()
+    flags = {flag for line in page.splitlines() if "gpu_day" in line for flag in re.findall(r" (--\w+)", line)}
+    assert len(flags) >= 6 and all(f'"{flag}"' in source for flag in flags), flags
+    named = {name.strip() for row in re.findall(r"^\| ([\w, ]+?) \|", page, re.MULTILINE) for name in row.split(",")}
+    assert named - {"step"} == STEPS.keys()
