@@ -42,7 +42,6 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from benchmarks.arms import arm_names
 from benchmarks.nanogpt_recipe import Recipe
 from detect import LAB
 from spikesink import api, commands, schema
@@ -285,6 +284,8 @@ def bench_train(args: argparse.Namespace) -> Tables:
 
 def bench_arms(args: argparse.Namespace) -> Tables:
     """A row per arm, each in turn with pre-norm."""
+    from benchmarks.arms import arm_names  # with the tables of studies, which need scipy
+
     first, *names = arm_names()
     rows = []
     with tempfile.TemporaryDirectory() as data:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy import stats
 
 from studies.runs.measures import measure_of
 from studies.runs.rows import Done, Pair, Point
@@ -67,6 +66,8 @@ def median_interval(values: Sequence[float]) -> Pair | None:
 
     [x_(k), x_(n+1-k)] does in 1 - 2 P(Binomial(n, 1/2) < k), or more (David and Nagaraja, Order Statistics, 7.1).
     """
+    from scipy import stats
+
     k = int(stats.binom.ppf(0.025, len(values), 0.5))
     ordered = sorted(values)
     return (ordered[k - 1], ordered[-k]) if k else None
@@ -126,6 +127,8 @@ def p_value(arm: BySeed, base: BySeed, kind: str = "plain", same_start: bool = F
     paired = same_start and len(changes) >= LEAST_PAIRED
     if not any(changes) if paired else len({*a, *b}) == 1:
         return None
+    from scipy import stats
+
     if not paired and len({*a, *b}) == len(a) + len(b):  # no two are the same: Mann and Whitney's exact distribution
         return float(stats.mannwhitneyu(a, b, method="exact").pvalue)
     ranks = stats.rankdata([*a, *b])

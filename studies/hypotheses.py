@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scipy import stats
-
 from spikesink.show.text import interval as brackets
 from spikesink.show.text import number
 from studies.aggregate import LEAST, Estimate, estimate, known
@@ -111,6 +109,8 @@ def seeds_needed(part: Part, values: Sequence[float]) -> int | None:
     if 2 * most <= len(values):
         return None
     other = 1 - most / len(values)
+    from scipy import stats
+
     return next((n for n in range(LEAST, 1000) if stats.binom.ppf(0.025, n, 0.5) > math.ceil(other * n)), None)
 
 
