@@ -132,7 +132,7 @@ def test_what_broke_counts_what_a_reader_sees():
     edited = [Continuation(ids=[1, 2, 9, 9, 9, 9, 9, 8], text="", loss=5.0)]
     words = what_broke(Samples(prompt="", clean=clean, edit="spike_zero", edited=edited, n_edited=3, reference="some"))
     assert "first 2 of 8 tokens" in words and "2.00 nats per token on its own text, 5.00" in words
-    assert "0% repeat an earlier one in the clean text, 40%" in words
+    assert "0% repeat an earlier one in the clean text, 20%" in words
     same = Samples(prompt="", clean=clean, edit="spike_zero", edited=clean, n_edited=3, reference="some")
     assert "first 8 of 8" in what_broke(same)
 
@@ -232,15 +232,18 @@ def log_p(model, context, ending, block_size=48):
     return sum(p[t - 1, ids[0, t]].item() for t in range(len(ids[0]) - n, len(ids[0])))
 
 
-def test_choices_are_sums_written_out(tmp_path):
+def test_choices_are_sums_written_out(tmp_path, monkeypatch):
     model = tiny(vocab_size=257, block_size=48)
     texts = ["sat", "ran off with a fox", "é", "was naïve", "stood"]
     contexts = [f"{'The cat ' * (i % 7)}number {i}" for i in range(40)]
     rows = [{"ctx": c, "endings": texts[i % 3 : i % 3 + 3]} for i, c in enumerate(contexts)]
     best = lambda scores: scores.index(max(scores))
-    by_rule = []  # labels that each rule gets right: (of the sum, per character)
+    right, seen = choices._right, []
+    monkeypatch.setattr(choices, "_right", lambda asked, scores: seen.append(scores) or right(asked, scores))
+    by_rule, sums = [], []  # labels that each rule gets right: (of the sum, per character)
     for row in rows:
         scores = [log_p(model, row["ctx"], e) for e in row["endings"]]
+        sums += scores
         by_rule.append((best(scores), best([s / len(e) for s, e in zip(scores, row["endings"], strict=True)])))
     agree = sum(a == b for a, b in by_rule) / 40
     assert agree < 1
@@ -252,6 +255,7 @@ def test_choices_are_sums_written_out(tmp_path):
         (clean,) = found.conditions
         accuracies = clean.accuracy, clean.normalised.accuracy
         assert accuracies == pytest.approx(((1, agree), (agree, 1))[rule])
+        torch.testing.assert_close(seen[-2], torch.tensor(sums, dtype=torch.float64), atol=1e-4, rtol=1e-5)
     assert (found.questions, found.left_out, found.chance) == (40, 1, pytest.approx(1 / 3))
     longest = lambda row: len(row["ctx"]) + 2 + max(len(e.encode()) for e in row["endings"])
     assert found.cropped == sum(longest(row) > 48 for row in rows) > 0
