@@ -53,9 +53,10 @@ def parity(device: torch.device, folder: Path) -> Facts:
     """Logits and the embedding's gradient are those of transformers' GPT-2, in float32."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 256, "n_positions": 64, "bos_token_id": 0}
+    shape: Any = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 256, "n_positions": 64, "bos_token_id": 0}
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    theirs: Any = GPT2LMHeadModel(GPT2Config(**shape, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    ours: Any
     ours, theirs = GPT.from_checkpoint(convert.from_hf(theirs)).to(device), theirs.to(device)
     x, y = small_ids(device)[:, :-1], small_ids(device)[:, 1:]
     logits, expected = ours(x)[0], theirs(x).logits
@@ -139,7 +140,7 @@ def wrapped_like_plain(device: torch.device, folder: Path) -> Facts:
     ids, ends = small_ids(device), {}
     try:
         for name in ("plain", "ddp", "fsdp"):
-            model: nn.Module = small_model(device)
+            model: Any = small_model(device)
             if name == "fsdp":
                 mesh = dist.device_mesh.init_device_mesh(device.type, (1,))
                 for block in model.transformer.h:
@@ -204,10 +205,12 @@ def by_flex(c: GPTConfig, attend: Attend, device: torch.device) -> Callable[[Ten
     slopes, logit = alibi_slopes(c.n_head).to(device), getattr(attend.normalise, "logit", None)
     alibi = (lambda score, b, h, i, j: score - slopes[h] * (i - j)) if c.position == "alibi" else None
 
+    of_both: Any = flex_attention  # returns a pair where it is asked for one
+
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if c.attention == "softmax":
             return flex_attention(q, k, v, alibi, mask)
-        out, aux = flex_attention(q, k, v, alibi, mask, return_aux=AuxRequest(lse=True))
+        out, aux = of_both(q, k, v, alibi, mask, return_aux=AuxRequest(lse=True))
         kept = torch.sigmoid(aux.lse - (0.0 if logit is None else logit[:, None]))
         return out * kept[..., None].to(out.dtype)
 
