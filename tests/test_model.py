@@ -77,14 +77,14 @@ ARMS = [
     *({"activation": a, "ffn": f} for a, f in itertools.product(model_module.ACTIVATIONS, ("plain", "gated"))),
     *choices("ffn", "linear", "attention"),
     *choices("qk_norm", *model_module.QK_NORMS, norm="rmsnorm", n_head=4, n_kv_head=2),
-    *choices("residual_scale", *(set(model_module.RESIDUAL_SCALES) - {"deepnorm"}), "0.3"),
+    *choices("residual_scale", *sorted({*model_module.RESIDUAL_SCALES} - {"deepnorm"}), "0.3"),
     {"residual_scale": "deepnorm", "init_scale": "deepnorm", "norm_place": "post"},
     {"residual_scale": "0.3", "norm_place": "sandwich"},
     *choices("position", *model_module.POSITIONS),
     *choices("attention", *model_module.ATTENTIONS),
     *(
         {"gate": g, "gate_input": i}
-        for g, i in itertools.product(set(model_module.GATES) - {"none"}, model_module.GATE_INPUTS)
+        for g, i in itertools.product(sorted({*model_module.GATES} - {"none"}), model_module.GATE_INPUTS)
     ),
     {"bias": True, "tie": False, "logit_cap": 2.0, "norm_gain": False},
     {"stream_clip": 0.5},
