@@ -189,12 +189,20 @@ def muon(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 
 
 def soap(groups: list[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
-    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, on both sides, which follows them every
-    10 steps; the first step only finds it. Raises UserError if the package is not installed."""
+    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, of both sides of a matrix, taken anew
+    every 10 steps; the first step only finds it. Raises UserError if the package is not installed."""
     with extra("soap"):
         from pytorch_optimizer import SOAP
     widest = max(max(p.shape) for group in groups for p in group["params"])
-    return SOAP(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), max_precondition_dim=widest)
+    optimizer = SOAP(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), max_precondition_dim=widest)
+
+    def same_layout(*args: Any) -> None:
+        """Of the bases in memory: else ranks of a run that goes on have other bits than rank 0, and drift apart."""
+        for state in optimizer.state.values():
+            state["Q"] = [basis.contiguous() for basis in state["Q"]]
+
+    optimizer.register_step_post_hook(same_layout)
+    return optimizer
 
 
 def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
