@@ -21,7 +21,7 @@ import textwrap
 import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from spikesink.errors import UserError, nearest
 
@@ -66,7 +66,7 @@ def read_config(path: str | Path) -> Values:
         names = runpy.run_path(str(path))
     except Exception as error:
         raise UserError(f"config {path} failed: {type(error).__name__}: {error}") from None
-    hidden = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    hidden = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type, type(ClassVar))
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, hidden)}
 
 
