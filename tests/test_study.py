@@ -685,7 +685,9 @@ def test_the_rows_of_committed_tables_are_the_runs_that_their_commands_ask_for(p
     meta = {"vocab_size": table.config["vocab_size"]}
     monkeypatch.setattr(jobs, "data_of", lambda dataset: (meta, table.data[:2]))
     monkeypatch.setattr(jobs, "check_sequences", lambda *args: None)
-    monkeypatch.setattr(jobs, "start_of", lambda name: ({} if name == "scratch" else table.config, table.data[2:]))
+    monkeypatch.setattr(
+        jobs, "start_of", lambda name: ({} if name == "scratch" else table.config, table.data[2:], None)
+    )
     monkeypatch.setattr(jobs, "clip_limit", lambda *args: table.arms["clip"].changes["stream_clip"])
     asked, of_study, of_runs = study.parse_argv(table.command.split()[2:])
     assert asked.command == table.command
