@@ -292,7 +292,7 @@ def bench_arms(args: argparse.Namespace) -> Tables:
         random_tokens(data, SHAPES["10M"]["vocab_size"])
         job = lambda name: {"job": "run", "argv": [name, "scale/tiny", "--compile=True", "--monitor=0"], "data": data}
         with Worker(job(first)) as baseline:
-            for name in names:
+            for name in args.arms or names:
                 said = measured({name: job(name)}, 1 if args.quick else ARM_ROUNDS, f"arm {name}", {first: baseline})
                 ratio, between = ratios(said[name], said[first])
                 of = {key: said[name][-1][key] / said[first][-1][key] for key in ("flops", "mb")}
@@ -470,6 +470,7 @@ def main() -> None:
     flags.add_argument("--quick", action="store_true", help="the small model, few rounds, few sequences")
     flags.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     flags.add_argument("--model", metavar="DIR_OR_GGUF", help="a trained model, for detect and ablate")
+    flags.add_argument("--arms", nargs="+", metavar="ARM", help="of --only arms, these")
     flags.add_argument("--rounds", type=int, default=1, choices=(1, 2, 3), help="of detect and ablate (default: 1)")
     flags.add_argument("--json", metavar="FILE", help="where the numbers go")
     flags.add_argument("--worker", metavar="JOB", help=argparse.SUPPRESS)  # how it calls itself

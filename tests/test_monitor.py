@@ -354,6 +354,7 @@ def assert_same_run(one, two):
         ["--dropout=0.2", "--norm_place=post"],
         ["--losses=kurtosis=1e-3", "--dropout=0.1", "--optimizer=muon"],
         ["--dtype=bfloat16", "--dropout=0.1", "--position=rope", "--qk_norm=full"],
+        ["--ffn=moe", "--norm_place=post", "--value=residual", "--losses=load_balance=0.1"],
     ],
     ids=lambda extra: " ".join(extra),
 )
