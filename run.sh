@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All set-up on a fresh machine:  bash run.sh quickstart  |  bash run.sh test  |  bash run.sh wheel
+# All set-up on a fresh machine:  bash run.sh quickstart  |  bash run.sh test  |  bash run.sh slow  |  bash run.sh wheel
 # Makes a virtual environment (VENV, default .venv) and installs the pinned requirements into it.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -35,7 +35,11 @@ test)
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
-  "$venv/bin/python" -m pytest -q
+  "$venv/bin/python" -m pytest -q -n 2 --dist loadscope -m "not slow"
+  ;;
+slow) # the tests that take longest, of which tests/conftest.py has the list
+  setup
+  "$venv/bin/python" -m pytest -q -n 2 --dist loadscope -m slow
   ;;
 wheel) # the package as a stranger installs it: in an environment of its own, used from an empty folder
   setup
@@ -53,7 +57,7 @@ wheel) # the package as a stranger installs it: in an environment of its own, us
   PATH="$scratch/venv/bin:$PATH" python "$clone/tests/wheel.py" "$clone" "$scratch/lab/ckpt.pt"
   ;;
 *)
-  echo "usage: bash run.sh quickstart | test | wheel" >&2
+  echo "usage: bash run.sh quickstart | test | slow | wheel" >&2
   exit 2
   ;;
 esac

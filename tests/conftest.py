@@ -14,11 +14,51 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 from model import GPT, GPTConfig  # noqa: E402
 from spikesink import errors  # noqa: E402
 from spikesink.models.subject import Subject  # noqa: E402
+
+# Each takes 20 seconds or more, all its cases together: `bash run.sh slow` runs them, `bash run.sh test` the rest.
+SLOW = [
+    "test_the_tutorial_does_what_it_says",
+    "test_the_api_example_runs",
+    "test_every_step_is_rehearsed",
+    "test_fault",
+    "test_no_verdict_on_a_planted_cause_is_wrong",
+    "test_pages_open_without_complaint_and_fit",
+    "test_weights_left_on_disk_give_the_same_findings",
+    "test_a_model_in_memory_is_given_back_as_it_was",
+    "test_detect_and_ablate_a_hugging_face_folder",
+    "test_ablate_takes_encoders_encoder_decoders_and_padding",
+    "test_the_hash_of_the_code_is_of_the_folders_that_numbers_depend_on",
+    "test_the_table_holds_what_is_promised",
+    "test_killed_at_a_random_moment_it_goes_on_to_the_same_table",
+    "test_coverage_and_size",
+    "test_divergence_is_a_result_and_what_is_done_is_not_done_again",
+    "test_end_to_end",
+    "test_what_is_trained_is_not_trained_again_and_the_rest_goes_on",
+    "test_compiles_without_breaks",
+    "test_any_config_trains_and_reloads_or_is_refused_by_name",
+    "test_a_row_is_what_detect_measures",
+    "test_compiled_training_is_bitwise_the_same",
+    "test_a_compiled_run_resumes_bitwise",
+    "test_replay_names_the_window_that_spoils_a_batch",
+    "test_training_is_measured_in_turn_and_reported",
+    "test_stdlib_is_split_by_name_so_another_python_trains_on_none_of_the_validation_text",
+    "test_torchrun_restarts_a_run_whose_rank_was_killed",
+]
+
+
+def pytest_collection_modifyitems(items):
+    found = {item.originalname for item in items}
+    for item in items:
+        if item.originalname in SLOW:
+            item.add_marker(pytest.mark.slow)
+    missing = [name for name in SLOW if name not in found]
+    assert not missing or len(found) < 500, f"SLOW names no test: {missing}"
+
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64}
 

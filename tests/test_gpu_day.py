@@ -25,7 +25,6 @@ def day(tmp_path):
     return Day(NANO, tmp_path, tmp_path / "results", 60.0, Machine.find("cpu"))
 
 
-@pytest.mark.slow
 def test_every_step_is_rehearsed(cli, tmp_path):
     """On a CPU, at nano scale; the second call has nothing left to do but the table, which it makes again."""
     results = tmp_path / "results"
