@@ -84,7 +84,7 @@ def test_the_tutorial_does_what_it_says(clone):
     for name in ("configs/scalenorm.py", "tests/test_scalenorm.py"):
         assert not (clone / name).exists()
         (clone / name).write_text(parts()[name])
-    train_it, look, ablate, test, again, compare, seeds = (bash(block, clone) for block in blocks("bash"))
+    train_it, look, ablate, check, test, again, compare, seeds = (bash(block, clone) for block in blocks("bash"))
 
     said = blocks("")[1]  # the output that it quotes
     assert said in train_it
@@ -92,6 +92,7 @@ def test_the_tutorial_does_what_it_says(clone):
     out = clone / "out" / "quickstart-prenorm"
     assert all((out / name).is_file() for name in ("detect.html", "report.html"))
     assert "nothing to edit" in ablate and "control: random_keys" in ablate
+    assert check.count(": ok.") == len(check.splitlines()) == 12
     assert "2 passed" in test
 
     replays = [windows(part) for part in again.split("step 1: ")[1:]]
