@@ -125,13 +125,13 @@ def test_the_api_example_runs(clone):
         assert (clone / "out" / "api" / name).is_file()
 
 
-def test_the_readmes_python_runs_as_it_stands(clone):
+def test_the_readmes_python_runs_as_it_stands(clone, trained):
     pages = ("README.md", "docs/metrics.md")
     examples = [block for page in pages for block in blocks("python", page) if "spikesink.open" in block]
     assert len(examples) == 2
     for example, numbers in zip(examples, (1, 2), strict=True):
         script = example if "import spikesink" in example else f"import spikesink\n\n{example}"
-        (clone / "example.py").write_text(script.replace('"gpt2"', '"out/quickstart-prenorm"'))  # no network here
+        (clone / "example.py").write_text(script.replace('"gpt2"', f'"{trained}"'))  # no network here
         assert len([float(line) for line in bash("python example.py", clone).split()]) == numbers
 
 
