@@ -433,6 +433,7 @@ def test_export_refuses_what_neither_family_computes():
         ({"norm_place": "post"}, "GPT-2 does not compute norm_place=post"),
         ({"position": "rope", "norm": "rmsnorm"}, "Llama does not compute ffn=plain"),
         ({"attention": "softmax1", "gate": "head"}, "attention=softmax1.*gate=head"),
+        ({"ffn_hidden": "48*2"}, r"GPT-2 does not compute ffn_hidden=48\*2"),
     ):
         model = tiny(**arm)
         with pytest.raises(ValueError, match=words):

@@ -91,7 +91,7 @@ class CleanPass:
 
         def on_stage(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             clean.outputs.append(output)
-            clean.left.append(copied(left_in(args)))
+            clean.left.append(dict(left_in(args)))
 
         hooks: list[tuple[nn.Module, Any]] = [(tap.module, on_attention) for tap in subject.attends]
         hooks += [(stage, on_stage) for stage in subject.stages]
@@ -195,7 +195,7 @@ class CleanPass:
         own = [vars(module).get("forward") for module in replaced]
 
         def again(output: Any, left: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            left_in(args).update(copied(left))
+            left_in(args).update(left)
             return output
 
         for module, output, left in zip(replaced, self.outputs, self.left, strict=False):
@@ -214,11 +214,6 @@ def left_in(args: tuple) -> dict[str, Any]:
     """What earlier layers of a GPT of model.py left for later ones, in the Context that a stage was called with; empty
     for other models."""
     return getattr(args[1], "left", {}) if len(args) > 1 else {}
-
-
-def copied(left: dict[str, Any]) -> dict[str, Any]:
-    """The same, safe from what a later layer appends."""
-    return {name: value.copy() if isinstance(value, (list, dict)) else value for name, value in left.items()}
 
 
 class Means:

@@ -268,7 +268,8 @@ def to_hf(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
         ("Llama", LLAMA_NEEDS, to_llama) if args["position"] == "rope" else ("GPT-2", GPT2_NEEDS, to_gpt2)
     )
     other = [f"{k}={args[k]} (it has {v})" for k, v in {**needs, **BOTH_NEED}.items() if args[k] != v]
-    other += [f"{k}={args[k]}" for k in ("head_dim", "n_kv_head", *DEFAULTS) if k not in needs and " " in str(args[k])]
+    free = [key for key in ("head_dim", "n_kv_head", *DEFAULTS) if key not in needs]
+    other += [f"{key}={args[key]}" for key in free if re.search(r"[\s*(]", str(args[key]))]  # written layer by layer
     if args["activation"] not in ACTIVATIONS:
         other.append(f"activation={args['activation']}")
     if other:

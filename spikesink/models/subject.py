@@ -167,9 +167,8 @@ class Subject:
     has_loss: bool = True
     rebuild: Callable[[], "Subject"] | None = None  # the same model with new random weights
     stages: list[nn.Module] = field(default_factory=list)
-    whole_passes: list[str] = field(
-        default_factory=list
-    )  # of CleanPass.why_whole: nothing yet, '' or why they are made
+    # of CleanPass.why_whole: nothing yet, then '' or why passes are made whole
+    whole_passes: list[str] = field(default_factory=list)
 
     @classmethod
     def of_gpt(cls, model: Any, decode: Callable[[int], str]) -> "Subject":
