@@ -29,9 +29,11 @@ from .findings import Cause, CauseControl, Lost
 from .interventions import Edit
 
 ASKED = {"spike": "sinks", "bos": "sinks", "sink": "spikes"}  # of an intervention's kind, what is asked for
-# spike_direction is not among them: its random direction disturbs every other feature too, so that in planted models
-# with half of their sinks by the spike it said "yes"
 CAUSES = ("spike_zero", "spike_scale", "bos_ffn", "sink_mask")
+# Of these, what becomes of the sinks downstream is counted. Only CAUSES get a verdict: the random direction of
+# spike_direction disturbs every other feature too, so that in planted models with half of their sinks by the spike it
+# said "yes"
+EXPOSING = ("spike_zero", "spike_scale", "spike_mean", "spike_direction", "bos_ffn")
 SIZES = ("spike_scale",)
 SIZED, FACTOR = ("same_energy", "same_mass"), 2.0  # controls of the same size, and how far off their dose may be
 REMOVED, SMALL = 0.1, 0.1

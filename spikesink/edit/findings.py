@@ -81,6 +81,15 @@ class Left(Record):
     ci95: ShareIntervals | None
 
 
+class Exposed(Record):
+    """Of the sinks that lie downstream of a spike that was edited: how many there are, the share that still are sinks,
+    and the share of their alpha that is lost, in the mean over them (a gain counts as 100% at most)."""
+
+    sinks: int
+    left: float
+    lost: float
+
+
 class StateChange(Record):
     """The mean |h' - h| / |h| of the states at a tap, of spike tokens and of the others."""
 
@@ -93,7 +102,8 @@ class Effect(LossChange, Named):
 
     `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `dose`: the squared distance
     from the clean states of what was written, or the attention of the keys; None where that is not known. `by_class`:
-    by outcomes.CLASSES. `by_position`: the change of the loss. `state_change`: one per tap.
+    by outcomes.CLASSES. `by_position`: the change of the loss. `exposed`: of causes.EXPOSING, and of their controls;
+    None where there are no such sinks. `state_change`: one per tap.
     """
 
     edited: int
@@ -103,6 +113,7 @@ class Effect(LossChange, Named):
     by_position: list[float]
     spikes_left: Left
     sinks_left: Left
+    exposed: Exposed | None = sometimes()
     state_change: list[StateChange]
 
 

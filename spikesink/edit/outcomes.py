@@ -31,6 +31,7 @@ from .findings import (
     ControlChange,
     ControlEffect,
     Entry,
+    Exposed,
     Interval,
     Left,
     MapChange,
@@ -116,7 +117,7 @@ def measure(
             for name, condition in conditions.items():
                 bar.set_postfix_str(name, refresh=False)
                 edit, intervention = condition(clean), name.partition("/")[0]  # controls follow their intervention
-                if name in causes.CAUSES:
+                if name in (*causes.CAUSES, *causes.EXPOSING):
                     asked = causes.ASKED[intervention_named(name).kind]
                     judged[name] = Judged(clean, edit, asked, name in causes.SIZES)
                     result.states.setdefault(name, set()).update(judged[name].states())
@@ -362,8 +363,16 @@ def effect_entry(name: str, kind: str, outcomes: Outcomes) -> dict[str, Any]:
         "by_position": mean_by_position(delta),
         "spikes_left": share_left(outcome.spikes[among], outcomes.spikes[among]),
         "sinks_left": share_left(outcome.sinks[among], outcomes.sinks[among]),
+        "exposed": exposed(outcome) if name.partition("/")[0] in causes.EXPOSING else None,
         "state_change": [StateChange(spike_tokens=spike_tokens, others=others) for spike_tokens, others in moved],
     }
+
+
+def exposed(outcome: Outcome) -> Exposed | None:
+    """What became of the sinks downstream of what was edited; None where there are none."""
+    sums = dict(zip(causes.SUMS, outcome.sums.sum(0).tolist(), strict=True))
+    sinks = sums["judged"]
+    return Exposed(sinks=int(sinks), left=sums["left"] / sinks, lost=1 - sums["share"] / sinks) if sinks else None
 
 
 def table_entries(table: Mapping[str, Intervention], outcomes: Outcomes) -> list[Entry]:

@@ -105,10 +105,14 @@ class LayerStats(Magnitudes, Place, Indexed):
 class SideStats(LayerStats):
     """The stream after a sub-layer, on one of its sides: its sum, or what the next sub-layer reads of it.
 
-    `spike_tokens`: the share of tokens that the primary rule marks here. `usual`: with which it compares them.
+    `spike_tokens`: the share of tokens that the primary rule marks here. `usual`: with which it compares them. Of the
+    first token, means over sequences: `first_energy`, the share of its energy (squared norm) in its largest channel;
+    `first_norm`, its norm over the median token's. Files of older versions have neither.
     """
 
     spike_tokens: float
+    first_energy: float | None = sometimes()
+    first_norm: float | None = sometimes()
     usual: "UsualEntry"
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..hooks import Tap
 from ..models.subject import Subject
 from . import calibrate, metrics
 from .examples import packed
@@ -76,8 +75,8 @@ def summarise(
         model=model,
         data=_data(subject, obs, data or _as_text(obs)),
         verdicts=calibrate.verdicts(obs, null, overlap, subject.heads, *trained),
-        layers=_side_stats(obs, obs.sum, subject.streams),
-        reads=_side_stats(obs, obs.read, subject.streams),
+        layers=_side_stats(subject, obs, obs.sum),
+        reads=_side_stats(subject, obs, obs.read),
         spikes=_spikes(subject, obs, null),
         sinks=_sinks(subject, obs, null),
         co_occurrence=overlap,
@@ -89,9 +88,11 @@ def summarise(
     )
 
 
-def _side_stats(obs: Observation, side: Side, streams: list[Tap]) -> list[SideStats]:
-    """The findings' entries of one side of the taps, after those sub-layers that `streams` name."""
+def _side_stats(subject: Subject, obs: Observation, side: Side) -> list[SideStats]:
+    """The findings' entries of one side of the taps, after every sub-layer of which it was seen."""
     tokens, rows = int(obs.tokens.sum()), []
+    magnitude, norm = (x[..., subject.n_register].double() for x in (side.magnitudes, side.norms))  # first tokens'
+    median_norms = _median_norms(side)
     for i, _ in side.known:
         usual = side.usual[i]
         assert usual is not None
@@ -104,10 +105,12 @@ def _side_stats(obs: Observation, side: Side, streams: list[Tap]) -> list[SideSt
         rows.append(
             SideStats(
                 index=i,
-                layer=streams[i].layer,
-                kind=streams[i].kind,
+                layer=subject.streams[i].layer,
+                kind=subject.streams[i].kind,
                 **vars(side.stats[i].result()),
                 spike_tokens=(side.strengths[i] >= 1).sum().item() / tokens,
+                first_energy=_mean(magnitude[i].square() / norm[i].square()),
+                first_norm=_mean(norm[i] / median_norms[i]),
                 usual=entry,
             )
         )
@@ -212,11 +215,21 @@ class Peaks:
         of = lambda x: x[side.attended].gather(0, self.tap[None])[0]
         self.magnitude, self.channel, norm = of(side.magnitudes), of(side.channels), of(side.norms)
         self.energy_share = self.magnitude.square() / metrics.zero_is_nan(norm.square())
-        present = side.norms.masked_fill(side.norms == 0, torch.nan)  # padding
-        typical = present.flatten(1).nanmedian(1).values[:, None, None].expand_as(present)
-        self.norm_ratio = norm / of(typical)
+        self.norm_ratio = norm / of(_median_norms(side)[:, None, None].expand_as(side.norms))
         known = [i for i, _ in side.known if i in side.attended_taps]
         self.persistence = (side.strengths[known] >= 1).double().mean(0)
+
+
+def _median_norms(side: Side) -> torch.Tensor:
+    """The median norm of a token at every tap: (taps,)."""
+    present = side.norms.masked_fill(side.norms == 0, torch.nan)  # padding
+    return present.flatten(1).nanmedian(1).values
+
+
+def _mean(values: torch.Tensor) -> float | None:
+    """Of those that are numbers; None where none is."""
+    mean = values.double().nanmean().item()
+    return mean if math.isfinite(mean) else None
 
 
 def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:

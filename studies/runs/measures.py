@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from spikesink import schema
 from spikesink.api import Look
-from spikesink.edit.findings import Ablation, Blimp, Entry
+from spikesink.edit.findings import Ablation, Blimp, ControlEffect, Entry
 from spikesink.edit.quantise import quantised_losses
 from spikesink.measure.findings import Findings, LayerStats, RuleCount
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SHARE
@@ -109,6 +109,18 @@ MEASURES = {
         ".0%",
         _sequences(PRIMARY_SPIKE_RULE),
     ),
+    "first energy": Measure(
+        "share of the first token's energy (squared norm) in its largest channel, in the layer where that is largest",
+        "share",
+        ".0%",
+        lambda f: max((x for layer in f.attended if (x := layer.first_energy) is not None), default=None),
+    ),
+    "first norm": Measure(
+        "norm of the first token's state over the median token's, in the layer where that is largest",
+        "log",
+        ".3g",
+        lambda f: max((x for layer in f.attended if (x := layer.first_norm) is not None), default=None),
+    ),
     "Sink_1": Measure(
         "Gu et al.'s Sink_1 at epsilon 0.3: share of heads and sequences in which the first key has alpha > 0.3",
         "share",
@@ -172,6 +184,11 @@ def of_findings(found: Findings) -> Measures:
     return {name: None if x is None or not math.isfinite(x) else x for name, x in numbers.items()}
 
 
+def _of_same_size(entry: Entry) -> list[ControlEffect]:
+    """The control that is as large: in a list, which is empty where there is none."""
+    return [control for control in entry.controls_that_edited if control.name == "same_energy"]
+
+
 # what is kept of an intervention: name -> (Measure, how it is read from its Entry and the change of BLiMP accuracy)
 EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]] = {
     "loss": (Measure("change of the loss, nats per token", "plain", "+.4f"), lambda e, blimp: e.delta_loss),
@@ -186,6 +203,18 @@ EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]
     "sinks left": (
         Measure("of the very same sinks, the share left", "share", ".0%"),
         lambda e, blimp: e.sinks_left.same,
+    ),
+    "exposed lost": (
+        Measure("share of alpha lost by the sinks downstream of an edited spike", "share", ".0%"),
+        lambda e, blimp: e.exposed.lost if e.exposed else None,
+    ),
+    "same size loss": (
+        Measure("change of the loss when the same tokens move as far in a random direction", "plain", "+.4f"),
+        lambda e, blimp: next((c.delta_loss for c in _of_same_size(e)), None),
+    ),
+    "same size exposed lost": (
+        Measure("share of alpha that the same sinks lose then", "share", ".0%"),
+        lambda e, blimp: next((c.exposed.lost for c in _of_same_size(e) if c.exposed), None),
     ),
     "BLiMP": (Measure("change of BLiMP accuracy", "plain", "+.2%"), lambda e, blimp: blimp),
 }
@@ -216,7 +245,7 @@ def of_int8(look: Look) -> Measures:
     }
 
 
-KEPT = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left")
+KEPT = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left", "exposed")
 
 
 def ablations(ablation: Ablation) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikesink import schema
+from spikesink.edit.findings import Exposed
 from spikesink.errors import UserError
 
 DONE, DIVERGED, STARTED, NOT_RUN = "done", "diverged", "started", "not run"
@@ -62,6 +63,7 @@ class Control:
     ci95: Pair
     spikes_left: Left
     sinks_left: Left
+    exposed: Exposed | None = schema.sometimes()
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Effect:
     spikes_left: Left
     sinks_left: Left
     control: list[Control]
+    exposed: Exposed | None = schema.sometimes()
 
 
 @dataclass(frozen=True)
