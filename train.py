@@ -177,7 +177,7 @@ def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 def on_matrices(make: Callable[..., Optimizer], model: GPT, cfg: TrainConfig) -> list[Optimizer]:
     """The optimiser make(groups, cfg) on the matrices of the blocks, AdamW on the rest."""
     matrices = {id(matrix) for matrix in model.block_matrices()}
-    groups = model.optimiser_groups(cfg.weight_decay)
+    groups = model.optimizer_groups(cfg.weight_decay)
     those = [{**group, "params": [p for p in group["params"] if id(p) in matrices]} for group in groups]
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
     return [make([group for group in those if group["params"]], cfg), adamw(rest, cfg)]
@@ -212,9 +212,9 @@ def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 
 # name -> the optimisers that share a model's parameters out among themselves
 OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
-    "adamw": lambda model, cfg: [adamw(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "adamw": lambda model, cfg: [adamw(model.optimizer_groups(cfg.weight_decay), cfg)],
     "muon": functools.partial(on_matrices, muon),
-    "sgd": lambda model, cfg: [sgd(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "sgd": lambda model, cfg: [sgd(model.optimizer_groups(cfg.weight_decay), cfg)],
     "soap": functools.partial(on_matrices, soap),
 }
 

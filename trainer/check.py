@@ -239,7 +239,7 @@ def replay(copy: Copy) -> Iterator[str]:
         start, first = (copy.place(model, tap) for tap in found)
         yield (
             f"A pass replayed from {start} on is not the whole pass; first seen in {first}: what it reads was left on "
-            "a module by another pass, or changed in place in the context's `left`. Put a new object there instead"
+            "a module by another pass, or changed in place in the context's `carry`. Put a new object there instead"
         )
 
 
