@@ -251,7 +251,7 @@ WRONG_ROWS = {
 def test_rows_are_as_they_are_declared(monkeypatch, words):
     monkeypatch.setitem(model_module.ATTENTIONS, "clipped", lambda c, layer: of_rows(*WRONG_ROWS[words]))
     found = broken("rows", GPTConfig(attention="clipped"))
-    assert words in found and "transformer.h.0.attn.f.attend, of rows=" in found
+    assert words in found and "transformer.h.0.attn.f.attend, with rows=" in found
 
 
 def test_what_the_seam_returns_is_its_map_times_the_values(monkeypatch):
