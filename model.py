@@ -307,7 +307,6 @@ class NormPlace(NamedTuple):
     before: bool  # on the input of attention or FFN
     update: bool  # on their output, before the add
     after: bool  # on the stream, after the add
-
     final: bool  # ln_f; a post-norm stream is normalised already
 
 
@@ -544,7 +543,6 @@ class Attend(nn.Module):
     what a row of that map sums to. "one": to one. "slot": to at most one, and a slot takes the rest. "less": to at most
     one, and the rest is lost. "signed": to anything, with weights of either sign. A normaliser may also have "any": its
     weights sum to anything, and the map divides them by that sum, so that `rows` of the seam is "one".
-
     """
 
     slopes: Tensor | None
@@ -1004,7 +1002,6 @@ class SubLayer(nn.Module):
     """x = clip(norm_after(x + scale * norm_update(f(norm_before(x))))), where f is attention or an FFN.
 
     Unused slots are identities. Two taps can be hooked: `update`, which is added to x, and `stream`, the result.
-
     """
 
     def __init__(self, config: GPTConfig, f: nn.Module, role: str) -> None:
@@ -1204,7 +1201,6 @@ class GPT(nn.Module):
         `kwargs` go to transformers' `from_pretrained`. Raises UserError if the model cannot be opened completely, and
         ValueError if this class cannot compute its architecture.
         """
-
         from spikesink.models import convert, hf
 
         return cls.from_checkpoint(convert.from_hf(hf.open_model(name_or_path, **kwargs)))

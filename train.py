@@ -191,7 +191,6 @@ def muon(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 def soap(groups: list[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, for both sides of a matrix. The basis is
     computed every 10 steps; the first step does nothing else. Raises UserError if the package is missing."""
-
     with extra("soap"):
         from pytorch_optimizer import SOAP
     widest = max(max(p.shape) for group in groups for p in group["params"])

@@ -530,7 +530,6 @@ def first_line(error: Exception) -> str:
 
 def check(model_class: type, config: Any, trainer: Trainer, only: Collection[str] = ()) -> Iterator[Result]:
     """Yields the Result of each contract, or of those named in `only`. Raises UserError if no tiny copy can be made."""
-
     small = tiny(config)
     selected = {name: contract for name, contract in CONTRACTS.items() if not only or name in only}
     for name, contract in ({"runs": runs} | selected).items():

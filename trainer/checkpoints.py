@@ -120,6 +120,5 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Deletes the unfinished files of writers that were killed."""
-
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)

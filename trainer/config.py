@@ -291,5 +291,4 @@ def describe(schemas: Schemas, choices: Mapping[str, Collection[str]] | None = N
             else:
                 entry.insert(0, start.rstrip())
             lines += entry
-
     return "\n".join(lines)
