@@ -137,11 +137,10 @@ class TrainConfig:
             )
         if self.loss_last and self.loss_first >= self.loss_last:
             raise ValueError(f"loss_first={self.loss_first} is not before loss_last={self.loss_last}")
-        positive = (
-            "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval "
-            "keep_last"
-        )
-        for key in positive.split():
+        for key in (
+            *("max_iters", "batch_size", "gradient_accumulation_steps"),
+            *("eval_interval", "eval_iters", "log_interval", "save_interval", "keep_last"),
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if self.resume and self.overwrite:
@@ -170,8 +169,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) in one fused kernel."""
-    betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 def on_matrices(make: Callable[..., Optimizer], model: GPT, cfg: TrainConfig) -> list[Optimizer]:
@@ -400,8 +398,7 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(saved: Checkpoint, path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """{key: value} that a resumed run takes from its checkpoint. Raises UserError if the overrides change what must not
-    change."""
+    """{key: value} that a resumed run takes from its checkpoint. Raises UserError for any other override."""
     fields, values = config.fields_of(SCHEMAS), {}
     for key, stored in renamed(saved.model_args | saved.config).items():
         if key not in fields:
@@ -773,8 +770,7 @@ class Run:
         return self.done or self.step % interval == 0
 
     def evaluate(self) -> bool:
-        """Measures the validation loss. Returns whether it is the lowest so far. Raises StoppedError if it is not
-        finite."""
+        """Measures the validation loss; True if it is the lowest so far. Raises StoppedError if it is not finite."""
         self.val_loss = validation_loss(self.compiled_model, self.val_data, self.cfg, self.machine)
         if not math.isfinite(self.val_loss):
             raise StoppedError(f"step {self.step}: val_loss {self.val_loss} after the update: stopped, not saved")
@@ -901,15 +897,11 @@ def replay(run: Run) -> Replay:
     norm = run.clip()
     squares = {n: p.grad.float().square().sum().item() for n, p in run.model.named_parameters() if p.grad is not None}
     total = sum(squares.values())
-    windows = run.train_data.windows(run.step, run.sequences_per_step)
     worst: Callable[[Any], float] = lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
-    return Replay(
-        run.cfg.replay,
-        loss,
-        norm,
-        sorted(zip(windows, losses, ids, strict=True), key=worst),
-        sorted(((name, square / total) for name, square in squares.items()), key=worst),
-    )
+    numbers = run.train_data.windows(run.step, run.sequences_per_step)
+    windows = sorted(zip(numbers, losses, ids, strict=True), key=worst)
+    shares = sorted(((name, square / total) for name, square in squares.items()), key=worst)
+    return Replay(run.cfg.replay, loss, norm, windows, shares)
 
 
 def print_replay(run: Run) -> None:

@@ -136,19 +136,9 @@ class DatasetWriter:
             self.mark(self.source, finishing=True)
         for file in self.files.values():
             file.close()
-        finish_dataset(
-            self.folder,
-            {
-                "dtype": self.dtype.name,
-                "vocab_size": self.tokenizer.vocab_size,
-                "tokenizer": self.tokenizer.name,
-                "bos_id": self.tokenizer.bos_id,
-                "bpe": self.tokenizer.bpe,
-                "documents": self.documents,
-                **meta,
-            },
-            self.tokens,
-        )
+        own = {"vocab_size": self.tokenizer.vocab_size, "tokenizer": self.tokenizer.name}
+        own |= {"bos_id": self.tokenizer.bos_id, "bpe": self.tokenizer.bpe, "documents": self.documents}
+        finish_dataset(self.folder, {"dtype": self.dtype.name, **own, **meta}, self.tokens)
         self.progress_file.unlink(missing_ok=True)
 
 

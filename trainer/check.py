@@ -381,9 +381,10 @@ def group_fault(decays: list[bool], is_matrix: bool) -> str:
     """What is wrong with the groups of a parameter, or ''. `decays`: for each of them, whether it decays."""
     if len(decays) != 1:
         return f"is in {len(decays)} groups, not in one"
-    kind = "the weight of a nn.Linear or nn.Embedding"
+    if decays == [is_matrix]:
+        return ""
     return (
-        "" if decays == [is_matrix] else f"does not decay, and is {kind}" if is_matrix else f"decays, and is not {kind}"
+        f"{'does not decay, and is' if is_matrix else 'decays, and is not'} the weight of a nn.Linear or nn.Embedding"
     )
 
 
@@ -498,20 +499,8 @@ def runs(copy: Copy) -> Iterator[str]:
     yield from ()
 
 
-CONTRACTS: dict[str, Callable[[Copy], Iterator[str]]] = {
-    "causal": causal,
-    "taps": taps,
-    "state": state,
-    "replay": replay,
-    "rows": rows,
-    "flops": flops,
-    "parameters": parameters,
-    "detect": detect,
-    "ablate": ablate,
-    "export": export,
-    "resume": resume,
-    "compiled": compiled,
-}
+ALL = (causal, taps, state, replay, rows, flops, parameters, detect, ablate, export, resume, compiled)
+CONTRACTS: dict[str, Callable[[Copy], Iterator[str]]] = {contract.__name__: contract for contract in ALL}
 
 
 def raised(error: Exception, model_class: type) -> str:
