@@ -1,22 +1,22 @@
-"""A decoder-only GPT in one file, every architectural choice a switch.
+"""A decoder-only GPT in one file. Every architectural choice is a switch.
 
 Shapes: B batch, T sequence, C = n_embd, H = n_head, D = head_dim, R a chunk of queries, V = vocab_size.
-The names are nanoGPT's (wte, wpe, h, ln_f, c_attn, c_proj, c_fc), so that GPT-2 weights and tools map over.
+The names are nanoGPT's (wte, wpe, h, ln_f, c_attn, c_proj, c_fc), so that GPT-2 weights and tools fit.
 
-To fork: a choice is a line in its table, an axis a field of GPTConfig and a table. `python train.py ARM --check` tells
-what a change broke. What the rest of the house relies on:
+To fork it: a new choice is a line in its table; a new axis is a field of GPTConfig and a table. The rest of the project
+relies on the following rules, and `python train.py ARM --check` tests whether your change keeps them.
 
-- A part is built from (config, layer): the config of its own layer, in which every axis has one value.
-- It is called with its input and one Context, made anew for each pass. What a later layer needs, it leaves there in
-  `left`, never on a module, and never changed in place: GPT.forward runs in every pass, but where one is replayed from
-  the middle, the sub-layers before return what they returned, and `left` is put back.
+- A part is built from (config, layer). The config is that of its own layer: every axis has one value there.
+- A part is called with its input and a Context, which is new in each pass. What later layers need, a layer puts into
+  `context.carry`, never on a module, and nobody changes it in place. (When ablate.py replays a pass from the middle,
+  GPT.forward still runs, the earlier sub-layers return their stored outputs, and `carry` is restored.)
 - The stream changes inside a sub-layer, before its tap `stream`, and nowhere between two sub-layers.
-- A pass changes no weight and no buffer. What changes once a step, a module does in `after_update()`, on each rank.
-- A matrix is an nn.Linear: then init, weight decay, FLOPs, Muon and int8 know it. The one whose output is added to the
-  stream is a StreamLinear. A module that is no such sum of matrices defines `flops(T)`; one that starts otherwise than
+- A pass changes no weight and no buffer. A module that changes once a step does so in `after_update()`, on each rank.
+- A matrix is an nn.Linear, so that init, weight decay, FLOPs, Muon and int8 find it; a matrix that writes to the stream
+  is a StreamLinear. A module whose FLOPs are not those of its matrices defines `flops(T)`; one that does not start from
   N(0, std) defines `init(std)`. Only weights of nn.Linear and nn.Embedding decay.
-- Position t depends on tokens up to t alone, and on no other sequence of the batch.
-- What queries see goes through Attend, whose `rows` and `seen` say what its map is.
+- Position t depends on tokens up to t only, and on no other sequence of the batch.
+- All attention goes through Attend, whose `rows` and `seen` describe its attention map.
 """
 
 import functools
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CONTRACT = "spikesink-model-1"  # by which `spikesink detect` knows this file as the model of a checkpoint
+CONTRACT = "spikesink-model-1"  # `spikesink detect` recognises the model file of a checkpoint by this line
 
 
 # ---------------------------------------------------------------------------------------------- config
@@ -39,10 +39,10 @@ CONTRACT = "spikesink-model-1"  # by which `spikesink detect` knows this file as
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Raises ValueError naming the fields, what was given and what is possible.
+    """The architecture. Raises ValueError naming the fields, their values and the possible ones.
 
-    All but MODEL_WIDE may vary by layer: norm_place="post*2 pre" (two, then the rest), "post*25% pre",
-    window="cycle(64*3 0)" (three and one, over and over). `layers` has a config for each layer.
+    Every field except MODEL_WIDE may vary by layer: norm_place="post*2 pre" (post in two layers, pre in the rest),
+    "post*25% pre", window="cycle(64*3 0)" (64 in three layers, 0 in one, repeated). `layers` has one config per layer.
     """
 
     MODEL_WIDE: ClassVar = (
@@ -70,11 +70,9 @@ class GPTConfig:
     qk_norm: str = "none"  # none, head, full (heads x width)
     # feed-forward
     ffn: str = "plain"  # plain, gated, linear, attention, moe (a mixture of gated experts)
-    ffn_hidden: int = (
-        0  # hidden width of the FFN; 0: 4 n_embd; 8/3 n_embd if gated, of which moe's active experts share
-    )
-    n_expert: int = 8  # of moe
-    n_active: int = 2  # experts that a token goes to
+    ffn_hidden: int = 0  # hidden width; 0: 4 n_embd, or if gated 8/3 n_embd, which moe's active experts share
+    n_expert: int = 8  # experts of moe
+    n_active: int = 2  # experts that each token goes to
     activation: str = "gelu"  # gelu, gelu_tanh, relu, relu2, silu, tanh, identity
     # residual stream
     residual_scale: str = "one"  # forward multiplier: one, inv_sqrt_2L, deepnorm, learned, rezero or a number
@@ -82,49 +80,48 @@ class GPTConfig:
     embedding_init: str = "small"  # small (0.02), unit (1, and 1/sqrt(n_embd) for the unembedding)
     # attention
     attention: str = "softmax"  # softmax, softmax1, sink_logit, k_bias, kv_bias, clipped, softpick, sigmoid, relu
-    window: int = 0  # keys a query sees, itself included; 0: all before it
-    n_register: int = 0  # learned tokens before the sequence
+    window: int = 0  # number of keys that a query sees, its own included; 0: all up to its own
+    n_register: int = 0  # number of learned tokens before the sequence
     value: str = "own"  # values: own, residual (mixed with the first layer's)
-    head_out: str = "none"  # on each head's output: none, rmsnorm, differential (pairs of heads are subtracted)
-    gate: str = "none"  # on the attention output: none, channel, head, single
+    head_out: str = "none"  # applied to each head's output: none, rmsnorm, differential (pairs of heads are subtracted)
+    gate: str = "none"  # gates on the attention output: none, channel, head, single
     gate_input: str = "input"  # what a gate depends on: input, constant, position, token
     # positions
     position: str = "learned"  # learned, sinusoidal, rope, alibi, none
     rope_base: float = 10000.0
     # limits
-    stream_clip: float = 0.0  # the stream is clamped to +- this after every sub-layer; 0: not
-    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: not
+    stream_clip: float = 0.0  # the stream is clamped to +- this value after every sub-layer; 0: no clamp
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
 
     def __post_init__(self) -> None:
         for layer in {id(layer): layer for layer in self.layers}.values():
             layer._check()
-        several = lambda key: len({getattr(layer, key) for layer in self.layers}) > 1
-        added = [layer.position for layer in self.layers if POSITIONS[layer.position].embedding is not NO_EMBEDDING]
-        if added and several("position"):
-            raise ValueError(f"position={self.position}: {added[0]} is added to the embedding, before any layer")
+        differs = lambda key: len({getattr(layer, key) for layer in self.layers}) > 1
+        embedded = [layer.position for layer in self.layers if POSITIONS[layer.position].embedding is not NO_EMBEDDING]
+        if embedded and differs("position"):
+            raise ValueError(f"position={self.position}: {embedded[0]} is added to the embedding, before any layer")
         for key in ("n_kv_head", "head_dim", "head_out"):
-            if "residual" in {layer.value for layer in self.layers} and several(key):
+            if "residual" in {layer.value for layer in self.layers} and differs(key):
                 raise ValueError(f"value={self.value} needs values of one shape, not {key}={getattr(self, key)}")
 
     @functools.cached_property
     def layers(self) -> "list[GPTConfig]":
-        """One config a layer, in which every axis has one value. Raises ValueError for what does not fit n_layer."""
+        """One config per layer, in which every axis has one value. Raises ValueError if a list does not fit n_layer."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.MODEL_WIDE}
-        kinds = {f.name: f.type for f in fields(self)}
-        varied = {k: by_layer(k, v, kinds[k], self.n_layer) for k, v in values.items() if is_varied(v)}
+        types = {f.name: f.type for f in fields(self)}
+        varied = {k: by_layer(k, v, types[k], self.n_layer) for k, v in values.items() if is_varied(v)}
         if not varied:
             return [self] * (self.n_layer if type(self.n_layer) is int and self.n_layer > 0 else 1)
         return [replace(self, **{k: column[i] for k, column in varied.items()}) for i in range(self.n_layer)]
 
     def _check(self) -> None:
-        """Raises ValueError for what no layer can be, given its own config; what layers are together is for
-        __post_init__."""
+        """Raises ValueError if this config of one layer is impossible. __post_init__ checks the layers together."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             fits = type(value) is entry.type or (entry.type is float and type(value) is int)
             if isinstance(entry.type, type) and not fits:
-                whole = ", one for all layers" if is_varied(value) else ""
-                raise ValueError(f"{entry.name}={value!r} is not of type {entry.type.__name__}{whole}")
+                hint = ", one for all layers" if is_varied(value) else ""
+                raise ValueError(f"{entry.name}={value!r} is not of type {entry.type.__name__}{hint}")
         for key, table in CHOICES.items():
             if getattr(self, key) not in table:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of: {', '.join(table)}")
@@ -142,7 +139,7 @@ class GPTConfig:
         if self.residual_scale not in RESIDUAL_SCALES and not is_number(self.residual_scale):
             known = ", ".join(RESIDUAL_SCALES)
             raise ValueError(f"residual_scale={self.residual_scale!r} is not a number or one of: {known}")
-        experts = (self.n_expert, self.n_active) == (GPTConfig.n_expert, GPTConfig.n_active)
+        default_experts = (self.n_expert, self.n_active) == (GPTConfig.n_expert, GPTConfig.n_active)
         for refused, reason in (
             (not self.head_dim and self.n_embd % self.n_head, "n_embd={n_embd} is not a multiple of n_head={n_head}"),
             (self.n_head % self.n_key_head, "n_head={n_head} is not a multiple of n_kv_head={n_kv_head}"),
@@ -164,7 +161,10 @@ class GPTConfig:
                 self.ffn_hidden and self.ffn not in ("plain", "gated", "moe"),
                 "ffn_hidden={ffn_hidden} needs ffn=plain, gated or moe, not ffn={ffn}",
             ),
-            (not experts and self.ffn != "moe", "n_expert={n_expert}, n_active={n_active} need ffn=moe, not ffn={ffn}"),
+            (
+                not default_experts and self.ffn != "moe",
+                "n_expert={n_expert}, n_active={n_active} need ffn=moe, not ffn={ffn}",
+            ),
             (self.n_active > self.n_expert, "n_active={n_active} is more than n_expert={n_expert}"),
             (
                 self.window and self.window < 2,
@@ -176,7 +176,7 @@ class GPTConfig:
 
     @property
     def n_key_head(self) -> int:
-        """Heads of keys and values."""
+        """Number of key and value heads."""
         return self.n_kv_head or self.n_head
 
     @property
@@ -186,7 +186,7 @@ class GPTConfig:
 
     @property
     def out_heads(self) -> tuple[int, int]:
-        """(how many outputs attention has, the width of each): of its heads, or of pairs that share values."""
+        """(number, width) of the attention outputs: one per head, or per pair of heads that share values."""
         paired = 2 if self.head_out == "differential" else 1
         return self.n_head // paired, self.head_width * paired
 
@@ -200,59 +200,57 @@ def is_number(text: str) -> bool:
 
 
 def is_varied(value: Any) -> bool:
-    """True for a value that is written layer by layer."""
+    """True if `value` is text with a value per layer."""
     return isinstance(value, str) and bool(re.search(r"[\s*(]", value))
 
 
 def by_layer(key: str, text: str, kind: Any, n_layer: int) -> list[Any]:
-    """What `key` is in each layer: "a*3 b" three times a, then b; "a*25% b" a quarter; "cycle(a*3 b)" over and over.
-
-    Raises ValueError where that does not fit n_layer, or an entry is not of type `kind`.
-    """
-    inside = re.fullmatch(r"\s*cycle\((.*)\)\s*", text)
-    entries = (inside[1] if inside else text).split()
+    """The value of `key` in each layer. "a*3 b" is a in three layers, then b; "a*25% b" is a in a quarter of them;
+    "cycle(a*3 b)" repeats. Raises ValueError if `text` does not fit n_layer or an entry is not of type `kind`."""
+    cycle = re.fullmatch(r"\s*cycle\((.*)\)\s*", text)
+    entries = (cycle[1] if cycle else text).split()
     values: list[Any] = []
     for i, entry in enumerate(entries):
         value, counted, count = entry.partition("*")
-        share = count.endswith("%")
+        is_percentage = count.endswith("%")
         try:
-            n = round(float(count.removesuffix("%")) * n_layer / 100) if share else int(count) if counted else 1
-            read = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+            n = round(float(count.removesuffix("%")) * n_layer / 100) if is_percentage else int(count) if counted else 1
+            parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError, TypeError):
             raise ValueError(f"{key}={text!r}: {entry!r} is not a value of {key}, or value*count") from None
-        n = max(1, n) if share else n
-        if not inside and not counted and i == len(entries) - 1:
-            n = n_layer - len(values)  # the last entry fills what is left
+        n = max(1, n) if is_percentage else n
+        if not cycle and not counted and i == len(entries) - 1:
+            n = n_layer - len(values)  # the last entry fills the remaining layers
         if n < 1:
             raise ValueError(f"{key}={text!r} leaves no layer of {n_layer} for {entry!r}")
-        values += [read] * n
-    fits = 0 < len(values) <= n_layer if inside else len(values) == n_layer
+        values += [parsed] * n
+    fits = 0 < len(values) <= n_layer if cycle else len(values) == n_layer
     if not fits:
-        raise ValueError(f"{key}={text!r} is of {len(values)} layers and does not fit n_layer={n_layer}")
+        raise ValueError(f"{key}={text!r} describes {len(values)} layers and does not fit n_layer={n_layer}")
     return (values * n_layer)[:n_layer]
 
 
 @dataclass
 class Context:
-    """What a part may read beside its input. Made anew for each pass; the registers stand in front of the tokens."""
+    """What a part may read besides its input. It is new in each pass. Registers stand in front of the tokens."""
 
     ids: Tensor  # (B, T), without registers
-    embedding: Tensor  # (B, n_register + T, C), of tokens and registers, without positions: not yet the stream
-    positions: Tensor  # (T,), of the tokens
-    left: dict[str, Any] = field(default_factory=dict)  # what layers leave for later ones
-    losses: dict[str, Tensor] = field(default_factory=dict)  # of this pass, by name, for train.py's `losses`
-    scalars: dict[str, Tensor] = field(default_factory=dict)  # of this pass, by name, for log.jsonl
+    embedding: Tensor  # (B, n_register + T, C), registers and tokens, without positions
+    positions: Tensor  # (T,), positions of the tokens
+    carry: dict[str, Any] = field(default_factory=dict)  # what layers hand to later layers
+    losses: dict[str, Tensor] = field(default_factory=dict)  # auxiliary losses by name, for train.py's `losses`
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # numbers by name, for log.jsonl
 
     def add_loss(self, name: str, value: Tensor) -> None:
-        """Adds to an auxiliary loss: a mean over sequences, so that it is the same however these are batched."""
+        """Adds `value` to an auxiliary loss. It must be a mean over sequences, so that batching does not change it."""
         self.losses[name] = self.losses.get(name, 0) + value
 
 
-Part = Callable[[GPTConfig, int], nn.Module]  # (config of the layer, its number from 0)
+Part = Callable[[GPTConfig, int], nn.Module]  # (config of the layer, its number from 0) -> module
 
 
 class StreamLinear(nn.Linear):
-    """The matrix of a sub-layer whose output is added to the stream: init_scale says how it starts."""
+    """The matrix whose output a sub-layer adds to the stream. `init_scale` sets its initial scale."""
 
 
 class Apply(nn.Module):
@@ -270,7 +268,7 @@ class Apply(nn.Module):
 
 
 class DyT(nn.Module):
-    """w * tanh(a x) + b (Zhu et al. 2025), a learned scalar."""
+    """w * tanh(a x) + b, where a is a learned scalar (Zhu et al. 2025)."""
 
     def __init__(self, size: int, alpha: float, gain: bool, bias: bool) -> None:
         super().__init__()
@@ -293,20 +291,20 @@ def rmsnorm(config: GPTConfig, size: int, role: str) -> nn.Module:
 
 
 def dyt(config: GPTConfig, size: int, role: str) -> nn.Module:
-    """DyT as in Sun et al. 2026: alpha 0.8 around attention, 0.2 around the FFN, and the last norm stays RMSNorm."""
+    """DyT as in Sun et al. 2026: alpha is 0.8 around attention and 0.2 around the FFN; the last norm is RMSNorm."""
     if role == "final":
         return rmsnorm(config, size, role)
     return DyT(size, {"attn": 0.8, "ffn": 0.2}[role], config.norm_gain, config.bias)
 
 
-# name -> constructor(config, size, role), role attn, ffn or final
+# name -> constructor(config, size, role), where role is attn, ffn or final
 NORMS = {"layernorm": layernorm, "rmsnorm": rmsnorm, "dyt": dyt}
 
 
 class NormPlace(NamedTuple):
-    """Which of a sub-layer's three norm slots are used, and whether the model ends on a norm."""
+    """Which of a sub-layer's three norm slots are used, and whether the model ends with a norm."""
 
-    before: bool  # on the input of attention / FFN
+    before: bool  # on the input of attention or FFN
     update: bool  # on their output, before the add
     after: bool  # on the stream, after the add
     final: bool  # ln_f; a post-norm stream is normalised already
@@ -322,7 +320,7 @@ NORM_PLACES = {
 
 
 class QKNorm(nn.Module):
-    """Normalises queries and keys (B, T, H, D): each head by itself, or over the full heads x width."""
+    """Normalises queries and keys (B, T, H, D), each head separately or all heads x width together."""
 
     def __init__(self, config: GPTConfig, full: bool) -> None:
         super().__init__()
@@ -346,7 +344,7 @@ QK_NORMS: dict[str, Part] = {
 
 
 class LearnedScale(nn.Module):
-    """update * scale, a parameter with one entry per channel or one in all."""
+    """update * scale, where scale is a parameter with an entry per channel, or a single one."""
 
     def __init__(self, size: int, init: float) -> None:
         super().__init__()
@@ -357,11 +355,11 @@ class LearnedScale(nn.Module):
 
 
 def fixed_scale(scale: float) -> nn.Module:
-    """update * scale, a constant."""
+    """update * scale, where scale is a constant."""
     return Apply(lambda update: scale * update)
 
 
-# The multiplier of each update in the forward pass, or a fixed number. L = n_layer: 2L updates are added to the stream.
+# Multiplier of each update in the forward pass. L = n_layer, so 2L updates are added to the stream.
 # deepnorm (Wang et al. 2022): LN(a x + f(x)) with a = (2L)^1/4 is written LN(x + f(x) / a), the same function of x.
 RESIDUAL_SCALES = {
     "one": lambda c: nn.Identity(),
@@ -373,31 +371,30 @@ RESIDUAL_SCALES = {
 
 
 def residual_scale(config: GPTConfig) -> nn.Module:
-    """The module of config.residual_scale: a name of RESIDUAL_SCALES or a number."""
-    named = RESIDUAL_SCALES.get(config.residual_scale)
-    return named(config) if named else fixed_scale(float(config.residual_scale))
+    """The module for config.residual_scale, which is a name of RESIDUAL_SCALES or a number."""
+    make = RESIDUAL_SCALES.get(config.residual_scale)
+    return make(config) if make else fixed_scale(float(config.residual_scale))
 
 
 # ------------------------------------------------------------------------------------------- positions
 
 
 class LearnedPosition(nn.Embedding):
-    """A learned vector per position (GPT-2's wpe)."""
+    """A learned vector for each position (GPT-2's wpe)."""
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__(config.block_size, config.n_embd)
 
 
 class Sinusoid(nn.Module):
-    """sin and cos of position x 10000^(-2i/C) (Vaswani et al. 2017), scaled to the rms of a new token embedding."""
+    """sin and cos of position * 10000^(-2i/C) (Vaswani et al. 2017), scaled to the rms of a new token embedding."""
 
     table: Tensor
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
-        angles = torch.outer(
-            torch.arange(config.block_size), 1e4 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
-        )
+        frequencies = 1e4 ** (-torch.arange(0, config.n_embd, 2) / config.n_embd)
+        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (T, C/2)
         table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, : config.n_embd]
         std = EMBEDDING_INITS[config.embedding_init](config)[0]
         self.register_buffer("table", std * math.sqrt(2) * table, persistent=False)
@@ -407,7 +404,7 @@ class Sinusoid(nn.Module):
 
 
 class Rotary(nn.Module):
-    """RoPE (Su et al. 2021), the two halves of a head rotated against each other as in Llama."""
+    """RoPE (Su et al. 2021). It rotates the two halves of a head against each other, as Llama does."""
 
     cos: Tensor
     sin: Tensor
@@ -423,14 +420,15 @@ class Rotary(nn.Module):
         cos, sin = self.cos[: q.size(-2)].to(q.dtype), self.sin[: q.size(-2)].to(q.dtype)
 
         def rotate(x: Tensor) -> Tensor:
-            left, right = x.chunk(2, dim=-1)
-            return x * cos + torch.cat((-right, left), dim=-1) * sin
+            first, second = x.chunk(2, dim=-1)
+            return x * cos + torch.cat((-second, first), dim=-1) * sin
 
         return rotate(q), rotate(k)
 
 
 def alibi_slopes(n_head: int) -> Tensor:
-    """ALiBi's slope per head (Press et al. 2022): 2^(-8i/n); beyond a power of 2, every other one of twice as many."""
+    """ALiBi's slope of each head: 2^(-8i/n) (Press et al. 2022). For n that is not a power of 2, the other heads take
+    every second slope of twice as many heads."""
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     return torch.tensor(slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (n_head - power), 2)])
@@ -440,7 +438,7 @@ NO_EMBEDDING: Part = lambda config, layer: Apply(lambda positions: 0.0)
 
 
 class Position(NamedTuple):
-    """Where a kind of position enters: added to the token embedding, on q and k, or as slopes on the logits."""
+    """Where positions enter: added to the token embedding, as a rotation of q and k, or as slopes on the logits."""
 
     embedding: Part = NO_EMBEDDING
     rotation: Part = lambda config, layer: Apply(lambda q, k: (q, k))
@@ -459,7 +457,7 @@ POSITIONS = {
 
 
 class RowNormaliser(nn.Module):
-    """weights = function(logits), and no slot. `rows`: one, less, any or signed, see Attend."""
+    """weights = function(logits), without a slot. `rows` is one, less, any or signed (see Attend)."""
 
     def __init__(self, function: Callable[..., Any], rows: str = "one") -> None:
         super().__init__()
@@ -470,10 +468,10 @@ class RowNormaliser(nn.Module):
 
 
 class SlotSoftmax(nn.Module):
-    """Softmax over the keys and one slot more that holds no token; the keys' weights sum to less than one.
+    """Softmax over the keys and a slot that holds no token, so that the weights of the keys sum to less than one.
 
-    The slot's logit: 0 (softmax-off-by-one, Miller 2023), learned per head (GPT-OSS), or q k* with a learned key (Gu et
-    al. 2024's K bias); its value: 0, or learned (KV bias).
+    The slot's logit is 0 (softmax-off-by-one, Miller 2023), learned per head (GPT-OSS), or q k* with a learned key k*
+    (K bias, Gu et al. 2024). Its value is 0, or learned (KV bias).
     """
 
     rows = "slot"
@@ -488,7 +486,7 @@ class SlotSoftmax(nn.Module):
         self.value = nn.Parameter(torch.zeros(H, config.out_heads[1])) if value else None
 
     def flops(self, T: int) -> int:
-        """Of q k*."""
+        """FLOPs of q k*."""
         return 0 if self.key is None else 6 * self.key.numel()
 
     def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -503,24 +501,23 @@ class SlotSoftmax(nn.Module):
 
 
 def softpick(logits: Tensor) -> Tensor:
-    """relu(e^x - 1) / sum |e^x - 1| (Zuhri et al. 2025), summed over the keys that a query sees.
+    """relu(e^x - 1) / sum |e^x - 1| (Zuhri et al. 2025), where the sum is over the keys that the query sees.
 
-    Summed over all T, as the paper prints it, hidden keys (e^-inf) count 1 each: then what a query gets depends on how
-    many tokens follow it.
+    The paper sums over all T keys. Then each hidden key (e^-inf) adds 1, and a query depends on how many tokens follow.
     """
     largest = logits.amax(dim=-1, keepdim=True).clamp_min(0)
     powers = ((logits - largest).exp() - (-largest).exp()).masked_fill(logits.isneginf(), 0)
     return powers.relu() / (powers.abs().sum(dim=-1, keepdim=True) + 1e-6)
 
 
-# name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), what the slot adds to the output
+# name -> module: logits (B, H, R, T), q (B, H, R, D) -> weights (B, H, R, T), the slot's contribution to the output
 ATTENTIONS: dict[str, Part] = {
     "softmax": lambda c, layer: RowNormaliser(lambda logits: logits.softmax(dim=-1)),
     "softmax1": SlotSoftmax,
     "sink_logit": functools.partial(SlotSoftmax, logit=True),
     "k_bias": functools.partial(SlotSoftmax, key=True),
     "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
-    # clip((zeta - gamma) softmax + gamma, 0, 1), zeta 1, gamma -0.03 (Bondarenko et al. 2023): exact zeros
+    # clip((zeta - gamma) softmax + gamma, 0, 1) with zeta 1, gamma -0.03 gives exact zeros (Bondarenko et al. 2023)
     "clipped": lambda c, layer: RowNormaliser(
         lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), "less"
     ),
@@ -535,17 +532,17 @@ ATTENTIONS: dict[str, Part] = {
 
 
 def for_heads(x: Tensor, n_head: int) -> Tensor:
-    """Keys or values (B, heads of them, T, D) as each of `n_head` heads has them: (B, n_head, T, D)."""
+    """Repeats keys or values (B, n_kv_head, T, D) for the query heads that share them: (B, n_head, T, D)."""
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
 class Attend(nn.Module):
-    """The attention seam: (q, k, v, bias) -> out. Instruments hook this module.
+    """The attention seam, which instruments hook: (q, k, v, bias) -> out.
 
-    A hook sees q, k, v; `shares` gives any chunk of rows of the attention map; a pre-hook may pass `bias`. `rows`: what
-    the rows that it gives are: "one", they sum to one; "slot", to at most one, a slot has the rest; "less", to at most
-    one, and nothing has the rest; "signed", to anything, of either sign. Where weights may sum to anything ("any"), the
-    rows are the weights divided by their sum, and "one".
+    A hook sees q, k, v; `shares` returns any chunk of rows of the attention map; a pre-hook may pass `bias`. `rows` is
+    what a row of that map sums to. "one": to one. "slot": to at most one, and a slot takes the rest. "less": to at most
+    one, and the rest is lost. "signed": to anything, with weights of either sign. A normaliser may also have "any": its
+    weights sum to anything, and the map divides them by that sum, so that `rows` of the seam is "one".
     """
 
     slopes: Tensor | None
@@ -559,7 +556,7 @@ class Attend(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
 
     def mask(self, first: int, R: int, T: int, device: torch.device | str) -> Tensor:
-        """What causality, the window and ALiBi add to the logits of queries first ... first + R - 1: ([H,] R, T)."""
+        """The mask ([H,] R, T) of queries first ... first + R - 1, from causality, the window and ALiBi's slopes."""
         distance = torch.arange(first, first + R, device=device)[:, None] - torch.arange(T, device=device)
         hidden = (distance < 0) | (distance >= self.window) if self.window else distance < 0
         mask = torch.zeros(R, T, device=device) if self.slopes is None else -self.slopes * distance
@@ -567,16 +564,16 @@ class Attend(nn.Module):
 
     @property
     def rows(self) -> str:
-        """See above."""
+        """What the rows of the attention map sum to; see the class."""
         rows = str(self.normalise.rows)
         return "one" if rows == "any" else rows
 
     def flops(self, T: int) -> int:
-        """Training FLOPs per query: of q k and the weights times v, over the keys that the last query sees."""
+        """Training FLOPs per query of q k^T and weights @ v, over the keys that the last query sees."""
         return 6 * self.width * min(T, self.window or T) + flops_of(self.normalise, T)
 
     def seen(self, first: int, R: int, T: int) -> Tensor:
-        """Which of the first T keys the queries first ... first + R - 1 see: bool (R, T)."""
+        """Which of the first T keys are visible to queries first ... first + R - 1: bool (R, T)."""
         return self.mask(first, R, T, "cpu" if self.slopes is None else self.slopes.device).isfinite().view(-1, R, T)[0]
 
     def weights(
@@ -584,23 +581,22 @@ class Attend(nn.Module):
     ) -> tuple[Tensor, Tensor | float]:
         """Weights (B, H, R, T) of the queries q (B, H, R, D), the first at position `first`, and the slot's output.
 
-        `bias` broadcasts to (B, H, 1, T): added to the logit of a key for every query but the one at the key's own
-        position, so that a masked (-inf) first key leaves no empty row.
+        `bias` broadcasts to (B, H, 1, T). It is added to a key's logit for every query except the one at the key's own
+        position, so that no row is empty when the first key is masked (-inf).
         """
         R, T = q.size(-2), k.size(-2)
-        logits = q @ for_heads(k, q.size(1)).transpose(-2, -1) / math.sqrt(q.size(-1)) + self.mask(
-            first, R, T, q.device
-        )
+        logits = q @ for_heads(k, q.size(1)).transpose(-2, -1) / math.sqrt(q.size(-1))
+        logits = logits + self.mask(first, R, T, q.device)
         if bias is not None:
-            own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
-            logits = logits + torch.where(own, 0.0, bias)
+            is_own = torch.arange(first, first + R, device=q.device)[:, None] == torch.arange(T, device=q.device)
+            logits = logits + torch.where(is_own, 0.0, bias)
         return self.normalise(logits, q)
 
     def shares(self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None) -> Tensor:
-        """The attention map (B, H, R, T) as reported: the part of its attention that a query gives to each key.
+        """The attention map (B, H, R, T) that is reported: the share of its attention that a query gives to each key.
 
-        These are the weights, so rows sum to less than one where a slot takes some. Weights that may sum to anything
-        (sigmoid, ReLU) are divided by their row's sum; a row of zeros stays zero.
+        These are the weights; a row sums to less than one if a slot takes some. Weights that may sum to anything
+        (sigmoid, ReLU) are divided by the sum of their row; a row of zeros stays zero.
         """
         weights, _ = self.weights(q, k, first, bias)
         if self.normalise.rows == "any":
@@ -610,10 +606,9 @@ class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, chunk: int = 256) -> Tensor:
         """q (B, H, T, D), k (B, n_kv_head, T, D), v of as many heads or fewer, of any width -> (B, H, T, width of v).
 
-        Softmax without a bias uses PyTorch's fused kernels, but not to train on a CPU, where matrix products are 2 to 5
-        times as fast (and under autocast give logits in bfloat16, as other eager attention does). What is not fused
-        makes the map `chunk` queries at a time, over the keys that they see; of sequences longer than that it is made
-        again for the backward pass rather than kept.
+        Softmax without a bias uses PyTorch's fused kernels, except in training on a CPU, where matrix products are 2 to
+        5 times as fast (and under autocast give logits in bfloat16, as other eager attention does). Otherwise the map
+        is made for `chunk` queries at a time; if that takes several chunks, the backward pass makes it again.
         """
         dropout, T = self.dropout if self.training else 0.0, q.size(-2)
         fused = self.kind == "softmax" and bias is None and not (self.training and q.device.type == "cpu")
@@ -622,40 +617,40 @@ class Attend(nn.Module):
             grouped = k.size(1) < q.size(1)
             return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, enable_gqa=grouped)
         chunk = T if fused and self.training else chunk
-        rows_of = self._fused_rows if fused else self._rows
+        attend = self._fused_rows if fused else self._rows
         if torch.is_grad_enabled() and not fused and not dropout and chunk < T:
-            rows_of = functools.partial(checkpoint, rows_of, use_reentrant=False, preserve_rng_state=False)
-        rows = []
+            attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        outputs = []
         for first in range(0, T, chunk):
-            part = q[:, :, first : first + chunk]
-            seen = first + part.size(-2)
-            some = None if bias is None else bias[..., :seen]
-            rows.append(rows_of(part, k[:, :, :seen], v[:, :, :seen], first, some, dropout))
-        return torch.cat(rows, dim=-2)
+            queries = q[:, :, first : first + chunk]
+            end = first + queries.size(-2)  # later keys are hidden from them
+            key_bias = None if bias is None else bias[..., :end]
+            outputs.append(attend(queries, k[:, :, :end], v[:, :, :end], first, key_bias, dropout))
+        return torch.cat(outputs, dim=-2)
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
-        """Output of the queries q (B, H, R, D), the first at position `first`, over the keys up to the last of them."""
+        """Output (B, H, R, width of v) of queries q, the first at position `first`; the last one sees all keys of k."""
         weights, slot = self.weights(q, k, first, bias)
         return F.dropout(weights, dropout, self.training).to(v.dtype) @ for_heads(v, q.size(1)) + slot
 
     def _fused_rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
-        """The same by PyTorch's kernels, for a mask that they do not know."""
+        """The same output from PyTorch's fused kernels, for masks that must be passed to them."""
         mask = self.mask(first, q.size(-2), k.size(-2), q.device).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, enable_gqa=k.size(1) < q.size(1))
 
 
 class Gate(nn.Module):
-    """out * sigmoid(W source), out (B, T, H, D), one gate per entry of `shape` (Qiu et al. 2025; Sun et al. 2026)."""
+    """out * sigmoid(W source), out (B, T, H, D), a gate per entry of `shape` (Qiu et al. 2025; Sun et al. 2026)."""
 
     def __init__(self, config: GPTConfig, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
-        width, self.source, self.of_tokens = GATE_INPUTS[config.gate_input]
+        width, self.source, self.per_token = GATE_INPUTS[config.gate_input]
         self.c_gate = nn.Linear(width(config), math.prod(shape), bias=config.bias)
 
     def flops(self, T: int) -> int:
-        """None where the gate is the same for all sequences."""
-        return 6 * self.c_gate.weight.numel() if self.of_tokens else 0
+        """FLOPs of W source. A gate that is the same for all sequences costs nothing per token."""
+        return 6 * self.c_gate.weight.numel() if self.per_token else 0
 
     def forward(self, out: Tensor, x: Tensor, context: Context) -> Tensor:
         source = self.source(x, context, self.c_gate.in_features)
@@ -669,10 +664,9 @@ GATES: dict[str, Part] = {
     "single": lambda c, layer: Gate(c, (1, 1)),
 }
 
-# name -> what a gate is linear in: (its width, the source, whether that differs between sequences), given the
-# attention's input x
+# name -> source of the gate: (its width, source(attention's input x, context, width), whether it depends on the tokens)
 GATE_INPUTS = {
-    "input": (lambda c: c.n_embd, lambda x, context, width: x, True),  # conditional
+    "input": (lambda c: c.n_embd, lambda x, context, width: x, True),
     "constant": (lambda c: 1, lambda x, context, width: x.new_ones(1), False),
     "position": (
         lambda c: c.n_register + c.block_size,
@@ -684,16 +678,16 @@ GATE_INPUTS = {
 
 
 def residual_value(v: Tensor, context: Context) -> Tensor:
-    """(v + the first layer's v) / 2, which in the first layer is v (Zhou et al. 2024, ResFormer)."""
-    return 0.5 * (v + context.left.setdefault("value", v))
+    """(v + v of the first layer) / 2, which in the first layer is v (ResFormer, Zhou et al. 2024)."""
+    return 0.5 * (v + context.carry.setdefault("value", v))
 
 
-# name -> values (B, n_kv_head, T, D) as attention has them, given the context
+# name -> function(a layer's own values (B, n_kv_head, T, D), context) -> the values that attention uses
 VALUES = {"own": lambda v, context: v, "residual": residual_value}
 
 
 class HeadRMSNorm(nn.Module):
-    """Each head's output (B, T, H, D) by its own rms (2605.06611: position by position the same variance)."""
+    """Divides each head's output (B, T, H, D) by its rms, which equalises the variance of positions (2605.06611)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -704,27 +698,27 @@ class HeadRMSNorm(nn.Module):
 
 
 class Differential(nn.Module):
-    """Head 2i less lambda times head 2i + 1, which share values, then a norm (Ye et al. 2024, 2410.05258).
+    """(1 - l0) * norm(head 2i - lambda * head 2i + 1), where the two heads share values (Ye et al. 2024, 2410.05258).
 
-    lambda = exp(lq1 lk1) - exp(lq2 lk2) + l0, l0 = 0.8 - 0.6 exp(-0.3 layer). The two maps of a pair are heads of their
-    own to instruments: each is a softmax.
+    lambda = exp(lq1 lk1) - exp(lq2 lk2) + l0, l0 = 0.8 - 0.6 exp(-0.3 layer). Instruments see the two softmax maps of a
+    pair as two heads.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.l0 = 0.8 - 0.6 * math.exp(-0.3 * layer)
         self.vectors = nn.Parameter(0.1 * torch.randn(4, config.head_width))  # lq1, lk1, lq2, lk2
         self.norm = nn.RMSNorm(2 * config.head_width, config.norm_eps, elementwise_affine=config.norm_gain)
 
     def forward(self, out: Tensor) -> Tensor:
         """(B, T, H, 2D) -> (B, T, H/2, 2D)."""
         q1, k1, q2, k2 = self.vectors.float()
-        factor = (q1 @ k1).exp() - (q2 @ k2).exp() + self.start
+        lambda_ = ((q1 @ k1).exp() - (q2 @ k2).exp() + self.l0).to(out.dtype)
         first, second = out.unflatten(-2, (-1, 2)).unbind(-2)
-        return (1 - self.start) * self.norm(first - factor.to(out.dtype) * second)
+        return (1 - self.l0) * self.norm(first - lambda_ * second)
 
 
-# name -> module: the outputs of heads (B, T, H, width of values) -> (B, T, *out_heads)
+# name -> module: outputs of the heads (B, T, H, width of values) -> (B, T, *out_heads)
 HEAD_OUTS: dict[str, Part] = {
     "none": lambda config, layer: nn.Identity(),
     "rmsnorm": HeadRMSNorm,
@@ -749,7 +743,7 @@ class SelfAttention(nn.Module):
         self.c_proj = StreamLinear(config.n_head * self.head_width, config.n_embd, bias=config.bias)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys (B, n_kv_head, T, D) and the layer's own values, alike or of pairs of heads."""
+        """Queries (B, H, T, D), keys (B, n_kv_head, T, D) and the layer's own values: like keys, or one per pair."""
         qkv = self.c_attn(x).unflatten(-1, (-1, self.head_width))  # (B, T, heads of q, k and v, D)
         q, k, v = qkv.split(self.heads, dim=-2)
         v = v.flatten(-2).unflatten(-1, (-1, self.value_width))
@@ -791,7 +785,8 @@ class PlainFFN(nn.Module):
 
 
 class GatedFFN(nn.Module):
-    """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020); hidden width 8C/3 to the nearest 8: a plain FFN's parameters."""
+    """c_proj(act(c_gate(x)) * c_fc(x)) (Shazeer 2020). A hidden width of 8C/3, rounded to a multiple of 8, has as many
+    parameters as a plain FFN."""
 
     def __init__(self, config: GPTConfig, layer: int, hidden: int = 0) -> None:
         super().__init__()
@@ -806,7 +801,7 @@ class GatedFFN(nn.Module):
 
 
 class LinearFFN(nn.Module):
-    """c_proj(x): one matrix, no hidden layer."""
+    """c_proj(x), a single matrix without hidden layer."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -817,14 +812,14 @@ class LinearFFN(nn.Module):
 
 
 class MoE(nn.Module):
-    """A token goes to the n_active of n_expert gated FFNs that a router prefers, weighed by its softmax over these
-    (Mixtral, Jiang et al. 2024). The active experts together are as wide as one gated FFN.
+    """sum_e w_e expert_e(x) over the n_active of n_expert gated FFNs that a router scores highest; w is the softmax of
+    their scores (Mixtral, Jiang et al. 2024). The active experts together are as wide as one gated FFN.
 
-    Leaves the loss "load_balance": n_expert * sum_e f_e p_e, f_e expert e's share of a sequence's choices and p_e its
-    mean probability there (Fedus et al. 2022; by sequence, as DeepSeek-V2): 1 where all are used alike. Summed over
-    layers. And the scalar "busiest_expert": the largest f_e of the batch, of the last such layer.
+    Adds n_expert * sum_e f_e p_e to the loss "load_balance", where f_e is expert e's share of the choices in a sequence
+    and p_e its mean probability there (Fedus et al. 2022; per sequence, as in DeepSeek-V2). This is 1 per layer if all
+    experts are used equally. The scalar "busiest_expert" is the batch's largest f_e in the last such layer.
 
-    Is not compiled: how many tokens an expert gets is not known before the pass.
+    It is not compiled, because the number of tokens of an expert is not known before the pass.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -835,23 +830,23 @@ class MoE(nn.Module):
         self.experts = nn.ModuleList(GatedFFN(config, layer, hidden) for _ in range(config.n_expert))
 
     def flops(self, T: int) -> int:
-        """Of the router and the active experts."""
+        """FLOPs of the router and the active experts."""
         return flops_of(self.router, T) + self.n_active * flops_of(self.experts[0], T)
 
     @torch.compiler.disable
     def forward(self, x: Tensor, context: Context) -> Tensor:
         logits = self.router(x)
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        probabilities = logits.to(precise).softmax(dim=-1)  # (B, T, experts)
-        weights, chosen = probabilities.topk(self.n_active, dim=-1)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        probabilities = logits.to(dtype).softmax(dim=-1)  # (B, T, experts)
+        weights, choices = probabilities.topk(self.n_active, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):  # one without tokens is called too, so that it has a gradient
-            *tokens, slot = (chosen == number).nonzero(as_tuple=True)
-            given = weights[*tokens, slot, None] * expert(x[*tokens], context)
-            out.index_put_(tuple(tokens), given.to(out.dtype), accumulate=True)
+        for e, expert in enumerate(self.experts):  # an expert without tokens is called too, so that it has a gradient
+            *tokens, rank = (choices == e).nonzero(as_tuple=True)
+            update = weights[*tokens, rank, None] * expert(x[*tokens], context)
+            out.index_put_(tuple(tokens), update.to(out.dtype), accumulate=True)
         n_expert = len(self.experts)
-        share = F.one_hot(chosen, n_expert).to(precise).mean(dim=(1, 2))  # (B, experts)
+        share = F.one_hot(choices, n_expert).to(dtype).mean(dim=(1, 2))  # (B, experts)
         context.add_loss("load_balance", n_expert * (share * probabilities.mean(dim=1)).sum(dim=-1).mean())
         context.scalars["busiest_expert"] = share.mean(dim=0).amax()
         return out
@@ -867,50 +862,51 @@ FFNS: dict[str, Part] = {
 
 # ------------------------------------------------------------------------------------------------ loss
 
-MAX_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of the logits in float32 that are held at a time
+MAX_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}  # largest chunk of logits in float32
 
-# logits (R, V) in float32, targets (R,) -> the summed loss (); targets of -1 count nothing
+# logits (R, V) in float32, targets (R,) -> the summed loss (); targets of -1 are not counted
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap) (Gemma 2); a cap of 0 is none."""
+    """cap * tanh(logits / cap) (Gemma 2). With a cap of 0 the logits stay as they are."""
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def slope_and_loss(loss_of_rows: RowLoss, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the summed loss by `logits` (R, V), in their dtype, and that loss, of the capped logits."""
+def grad_and_loss(loss_of_rows: RowLoss, logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """The summed loss of the capped logits, and before it its gradient by `logits` (R, V), in their dtype."""
     return torch.func.grad_and_value(lambda rows: loss_of_rows(soft_cap(rows.float(), cap), targets))(logits)
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean loss of logits x weight^T that are never held whole: a chunk of rows at a time, its gradient at once.
+    """The mean loss of the logits x @ weight^T, which are never all in memory: each chunk of rows is turned into its
+    gradient at once.
 
-    x (N, C), weight (V, C), targets (N,); `slope_of(logits, targets)` is `slope_and_loss` of a loss and a cap. The
-    products are taken in `dtype`, sums and the gradient of the weight in float32. Can be differentiated once.
+    x (N, C), weight (V, C), targets (N,). `grad_and_loss` is called with (logits, targets) of a chunk. Products are in
+    `dtype`, sums and the weight's gradient in float32. The loss can be differentiated once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, slope_of: Callable[..., Any], dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, grad_and_loss: Callable[..., Any], dtype: torch.dtype
     ) -> Tensor:
-        small, w = x.detach().to(dtype), weight.detach().to(dtype)
-        loss, n = torch.zeros((), device=x.device), (targets >= 0).sum()
-        wanted = any(ctx.needs_input_grad)
-        if wanted:
-            dx, dw = torch.empty_like(small), torch.zeros_like(weight)
+        ctx.dtype, ctx.n = x.dtype, (targets >= 0).sum()
+        x, w = x.detach().to(dtype), weight.detach().to(dtype)
+        loss, needs_grad = torch.zeros((), device=x.device), any(ctx.needs_input_grad)
+        if needs_grad:
+            dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         n_chunks = -(-4 * len(weight) * len(x) // MAX_LOGITS_BYTES.get(x.device.type, MAX_LOGITS_BYTES["cuda"]))
-        at_once = -(-len(x) // n_chunks)
-        for first in range(0, len(x), at_once):
-            part = slice(first, first + at_once)
-            slope, its_loss = slope_of(small[part] @ w.t(), targets[part])
-            loss += its_loss
-            if wanted:
-                torch.mm(slope, w, out=dx[part])
-                for its_dw, of_words in zip(dw.split(8192), slope.split(8192, dim=1), strict=True):
-                    its_dw.add_(of_words.t() @ small[part])
-        ctx.gradients, ctx.n, ctx.dtype = (dx, dw) if wanted else None, n, x.dtype
-        return loss / n
+        chunk_size = -(-len(x) // n_chunks)
+        for first in range(0, len(x), chunk_size):
+            rows = slice(first, first + chunk_size)
+            grad, chunk_loss = grad_and_loss(x[rows] @ w.t(), targets[rows])
+            loss += chunk_loss
+            if needs_grad:
+                torch.mm(grad, w, out=dx[rows])
+                for dw_part, grad_part in zip(dw.split(8192), grad.split(8192, dim=1), strict=True):
+                    dw_part.add_(grad_part.t() @ x[rows])
+        ctx.gradients = (dx, dw) if needs_grad else None
+        return loss / ctx.n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -926,11 +922,11 @@ INIT_STD = 0.02
 
 
 def init_matrices(module: nn.Module, std: float = INIT_STD, stream: float = 1.0) -> None:
-    """Matrices and embeddings in `module` N(0, std), a StreamLinear's std times `stream`; biases 0. A module with
-    `init(std)` is asked to do it; norms, scales and other vectors start as they are made."""
-    own = getattr(module, "init", None)
-    if own:
-        own(std)
+    """Draws matrices and embeddings in `module` from N(0, std), a StreamLinear from N(0, std * stream), and sets biases
+    to 0. A module that has `init(std)` does it itself. Norms, scales and other vectors keep the values they have."""
+    custom_init = getattr(module, "init", None)
+    if custom_init:
+        custom_init(std)
     elif isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std * (stream if isinstance(module, StreamLinear) else 1.0))
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -941,7 +937,7 @@ def init_matrices(module: nn.Module, std: float = INIT_STD, stream: float = 1.0)
 
 
 def deepnorm_init(block: nn.Module, n_layer: int) -> None:
-    """Xavier, with gain (8L)^-1/4 on values, what writes to the stream and FFN (Wang et al. 2022, decoder-only)."""
+    """Xavier init with gain (8L)^-1/4 for values, attention's c_proj and the FFN (Wang et al. 2022, decoder-only)."""
     init_matrices(block)
     gain = (8 * n_layer) ** -0.25
     for module in block.modules():
@@ -955,27 +951,27 @@ def deepnorm_init(block: nn.Module, n_layer: int) -> None:
                 nn.init.xavier_normal_(matrix.weight, gain)
 
 
-# name -> what starts the matrices of a block, given n_layer
+# name -> function(block, n_layer) that initialises the block's matrices
 INIT_SCALES: dict[str, Callable[[nn.Module, int], None]] = {
     "one": lambda block, n_layer: init_matrices(block),
     "inv_sqrt_2L": lambda block, n_layer: init_matrices(block, stream=(2 * n_layer) ** -0.5),  # GPT-2
     "deepnorm": deepnorm_init,
 }
-# name -> (std of embeddings, of the unembedding)
+# name -> (std of the embeddings, std of the unembedding)
 EMBEDDING_INITS: dict[str, Callable[[GPTConfig], tuple[float, float]]] = {
     "small": lambda c: (INIT_STD, INIT_STD),
-    "unit": lambda c: (1.0, c.n_embd**-0.5),  # Sun et al. 2026, with tie=False and init_scale=one
+    "unit": lambda c: (1.0, c.n_embd**-0.5),  # Sun et al. 2026, who also set tie=False and init_scale=one
 }
 
 # ----------------------------------------------------------------------------------------------- FLOPs
 
 
 def flops_of(module: nn.Module, T: int) -> int:
-    """Training FLOPs per token of a module at sequence length T: 6 per weight of a matrix, as often as it stands there;
-    a module with `flops(T)` is asked."""
-    own = getattr(module, "flops", None)
-    if own:
-        return own(T)
+    """Training FLOPs per token of a module at sequence length T: 6 per weight of each matrix in it. A module that has
+    `flops(T)` gives its own number."""
+    custom_flops = getattr(module, "flops", None)
+    if custom_flops:
+        return custom_flops(T)
     if isinstance(module, nn.Linear):
         return 6 * module.weight.numel()
     return sum(flops_of(child, T) for child in module.children())
@@ -1003,10 +999,9 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 
 
 class SubLayer(nn.Module):
-    """x = clip(norm_after(x + scale * norm_update(f(norm_before(x))))), f attention or an FFN.
+    """x = clip(norm_after(x + scale * norm_update(f(norm_before(x))))), where f is attention or an FFN.
 
-    Slots that are not used are identities. Two taps for hooks: `update`, what is added to the stream, and `stream`,
-    the stream after it.
+    Unused slots are identities. Two taps can be hooked: `update`, which is added to x, and `stream`, the result.
     """
 
     def __init__(self, config: GPTConfig, f: nn.Module, role: str) -> None:
@@ -1026,7 +1021,7 @@ class SubLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """An attention sub-layer, then an FFN sub-layer."""
+    """x = mlp(attn(x)): an attention sub-layer, then an FFN sub-layer."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -1038,11 +1033,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.ModuleDict):
-    """The parts of a GPT up to the unembedding, by nanoGPT's names."""
+    """The parts of a GPT before the unembedding, with nanoGPT's names."""
 
     wte: nn.Embedding  # tokens
     wpe: nn.Module  # positions
-    registers: nn.Embedding  # where the config has some
+    registers: nn.Embedding  # if n_register > 0
     drop: nn.Dropout
     stream: nn.Identity  # tap: the stream before the first block
     h: nn.ModuleList
@@ -1050,9 +1045,9 @@ class Transformer(nn.ModuleDict):
 
 
 class GPT(nn.Module):
-    """Embedding, n_layer blocks, final norm where the last one's placement has one, and the unembedding.
+    """Embedding, n_layer blocks, a final norm if the norm_place of the last block has one, and the unembedding.
 
-    `losses` and `scalars`: what the parts of the last pass with targets left of these in its Context.
+    `losses` and `scalars` are those of the Context of the last pass with targets.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -1066,7 +1061,7 @@ class GPT(nn.Module):
                 "wpe": POSITIONS[first.position].embedding(first, 0),
                 "drop": nn.Dropout(first.dropout),
                 "stream": nn.Identity(),
-                "h": nn.ModuleList(Block(of_layer, i) for i, of_layer in enumerate(config.layers)),
+                "h": nn.ModuleList(Block(layer_config, i) for i, layer_config in enumerate(config.layers)),
                 "ln_f": NORMS[last.norm](last, config.n_embd, "final") if final else nn.Identity(),
             }
         )
@@ -1076,7 +1071,7 @@ class GPT(nn.Module):
         if config.tie:
             self.lm_head.weight = self.transformer.wte.weight
         self._init()
-        self.slope_and_loss = slope_and_loss  # perhaps compiled
+        self.grad_and_loss = grad_and_loss  # compile_sublayers replaces it
         self.losses: dict[str, Tensor] = {}
         self.scalars: dict[str, Tensor] = {}
 
@@ -1091,13 +1086,13 @@ class GPT(nn.Module):
         init_matrices(self.lm_head, unembedding)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the model takes over: not what its last pass left."""
+        """The state that a copy of the model gets, without the losses and scalars of the last pass."""
         return {**vars(self), "losses": {}, "scalars": {}}
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V), None; given targets (B, T) -> None, their mean cross-entropy in nats.
+        """Token ids (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, mean cross-entropy in nats).
 
-        Targets of -1 are not counted. For another loss, override `loss_of_rows`, from which the gradient follows.
+        Targets of -1 are not counted. For another loss, override `loss_of_rows`; its gradient is derived.
         Raises ValueError if T > block_size.
         """
         B, T = idx.shape
@@ -1106,7 +1101,7 @@ class GPT(nn.Module):
         net, n_register = self.transformer, self.config.n_register
         embedding, positions = net.wte(idx), torch.arange(T, device=idx.device)
         x = embedding + net.wpe(positions)
-        if n_register:  # they stand before the tokens, in front of position 0
+        if n_register:  # in front of position 0
             registers = net.registers.weight.expand(B, -1, -1)
             x, embedding = torch.cat((registers, x), dim=1), torch.cat((registers, embedding), dim=1)
         x, context = net.stream(net.drop(x)), Context(idx, embedding, positions)
@@ -1118,26 +1113,25 @@ class GPT(nn.Module):
         self.losses, self.scalars = context.losses, {name: x.detach() for name, x in context.scalars.items()}
         mixed = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
-        slope_of = functools.partial(self.slope_and_loss, self.loss_of_rows, cap=self.config.logit_cap)
-        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), slope_of, dtype)
+        grad_and_loss = functools.partial(self.grad_and_loss, self.loss_of_rows, cap=self.config.logit_cap)
+        return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), grad_and_loss, dtype)
 
     @torch.no_grad()
     def generate(
         self, ids: Tensor, n: int, temperature: float = 1.0, top_k: int = 0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Token ids (B, T) -> (B, T + n): `n` more, each drawn from softmax(logits / temperature), or with top_k from
-        the k likeliest alone. Temperature 0 takes the likeliest.
+        """Token ids (B, T) -> (B, T + n). Each new token is drawn from softmax(logits / temperature), with top_k only
+        among the k likeliest; temperature 0 takes the likeliest.
 
-        Each is a whole pass over the last block_size tokens. Call eval() first where the model has dropout.
+        Each token takes a whole pass over the last block_size tokens. If the model has dropout, call eval() first.
         """
         for _ in range(n):
             row = self(ids[:, -self.config.block_size :])[0][:, -1].float()
             if top_k:
                 row = row.masked_fill(row < row.topk(min(top_k, row.size(-1))).values[:, -1:], -torch.inf)
             if temperature:
-                token = torch.multinomial(
-                    ((row - row.amax(-1, keepdim=True)) / temperature).softmax(-1), 1, generator=generator
-                )
+                probabilities = ((row - row.amax(-1, keepdim=True)) / temperature).softmax(-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)
             else:
                 token = row.argmax(-1, keepdim=True)
             ids = torch.cat((ids, token), dim=1)
@@ -1145,25 +1139,25 @@ class GPT(nn.Module):
 
     @staticmethod
     def loss_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
-        """The summed cross-entropy in nats of logits (R, V), float32; targets (R,), of which those of -1 count 0."""
+        """The summed cross-entropy in nats of logits (R, V), float32, with targets (R,); targets of -1 add nothing."""
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
     def compile_sublayers(self, **kwargs: Any) -> None:
-        """Compiles the sub-layers and the loss in place, each by itself; `kwargs` go to torch.compile.
+        """Compiles each sub-layer and the loss separately, in place; `kwargs` go to torch.compile.
 
-        Sub-layers of a kind share one compilation, and what is hooked between them, not inside, still sees the stream.
+        Sub-layers of one kind share a compilation. Hooks between sub-layers, not inside, still see the stream.
         """
-        torch._dynamo.config.recompile_limit = 64  # per function: sub-layers of all arms and modes are one to it
+        torch._dynamo.config.recompile_limit = 64  # per function; sub-layers of all arms and modes count as one
         for sub_layer in self.sub_layers():
             sub_layer.forward = torch.compile(sub_layer.forward, dynamic=False, **kwargs)  # type: ignore[method-assign]
-        self.slope_and_loss = torch.compile(slope_and_loss, dynamic=False, **kwargs)
+        self.grad_and_loss = torch.compile(grad_and_loss, dynamic=False, **kwargs)
 
     def sub_layers(self) -> list[SubLayer]:
-        """The sub-layers in order: attention and FFN of each block."""
+        """The sub-layers in order: the attention and the FFN of each block."""
         return [m for m in self.transformer.h.modules() if isinstance(m, SubLayer)]
 
     def num_params(self) -> int:
-        """Parameters, as nanoGPT counts them: without learned positions."""
+        """The number of parameters without learned positions, as nanoGPT counts."""
         wpe = self.transformer.wpe
         position = wpe.weight.numel() if isinstance(wpe, LearnedPosition) else 0
         return sum(p.numel() for p in self.parameters()) - position
@@ -1171,16 +1165,16 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Training FLOPs per token at sequence length T: 6 per weight of a matrix, 12 H D T' per attention.
 
-        As in appendix B of PaLM, with T' at most the window, and the registers' passes shared out over the tokens.
+        This follows appendix B of PaLM. T' is at most the window; the cost of registers is divided among the tokens.
         Embedding look-ups are free, the unembedding is not.
         """
-        whole = self.config.n_register + T
-        return flops_of(self.transformer, whole) * whole // T + flops_of(self.lm_head, T)
+        length = self.config.n_register + T
+        return flops_of(self.transformer, length) * length // T + flops_of(self.lm_head, T)
 
-    def optimiser_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """nanoGPT's groups: matrices and embeddings decay, all else (biases, norms, scales, keys of slots) does not.
+    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """nanoGPT's groups: matrices and embeddings decay; biases, norms, scales and slot keys do not.
 
-        A group may have an `lr_scale`, by which its learning rate is multiplied.
+        The learning rate of a group is multiplied by its `lr_scale`, if it has one.
         """
         decays = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -1190,22 +1184,22 @@ class GPT(nn.Module):
         ]
 
     def block_matrices(self) -> list[Tensor]:
-        """The weight matrices inside the blocks: what Muon updates."""
+        """The weight matrices inside the blocks, which Muon updates."""
         return [m.weight for m in self.transformer.h.modules() if isinstance(m, nn.Linear)]
 
     @classmethod
     def from_checkpoint(cls, saved: Any) -> "GPT":
-        """The model of a checkpoint: of its `model_args`, the fields of GPTConfig, and its state dict `model`."""
+        """The model of a checkpoint with `model_args` (the fields of GPTConfig) and `model` (a state dict)."""
         model = cls(GPTConfig(**saved.model_args))
         model.load_state_dict(saved.model)
         return model
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "GPT":
-        """GPT-2 or Llama weights from the Hugging Face hub or a local folder (`pip install spikesink[hf]`).
+        """A GPT with GPT-2 or Llama weights from the Hugging Face hub or a folder (`pip install spikesink[hf]`).
 
-        `kwargs` go to transformers' `from_pretrained`. Raises UserError where the model cannot be had whole, ValueError
-        where its architecture is not one this class computes.
+        `kwargs` go to transformers' `from_pretrained`. Raises UserError if the model cannot be opened completely, and
+        ValueError if this class cannot compute its architecture.
         """
         from spikesink.models import convert, hf
 

@@ -3,15 +3,15 @@
   python train.py postnorm scale/nano --dataset stdlib     small, on a CPU
   python train.py config/postnorm.py                       125M, OpenWebText
   torchrun --nproc_per_node=8 train.py config/postnorm.py  on eight GPUs
-  python train.py --resume --out_dir out/postnorm          goes on
-  python train.py --replay 812 --out_dir out/postnorm      step 812, looked at
-  python train.py postnorm --check                         what a fork broke
+  python train.py --resume --out_dir out/postnorm          continues a run
+  python train.py --replay 812 --out_dir out/postnorm      shows step 812 again
+  python train.py postnorm --check                         tests a fork
 
 CONFIG names a file of configs/: an arm (configs/README.md lists them) or a
-size (scale/toy, scale/micro, scale/nano, scale/tiny, scale/gpt2). Without one
-it is GPT-2 small, every default. Keys have the last word; they are written
---key value or --key=value, --flag and --no-flag, and shown here with their
-defaults. A first ablation, step by step: docs/tutorial.md.
+size (scale/toy, scale/micro, scale/nano, scale/tiny, scale/gpt2). Without one,
+the model is GPT-2 small. Keys override config files. They are written
+--key value or --key=value, --flag and --no-flag, and are listed below with
+their defaults. docs/tutorial.md explains a first ablation step by step.
 
 Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl,
 loss_spikes.jsonl and config.json.
@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from data.loader import Tokens
-from model import CHOICES as OF_MODEL
+from model import CHOICES as MODEL_CHOICES
 from model import CONTRACT, GPT, GPTConfig
 from spikesink import __version__, files
 from spikesink.errors import InterruptedRunError, StoppedError, UserError, cli, extra, nearest
@@ -64,20 +64,20 @@ ROOT = Path(__file__).parent
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run. The defaults are nanoGPT's for GPT-2 small on OpenWebText, about 0.5M tokens a step."""
+    """The run. The defaults are nanoGPT's for GPT-2 small on OpenWebText, with about 0.5M tokens per step."""
 
-    # what is trained on, how long, where it goes
+    # data, length, output
     out_dir: str = ""  # default: out/ and the names of the config files
     dataset: str = "openwebtext"  # a folder of data/, or a path
-    bos: bool = False  # every training window starts with the dataset's BOS token
+    bos: bool = False  # whether each training window starts with the dataset's BOS token
     max_iters: int = 600000  # optimiser steps
-    batch_size: int = 12  # sequences in a micro-batch
-    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
-    init_from: str = "scratch"  # or a checkpoint of ours, or a Hugging Face folder or hub name: GPT-2, Llama
+    batch_size: int = 12  # sequences per micro-batch
+    gradient_accumulation_steps: int = 40  # micro-batches per step, over all ranks
+    init_from: str = "scratch"  # scratch, a checkpoint of ours, or GPT-2 or Llama from a Hugging Face folder or the hub
     # optimiser
-    optimizer: str = "adamw"  # adamw, sgd; muon and soap for the matrices of the blocks, adamw for the rest
+    optimizer: str = "adamw"  # adamw, sgd, muon, soap; muon and soap train the blocks' matrices and adamw the rest
     learning_rate: float = 6e-4
-    weight_decay: float = 0.1  # on matrices and embeddings
+    weight_decay: float = 0.1  # of matrices and embeddings
     beta1: float = 0.9
     beta2: float = 0.95
     momentum: float = 0.95  # of sgd and muon
@@ -89,31 +89,31 @@ class TrainConfig:
     min_lr: float = 6e-5
     # loss
     loss_first: int = 0  # first position that the training loss counts
-    loss_last: int = 0  # the position after the last one that it counts; 0: all
-    losses: dict[str, float] = field(default_factory=dict)  # added: "kurtosis=1e-3 NAME=WEIGHT"; magnitude, the model's
+    loss_last: int = 0  # position after the last one that it counts; 0: all
+    losses: dict[str, float] = field(default_factory=dict)  # "NAME=WEIGHT ...": kurtosis, magnitude or one of the model
     # log and checkpoints
     eval_interval: int = 2000  # steps between validation losses
-    eval_iters: int = 200  # 16 times as many windows in a validation loss, whatever batch_size; always the same ones
+    eval_iters: int = 200  # a validation loss takes 16 times as many windows, always the same ones for any batch_size
     log_interval: int = 1  # steps between lines of log.jsonl
-    save_interval: int = 2000  # steps between checkpoints; one more at every best validation loss
-    keep_last: int = 2  # newest checkpoints that are kept, besides the best
-    keep_every: int = 0  # and those of every so many steps
-    async_save: bool = False  # write checkpoints while training goes on
-    monitor: int = 100  # steps between looks at spikes and sinks, each logged; under 1% of the time; 0: never
-    tensorboard: bool = False  # the log's numbers in OUT_DIR/tensorboard too
-    tracker: str = "none"  # the log's numbers there too: none, wandb, trackio
+    save_interval: int = 2000  # steps between checkpoints; the best validation loss is always saved
+    keep_last: int = 2  # number of newest checkpoints that are kept, besides the best
+    keep_every: int = 0  # the checkpoint of every so many steps is kept as well; 0: none
+    async_save: bool = False  # whether training continues while a checkpoint is written
+    monitor: int = 100  # steps between logged looks at spikes and sinks, under 1% of the time; 0: never
+    tensorboard: bool = False  # whether the log's numbers also go to OUT_DIR/tensorboard
+    tracker: str = "none"  # where the log's numbers also go: none, wandb, trackio
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    parallel: str = "ddp"  # of several ranks: ddp, or fsdp, in which each holds a shard of the model
-    dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 where the hardware has it
-    compile: bool = True  # torch.compile of the sub-layers and the loss; needs a C++ compiler on a CPU
-    deterministic: bool = False  # only algorithms that give the same bits again; on a CPU, always
-    # seed, going on, looking back
+    parallel: str = "ddp"  # for several ranks: ddp, or fsdp, which gives each rank a shard of the model
+    dtype: str = "auto"  # of autocast: bfloat16, float32; auto: bfloat16 if the hardware has it
+    compile: bool = True  # torch.compile for the sub-layers and the loss; needs a C++ compiler on a CPU
+    deterministic: bool = False  # use only algorithms that give the same bits each time; always so on a CPU
+    # seed, resume, replay
     seed: int = 1337  # of the weights, the batches and dropout
-    resume: bool = False  # go on from the newest sound checkpoint of OUT_DIR
+    resume: bool = False  # continue from the newest intact checkpoint of OUT_DIR
     overwrite: bool = False  # start again in an out_dir that holds a run
     replay: int = 0  # compute this step of the run in OUT_DIR again and show its batch; writes nothing
-    check: bool = False  # say what this model breaks of what the rest relies on, on a tiny copy; writes nothing
+    check: bool = False  # test on a tiny copy whether the model keeps the rules of model.py; writes nothing
 
     def __post_init__(self) -> None:
         for key, table in CHOICES.items():
@@ -137,30 +137,29 @@ class TrainConfig:
             )
         if self.loss_last and self.loss_first >= self.loss_last:
             raise ValueError(f"loss_first={self.loss_first} is not before loss_last={self.loss_last}")
-        positive = (
-            "max_iters batch_size gradient_accumulation_steps eval_interval eval_iters log_interval save_interval "
-            "keep_last"
-        )
-        for key in positive.split():
+        for key in (
+            *("max_iters", "batch_size", "gradient_accumulation_steps"),
+            *("eval_interval", "eval_iters", "log_interval", "save_interval", "keep_last"),
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
 
-# what is asked of this command alone, and never taken from a checkpoint
-OF_COMMAND = ("out_dir", "resume", "overwrite", "replay", "check", "device", "parallel", "compile", "deterministic")
-# what may change when a run is resumed; everything else is what the run is
+# keys of a single command, never taken from a checkpoint
+COMMAND_KEYS = ("out_dir", "resume", "overwrite", "replay", "check", "device", "parallel", "compile", "deterministic")
+# keys that may change when a run is resumed; a change of any other key would make it another run
 RESUMABLE = (
-    *OF_COMMAND,
+    *COMMAND_KEYS,
     *("dtype", "max_iters", "learning_rate", "min_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "grad_clip"),
     *("eval_interval", "eval_iters", "log_interval", "save_interval"),
     *("keep_last", "keep_every", "async_save", "monitor", "tensorboard", "tracker"),
 )
 SCHEMAS = (GPTConfig, TrainConfig)
-EVAL_WINDOWS = 16  # windows in a validation loss, for each of eval_iters
+EVAL_WINDOWS = 16  # windows in a validation loss, per eval_iters
 
-# name -> multiplier of (learning_rate - min_lr), given the fraction of the decay that has passed, in [0, 1]
+# name -> function(fraction of the decay that has passed, in [0, 1]) -> multiplier of (learning_rate - min_lr)
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
     "wsd": lambda done: min(1.0, (1.0 - done) / 0.2),
@@ -169,35 +168,34 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def adamw(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), one fused kernel."""
-    betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=True)
+    """AdamW (Loshchilov & Hutter 2019) in one fused kernel."""
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 def on_matrices(make: Callable[..., Optimizer], model: GPT, cfg: TrainConfig) -> list[Optimizer]:
-    """The optimiser make(groups, cfg) on the matrices of the blocks, AdamW on the rest."""
-    matrices = {id(matrix) for matrix in model.block_matrices()}
-    groups = model.optimiser_groups(cfg.weight_decay)
-    those = [{**group, "params": [p for p in group["params"] if id(p) in matrices]} for group in groups]
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
-    return [make([group for group in those if group["params"]], cfg), adamw(rest, cfg)]
+    """The optimiser make(groups, cfg) for the matrices of the blocks, and AdamW for the rest."""
+    ids = {id(matrix) for matrix in model.block_matrices()}
+    groups = model.optimizer_groups(cfg.weight_decay)
+    matrices = [{**group, "params": [p for p in group["params"] if id(p) in ids]} for group in groups]
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in ids]} for group in groups]
+    return [make([group for group in matrices if group["params"]], cfg), adamw(rest, cfg)]
 
 
 def muon(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
-    """Muon (Jordan et al. 2024), its step scaled to AdamW's rms."""
+    """Muon (Jordan et al. 2024), with its step scaled to AdamW's rms."""
     return torch.optim.Muon(groups, cfg.learning_rate, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def soap(groups: list[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
-    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, of both sides of a matrix, taken anew
-    every 10 steps; the first step only finds it. Raises UserError if the package is not installed."""
+    """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo's statistics, for both sides of a matrix. The basis is
+    computed every 10 steps; the first step does nothing else. Raises UserError if the package is missing."""
     with extra("soap"):
         from pytorch_optimizer import SOAP
     widest = max(max(p.shape) for group in groups for p in group["params"])
     optimizer = SOAP(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), max_precondition_dim=widest)
 
     def same_layout(*args: Any) -> None:
-        """Of the bases in memory: else ranks of a run that goes on have other bits than rank 0, and drift apart."""
+        """Gives the bases the same memory layout on all ranks. Otherwise the ranks of a resumed run drift apart."""
         for state in optimizer.state.values():
             state["Q"] = [basis.contiguous() for basis in state["Q"]]
 
@@ -206,34 +204,34 @@ def soap(groups: list[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
 
 
 def sgd(groups: Iterable[dict[str, Any]], cfg: TrainConfig) -> Optimizer:
-    """SGD with momentum; its weight decay is the coupled one, L2."""
+    """SGD with momentum. Its weight decay is coupled (L2)."""
     return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.momentum)
 
 
-# name -> the optimisers that share a model's parameters out among themselves
+# name -> function that returns the optimisers, among which the parameters of the model are divided
 OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], list[Optimizer]]] = {
-    "adamw": lambda model, cfg: [adamw(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "adamw": lambda model, cfg: [adamw(model.optimizer_groups(cfg.weight_decay), cfg)],
     "muon": functools.partial(on_matrices, muon),
-    "sgd": lambda model, cfg: [sgd(model.optimiser_groups(cfg.weight_decay), cfg)],
+    "sgd": lambda model, cfg: [sgd(model.optimizer_groups(cfg.weight_decay), cfg)],
     "soap": functools.partial(on_matrices, soap),
 }
 
 
 def kurtosis_loss(x: Tensor) -> Tensor:
-    """He et al.'s kurtosis of a stream (B, T, C) over a sequence's tokens: 1 if all channels are alike, C if one holds
-    all. The mean over sequences, and not of the whole batch: so it is the same however micro-batches share that out."""
+    """He et al.'s kurtosis of a stream (B, T, C) over the tokens of each sequence, averaged over sequences. It is 1 if
+    all channels are equally large, and C if one channel has all the energy."""
     return torch.vmap(metrics.channel_kurtosis)(x.float().square().mean(1)).mean()
 
 
 def magnitude_loss(x: Tensor) -> Tensor:
-    """max_j |x_j| / rms(x) of a token, averaged: what is left of the magnitude when the scale of the stream is free."""
+    """max_j |x_j| / rms(x) of a stream (B, T, C), averaged over tokens. The scale of the stream does not matter."""
     x = x.float()
     return (x.abs().amax(-1) / x.square().mean(-1).add(1e-12).sqrt()).mean()
 
 
-# name -> function of the stream (B, T, C) after a sub-layer, averaged over sub-layers; a mean over sequences, which is
-# the same however micro-batches share these out. Other losses are the model's: a pass leaves them in its attribute
-# `losses`, {name: scalar ()}, as a mixture of experts does.
+# name -> function of the stream (B, T, C) after a sub-layer. It must be a mean over sequences, so that the size of the
+# micro-batches does not change it. The loss is its average over sub-layers. Other losses come from the model: each pass
+# stores them in the model's attribute `losses`, {name: scalar ()}.
 STREAM_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"kurtosis": kurtosis_loss, "magnitude": magnitude_loss}
 
 CHOICES: dict[str, Any] = {
@@ -246,7 +244,7 @@ CHOICES: dict[str, Any] = {
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Learning rate of update number `step` (from 0): linear warmup, then the schedule down to min_lr."""
+    """The learning rate of update number `step`, from 0: a linear warmup, then the schedule down to min_lr."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     end = cfg.lr_decay_iters or cfg.max_iters
@@ -260,7 +258,7 @@ def cpp_compiler() -> bool:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and git commit, for the checkpoint."""
+    """The versions and the git commit that a checkpoint records."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "spikesink": __version__,
@@ -271,16 +269,16 @@ def provenance() -> dict[str, Any]:
 
 
 def noise_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout noise on a rank: like the batch, a pure function of (seed, step, rank)."""
+    """The seed of the dropout noise of a step on a rank: a pure function of (seed, step, rank), like the batch."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: Machine) -> float:
-    """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all if there are fewer.
+    """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all windows if there are fewer.
 
-    The same ones for any batch_size and number of ranks: a batch that is not full is filled up with what counts
-    nothing, and every rank runs the model as often, as sharded models must.
+    The windows are the same for any batch_size and number of ranks. Batches that are not full get windows that do not
+    count, so that every rank runs the model equally often; sharded models need that.
     """
     model.eval()
     windows = data.windows(0, min(EVAL_WINDOWS * cfg.eval_iters, data.n_windows))
@@ -296,70 +294,70 @@ def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: M
     return machine.sum(total).item() / len(windows)
 
 
-# ------------------------------------------------------------------------------------------- what a run starts from
+# ---------------------------------------------------------------------------------------------- starting a run
 
 
 def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, Checkpoint, TextTokenizer | None]:
-    """(GPTConfig, checkpoint, tokenizer of a Hugging Face folder or None) of `init_from`; architecture keys that were
-    given change the config. Raises UserError."""
+    """(GPTConfig, checkpoint, tokenizer of a Hugging Face folder or None) of `init_from`. Architecture keys among the
+    overrides change the config. Raises UserError."""
     tokenizer = None
     if Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").is_file():
-        found = checkpoint.load(name)
-        found.check_contract(CONTRACT, name)
+        pretrained = checkpoint.load(name)
+        pretrained.check_contract(CONTRACT, name)
     else:
         try:
             source = hf.open_model(name)
             tokenizer = hf.Tokenizer.of(hf.Source.of(name))
             data = trained_on(source.config, getattr(tokenizer, "bos_id", None))
             bos = {"bos": bool(tokenizer.prefix_ids)} if tokenizer else {}
-            found = Checkpoint(*convert.from_hf(source), config=bos, data=data)
+            pretrained = Checkpoint(*convert.from_hf(source), config=bos, data=data)
         except ValueError as error:
             raise UserError(f"init_from={name}: {error}") from None
     keys = {field.name for field in dataclasses.fields(GPTConfig)}
     changes = {key: value for key, value in overrides.items() if key in keys}
     try:
-        return GPTConfig(**{**found.model_args, **changes}), found, tokenizer
+        return GPTConfig(**{**pretrained.model_args, **changes}), pretrained, tokenizer
     except (TypeError, ValueError) as error:
         raise UserError(f"init_from={name}: {error}") from None
 
 
 def check_start(
-    cfg: TrainConfig, block_size: int, data: Tokens, found: Checkpoint, tokenizer: TextTokenizer | None, says: bool
-) -> None:
-    """Raises UserError where the run's data hold other ids than the weights of `init_from` know. `says`: what else
-    differs from what these were trained with is said."""
+    cfg: TrainConfig, block_size: int, data: Tokens, pretrained: Checkpoint, tokenizer: TextTokenizer | None
+) -> str:
+    """Returns in words how the run differs from the training of the weights of `init_from`, '' if it does not.
+
+    Raises UserError if the ids in the data are not the ids that the weights were trained on.
+    """
     same = same_tokens(tokenizer, tokenizer_of(data.meta)) if tokenizer else None
-    other = "" if same else "another tokenizer" if same is False else other_ids(data.meta, found.meta)
+    other = "" if same else "another tokenizer" if same is False else other_ids(data.meta, pretrained.meta)
     if other:
         raise UserError(
             f"init_from={cfg.init_from} was trained on other tokens than {cfg.dataset} has ({other}): prepare the text "
             "with its tokenizer, or start from scratch"
         )
-    was = found.config | found.model_args
-    now = {"bos": cfg.bos, "block_size": block_size}
-    told = [f"{key} {was[key]} -> {value}" for key, value in now.items() if was.get(key, value) != value]
-    if was.get("dataset") == cfg.dataset and found.data_sample not in (None, data.sample):
-        told.append(f"{cfg.dataset} holds other text now")
-    if not same and found.meta.get("tokenizer") is None and found.data_sample != data.sample:
-        told.append(f"its tokenizer is not known, its ids are taken to be those of {cfg.dataset}")
-    if told and says:
-        print(f"init_from={cfg.init_from}: {'; '.join(told)}", file=sys.stderr)
+    old, new = pretrained.config | pretrained.model_args, {"bos": cfg.bos, "block_size": block_size}
+    changes = [f"{key} {old[key]} -> {value}" for key, value in new.items() if old.get(key, value) != value]
+    if old.get("dataset") == cfg.dataset and pretrained.data_sample not in (None, data.sample):
+        changes.append(f"{cfg.dataset} holds other text now")
+    if not same and pretrained.meta.get("tokenizer") is None and pretrained.data_sample != data.sample:
+        changes.append(f"its tokenizer is not known, its ids are taken to be those of {cfg.dataset}")
+    return "; ".join(changes)
 
 
 def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Loads a state dict; gates that it lacks start without effect. Raises UserError naming the first misfit."""
+    """Loads a state dict. Gates that it lacks start without effect. Raises UserError naming the first misfit."""
     try:
         model.load_state_dict(convert.with_gates(weights, model.state_dict()))
     except RuntimeError as error:
         first = ", ".join(str(error).splitlines()[1].strip().split(", ")[:3])
         raise UserError(
-            f"init_from={origin} does not fit the architecture that was given ({first} ...): leave scale/ and the arm "
-            "out, or give what it was trained with"
+            f"init_from={origin} does not fit the architecture that was given ({first} ...): leave out scale/ and the "
+            "arm, or give those that it was trained with"
         ) from None
 
 
 def fit_vocabulary(model: GPTConfig, cfg: TrainConfig, overrides: Mapping[str, Any], needed: int) -> GPTConfig:
-    """The GPTConfig with a vocabulary for `needed` tokens, unless one was given. Raises UserError if that is less."""
+    """The GPTConfig with a vocabulary for `needed` tokens, unless vocab_size is set. Raises UserError if it is less."""
     if "vocab_size" not in overrides and cfg.init_from == "scratch":
         return dataclasses.replace(model, vocab_size=-(-needed // 64) * 64)
     if model.vocab_size < needed:
@@ -367,22 +365,22 @@ def fit_vocabulary(model: GPTConfig, cfg: TrainConfig, overrides: Mapping[str, A
     return model
 
 
-def saved_run(kept: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoint, Path]:
-    """The checkpoint to go on from: the newest sound one, or for `replay` the nearest before that step; and its path.
+def saved_run(store: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoint, Path]:
+    """The checkpoint to continue from, and its path: the newest intact one, or for `replay` the last before that step.
 
-    Where there is none before it, one of step 0, whose weights are those that the seed makes. Raises UserError.
+    If there is none before that step, the checkpoint is of step 0, with the weights of the seed. Raises UserError.
     """
     try:
-        saved, path = kept.newest(before=replay or None)
+        saved, path = store.newest(before=replay or None)
     except UserError:
-        if not replay or not kept.all():
+        if not replay or not store.all():
             raise
-        saved, path = kept.newest()
+        saved, path = store.newest()
         saved = dataclasses.replace(saved, step=0)
     saved.check_contract(CONTRACT, path)
-    told = (saved.optimizer, saved.step, saved.given, saved.loss_watch)
+    required = (saved.optimizer, saved.step, saved.given, saved.loss_watch)
     numbers = [isinstance(value, (int, float)) for value in saved.loss_watch or ()]
-    if None in told or not saved.config or not saved.data or numbers != [True] * 3:
+    if None in required or not saved.config or not saved.data or numbers != [True] * 3:
         raise UserError(f"{path} is not a run of this train.py: start from it with --init_from={path}")
     if saved.step == 0:
         saved = dataclasses.replace(saved, val_loss=None, best=None, loss_watch=LossWatch().state)
@@ -390,17 +388,17 @@ def saved_run(kept: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoin
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{key: value} of an older version by today's names."""
-    now = {key: value for key, value in values.items() if key not in ("penalty", "penalty_weight")}
+    """{key: value} with the keys of older versions replaced by those of this one."""
+    current = {key: value for key, value in values.items() if key not in ("penalty", "penalty_weight")}
     if values.get("penalty", "none") != "none":
-        now["losses"] = {values["penalty"]: values.get("penalty_weight", 1e-3)}
+        current["losses"] = {values["penalty"]: values.get("penalty_weight", 1e-3)}
     if values.get("lr_schedule") == "constant_linear":
-        now["lr_schedule"] = "wsd"
-    return now
+        current["lr_schedule"] = "wsd"
+    return current
 
 
 def settings_of(saved: Checkpoint, path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """{key: value} of a run that goes on: the checkpoint's, but for what was given and may change. Raises UserError."""
+    """{key: value} that a resumed run takes from its checkpoint. Raises UserError for any other override."""
     fields, values = config.fields_of(SCHEMAS), {}
     for key, stored in renamed(saved.model_args | saved.config).items():
         if key not in fields:
@@ -408,17 +406,17 @@ def settings_of(saved: Checkpoint, path: Path, overrides: Mapping[str, Any]) -> 
         value = fields[key].read(stored, path)
         if key not in RESUMABLE and overrides.get(key, value) != value:
             raise UserError(f"{path} was trained with {key}={value}, not {overrides[key]}; arms are not mixed")
-        if key not in OF_COMMAND:
+        if key not in COMMAND_KEYS:
             values[key] = value
     return values
 
 
-def load_saved(kept: checkpoints.Checkpoints, replay: int, machine: Machine) -> tuple[Checkpoint, Path]:
-    """`saved_run` on every rank; its tensors stay on rank 0, which hands them out shard by shard. Raises UserError."""
+def load_saved(store: checkpoints.Checkpoints, replay: int, machine: Machine) -> tuple[Checkpoint, Path]:
+    """`saved_run` on every rank. Only rank 0 gets the tensors, and later distributes the shards. Raises UserError."""
     whole: list[Checkpoint] = []
 
     def read() -> tuple[Checkpoint, Path]:
-        saved, path = saved_run(kept, replay)
+        saved, path = saved_run(store, replay)
         whole.append(saved)
         return dataclasses.replace(saved, model={}, optimizer={}), path
 
@@ -427,20 +425,20 @@ def load_saved(kept: checkpoints.Checkpoints, replay: int, machine: Machine) -> 
 
 
 def check_settings(model: GPTConfig, cfg: TrainConfig, machine: Machine) -> None:
-    """Raises UserError for settings that each are possible, and together or on this machine are not."""
+    """Raises UserError for settings that are impossible together or on this machine."""
     if cfg.loss_first >= model.block_size:
         raise UserError(f"loss_first={cfg.loss_first} leaves nothing of block_size={model.block_size} to learn")
     if cfg.gradient_accumulation_steps % machine.world:
         raise UserError(
             f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} is not a multiple of the "
-            f"{machine.world} ranks, which share the micro-batches out: make it one, and batch_size as much smaller"
+            f"{machine.world} ranks, which divide the micro-batches: make it a multiple, and reduce batch_size to match"
         )
     if machine.sharded and cfg.optimizer in ("muon", "soap"):
-        raise UserError(f"{cfg.optimizer} needs whole matrices, of which fsdp leaves each rank a part: --parallel=ddp")
+        raise UserError(f"{cfg.optimizer} needs whole matrices, but fsdp gives each rank a part: use --parallel=ddp")
 
 
 def compiles(cfg: TrainConfig, machine: Machine) -> bool:
-    """True if a run's sub-layers and loss are compiled: asked for, and possible here. A replay is not."""
+    """True if a run compiles its sub-layers and loss: cfg says so and this machine can. A replay does not compile."""
     return cfg.compile and not cfg.replay and (machine.device.type == "cuda" or cpp_compiler())
 
 
@@ -448,47 +446,47 @@ def compiles(cfg: TrainConfig, machine: Machine) -> bool:
 
 
 class Update(NamedTuple):
-    """What an optimiser step was made with."""
+    """The numbers of an optimiser step."""
 
-    loss: float  # the batch's, in nats per token
+    loss: float  # of the batch, in nats per token
     norm: float  # of the gradient, before clipping
     lr: float
-    noted: dict[str, dict[str, float | None]]  # losses and scalars beside it: {name: mean}
+    means: dict[str, dict[str, float | None]]  # {"losses": {name: mean}, "scalars": {name: mean}}
 
 
 class Run:
-    """One training run: model, optimiser, data and step, saved to and restored from OUT_DIR.
+    """A training run: model, optimiser, data and step, saved to and restored from OUT_DIR.
 
     run = Run.open(overrides, out_dir, machine)
     run.fit()
 
-    `overrides`: the keys that were asked for; `saved`: the checkpoint to go on from, of `saved_run`.
+    `overrides`: the keys that the user set. `saved`: the checkpoint of `saved_run` to continue from.
     """
 
     model_class: ClassVar = GPT
 
     @classmethod
     def open(cls, overrides: Mapping[str, Any], out_dir: str | Path, machine: Machine) -> "Run":
-        """The run of a command, new or going on from what OUT_DIR holds, which from here on is this process's own.
+        """The run of a command, new or continued from OUT_DIR, which it locks for this process.
 
-        Every rank must call it. A replay takes nothing and writes nothing. Raises UserError.
+        Every rank must call it. A replay locks nothing and writes nothing. Raises UserError.
         """
-        kept, replay = checkpoints.Checkpoints(out_dir), overrides.get("replay", 0)
-        if attempt():  # torchrun gives the same command again
-            going_on = machine.on_rank0(kept.any)
-            overrides = {**overrides, "resume": going_on, "overwrite": not going_on}
+        store, replay = checkpoints.Checkpoints(out_dir), overrides.get("replay", 0)
+        if attempt():  # torchrun runs the same command again
+            resumes = machine.on_rank0(store.any)
+            overrides = {**overrides, "resume": resumes, "overwrite": not resumes}
         saved: Checkpoint | None = None
-        before: dict[str, Any] = {}
-        if overrides.get("resume") or (replay and machine.on_rank0(kept.any)):
-            saved, path = load_saved(kept, replay, machine)
-            before = settings_of(saved, path, overrides)
-        model_config, cfg = config.build(SCHEMAS, {**before, **overrides, "out_dir": str(out_dir)})
+        settings: dict[str, Any] = {}
+        if overrides.get("resume") or (replay and machine.on_rank0(store.any)):
+            saved, path = load_saved(store, replay, machine)
+            settings = settings_of(saved, path, overrides)
+        model_config, cfg = config.build(SCHEMAS, {**settings, **overrides, "out_dir": str(out_dir)})
         if machine.is_rank0:
-            for key, value in before.items():
+            for key, value in settings.items():
                 if overrides.get(key, value) != value:
                     print(f"changed on resume: {key} {value} -> {overrides[key]}")
-        given = renamed(saved.given or {}) if saved else {}
-        run = cls(model_config, cfg, given | dict(overrides), machine, saved)
+        earlier = renamed(saved.given or {}) if saved else {}
+        run = cls(model_config, cfg, earlier | dict(overrides), machine, saved)
         if not replay:
             machine.on_rank0(run._take_folder)
         return run
@@ -508,13 +506,13 @@ class Run:
         self.step, self.best = 0, math.inf
         self.val_loss: float | None = None
         self.watch, self.signals = LossWatch(), StopSignals()
-        self.stopping: str | None = None  # the signal that any rank got, agreed on
+        self.stopping: str | None = None  # the signal that some rank received; the same on every rank
         if not cfg.replay:
             machine.on_rank0(self._check_out_dir, saved is not None)
         weights = None
         if cfg.init_from != "scratch" and saved is None:
-            model_config, found, tokenizer = foreign_model(cfg.init_from, overrides)
-            weights = found.model
+            model_config, pretrained, tokenizer = foreign_model(cfg.init_from, overrides)
+            weights = pretrained.model
         self.train_data = Tokens(cfg.dataset, "train", model_config.block_size, cfg.bos, cfg.seed)
         self.val_data = Tokens(cfg.dataset, "val", model_config.block_size, cfg.bos)
         if saved is None:
@@ -523,12 +521,14 @@ class Run:
         self.n_micro = cfg.gradient_accumulation_steps // machine.world
         self._make_model(model_config, weights)
         if weights is not None:
-            check_start(cfg, model_config.block_size, self.train_data, found, tokenizer, machine.is_rank0)
+            changes = check_start(cfg, model_config.block_size, self.train_data, pretrained, tokenizer)
+            if changes and machine.is_rank0:
+                print(f"init_from={cfg.init_from}: {changes}", file=sys.stderr)
         if saved is not None:
             self._restore(saved)
 
     def _make_model(self, model_config: GPTConfig, weights: Mapping[str, Tensor] | None) -> None:
-        """The model with the weights that the seed makes, or those given; its optimisers, and what watches it."""
+        """Makes the model, with `weights` or the seed's, its optimisers and its monitor."""
         cfg, machine, self.model_config = self.cfg, self.machine, model_config
         torch.manual_seed(cfg.seed)
         self.model = self.model_class(model_config).to(machine.device)
@@ -536,16 +536,16 @@ class Run:
             load_weights(self.model, weights, cfg.init_from)
         machine.shard(self.model, self.model.transformer.h)
         self.optimizers = OPTIMIZERS[cfg.optimizer](self.model, cfg)
-        asked = (getattr(module, "after_update", None) for module in self.model.modules())
-        self.after_update: list[Callable[[], Any]] = [method for method in asked if callable(method)]
-        self.of_streams: dict[str, list[Tensor]] = {}  # losses of the current forward pass, one per sub-layer
+        methods = (getattr(module, "after_update", None) for module in self.model.modules())
+        self.after_update: list[Callable[[], Any]] = [method for method in methods if callable(method)]
+        self.stream_losses: dict[str, list[Tensor]] = {}  # of the current forward pass, one per sub-layer
         self._watch_streams()
         self.monitor = Monitor(self.model, cfg.monitor if machine.is_rank0 else 0)
 
-    def _check_out_dir(self, goes_on: bool) -> None:
-        """Raises UserError rather than overwrite a run unasked, or where nothing can be written."""
-        held = self.checkpoints.any() or (self.out_dir / "log.jsonl").exists()
-        if held and not goes_on and not self.cfg.overwrite:
+    def _check_out_dir(self, resumes: bool) -> None:
+        """Raises UserError if OUT_DIR holds another run that may not be overwritten, or if it cannot be written."""
+        has_run = self.checkpoints.any() or (self.out_dir / "log.jsonl").exists()
+        if has_run and not resumes and not self.cfg.overwrite:
             resume = "--resume goes on with it, " if self.checkpoints.any() else ""
             raise UserError(
                 f"{self.out_dir} already holds a run: {resume}--overwrite starts again, --out_dir=DIR goes elsewhere"
@@ -553,9 +553,9 @@ class Run:
         files.check_writable(self.path)
 
     def _take_folder(self) -> None:
-        """Makes OUT_DIR this process's own, without an old run where one is overwritten, and writes config.json.
+        """Locks OUT_DIR for this process, deletes the old run if it is to be overwritten, and writes config.json.
 
-        Raises UserError if it cannot be written, or another process trains there.
+        Raises UserError if OUT_DIR cannot be written or another process trains there.
         """
         self.lock = filelock.FileLock(self.out_dir / ".lock")
         try:
@@ -565,9 +565,9 @@ class Run:
             if self.cfg.overwrite:
                 self.checkpoints.clear()
                 (self.out_dir / Tracker.FILE).unlink(missing_ok=True)
-            everything = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
-            told = config.plain({"given": self.overrides, "config": everything})
-            text = json.dumps({**told, **provenance()}, indent=1)
+            values = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.cfg)}
+            settings = config.plain({"given": self.overrides, "config": values})
+            text = json.dumps({**settings, **provenance()}, indent=1)
             files.write_atomic(self.out_dir / "config.json", lambda file: file.write(text.encode()))
         except filelock.Timeout:
             raise UserError(f"another process trains in {self.out_dir}: stop it, or give another --out_dir") from None
@@ -575,16 +575,16 @@ class Run:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
 
     def _watch_streams(self) -> None:
-        """Collects the losses of the stream after every sub-layer, in passes that will be differentiated.
+        """Hooks the stream after every sub-layer, so that passes with gradients collect its losses.
 
-        Raises UserError for one of cfg.losses that is none of these, and that a pass of the model does not leave.
+        Raises UserError if a loss of cfg.losses is neither one of these nor one of the model.
         """
         names = [name for name in self.cfg.losses if name in STREAM_LOSSES]
 
         def hook(module: nn.Module, args: Any, x: Tensor) -> None:
             if torch.is_grad_enabled():
                 for name in names:
-                    self.of_streams.setdefault(name, []).append(STREAM_LOSSES[name](x))
+                    self.stream_losses.setdefault(name, []).append(STREAM_LOSSES[name](x))
 
         for sub_layer in self.model.sub_layers() if names else ():
             sub_layer.stream.register_forward_hook(hook)
@@ -596,13 +596,13 @@ class Run:
                 raise UserError(f"losses: there is no {name!r}{nearest(name, known)}; there are {', '.join(known)}")
 
     def _auxiliary(self) -> dict[str, Tensor]:
-        """{name: scalar ()}: losses beside the language model's that the last pass left; lets go of the stream's."""
-        found = {name: torch.stack(values).mean() for name, values in self.of_streams.items()}
-        self.of_streams.clear()
-        return getattr(self.model, "losses", {}) | found
+        """{name: scalar ()} of the auxiliary losses of the last pass. It empties `stream_losses`."""
+        means = {name: torch.stack(values).mean() for name, values in self.stream_losses.items()}
+        self.stream_losses.clear()
+        return getattr(self.model, "losses", {}) | means
 
     def _restore(self, saved: Checkpoint) -> None:
-        """Takes up the state of a checkpoint. Raises UserError if it does not belong to this run."""
+        """Restores the state of a checkpoint. Raises UserError if it does not belong to this run."""
         if (saved.data, saved.data_sample) != (self.train_data.meta, self.train_data.sample):
             raise UserError(f"{self.path} was trained on other data than what --dataset={self.cfg.dataset} holds now")
         self.step = saved.step or 0
@@ -617,25 +617,25 @@ class Run:
 
     @functools.cached_property
     def compiled_model(self) -> nn.Module:
-        """What the steps call: the model, compiled if that was asked for and can be, wrapped for its ranks."""
+        """The model that the steps call: compiled if `compiles` says so, and wrapped for its ranks."""
         if compiles(self.cfg, self.machine):
             self.model.compile_sublayers()
         return self.machine.wrap(self.model)
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences in one optimiser step, over all micro-batches and ranks."""
+        """Sequences per optimiser step, over all micro-batches and ranks."""
         return self.cfg.batch_size * self.cfg.gradient_accumulation_steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one optimiser step, over all micro-batches and ranks."""
+        """Tokens per optimiser step, over all micro-batches and ranks."""
         return self.sequences_per_step * self.model_config.block_size
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x, y (B, T) of the micro-batches of the current step, on this rank; y is -1 where the loss does not count.
+        """x, y (B, T) of this rank's micro-batches in the current step. y is -1 where the loss does not count.
 
-        Seeds the dropout noise of the step too: there is no RNG state to lose.
+        It also seeds the dropout noise of the step, so that no RNG state need be saved.
         """
         cfg, machine = self.cfg, self.machine
         torch.manual_seed(noise_seed(cfg.seed, self.step, machine.rank))
@@ -648,10 +648,10 @@ class Run:
             yield x.to(machine.device), y.to(machine.device)
 
     def gradients(self) -> Tensor:
-        """Leaves the gradients of the current step in the parameters, and in `noted` the means of the losses beside the
-        language model's and of the model's scalars. Returns the language model's mean loss () on this rank."""
+        """Computes the gradients of the current step, and in `means` the means of the auxiliary losses and the model's
+        scalars. Returns the language model's mean loss () on this rank."""
         mean = torch.zeros((), device=self.machine.device)
-        self.noted: dict[tuple[str, str], Tensor] = {}  # (losses or scalars, name) -> mean ()
+        self.means: dict[tuple[str, str], Tensor] = {}  # (losses or scalars, name) -> mean ()
         for micro, (x, y) in enumerate(self.batches()):
             with self.machine.accumulating(self.compiled_model, last=micro == self.n_micro - 1):
                 with self.machine.autocast():
@@ -660,35 +660,35 @@ class Run:
                 auxiliary = self._auxiliary()
                 for name, weight in self.cfg.losses.items():
                     loss = loss + weight * auxiliary[name]
-                for kind, found in (("losses", auxiliary), ("scalars", getattr(self.model, "scalars", {}))):
-                    for name, value in found.items():
+                for kind, values in (("losses", auxiliary), ("scalars", getattr(self.model, "scalars", {}))):
+                    for name, value in values.items():
                         part = value.detach().to(mean) / self.n_micro
-                        self.noted[kind, name] = self.noted.get((kind, name), 0) + part
+                        self.means[kind, name] = self.means.get((kind, name), 0) + part
                 (loss / self.n_micro).backward()
         return mean
 
     def agree(self, loss: Tensor) -> tuple[float, dict[str, dict[str, float | None]], str | None]:
-        """(Mean over the ranks of their loss (), the means of what is noted, the signal that one of them got); the same
-        on every rank, and one wait for the device for all of it."""
-        means = torch.stack((loss, *self.noted.values())) / self.machine.world
-        everything = self.machine.sum(torch.cat((means, self.signals.votes(self.machine.device)))).tolist()
-        noted: dict[str, dict[str, float | None]] = {}
-        for (kind, name), value in zip(self.noted, everything[1:], strict=False):
-            noted.setdefault(kind, {})[name] = value if math.isfinite(value) else None
-        return everything[0], noted, self.signals.elected(everything[len(means) :])
+        """(loss, means, signal), the same on every rank: the mean of the ranks' losses (), the means of their `means`,
+        and the signal that one of them received. All of it waits for the device only once."""
+        rank_means = torch.stack((loss, *self.means.values())) / self.machine.world
+        sums = self.machine.sum(torch.cat((rank_means, self.signals.votes(self.machine.device)))).tolist()
+        means: dict[str, dict[str, float | None]] = {}
+        for (kind, name), value in zip(self.means, sums[1:], strict=False):
+            means.setdefault(kind, {})[name] = value if math.isfinite(value) else None
+        return sums[0], means, self.signals.elected(sums[len(rank_means) :])
 
     def clip(self) -> float:
-        """Scales the gradients down to grad_clip. Returns their norm before."""
+        """Scales the gradients down to grad_clip. Returns their norm before that."""
         return self.machine.clip_gradients(self.model.parameters(), self.cfg.grad_clip or math.inf)
 
     def update(self) -> Update:
-        """One optimiser step.
+        """Makes an optimiser step.
 
-        Raises StoppedError, on every rank and with the weights as they were, if the loss or a gradient is not finite.
+        If the loss or a gradient is not finite, it changes no weight and raises StoppedError on every rank.
         """
-        with self.monitor(self.step + 1):  # its number when it is done, as in the log
-            loss_here = self.gradients()
-        loss, noted, self.stopping = self.agree(loss_here)
+        with self.monitor(self.step + 1):  # the log counts finished steps
+            rank_loss = self.gradients()
+        loss, means, self.stopping = self.agree(rank_loss)
         norm = self.clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise StoppedError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped before the update")
@@ -701,12 +701,12 @@ class Run:
         for after_update in self.after_update:
             after_update()
         self.step += 1
-        return Update(loss, norm, lr, noted)
+        return Update(loss, norm, lr, means)
 
     # -------------------------------------------------------------------------------------------- the loop
 
     def fit(self, name: str = "") -> None:
-        """Trains to max_iters, and lets go of OUT_DIR; `name`: what the progress bar calls the run.
+        """Trains to max_iters and unlocks OUT_DIR. `name`: the name of the run in the progress bar.
 
         Every rank must call it. Raises InterruptedRunError after a signal, StoppedError if the loss is not finite.
         """
@@ -722,22 +722,22 @@ class Run:
                 self._stopped(error)
 
     def _open_logs(self, stack: contextlib.ExitStack) -> None:
-        """Opens what rows are written to, until `stack` is left. Raises UserError."""
+        """Opens the logs, which `stack` closes. Raises UserError."""
         stack.callback(self.lock.release)
-        single = lambda value: value if isinstance(value, (bool, int, float)) else str(value)  # all that HParams takes
-        arm = {key: single(value) for key, value in self.overrides.items() if key not in OF_COMMAND}
-        logged = int(max((row["step"] for row in rows_of(self.out_dir / "log.jsonl")), default=0))
+        hparam = lambda value: value if isinstance(value, (bool, int, float)) else str(value)  # HParams takes no others
+        arm = {key: hparam(value) for key, value in self.overrides.items() if key not in COMMAND_KEYS}
+        last_step = int(max((row["step"] for row in rows_of(self.out_dir / "log.jsonl")), default=0))
         try:
             self.logs = [JsonLines(self.out_dir / "log.jsonl", self.step)]
-            self.jumps = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
+            self.loss_spikes = JsonLines(self.out_dir / "loss_spikes.jsonl", self.step)
         except OSError as error:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
         if self.cfg.tensorboard:
-            before = rows_of(self.out_dir / "log.jsonl")
-            self.logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, before))
+            rows = rows_of(self.out_dir / "log.jsonl")
+            self.logs.append(TensorBoard(self.out_dir / "tensorboard", self.step, arm, rows))
         if self.cfg.tracker != "none":
-            self.logs.append(Tracker(self.cfg.tracker, self.out_dir, arm, logged))
-        for log in (*self.logs, self.jumps):
+            self.logs.append(Tracker(self.cfg.tracker, self.out_dir, arm, last_step))
+        for log in (*self.logs, self.loss_spikes):
             stack.callback(log.close)
         self.logs.append(self.progress)
 
@@ -762,7 +762,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """True once max_iters steps are made."""
+        """True after max_iters steps."""
         return self.step >= self.cfg.max_iters
 
     def _is_due(self, interval: int) -> bool:
@@ -770,8 +770,7 @@ class Run:
         return self.done or self.step % interval == 0
 
     def evaluate(self) -> bool:
-        """Takes the validation loss. Returns whether it is the lowest so far. Raises StoppedError if it is not
-        finite."""
+        """Measures the validation loss; True if it is the lowest so far. Raises StoppedError if it is not finite."""
         self.val_loss = validation_loss(self.compiled_model, self.val_data, self.cfg, self.machine)
         if not math.isfinite(self.val_loss):
             raise StoppedError(f"step {self.step}: val_loss {self.val_loss} after the update: stopped, not saved")
@@ -789,46 +788,45 @@ class Run:
             "lr": update.lr,
             "grad_norm": update.norm,
             "tokens_per_s": tokens_per_s,
-            **update.noted,
+            **update.means,
             **({"monitor": self.monitor.row} if self.monitor.row else {}),
         }
         for log in self.logs:
             log.write(row)
 
     def _watch_loss(self, update: Update) -> None:
-        """Notes a loss that stands out, with its batch."""
+        """Writes a loss that stands out, and its batch, to loss_spikes.jsonl."""
         stands_out, mean, sd = self.watch.stands_out(update.loss)
         if stands_out and self.machine.is_rank0:
             self._note(self.step, {"loss": update.loss, "mean": mean, "sd": sd, "grad_norm": update.norm})
 
     def _note(self, step: int, row: dict[str, Any]) -> None:
         windows = self.train_data.windows(step - 1, self.sequences_per_step)
-        self.jumps.write({"step": step, **row, "windows": windows})
+        self.loss_spikes.write({"step": step, **row, "windows": windows})
 
     def _stopped(self, error: StoppedError) -> NoReturn:
-        """What is left of a run whose loss or gradient was not finite. Raises StoppedError."""
+        """Ends a run whose loss or gradient is not finite. Raises StoppedError, which names a sound checkpoint."""
         spoiled = self.val_loss is not None and not math.isfinite(self.val_loss)
         step = self.step if spoiled else self.step + 1  # the update that spoiled the model, or was not made
         if self.machine.is_rank0:
             self._note(step, {"stopped": str(error)})
             with contextlib.suppress(OSError):
                 self.checkpoints.wait()
-        sound = self._last_good(before=self.step)  # what was saved at this step has the loss that is not finite
+        sound = self._last_good(before=self.step)  # the checkpoint of this step has the loss that is not finite
         raise StoppedError(f"{error}; checkpoints: {sound}; --replay={step} shows its batch") from None
 
     # ----------------------------------------------------------------------------------------------- saving
 
     def save_if_due(self, best: bool) -> None:
-        """Saves at the last step, before stopping, at a best validation loss, and every save_interval."""
+        """Saves at the last step, before stopping, at the best validation loss, and every save_interval steps."""
         ends = self.done or self.stopping is not None
         if ends or best or self._is_due(self.cfg.save_interval):
             self.save(best, ends)
 
     def save(self, best: bool = False, last: bool = False) -> None:
-        """Everything that is needed to go on, and to know what this model is. Every rank must call it; rank 0 writes.
+        """Writes a checkpoint from which the run can continue. Every rank must call it; rank 0 writes.
 
-        What cannot be written is a warning, and training goes on to the next checkpoint; if it is the `last`, a
-        UserError.
+        If it cannot be written, this prints a warning and training continues. The `last` one raises UserError instead.
         """
         weights, optimizer = self.machine.state(self.model, self.optimizers)
         if not self.machine.is_rank0:
@@ -839,10 +837,10 @@ class Run:
             try:
                 call()
             except OSError as error:
-                said = f"step {self.step}: cannot write a checkpoint ({error.strerror}); {self._last_good()}"
+                message = f"step {self.step}: cannot write a checkpoint ({error.strerror}); {self._last_good()}"
                 if last:
-                    raise UserError(f"{said}; make room and go on with --resume") from None
-                warn(f"{said}; training goes on")
+                    raise UserError(f"{message}; make room and go on with --resume") from None
+                warn(f"{message}; training goes on")
 
     def _checkpoint(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> Checkpoint:
         return Checkpoint(
@@ -867,11 +865,11 @@ class Run:
         return f"the last good one is {paths[-1]}" if paths else "there is none yet"
 
 
-# --------------------------------------------------------------------------------------------------- looking back
+# --------------------------------------------------------------------------------------------------- replay
 
 
 class Replay(NamedTuple):
-    """A step computed again."""
+    """A step that was computed again."""
 
     step: int
     loss: float  # as in the log
@@ -881,7 +879,7 @@ class Replay(NamedTuple):
 
 
 def replay(run: Run) -> Replay:
-    """Computes step cfg.replay of a run again from the nearest state before it. Raises UserError on several ranks."""
+    """Computes step cfg.replay of a run again from the last checkpoint before it. Raises UserError on several ranks."""
     if run.machine.world > 1:
         raise UserError("a step is replayed by one process: leave torchrun out")
     for _ in tqdm(range(run.step, run.cfg.replay - 1), desc="replay", unit="step", disable=None):
@@ -898,30 +896,26 @@ def replay(run: Run) -> Replay:
     loss, _, _ = run.agree(run.gradients())
     norm = run.clip()
     squares = {n: p.grad.float().square().sum().item() for n, p in run.model.named_parameters() if p.grad is not None}
-    whole = sum(squares.values())
-    windows = run.train_data.windows(run.step, run.sequences_per_step)
+    total = sum(squares.values())
     worst: Callable[[Any], float] = lambda row: -row[1] if math.isfinite(row[1]) else -math.inf
-    return Replay(
-        run.cfg.replay,
-        loss,
-        norm,
-        sorted(zip(windows, losses, ids, strict=True), key=worst),
-        sorted(((name, square / whole) for name, square in squares.items()), key=worst),
-    )
+    numbers = run.train_data.windows(run.step, run.sequences_per_step)
+    windows = sorted(zip(numbers, losses, ids, strict=True), key=worst)
+    shares = sorted(((name, square / total) for name, square in squares.items()), key=worst)
+    return Replay(run.cfg.replay, loss, norm, windows, shares)
 
 
 def print_replay(run: Run) -> None:
-    """Replays a step and shows it beside what the log says of it."""
-    found = replay(run)
-    logged = next((row for row in rows_of(run.out_dir / "log.jsonl") if row["step"] == found.step), None)
-    words = f" (logged: {logged['loss']:.6f}, {logged['grad_norm']:.6g})" if logged else " (not logged)"
-    print(f"step {found.step}: loss {found.loss:.6f}, gradient norm {found.norm:.6g}{words}")
+    """Replays a step and prints it, with the numbers of the log."""
+    result = replay(run)
+    row = next((row for row in rows_of(run.out_dir / "log.jsonl") if row["step"] == result.step), None)
+    logged = f" (logged: {row['loss']:.6f}, {row['grad_norm']:.6g})" if row else " (not logged)"
+    print(f"step {result.step}: loss {result.loss:.6f}, gradient norm {result.norm:.6g}{logged}")
     print("\nlargest gradients, of the squared norm")
-    for name, share in found.shares[:5]:
+    for name, share in result.shares[:5]:
         print(f"{share:7.1%}  {name}")
     text_of = getattr(tokenizer_of(run.train_data.meta), "text", None)
-    print(f"\nloss    window  {'text' if text_of else 'ids'}, the worst 10 of {len(found.windows)}")
-    for window, loss, ids in found.windows[:10]:
+    print(f"\nloss    window  {'text' if text_of else 'ids'}, the worst 10 of {len(result.windows)}")
+    for window, loss, ids in result.windows[:10]:
         print(f"{loss:6.3f}  {window:6d}  {repr(text_of(ids))[:100] if text_of else ids[:20]}")
 
 
@@ -929,12 +923,12 @@ def print_replay(run: Run) -> None:
 
 
 def check(
-    what: GPT | GPTConfig, cfg: TrainConfig | None = None, only: Collection[str] = ()
+    model: GPT | GPTConfig, cfg: TrainConfig | None = None, only: Collection[str] = ()
 ) -> Iterator[contracts.Result]:
-    """What becomes of every contract of trainer/check.py, or of those named, with a tiny copy of a model."""
+    """The result of every contract of trainer/check.py, or only of some, for a tiny copy of a model."""
     trainer = contracts.Trainer(Run, OPTIMIZERS, cfg or TrainConfig(), cpp_compiler())
-    kind, model_config = (GPT, what) if isinstance(what, GPTConfig) else (type(what), what.config)
-    return contracts.check(kind, model_config, trainer, only)
+    model_class, model_config = (GPT, model) if isinstance(model, GPTConfig) else (type(model), model.config)
+    return contracts.check(model_class, model_config, trainer, only)
 
 
 def print_check(model_config: GPTConfig, cfg: TrainConfig) -> None:
@@ -947,15 +941,16 @@ def print_check(model_config: GPTConfig, cfg: TrainConfig) -> None:
         raise UserError(f"{len(broken)} of {len(contracts.CONTRACTS)} contracts are broken: {', '.join(broken)}")
 
 
-def be_deterministic(asked: bool) -> None:
-    """Only algorithms that give the same bits again; for others torch raises if that was asked for, else warns."""
+def be_deterministic(required: bool) -> None:
+    """Makes torch use algorithms that give the same bits each time. Where it has none, it raises if `required`, and
+    warns otherwise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=not asked)
+    torch.use_deterministic_algorithms(True, warn_only=not required)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
-    """What is trained, how large it is and on what."""
+    """Prints the overrides, the size of the model, the data and the machine."""
     cfg, machine = run.cfg, run.machine
     mode = "compiled" if compiles(cfg, machine) else "eager"
     ranks = f"{machine.world} ranks ({machine.parallel})" if machine.world > 1 else "1 rank"
@@ -971,7 +966,7 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print((__doc__ or "") + config.describe(SCHEMAS[::-1], OF_MODEL | CHOICES | {"losses": STREAM_LOSSES}))
+        print((__doc__ or "") + config.describe(SCHEMAS[::-1], MODEL_CHOICES | CHOICES | {"losses": STREAM_LOSSES}))
         return
     overrides, names = config.parse_argv(SCHEMAS, sys.argv[1:], ROOT)
     if overrides.get("check"):
@@ -979,7 +974,7 @@ def main() -> None:
         return
     out_dir = overrides.get("out_dir") or str(Path("out") / ("-".join(names) or "gpt2"))
     machine = Machine.find(overrides.get("device", "auto"), overrides.get("parallel", "ddp"))
-    if overrides.get("deterministic") or machine.device.type == "cpu":  # there it costs nothing
+    if overrides.get("deterministic") or machine.device.type == "cpu":  # on a CPU it costs nothing
         be_deterministic(overrides.get("deterministic", False))
     with machine.joined():
         run = Run.open(overrides, out_dir, machine)

@@ -1,3 +1,3 @@
-"""Linear biases on the logits (Press et al. 2022)."""
+"""ALiBi: linear biases on the attention logits (Press et al. 2022)."""
 
 position = "alibi"

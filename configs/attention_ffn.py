@@ -1,3 +1,3 @@
-"""Attention in place of the FFN (Sun et al. 2026)."""
+"""A second attention in place of the FFN (Sun et al. 2026)."""
 
 ffn = "attention"

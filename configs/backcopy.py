@@ -1,4 +1,4 @@
-"""Positive control: one pre-norm layer, one head, on the bigram-backcopy task. A sink on BOS emerges within minutes."""
+"""Positive control: a pre-norm layer with one head on the bigram-backcopy task. A sink on BOS grows within minutes."""
 
 dataset = "backcopy"
 bos = True

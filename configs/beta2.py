@@ -1,3 +1,3 @@
-"""Adam's beta2 0.999."""
+"""Adam with beta2 0.999."""
 
 beta2 = 0.999

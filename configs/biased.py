@@ -1,3 +1,3 @@
-"""Biases in linear layers and norms, as GPT-2 has."""
+"""Biases in linear layers and norms, as in GPT-2."""
 
 bias = True

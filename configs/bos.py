@@ -1,3 +1,3 @@
-"""Every training window starts with BOS."""
+"""Every training window starts with a BOS token."""
 
 bos = True

@@ -1,3 +1,3 @@
-"""Clipped softmax: exact zeros (Bondarenko et al. 2023)."""
+"""Clipped softmax, which gives exact zeros (Bondarenko et al. 2023)."""
 
 attention = "clipped"

@@ -1,4 +1,4 @@
-"""DeepNorm (Wang et al. 2022): post-norm, its residual multiplier and its init."""
+"""DeepNorm: post-norm with its residual multiplier and its init (Wang et al. 2022)."""
 
 norm_place = "post"
 residual_scale = "deepnorm"

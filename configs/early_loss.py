@@ -1,3 +1,3 @@
-"""The training loss counts the first 64 positions only."""
+"""The training loss counts only the first 64 positions."""
 
 loss_last = 64

@@ -1,3 +1,3 @@
-"""All matrices start alike: no 1/sqrt(2L) on what writes to the stream."""
+"""All matrices start at the same scale, without 1/sqrt(2L) for those that write to the stream."""
 
 init_scale = "one"

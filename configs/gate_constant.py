@@ -1,4 +1,4 @@
-"""A learned constant gate per channel: unconditional."""
+"""A gate per channel that is a learned constant."""
 
 gate = "channel"
 gate_input = "constant"

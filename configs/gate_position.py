@@ -1,4 +1,4 @@
-"""A gate per channel that depends on the position only."""
+"""A gate per channel that depends only on the position."""
 
 gate = "channel"
 gate_input = "position"

@@ -1,3 +1,3 @@
-"""Attention output gated by one number of the input."""
+"""Attention output gated by a single number, computed from the input."""
 
 gate = "single"

@@ -1,4 +1,4 @@
-"""A gate per channel that depends on the token embedding only."""
+"""A gate per channel that depends only on the token embedding."""
 
 gate = "channel"
 gate_input = "token"

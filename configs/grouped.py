@@ -1,3 +1,3 @@
-"""Keys and values shared by groups of heads, two in all (Ainslie et al. 2023)."""
+"""Two heads of keys and values, shared by groups of query heads (Ainslie et al. 2023)."""
 
 n_kv_head = 2

@@ -1,3 +1,3 @@
-"""Three layers that see 128 tokens, then one that sees all, over and over."""
+"""Three layers that see 128 tokens, then one that sees all, repeated."""
 
 window = "cycle(128*3 0)"

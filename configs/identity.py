@@ -1,3 +1,3 @@
-"""An FFN of two matrices without a non-linearity."""
+"""An FFN of two matrices without an activation function."""
 
 activation = "identity"

@@ -1,3 +1,3 @@
-"""A learned key without value (Gu et al. 2024)."""
+"""A learned key with value 0 (Gu et al. 2024)."""
 
 attention = "k_bias"

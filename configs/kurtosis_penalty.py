@@ -1,3 +1,3 @@
-"""A penalty on the channel kurtosis of the stream."""
+"""An auxiliary loss on the channel kurtosis of the stream."""
 
 losses = {"kurtosis": 1e-3}

@@ -1,3 +1,3 @@
-"""The training loss counts from position 64 on (Sun et al. 2026, loss range)."""
+"""The training loss counts only positions from 64 on (loss range of Sun et al. 2026)."""
 
 loss_first = 64

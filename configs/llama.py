@@ -1,4 +1,4 @@
-"""Llama's block: RMSNorm, rope, SwiGLU."""
+"""Llama's block: RMSNorm, RoPE, SwiGLU."""
 
 norm = "rmsnorm"
 position = "rope"

@@ -1,3 +1,3 @@
-"""A penalty on max / rms of every token's stream."""
+"""An auxiliary loss on max / rms of each token's stream."""
 
 losses = {"magnitude": 0.01}

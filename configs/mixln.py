@@ -1,3 +1,3 @@
-"""Mix-LN: the first quarter of the layers post-norm, the others pre-norm (Li et al. 2024)."""
+"""Mix-LN: post-norm in the first quarter of the layers, pre-norm in the others (Li et al. 2024)."""
 
 norm_place = "post*25% pre"

@@ -1,3 +1,3 @@
-"""Muon on the blocks' matrices (Jordan et al. 2024)."""
+"""Muon for the matrices of the blocks (Jordan et al. 2024)."""
 
 optimizer = "muon"

@@ -1,3 +1,3 @@
-"""Norms without learned gain."""
+"""Norms without a learned gain."""
 
 norm_gain = False

@@ -1,3 +1,3 @@
-"""x + f(x), no norm anywhere; expected to diverge at the baseline's learning rate."""
+"""x + f(x), without any norm; it should diverge at the baseline's learning rate."""
 
 norm_place = "none"

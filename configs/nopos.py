@@ -1,3 +1,3 @@
-"""No positions: causality alone tells them (Kazemnejad et al. 2023)."""
+"""No position encoding; positions follow from causality only (Kazemnejad et al. 2023)."""
 
 position = "none"

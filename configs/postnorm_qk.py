@@ -1,4 +1,4 @@
-"""Post-norm with normalised queries and keys: not run by the paper."""
+"""Post-norm with normalised queries and keys, an arm that Sun et al. 2026 did not run."""
 
 norm_place = "post"
 norm = "rmsnorm"

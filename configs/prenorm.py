@@ -1,1 +1,1 @@
-"""The baseline: GPT-2's layout, x + f(norm(x)). Every default."""
+"""The baseline: GPT-2's layout, x + f(norm(x)), with every default."""

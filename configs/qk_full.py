@@ -1,4 +1,4 @@
-"""Queries and keys normalised over heads x width, RMSNorm throughout."""
+"""Queries and keys normalised over heads x width; all norms are RMSNorm."""
 
 norm = "rmsnorm"
 qk_norm = "full"

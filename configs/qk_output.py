@@ -1,4 +1,4 @@
-"""The paper's QK + output arm (OLMo 2; Sun et al. 2026)."""
+"""QK norm and norms on the sub-layers' output, the QK + output arm of Sun et al. 2026 (OLMo 2)."""
 
 norm = "rmsnorm"
 norm_place = "output"

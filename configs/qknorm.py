@@ -1,4 +1,4 @@
-"""Queries and keys normalised head by head, RMSNorm throughout (Qwen 3)."""
+"""Queries and keys normalised in each head; all norms are RMSNorm (Qwen 3)."""
 
 norm = "rmsnorm"
 qk_norm = "head"

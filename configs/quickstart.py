@@ -1,4 +1,4 @@
-"""Two pre-norm layers on the text of Python's own documentation: a spike on BOS grows within minutes of CPU."""
+"""Two pre-norm layers on the text of Python's documentation. A spike on BOS grows within minutes on a CPU."""
 
 dataset = "stdlib"
 bos = True

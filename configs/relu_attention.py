@@ -1,3 +1,3 @@
-"""ReLU attention, no normalisation (Wortsman et al. 2023)."""
+"""ReLU attention, without normalisation (Wortsman et al. 2023)."""
 
 attention = "relu"

@@ -1,3 +1,3 @@
-"""A learned multiplier on every update, from 0 (Bachlechner et al. 2020)."""
+"""A learned multiplier on every update, which starts at 0 (Bachlechner et al. 2020)."""
 
 residual_scale = "rezero"

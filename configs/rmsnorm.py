@@ -1,3 +1,3 @@
-"""RMSNorm for LayerNorm (Zhang & Sennrich 2019)."""
+"""RMSNorm in place of LayerNorm (Zhang & Sennrich 2019)."""
 
 norm = "rmsnorm"

@@ -1,3 +1,3 @@
-"""Rotary positions (Su et al. 2021)."""
+"""RoPE: rotary positions (Su et al. 2021)."""
 
 position = "rope"

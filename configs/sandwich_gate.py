@@ -1,4 +1,4 @@
-"""Sandwich norm with the conditional gate: both mitigations at once."""
+"""Sandwich norm and a gate that depends on the input: both mitigations at once."""
 
 norm_place = "sandwich"
 gate = "channel"

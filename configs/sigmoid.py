@@ -1,3 +1,3 @@
-"""Sigmoid attention, no normalisation (Ramapuram et al. 2024)."""
+"""Sigmoid attention, without normalisation (Ramapuram et al. 2024)."""
 
 attention = "sigmoid"

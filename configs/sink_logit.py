@@ -1,3 +1,3 @@
-"""A learned logit per head that takes attention and gives nothing (GPT-OSS)."""
+"""A learned logit per head that takes attention and adds no value (GPT-OSS)."""
 
 attention = "sink_logit"

@@ -1,3 +1,3 @@
-"""Fixed sinusoids (Vaswani et al. 2017)."""
+"""Fixed sinusoids as positions (Vaswani et al. 2017)."""
 
 position = "sinusoidal"

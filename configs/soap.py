@@ -1,4 +1,4 @@
-"""SOAP (Vyas et al. 2024), with its paper's rate and beta1."""
+"""SOAP with the learning rate and beta1 of its paper (Vyas et al. 2024)."""
 
 optimizer = "soap"
 learning_rate = 3e-3

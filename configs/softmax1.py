@@ -1,3 +1,3 @@
-"""Softmax-off-by-one: a key of logit 0 and no value (Miller 2023)."""
+"""Softmax-off-by-one: an extra key with logit 0 and value 0 (Miller 2023)."""
 
 attention = "softmax1"

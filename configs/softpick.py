@@ -1,3 +1,3 @@
-"""Softpick: rectified softmax, rows may sum to less than one (Zuhri et al. 2025), over visible keys alone."""
+"""Softpick: a rectified softmax over the visible keys, whose rows may sum to less than one (Zuhri et al. 2025)."""
 
 attention = "softpick"

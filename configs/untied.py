@@ -1,3 +1,3 @@
-"""Unembedding apart from the embedding."""
+"""Separate matrices for embedding and unembedding."""
 
 tie = False

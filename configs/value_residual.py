@@ -1,3 +1,3 @@
-"""Values are the mean of a layer's own and the first layer's (ResFormer, Zhou et al. 2024)."""
+"""Values are the mean of the layer's own and those of the first layer (ResFormer, Zhou et al. 2024)."""
 
 value = "residual"

@@ -1,3 +1,3 @@
-"""Sliding window: a query sees 64 keys."""
+"""Sliding window: each query sees 64 keys."""
 
 window = 64

@@ -1,1 +1,1 @@
-"""Datasets: the loader, the writer, and a folder per dataset with its prepare.py."""
+"""Datasets: the loader, the writer, and a folder for each dataset with its prepare.py."""

@@ -1,4 +1,4 @@
-"""Files of a release: from a network archive, a local .zip or .tar.*, or a folder; and what a hub that is away says.
+"""Reads the files of a release from a URL, a local .zip or .tar.*, or a folder, and datasets from the Hugging Face hub.
 
 Nothing is ever unpacked to disk.
 """
@@ -23,7 +23,7 @@ TIMEOUT = 30  # seconds without an answer
 
 @contextlib.contextmanager
 def hub(name: str) -> Iterator[None]:
-    """Within, a dataset of the Hugging Face hub is asked for. Raises UserError naming --parquet, the way without it."""
+    """Code in this block may download a dataset of the hub. If it fails, raises UserError, which names --parquet."""
     try:
         if not hf.hub_answers():
             raise ConnectionError("no answer")
@@ -36,7 +36,7 @@ def hub(name: str) -> Iterator[None]:
 
 
 def parquet_files(folder: str | Path, pattern: str = "*.parquet", column: str = "text") -> list[str]:
-    """The parquet shards under a folder, in order. Raises UserError unless each has that column, of strings."""
+    """The parquet shards under a folder, in order. Raises UserError if one lacks that column or it is no text."""
     from pyarrow import ArrowException, parquet
 
     files = sorted(str(path) for path in Path(folder).glob(f"**/{pattern}"))
@@ -56,7 +56,7 @@ def parquet_files(folder: str | Path, pattern: str = "*.parquet", column: str = 
 
 
 def parquet_texts(files: list[str], column: str = "text") -> Iterator[str]:
-    """The texts of parquet shards, streamed; '' where there is none. Raises UserError naming what cannot be read."""
+    """Streams the texts of parquet shards; an empty cell gives ''. Raises UserError naming files it cannot read."""
     from datasets import load_dataset
     from pyarrow import ArrowException
 
@@ -68,7 +68,7 @@ def parquet_texts(files: list[str], column: str = "text") -> Iterator[str]:
 
 
 def fetch(url: str) -> bytes:
-    """The bytes behind a URL. Raises UserError naming --archive, the way without a network."""
+    """The bytes behind a URL. Raises UserError, which names --archive, if there is no network."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             return answer.read()
@@ -77,15 +77,15 @@ def fetch(url: str) -> bytes:
 
 
 def members(archive: str | None, pattern: str, url: str) -> dict[str, bytes]:
-    """{file name: bytes} of every file whose name matches `pattern`, from `archive` or, without one, from `url`.
+    """{file name: bytes} of every file whose name matches `pattern`, from `archive`, or from `url` if it is None.
 
-    Hidden files are left out. Folders inside an archive do not matter, and never become paths here. Raises UserError.
+    Hidden files are left out, and folders inside an archive are ignored. Raises UserError.
     """
     if archive and not Path(archive).exists():
         raise UserError(f"there is no archive {archive}")
     try:
-        of_name = {PurePosixPath(path).name: read for path, read in entries(archive, url)}
-        files = {name: read() for name, read in of_name.items() if fnmatch.fnmatch(name, pattern) and name[0] != "."}
+        readers = {PurePosixPath(path).name: read for path, read in entries(archive, url)}
+        files = {name: read() for name, read in readers.items() if fnmatch.fnmatch(name, pattern) and name[0] != "."}
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive or url} is no archive that can be read: {error}") from None
     if not files:
@@ -94,7 +94,7 @@ def members(archive: str | None, pattern: str, url: str) -> dict[str, bytes]:
 
 
 def entries(archive: str | None, url: str) -> list[tuple[str, Callable[[], bytes]]]:
-    """[(path, what reads it)] of the files of a folder, a .zip or a .tar.*; None stands for what is behind `url`."""
+    """[(path, function that reads it)] of the files in a folder, a .zip or a .tar.*, or behind `url` if it is None."""
     if archive and Path(archive).is_dir():
         return [(path.name, path.read_bytes) for path in sorted(Path(archive).rglob("*")) if path.is_file()]
     content = io.BytesIO(Path(archive).read_bytes() if archive else fetch(url))

@@ -1,6 +1,6 @@
-"""Datasets by name -> batches. A batch is a pure function of (seed, step, rank, world size).
+"""Opens datasets by name and reads batches. A batch is a pure function of (seed, step, rank, world size).
 
-Files and their format: spikesink/text/token_files.py.
+spikesink/text/token_files.py describes the files and their format.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ def folder(dataset: str) -> Path:
     if dataset in SELF_MADE:
         make_once(path)
     places = [path] if dataset in SELF_MADE else [Path(dataset), path]
-    held = {place.resolve() for place in places if any((place / f"{s}.bin").is_file() for s in ("train", "val"))}
-    if len(held) == 2 and Path(dataset).name == dataset:
+    datasets = [place for place in places if any((place / f"{s}.bin").is_file() for s in ("train", "val"))]
+    if len({place.resolve() for place in datasets}) == 2 and Path(dataset).name == dataset:
         raise UserError(f"{dataset} is a dataset here and another in {ROOT}: give ./{dataset} or {path}")
-    if held:
-        return next(place for place in places if place.resolve() in held)
+    if datasets:
+        return datasets[0]
     known = sorted(p.parent.name for p in ROOT.glob("*/prepare.py"))
     if (path / "prepare.py").is_file():
         small = "; or --dataset=stdlib, which needs no download" if dataset == "openwebtext" else ""  # the default
         raise UserError(f"dataset {dataset!r} is not prepared; run: python data/{path.name}/prepare.py{small}")
     if Path(dataset).suffix == ".bin" and Path(dataset).is_file():
-        raise UserError(f"{dataset} is a part of a dataset; give its folder, {Path(dataset).parent}")
+        raise UserError(f"{dataset} is one file of a dataset; give its folder, {Path(dataset).parent}")
     if Path(dataset).is_file():
         raise UserError(
             f"{dataset} is a file, no dataset: python data/text/prepare.py --name=mine {dataset} makes one of it, to "
@@ -49,25 +49,25 @@ def folder(dataset: str) -> Path:
 
 
 def make_once(path: Path) -> None:
-    """Makes a self-made dataset unless it is there; of several processes one makes it and the others wait.
+    """Makes a self-made dataset unless it exists. If several processes need it, one makes it and the others wait.
 
-    One of Python's text that was split by number, of which another Python would validate on what was trained on, is
-    made again.
+    An old stdlib dataset without "split" in its meta.json is made again: it was split by document number, so that with
+    another Python version the validation text could be in the training text.
     """
     files = [path / name for name in ("train.bin", "val.bin", "meta.json")]
     whole = lambda: all(file.is_file() for file in files) and (path.name != "stdlib" or "split" in meta_of(path))
     if whole():
         return
-    with lock_of(path), contextlib.redirect_stdout(sys.stderr):  # a remark, not anyone's output
+    with lock_of(path), contextlib.redirect_stdout(sys.stderr):  # stdout is for the command's own output
         if not whole():
             runpy.run_path(str(path / "prepare.py"))["prepare"]()
 
 
 class Tokens(TokenFile):
-    """One split of a dataset, by name or path, in batches: `batch(step)` gives x, y (int64, batch_size x block_size).
+    """A split of a dataset, by name or path. `batch(step)` returns x, y (int64, batch_size x block_size).
 
-    Over an epoch every window is seen once, in an order that depends on `seed` alone; the samples of a step are the
-    same whatever the world size, so arms and machines differ only where they are meant to. Raises UserError.
+    Each epoch takes every window once, in an order that depends only on `seed`. The samples of a step are the same for
+    any world size, so that runs on different machines are comparable. Raises UserError.
     """
 
     def __init__(self, dataset: str, split: str, block_size: int, bos: bool = False, seed: int = 0) -> None:
@@ -76,14 +76,14 @@ class Tokens(TokenFile):
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # the windows of this epoch, in its order
 
     def _window(self, sample: int) -> int:
-        """The window that sample number `sample` of the endless, epoch by epoch shuffled, sequence falls on."""
+        """The window of sample number `sample`, which counts on over the epochs; each epoch is shuffled anew."""
         epoch, place = divmod(sample, self.n_windows)
         if self._epoch != epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
         return int(self._order[place])
 
     def windows(self, step: int, n: int) -> list[int]:
-        """The windows of `step`, which takes n sequences over all micro-batches and ranks."""
+        """The windows of step `step`, which takes n sequences over all micro-batches and ranks."""
         return [self._window(sample) for sample in range(step * n, (step + 1) * n)]
 
     def batch(

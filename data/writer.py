@@ -1,4 +1,4 @@
-"""Documents -> train.bin, val.bin, meta.json: streaming, resumable, never half-written under the final names."""
+"""Writes documents to train.bin, val.bin and meta.json. It streams, can resume, and renames only complete files."""
 
 import contextlib
 import itertools
@@ -18,17 +18,17 @@ from spikesink.files import write_atomic
 from spikesink.text.tokenizers import ByteTokenizer, GPT2Tokenizer
 
 BATCH = 256  # documents encoded at a time
-KEPT = ("settings", "tokens", "documents", "empty", "source")  # of a writer, in progress.json
+STATE = ("settings", "tokens", "documents", "empty", "source")  # attributes of a writer that progress.json stores
 
 
 def lock_of(folder: Path) -> filelock.BaseFileLock:
-    """The lock of whoever makes a dataset; a process that holds it may take it again."""
+    """The lock for making a dataset. A process that holds it may acquire it again."""
     return filelock.FileLock(folder / ".lock", is_singleton=True)
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Within, no other process prepares the dataset of this folder. Raises UserError where one does."""
+    """Locks a folder, so that no other process prepares its dataset. Raises UserError if one does already."""
     try:
         with lock_of(folder).acquire(timeout=0):
             yield
@@ -37,13 +37,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 class DatasetWriter:
-    """Appends encoded documents to train.bin.part and val.bin.part; `finish` gives them their names.
+    """Appends encoded documents to train.bin.part and val.bin.part; `finish` renames them.
 
-    Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. What was
-    written up to the last `mark` survives a crash: a new writer on the same folder goes on from there (`documents`
-    and `source` say how far that was). Where that is not all there any more, or was begun with other `settings`, it
-    starts again and says so. Documents of white space alone are left out, and counted (`empty`). Raises UserError while
-    another process writes there.
+    Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. After a crash
+    a new writer on the folder continues from the last `mark`; `documents` and `source` say how far that was. If a
+    part is missing or the `settings` differ, it prints that and starts again. Documents without text are left out and
+    counted (`empty`). Raises UserError while another process writes there.
     """
 
     def __init__(
@@ -56,35 +55,35 @@ class DatasetWriter:
         self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         own = {"tokenizer": [tokenizer.name, tokenizer.vocab_size, tokenizer.bpe], "val_every": val_every}
-        self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as it is read back
+        self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as progress.json will return them
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._alone = contextlib.ExitStack()
-        self._alone.enter_context(alone_in(self.folder))
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(alone_in(self.folder))
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.empty, self.source = {"train": 0, "val": 0}, 0, 0, 0
         if self.progress_file.exists():
-            self._go_on()
+            self._resume()
         self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
         for split, file in self.files.items():
             file.truncate(self.dtype.itemsize * self.tokens[split])
 
-    def _go_on(self) -> None:
-        """Takes up what the last `mark` noted, if all of it is still there."""
-        noted: dict[str, Any] = {}
+    def _resume(self) -> None:
+        """Restores the state of the last `mark`, if everything that was written is still there."""
+        state: dict[str, Any] = {}
         with contextlib.suppress(ValueError):
-            noted = json.loads(self.progress_file.read_text())
-        if noted.keys() != {*KEPT, "finishing"} or noted["settings"] != self.settings:
+            state = json.loads(self.progress_file.read_text())
+        if state.keys() != {*STATE, "finishing"} or state["settings"] != self.settings:
             why = "was begun with other files or options"
         else:
             lost = []
-            for split, count in noted["tokens"].items():
+            for split, count in state["tokens"].items():
                 part, whole = self.folder / f"{split}.bin.part", self.folder / f"{split}.bin"
-                if noted["finishing"] and not part.exists() and whole.exists():
-                    os.replace(whole, part)  # it was renamed, and not yet the other one
+                if state["finishing"] and not part.exists() and whole.exists():
+                    os.replace(whole, part)  # the crash came between the two renames
                 if not part.exists() or part.stat().st_size < self.dtype.itemsize * count:
                     lost.append(part.name)
             if not lost:
-                vars(self).update({key: noted[key] for key in KEPT})
+                vars(self).update({key: state[key] for key in STATE})
                 return
             why = f"lacks what was written to {' and '.join(lost)}"
         print(f"{self.folder}: the unfinished preparation there {why}; starting again", file=sys.stderr)
@@ -96,16 +95,16 @@ class DatasetWriter:
     def __exit__(self, *error: object) -> None:
         for file in self.files.values():
             file.close()
-        self._alone.close()
+        self._lock.close()
 
     def add(self, documents: Iterable[str], split: str | None = None) -> None:
-        """Encodes an iterable of strings; `split` overrides the every-n-th rule."""
-        rest = filter(self._has_text, documents)
-        while batch := list(itertools.islice(rest, BATCH)):
+        """Encodes and writes documents. All go to `split`, if it is given."""
+        texts = filter(self._has_text, documents)
+        while batch := list(itertools.islice(texts, BATCH)):
             for ids in self.tokenizer.encode(batch):
-                to = split or ("val" if self.documents % self.val_every == 0 else "train")
-                self.files[to].write(np.append(ids, self.tokenizer.bos_id).astype(self.dtype).tobytes())
-                self.tokens[to] += len(ids) + 1
+                target = split or ("val" if self.documents % self.val_every == 0 else "train")
+                self.files[target].write(np.append(ids, self.tokenizer.bos_id).astype(self.dtype).tobytes())
+                self.tokens[target] += len(ids) + 1
                 self.documents += 1
 
     def _has_text(self, document: str) -> bool:
@@ -113,16 +112,16 @@ class DatasetWriter:
         return bool(document.strip())
 
     def mark(self, source: int, finishing: bool = False) -> None:
-        """Makes everything so far durable and notes that `source` sources are done; `finishing`: that all are."""
+        """Flushes everything to disk and records that `source` sources, or with `finishing` all of them, are done."""
         self.source = source
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        state = {key: getattr(self, key) for key in KEPT} | {"finishing": finishing}
+        state = {key: getattr(self, key) for key in STATE} | {"finishing": finishing}
         write_atomic(self.progress_file, lambda file: file.write(json.dumps(state).encode()))
 
     def finish(self, **meta: Any) -> None:
-        """Renames the files, writes meta.json and prints what there is. Raises UserError if a split is empty."""
+        """Renames the files, writes meta.json and prints the counts. Raises UserError if a split is empty."""
         for split, count in self.tokens.items():
             if count == 0:
                 self.progress_file.unlink(missing_ok=True)
@@ -137,24 +136,14 @@ class DatasetWriter:
             self.mark(self.source, finishing=True)
         for file in self.files.values():
             file.close()
-        finish_dataset(
-            self.folder,
-            {
-                "dtype": self.dtype.name,
-                "vocab_size": self.tokenizer.vocab_size,
-                "tokenizer": self.tokenizer.name,
-                "bos_id": self.tokenizer.bos_id,
-                "bpe": self.tokenizer.bpe,
-                "documents": self.documents,
-                **meta,
-            },
-            self.tokens,
-        )
+        own = {"vocab_size": self.tokenizer.vocab_size, "tokenizer": self.tokenizer.name}
+        own |= {"bos_id": self.tokenizer.bos_id, "bpe": self.tokenizer.bpe, "documents": self.documents}
+        finish_dataset(self.folder, {"dtype": self.dtype.name, **own, **meta}, self.tokens)
         self.progress_file.unlink(missing_ok=True)
 
 
 def finish_dataset(folder: Path, meta: Mapping[str, Any], tokens: Mapping[str, int]) -> None:
-    """Writes meta.json with the token counts, then {split}.bin.part -> {split}.bin: no file is ever misread."""
+    """Writes meta.json with the token counts, then renames {split}.bin.part to {split}.bin."""
     clear(folder)
     meta = {**meta, **{f"{split}_tokens": count for split, count in tokens.items()}}
     write_atomic(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
@@ -165,16 +154,16 @@ def finish_dataset(folder: Path, meta: Mapping[str, Any], tokens: Mapping[str, i
 
 
 def clear(folder: Path) -> None:
-    """Removes the files of tokens of before, so that none of them ever lies beside a new one."""
+    """Deletes the old token files, so that an old one never lies beside a new one."""
     for split in ("train", "val"):
         (folder / f"{split}.bin").unlink(missing_ok=True)
 
 
 def identities(files: Iterable[str | Path]) -> list[tuple[str, int, int]]:
-    """(path, bytes, time of change) of files: by which a preparation that goes on knows that they are the same."""
+    """(path, bytes, time of change) of files. A resumed preparation compares these to see whether files changed."""
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in map(Path, files)]
 
 
 def progress(items: Iterable[Any], **kwargs: Any) -> tqdm:
-    """A progress bar that is quiet where the output is not a terminal."""
+    """A progress bar, hidden if the output is not a terminal."""
     return tqdm(items, disable=None, **kwargs)

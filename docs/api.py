@@ -25,7 +25,7 @@ def train() -> tuple[GPT, Tokens]:
     data = Tokens("backcopy", "train", T, bos=True, seed=0)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=128, block_size=T, vocab_size=data.meta["vocab_size"])
     model = GPT(config)
-    optimiser = torch.optim.AdamW(model.optimiser_groups(weight_decay=0.0), lr=2e-3, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(model.optimizer_groups(weight_decay=0.0), lr=2e-3, betas=(0.9, 0.95))
     for step in range(STEPS):
         x, y = data.batch(step, BATCH)  # a function of (seed, step): the same for every model
         loss = model(x, y)[1]

@@ -213,7 +213,7 @@ def start_of(name: str) -> tuple[dict[str, Any], list[str], str | None]:
             known[key] = fields[key].read(value, name)
     if known.get("dtype") not in DTYPES:  # nanoGPT's float16
         known["dtype"] = "auto"
-    left_out = (*train.OF_COMMAND, *SET_HERE, "min_lr", "lr_decay_iters", "warmup_iters", "max_iters")
+    left_out = (*train.COMMAND_KEYS, *SET_HERE, "min_lr", "lr_decay_iters", "warmup_iters", "max_iters")
     rate = {"learning_rate": known.get("min_lr", train.TrainConfig.min_lr), "min_lr": 0.0, "lr_schedule": "constant"}
     path = Path(name) / "ckpt.pt" if Path(name).is_dir() else Path(name)
     kept = {key: value for key, value in known.items() if key not in left_out} | rate
@@ -319,7 +319,7 @@ def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) ->
 def settings(model: GPTConfig, cfg: train.TrainConfig) -> dict[str, Any]:
     """{key: value} of all that makes a run what it is."""
     everything = config.plain({**dataclasses.asdict(model), **dataclasses.asdict(cfg)})
-    return {key: value for key, value in everything.items() if key not in (*train.OF_COMMAND, "seed")}
+    return {key: value for key, value in everything.items() if key not in (*train.COMMAND_KEYS, "seed")}
 
 
 def hashed(of_run: dict[str, Any], penalty_weight: float) -> dict[str, Any]:

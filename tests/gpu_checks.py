@@ -283,7 +283,7 @@ def micro_batch(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def apart(models: list[GPT]) -> Step:
     """One update of each model, one after another, as train.py makes it: clipped to 1, AdamW."""
-    optimizers = [torch.optim.AdamW(m.optimiser_groups(0.1), 1e-3, (0.9, 0.95), fused=True) for m in models]
+    optimizers = [torch.optim.AdamW(m.optimizer_groups(0.1), 1e-3, (0.9, 0.95), fused=True) for m in models]
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         losses = []
@@ -302,7 +302,7 @@ def apart(models: list[GPT]) -> Step:
 def stacked(models: list[GPT], compiled: bool = False) -> tuple[Step, dict[str, Tensor]]:
     """(one update of all models in one pass: vmap over their stacked weights; these weights by name)."""
     weights, buffers = torch.func.stack_module_state(models)
-    decays = {id(p) for p in models[0].optimiser_groups(0.1)[0]["params"]}
+    decays = {id(p) for p in models[0].optimizer_groups(0.1)[0]["params"]}
     names = {name for name, p in models[0].named_parameters() if id(p) in decays}
     groups = [{"params": [p for n, p in weights.items() if (n in names) == d], "weight_decay": 0.1 * d} for d in (1, 0)]
     optimizer = torch.optim.AdamW(groups, 1e-3, (0.9, 0.95), fused=True)

@@ -42,7 +42,7 @@ def test_the_recipe_is_the_same_model_and_the_same_update(fast, monkeypatch):
         for a, b in pairs.items():
             its[f"{b}.weight"].copy_(mine[f"{a}.weight"])
     cfg = bench.config.build(bench.SCHEMAS, {"learning_rate": 1e-2, "min_lr": 1e-3})[1]
-    optimizer = adamw(ours.optimiser_groups(0.1), cfg)
+    optimizer = adamw(ours.optimizer_groups(0.1), cfg)
     for seed in range(2):
         ids = torch.randint(60, (4, 33), generator=torch.Generator().manual_seed(seed))
         loss = ours(ids[:, :-1], ids[:, 1:])[1]

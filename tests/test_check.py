@@ -141,8 +141,8 @@ def stale_values():
     kept = {}
 
     def value(v, context):
-        if "first" not in context.left:
-            context.left["first"], kept["value"] = True, v
+        if "first" not in context.carry:
+            context.carry["first"], kept["value"] = True, v
         return 0.5 * (v + kept["value"])
 
     return value
@@ -251,7 +251,7 @@ WRONG_ROWS = {
 def test_rows_are_as_they_are_declared(monkeypatch, words):
     monkeypatch.setitem(model_module.ATTENTIONS, "clipped", lambda c, layer: of_rows(*WRONG_ROWS[words]))
     found = broken("rows", GPTConfig(attention="clipped"))
-    assert words in found and "transformer.h.0.attn.f.attend, of rows=" in found
+    assert words in found and "transformer.h.0.attn.f.attend, with rows=" in found
 
 
 def test_what_the_seam_returns_is_its_map_times_the_values(monkeypatch):
@@ -336,16 +336,16 @@ def test_a_matrix_in_no_linear_is_noted_unless_its_module_says_its_flops(monkeyp
 
 
 def groups_of(choose):
-    """optimiser_groups by a rule: parameter, is it a matrix -> the groups (0 decays, 1 does not) it is in."""
+    """optimizer_groups by a rule: parameter, is it a matrix -> the groups (0 decays, 1 does not) it is in."""
 
-    def optimiser_groups(self, weight_decay):
+    def optimizer_groups(self, weight_decay):
         groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
         for name, p in self.named_parameters():
             for group in choose(name, p):
                 groups[group]["params"].append(p)
         return groups
 
-    return optimiser_groups
+    return optimizer_groups
 
 
 def test_groups_of_the_optimisers(monkeypatch):
@@ -357,7 +357,7 @@ def test_groups_of_the_optimisers(monkeypatch):
     fork = GPTConfig(attention="k_bias", tie=False)
     assert not broken("parameters", fork)
     for words, choose in cases.items():
-        monkeypatch.setattr(GPT, "optimiser_groups", groups_of(choose))
+        monkeypatch.setattr(GPT, "optimizer_groups", groups_of(choose))
         assert words in broken("parameters", fork)
     twice = lambda model, cfg: [*train.OPTIMIZERS["adamw"](model, cfg), *train.OPTIMIZERS["sgd"](model, cfg)]
     monkeypatch.undo()

@@ -241,7 +241,7 @@ def test_decay_groups_are_nanogpts():
     from .conftest import tiny
 
     model = tiny(bias=True)
-    decayed, other = model.optimiser_groups(0.1)
+    decayed, other = model.optimizer_groups(0.1)
     assert (decayed["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() < 2 for p in other["params"])
     assert sum(len(group["params"]) for group in (decayed, other)) == len(list(model.parameters()))
@@ -384,8 +384,8 @@ def test_a_group_has_its_own_rate_after_resume_too(train, tmp_path, monkeypatch,
         scaled = [{**group, "lr_scale": 0.0} for group in groups_of_gpt(self, weight_decay)]
         return [*scaled[:1], {**scaled[1], "lr_scale": 1.0}]  # matrices stand still, vectors do not
 
-    groups_of_gpt = script.GPT.optimiser_groups
-    monkeypatch.setattr(script.GPT, "optimiser_groups", groups)
+    groups_of_gpt = script.GPT.optimizer_groups
+    monkeypatch.setattr(script.GPT, "optimizer_groups", groups)
     train(tmp_path, f"--optimizer={optimizer}", "--max_iters=1", "--save_interval=1")
     first = checkpoint.load(tmp_path).model
     train(tmp_path, "--resume", "--max_iters=3")

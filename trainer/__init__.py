@@ -1,1 +1,1 @@
-"""What a training run needs beside model.py and train.py: config, machine, checkpoints, logs."""
+"""The parts of a training run besides model.py and train.py: config, machine, checkpoints, logs, checks."""

@@ -1,10 +1,11 @@
-"""What a fork broke: one assertion for each contract that train.py, detect.py and ablate.py rely on.
+"""Checks a fork against the contracts that train.py, detect.py and ablate.py rely on.
 
     for result in check(GPT, config, trainer):
         print(result)
 
-A tiny copy of the model is checked, on a CPU: few layers of every kind, small widths, a small vocabulary, every switch
-as it is. Its weights are drawn at random, so that no part is idle. Numbers are equal within TOLERANCE of the largest.
+The checks run on a CPU with a tiny copy of the model: the same switches, a few layers of each kind, small widths and a
+small vocabulary. Its weights are random, so that every part has an effect. Two numbers count as equal if they differ by
+at most TOLERANCE times the largest.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "block_size", "
 
 
 class Trainer(NamedTuple):
-    """What train.py hands over: its Run, its table of optimisers, a TrainConfig, and whether it can compile here."""
+    """What train.py passes in: its Run, its table of optimisers, a TrainConfig, and whether it can compile here."""
 
     run: Any
     optimizers: Mapping[str, Callable[[Any, Any], list[Any]]]
@@ -54,7 +55,7 @@ class Trainer(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a contract: `broken` says what and where, and is empty where all is well."""
+    """The result of a contract. `broken` says what is wrong and where; it is empty if the contract holds."""
 
     contract: str
     broken: list[str]
@@ -67,7 +68,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Copy:
-    """A tiny copy of a model: its class, its config, token ids (4, T), and what is said beside the results."""
+    """A tiny copy of a model: its class, its config, and notes that are printed with the result."""
 
     model_class: Any
     config: Any
@@ -76,12 +77,12 @@ class Copy:
 
     @property
     def ids(self) -> Tensor:
-        """Token ids (4, T), the same ones every time."""
+        """Token ids (4, T), the same each time."""
         shape, generator = (4, self.config.block_size), torch.Generator().manual_seed(0)
         return torch.randint(self.config.vocab_size, shape, generator=generator)
 
     def model(self, **changes: Any) -> Any:
-        """A new one in eval mode, without dropout. Noise on every weight: a scale of 0 would hide its sub-layer."""
+        """A new model in eval mode, without dropout. Every weight has noise: a scale of 0 would hide its sub-layer."""
         torch.manual_seed(0)
         model = self.model_class(dataclasses.replace(self.config, dropout=0.0, **changes))
         with torch.no_grad():
@@ -90,20 +91,20 @@ class Copy:
         return model.eval()
 
     def place(self, model: nn.Module, tap: Tap | None) -> str:
-        """The sub-layer of a tap by name, None: what follows the last one; and how the arm differs from the default."""
+        """Names the sub-layer of a tap (None: what follows the last one) and the settings that are no defaults."""
         name = {module: name for name, module in model.named_modules()}[tap.module].rpartition(".")[0] if tap else ""
         where = name if tap and tap.layer >= 0 else "the embedding" if tap else "the last norm or the unembedding"
         values = ((f, getattr(self.config, f.name)) for f in dataclasses.fields(self.config) if f.name not in SIZES)
         return f"{where} ({', '.join(f'{f.name}={v}' for f, v in values if v != f.default) or 'every default'})"
 
     def first_difference(self, subject: Subject, a: list[Tensor], b: list[Tensor]) -> str:
-        """Where two passes of `streams` first differ, or ''."""
+        """The place where two results of `streams` first differ, or ''."""
         pairs = zip([*subject.streams, None], a, b, strict=True)
         return next((self.place(subject.model, tap) for tap, x, y in pairs if not same(x, y)), "")
 
 
 def tiny(config: Any) -> Any:
-    """The config of the copy. Raises UserError if the model.py refuses such small sizes."""
+    """The config of the tiny copy. Raises UserError if the model.py refuses such small sizes."""
     heads = min(config.n_head, 4)
     width = min(config.n_embd // config.n_head, 32 // heads)
     changes = {
@@ -129,31 +130,31 @@ def tiny(config: Any) -> Any:
 
 
 def capped(value: Any, most: int) -> Any:
-    """A number, or the numbers of an axis that is written layer by layer, at most `most`; counts stay as they are."""
+    """Limits a number, or each number in a text with a value per layer, to `most`. Counts of layers do not change."""
     return type(value)(re.sub(r"(?<![*\d])\d+", lambda number: str(min(int(number[0]), most)), str(value)))
 
 
 def same(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
-    """True if two tensors are equal within `tolerance` of the largest; nan equals nothing."""
+    """True if two tensors differ by at most `tolerance` times the largest of b. A nan equals nothing."""
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 def listed(names: list[str]) -> str:
-    """'a, b and 3 more'."""
+    """Joins names as in 'a, b and 3 more'."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 @torch.no_grad()
 def streams(subject: Subject, ids: Tensor) -> list[Tensor]:
     """The stream (B, registers + T, C) at every tap of a pass, then the logits (B, T, V)."""
-    found: list[Tensor] = []
-    with on_streams(subject.streams, [found.append] * len(subject.streams)):
+    states: list[Tensor] = []
+    with on_streams(subject.streams, [states.append] * len(subject.streams)):
         logits = subject.logits(ids)
-    return [*found, logits]
+    return [*states, logits]
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """The loss that is trained, auxiliary ones included, of ids (B, T) that predict themselves."""
+    """The training loss with the auxiliary ones, for ids (B, T) whose targets are the ids themselves."""
     return model(ids, ids)[1] + sum(getattr(model, "losses", {}).values())
 
 
@@ -161,14 +162,14 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 
 
 def causal(copy: Copy) -> Iterator[str]:
-    """Logits do not depend on later tokens, on the length of the sequence, or on the others of the batch."""
+    """Logits do not depend on later tokens, on the length of the sequence, or on other sequences of the batch."""
     model = copy.model()
     subject, ids, T = Subject.of_gpt(model, str), copy.ids, copy.config.block_size
     for training in (False, True):
         model.train(training)
         whole = streams(subject, ids)
         if training and copy.first_difference(subject, streams(subject, ids), whole):
-            copy.notes.append("two training passes differ, by noise or state, so this was compared in eval mode alone")
+            copy.notes.append("two training passes differ, by noise or state, so only eval mode was compared")
             return
         mode = " in training" if training else ""
         for k in sorted({1, 2, T // 2, T - 1} & set(range(1, T))):
@@ -184,41 +185,41 @@ def causal(copy: Copy) -> Iterator[str]:
 
 
 def taps(copy: Copy) -> Iterator[str]:
-    """What a sub-layer is given is what the one before it left in the stream, where instruments look and edit."""
+    """The input of a sub-layer is the output of the one before it, which instruments read and edit."""
     model = copy.model()
-    given, left = list[Tensor](), list[Tensor]()
+    inputs, outputs = list[Tensor](), list[Tensor]()
     readers = [*model.sub_layers(), model.transformer.ln_f]
-    before = [(module, lambda module, args, kwargs: given.append(args[0])) for module in readers]
-    after = [(module, lambda module, args, kwargs, output: left.append(output)) for module in readers[:-1]]
-    first = (model.transformer.stream, after[0][1])
-    with torch.no_grad(), hooked([first, *after], before):
+    pre_hooks = [(module, lambda module, args, kwargs: inputs.append(args[0])) for module in readers]
+    hooks = [(module, lambda module, args, kwargs, output: outputs.append(output)) for module in readers[:-1]]
+    embedding_hook = (model.transformer.stream, hooks[0][1])
+    with torch.no_grad(), hooked([embedding_hook, *hooks], pre_hooks):
         model(copy.ids)
-    left[-1] = left[-1][:, copy.config.n_register :]
-    for tap, x, y in zip(Subject.of_gpt(model, str).streams, left, given, strict=True):
+    outputs[-1] = outputs[-1][:, copy.config.n_register :]
+    for tap, x, y in zip(Subject.of_gpt(model, str).streams, outputs, inputs, strict=True):
         if x.shape != y.shape or not torch.equal(x, y):
             yield (
-                f"The stream changes between {copy.place(model, tap)} and what reads it next, where detect does not "
-                "look and edits do not reach. Change it inside the sub-layer, before its tap `stream`"
+                f"The stream changes between {copy.place(model, tap)} and what reads it next. There detect does not "
+                "look and edits have no effect. Change it inside the sub-layer, before its tap `stream`"
             )
             return
 
 
 def state(copy: Copy) -> Iterator[str]:
-    """A training pass changes no weight and no buffer, leaves a model that can be copied, and the losses that it adds
-    are means over sequences, so that micro-batches and ranks share a step out without changing it."""
+    """A training pass changes no weight and no buffer, and the model can be copied after it. Auxiliary losses are means
+    over sequences, so that a step does not depend on how micro-batches and ranks divide it."""
     model = copy.model().train()
     tensors = lambda: {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {name: x.detach().clone() for name, x in tensors().items()}
     loss_of(model, copy.ids).backward()
     if changed := [name for name, x in tensors().items() if not torch.equal(x, before[name])]:
         yield (
-            f"A training pass changes {listed(changed)}: each micro-batch and rank would. Change it once a step, in a "
-            "method after_update() of its module"
+            f"A training pass changes {listed(changed)}, which would happen in each micro-batch and rank. Change it "
+            "once a step, in a method after_update() of its module"
         )
     try:
         copying.deepcopy(model)
     except Exception as error:
-        yield f"After a pass the model cannot be copied, something of the pass is on a module: {first_line(error)}"
+        yield f"After a pass the model cannot be copied, because a module stores something of it: {first_line(error)}"
     parts = []
     for ids in (copy.ids, *copy.ids.split(1)):
         torch.manual_seed(0)
@@ -232,19 +233,19 @@ def state(copy: Copy) -> Iterator[str]:
 
 
 def replay(copy: Copy) -> Iterator[str]:
-    """A pass replayed from a stage on is the whole pass, as ablate.py takes it to be."""
+    """A pass that is replayed from some stage on gives the same result as the whole pass; ablate.py relies on it."""
     model = copy.model()
     clean = CleanPass.of(Subject.of_gpt(model, str), copy.ids)
-    if found := clean.broken_replay(at_most=sys.maxsize):
-        start, first = (copy.place(model, tap) for tap in found)
+    if taps := clean.broken_replay(at_most=sys.maxsize):
+        start, first = (copy.place(model, tap) for tap in taps)
         yield (
-            f"A pass replayed from {start} on is not the whole pass; first seen in {first}: what it reads was left on "
-            "a module by another pass, or changed in place in the context's `left`. Put a new object there instead"
+            f"A pass replayed from {start} on is not the whole pass; first seen in {first}: it reads something that "
+            "another pass stored on a module, or that was changed in place in `context.carry`. Put a new object there"
         )
 
 
 def rows(copy: Copy) -> Iterator[str]:
-    """Every attention map is what its seam says of it: `rows`, `seen`, `weights`, `shares`."""
+    """Every attention map is as its seam describes it: `rows`, `seen`, `weights` and `shares` agree."""
     model, calls = copy.model(), list[Any]()
     names = {module: name for name, module in model.named_modules()}
     keep = lambda module, args, kwargs, output: calls.append((module, *args, output))
@@ -253,13 +254,13 @@ def rows(copy: Copy) -> Iterator[str]:
             model(copy.ids)
         faults = ((call[0], row_fault(*call)) for call in calls)
         for seam, fault in itertools.islice(((seam, fault) for seam, fault in faults if fault), 1):
-            yield f"{names[seam]}, of rows={seam.rows}: {fault}"
+            yield f"{names[seam]}, with rows={seam.rows}: {fault}"
 
 
 def row_fault(seam: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str:
-    """What is wrong with a seam that was called with q (B, H, T, D), k and v (B, heads of keys, T, D), or ''."""
+    """What is wrong with a seam that was called with q (B, H, T, D), k and v (B, n_kv_head, T, D), or ''."""
     k, T, half = for_heads(k, q.size(1)), q.size(-2), q.size(-2) // 2
-    shares, (weights, slot), seen = seam.shares(q, k), seam.weights(q, k), seam.seen(0, T, T)
+    shares, (weights, slot), visible = seam.shares(q, k), seam.weights(q, k), seam.seen(0, T, T)
     sums = shares.sum(-1)
     sums = sums.where(sums != 0, 1) if seam.rows == "one" else sums  # a row may give nothing to any key
     result = weights.to(v.dtype) @ for_heads(v, weights.size(1)) + slot
@@ -271,9 +272,9 @@ def row_fault(seam: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str
         f"a row sums to {sums.min():.3f}, less than one": seam.rows == "one" and sums.min() < 1 - TOLERANCE,
         f"a row sums to {sums.max():.3f}, more than one": seam.rows != "signed" and sums.max() > 1 + TOLERANCE,
         "a share is negative": seam.rows != "signed" and shares.min() < 0,
-        "`seen` is not what the map shows": not torch.equal(shown, seen) or weights[..., ~seen].any(),
-        "rows of later queries alone are others": not same(seam.shares(q[:, :, half:], k, half), shares[:, :, half:]),
-        "rows without the keys they do not see are others": not same(early, shares[:, :, :half, :half]),
+        "`seen` is not what the map shows": not torch.equal(shown, visible) or weights[..., ~visible].any(),
+        "rows of later queries alone differ": not same(seam.shares(q[:, :, half:], k, half), shares[:, :, half:]),
+        "rows without the keys they do not see differ": not same(early, shares[:, :, :half, :half]),
         "weights @ v + slot is not what it returns": not same(result, output),
         "weights @ v + slot is not what it returns in training": not same(result, seam.train()(q, k, v)),
     }
@@ -281,7 +282,7 @@ def row_fault(seam: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str
 
 
 def compiled(copy: Copy) -> Iterator[str]:
-    """Compiled as for training, the loss and every gradient are those of the model as it is written."""
+    """Compiled as for training, the model has the same loss and gradients as without compilation."""
     if not copy.trainer.compiles:
         copy.notes.append("not tried: there is no C++ compiler here")
         return
@@ -298,58 +299,58 @@ def compiled(copy: Copy) -> Iterator[str]:
                 loss = loss_of(model, copy.ids)
             loss.backward()
             passes.append((outputs, loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (outputs, loss, slopes), (its_outputs, its_loss, its_slopes) = passes
-    pairs = zip(Subject.of_gpt(model, str).streams[1:], its_outputs, outputs, strict=True)
-    largest = GRADIENT_TOLERANCE * max(slope.abs().max() for slope in slopes.values())
+    (outputs, loss, grads), (new_outputs, new_loss, new_grads) = passes
+    pairs = zip(Subject.of_gpt(model, str).streams[1:], new_outputs, outputs, strict=True)
+    limit = GRADIENT_TOLERANCE * max(grad.abs().max() for grad in grads.values())
     if place := next((copy.place(model, tap) for tap, x, y in pairs if not same(x, y)), ""):
         yield f"Compiled, {place} returns something else"
-    elif not same(its_loss, loss):
-        yield f"Compiled, the loss is {its_loss:.6f}, not {loss:.6f}, though the stream is the same"
-    elif wrong := [n for n, x in slopes.items() if not (its_slopes.get(n, torch.nan) - x).abs().max() <= largest]:
-        yield f"Compiled, the gradient of {listed(wrong)} is another"
+    elif not same(new_loss, loss):
+        yield f"Compiled, the loss is {new_loss:.6f}, not {loss:.6f}, though the stream is the same"
+    elif wrong := [n for n, x in grads.items() if not (new_grads.get(n, torch.nan) - x).abs().max() <= limit]:
+        yield f"Compiled, the gradient of {listed(wrong)} differs"
 
 
 def flops(copy: Copy) -> Iterator[str]:
-    """What flops_per_token says is what forward and backward passes cost, counted operation by operation."""
+    """flops_per_token is what a forward and a backward pass cost when each operation is counted."""
     model = copy.model()
     seams, more = [tap.module for tap in Subject.of_gpt(model, str).attends], copy.config.n_register
     hides = lambda S: any((seam.seen(0, S, S).cpu() != torch.ones(S, S).tril().bool()).any() for seam in seams)
     T = max(T for T in range(1, copy.config.block_size + 1) if T == 1 or not hides(T + more))  # no window hides a key
 
     def counted(work: Callable[[Tensor], Any]) -> dict[str, float]:
-        """By name of a module, the work on one token more: what is done once for a batch is left out."""
-        found = []
+        """{name of a module: FLOPs per added token}, so that work done once per batch does not count."""
+        counts = []
         for B in (2, 4):
             with FlopCounterMode(display=False) as counter:
                 work(copy.ids[:B, :T])
-            found.append({name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
-            found[-1]["all"] = counter.get_total_flops()
-        return {name: (n - found[0].get(name, 0)) / (2 * T) for name, n in found[1].items()}
+            counts.append({n.partition(".")[2]: sum(ops.values()) for n, ops in counter.get_flop_counts().items()})
+            counts[-1]["all"] = counter.get_total_flops()
+        return {name: (n - counts[0].get(name, 0)) / (2 * T) for name, n in counts[1].items()}
 
     model.train()
-    told, done = model.flops_per_token(T), counted(lambda ids: loss_of(model, ids).backward())["all"]
-    if abs(told - done) <= FLOPS_TOLERANCE * done:
+    claimed, measured = model.flops_per_token(T), counted(lambda ids: loss_of(model, ids).backward())["all"]
+    if abs(claimed - measured) <= FLOPS_TOLERANCE * measured:
         return
     with torch.no_grad():
         forward = counted(model)
-    asked = [name for name, module in model.named_modules() if hasattr(module, "flops")]
+    custom = [name for name, module in model.named_modules() if hasattr(module, "flops")]
     wrong = []
     for name, module in model.named_modules():
         own = forward.get(name, 0) - sum(n for child, n in forward.items() if child.rpartition(".")[0] == name)
         passes = 1 if module is model.lm_head else (T + more) / T
         known = 2 * module.weight.numel() * passes if isinstance(module, nn.Linear) else 0 if name in forward else own
-        if name and abs(own - known) > 1 and not any(f"{name}.".startswith(f"{one}.") for one in asked):
+        if name and abs(own - known) > 1 and not any(f"{name}.".startswith(f"{outer}.") for outer in custom):
             wrong.append(name)
     where = f"the difference is in {listed(wrong)}: " if wrong else ""
     yield (
-        f"flops_per_token({T}) is {told:,}, and {done:,.0f} are done; {where}make a matrix a nn.Linear that is called "
-        "once for each token, or give its module flops(T)"
+        f"flops_per_token({T}) is {claimed:,}, and {measured:,.0f} are done; {where}make a matrix a nn.Linear that is "
+        "called once for each token, or give its module flops(T)"
     )
 
 
 def parameters(copy: Copy) -> Iterator[str]:
-    """Every parameter is initialised, gets a gradient, and is in one group of every optimiser, decayed or not by what
-    it is; what writes to the stream is a StreamLinear."""
+    """Every parameter is initialised, gets a gradient, and is in one group of every optimiser, which decays it only if
+    it is a matrix. A matrix that writes to the stream is a StreamLinear."""
     if empty := uninitialised(copy):
         yield f"{listed(empty)} not initialised: fill it where it is made"
     model = copy.model().train()
@@ -361,35 +362,36 @@ def parameters(copy: Copy) -> Iterator[str]:
         copy.notes.append(f"the gradient is zero here of {listed(zero)}")  # as of an expert that no token goes to
     linear = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     cfg = dataclasses.replace(copy.trainer.cfg, weight_decay=0.1)
-    for name, optimisers in copy.trainer.optimizers.items():
+    for name, make in copy.trainer.optimizers.items():
         faults: dict[str, list[str]] = {}
-        groups = [group for optimiser in optimisers(model, cfg) for group in optimiser.param_groups]
+        groups = [group for optimizer in make(model, cfg) for group in optimizer.param_groups]
         for n, p in trained.items():
-            of = [bool(group["weight_decay"]) for group in groups for q in group["params"] if q is p]
-            if fault := group_fault(of, id(p) in linear):
+            decays = [bool(group["weight_decay"]) for group in groups for q in group["params"] if q is p]
+            if fault := group_fault(decays, id(p) in linear):
                 faults.setdefault(fault, []).append(n)
         yield from (f"{name}: {listed(names)} {fault}" for fault, names in faults.items())
     owned = {id(p) for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "flops") for p in m.parameters()}
     blocks = ((n, p) for n, p in trained.items() if n.startswith("transformer.h.") and p.dim() >= 2)
     if loose := [n for n, p in blocks if id(p) not in owned]:
-        copy.notes.append(f"FLOPs, Muon and int8 do not see {listed(loose)}, in no nn.Linear")
+        copy.notes.append(f"FLOPs, Muon and int8 do not see {listed(loose)}, which no nn.Linear holds")
     yield from plain_outputs(copy, model)
 
 
 def group_fault(decays: list[bool], is_matrix: bool) -> str:
-    """What is wrong with the groups that a parameter is in, given whether they decay, or ''."""
+    """What is wrong with the groups of a parameter, or ''. `decays`: for each of them, whether it decays."""
     if len(decays) != 1:
         return f"is in {len(decays)} groups, not in one"
-    kind = "the weight of a nn.Linear or nn.Embedding"
+    if decays == [is_matrix]:
+        return ""
     return (
-        "" if decays == [is_matrix] else f"does not decay, and is {kind}" if is_matrix else f"decays, and is not {kind}"
+        f"{'does not decay, and is' if is_matrix else 'decays, and is not'} the weight of a nn.Linear or nn.Embedding"
     )
 
 
 def uninitialised(copy: Copy) -> list[str]:
-    """The names of parameters and buffers that hold what the memory held: torch.empty is filled with NaN here."""
+    """The names of parameters and buffers with uninitialised memory, which torch fills with NaN here."""
     settings: Any = torch.utils.deterministic
-    before = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    fill, deterministic = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -397,12 +399,12 @@ def uninitialised(copy: Copy) -> list[str]:
         state = copy.model_class(copy.config)
         return [n for n, x in itertools.chain(state.named_parameters(), state.named_buffers()) if x.isnan().any()]
     finally:
-        settings.fill_uninitialized_memory = before[0]
-        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def plain_outputs(copy: Copy, model: Any) -> Iterator[str]:
-    """Names sub-layers whose update no StreamLinear makes, where the model.py has that class."""
+    """Names the sub-layers whose update comes from no StreamLinear, if the model.py has that class."""
     files = (sys.modules[c.__module__] for c in copy.model_class.__mro__)
     wanted: Any = next((getattr(file, "StreamLinear", None) for file in files if hasattr(file, "StreamLinear")), ())
     names = {module: name for name, module in model.named_modules()}
@@ -428,7 +430,7 @@ def export(copy: Copy) -> Iterator[str]:
 
 
 def resume(copy: Copy) -> Iterator[str]:
-    """A run that was saved and resumed has the weights of one that was not, bit for bit."""
+    """A run that was saved and resumed has bit for bit the weights of an uninterrupted one."""
     cfg, T, steps = copy.trainer.cfg, copy.config.block_size, 4
     run_of: Any = type("Run", (copy.trainer.run,), {"model_class": copy.model_class})
     with tempfile.TemporaryDirectory() as folder:
@@ -462,59 +464,47 @@ def resume(copy: Copy) -> Iterator[str]:
         )
 
 
-def looked_at(copy: Copy) -> Any:
-    """The copy, opened by the library on 4 sequences and 4 of other text."""
+def opened(copy: Copy) -> Any:
+    """Opens the copy with the library, on 4 sequences and 4 more for calibration."""
     ids = torch.cat((copy.ids, copy.ids.flip(0, 1)))
     return spikesink.open(copy.model(), tokens=ids, n_seq=4, nulls=1, calibration=True)
 
 
 def detect(copy: Copy) -> Iterator[str]:
-    """detect runs, and finds a finite loss."""
-    with looked_at(copy) as look:
+    """detect runs and measures a finite loss."""
+    with opened(copy) as look:
         loss = spikesink.detect(look).data.loss
     if loss is None or not math.isfinite(loss):
-        yield f"The loss that detect finds is {loss}"
+        yield f"The loss that detect measures is {loss}"
 
 
 def ablate(copy: Copy) -> Iterator[str]:
-    """ablate runs with all its interventions and int8, and finds finite losses."""
-    with looked_at(copy) as look:
-        found = spikesink.ablate(look, probe=False)
-    losses = {"baseline": found.baseline.loss} | {entry.name: entry.loss for entry in found.entries}
-    losses |= {f"{e.name}/{control.name}": control.loss for e in found.entries for control in e.control}
-    if isinstance(found.int8, Unavailable):
-        yield f"int8 cannot be tried: {found.int8.reason}"
+    """ablate runs with all its interventions and int8, and measures finite losses."""
+    with opened(copy) as look:
+        findings = spikesink.ablate(look, probe=False)
+    losses = {"baseline": findings.baseline.loss} | {entry.name: entry.loss for entry in findings.entries}
+    losses |= {f"{e.name}/{control.name}": control.loss for e in findings.entries for control in e.control}
+    if isinstance(findings.int8, Unavailable):
+        yield f"int8 cannot be tried: {findings.int8.reason}"
     else:
-        losses |= {name: change.loss for name, change in found.int8.items()}
+        losses |= {name: change.loss for name, change in findings.int8.items()}
     if wrong := [name for name, loss in losses.items() if not math.isfinite(loss)]:
         yield f"The loss is not finite under {listed(wrong)}"
 
 
 def runs(copy: Copy) -> Iterator[str]:
-    """The model is built, and a pass through it made."""
+    """The model can be built and called."""
     with torch.no_grad():
         copy.model()(copy.ids)
     yield from ()
 
 
-CONTRACTS: dict[str, Callable[[Copy], Iterator[str]]] = {
-    "causal": causal,
-    "taps": taps,
-    "state": state,
-    "replay": replay,
-    "rows": rows,
-    "flops": flops,
-    "parameters": parameters,
-    "detect": detect,
-    "ablate": ablate,
-    "export": export,
-    "resume": resume,
-    "compiled": compiled,
-}
+ALL = (causal, taps, state, replay, rows, flops, parameters, detect, ablate, export, resume, compiled)
+CONTRACTS: dict[str, Callable[[Copy], Iterator[str]]] = {contract.__name__: contract for contract in ALL}
 
 
 def raised(error: Exception, model_class: type) -> str:
-    """An exception as a line: its first line, and where in the fork's file it was raised."""
+    """An exception in one line: its first line, and where in the fork's file it was raised."""
     own = (c for c in model_class.__mro__ if not c.__module__.startswith(("torch", "builtins")))
     files = {getattr(sys.modules[c.__module__], "__file__", None) for c in own}
     frames = traceback.extract_tb(error.__traceback__)
@@ -523,27 +513,26 @@ def raised(error: Exception, model_class: type) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An exception's type and the first line of what it says."""
+    """The type of an exception and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def check(model_class: type, config: Any, trainer: Trainer, only: Collection[str] = ()) -> Iterator[Result]:
-    """Yields the Result of every contract, or of those named in `only`, as it is found. Raises UserError where no tiny
-    copy can be made."""
+    """Yields the Result of each contract, or of those named in `only`. Raises UserError if no tiny copy can be made."""
     small = tiny(config)
-    asked = {name: contract for name, contract in CONTRACTS.items() if not only or name in only}
-    for name, contract in ({"runs": runs} | asked).items():
+    selected = {name: contract for name, contract in CONTRACTS.items() if not only or name in only}
+    for name, contract in ({"runs": runs} | selected).items():
         copy, threads = Copy(model_class, small, trainer), torch.get_num_threads()
-        torch.set_num_threads(1)  # matrices are so small that several wait for each other
-        # what the library says beside its findings is of the tiny copy, and is said here in other words
+        torch.set_num_threads(1)  # the matrices are so small that several threads would only wait for each other
+        # messages of the library are about the tiny copy and would confuse
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
             try:
                 broken = list(contract(copy))
-            except Exception as error:  # a fork's own, of any kind; the other contracts are checked all the same
+            except Exception as error:  # a fork may raise anything; the other contracts are still checked
                 broken = [raised(error, model_class)]
             finally:
                 torch.set_num_threads(threads)
-        if name in asked or broken:
+        if name in selected or broken:
             yield Result(name, broken, copy.notes)
         if name == "runs" and broken:
-            return  # the others would say the same
+            return  # the other contracts would fail in the same way

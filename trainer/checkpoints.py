@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are kept, which is the newest sound one."""
+"""The checkpoints of a run: saving, deleting old ones, and opening the newest intact one."""
 
 import copy
 import os
@@ -15,9 +15,9 @@ from spikesink.models.checkpoint import Checkpoint, load, save
 class Checkpoints:
     """The checkpoints of a run: ckpt-00000400.pt and so on, a link ckpt.pt to the newest and best.pt to the best.
 
-    Kept are the newest `keep_last`, the best, and those of every `keep_every` steps (0: none); others go once a newer
-    one is safely on the disk. `asynchronous`: a copy in memory is written while training goes on, one at a time and so
-    in order; what a write raised, the next `save` or `wait` raises.
+    The newest `keep_last`, the best, and those of every `keep_every` steps (0: none) are kept. The others are deleted
+    once a newer one is safely on the disk. `asynchronous`: a thread writes a copy in memory while training continues,
+    one copy at a time. If its write fails, the next `save` or `wait` raises the error.
     """
 
     NAME = re.compile(r"ckpt-(\d{8,})\.pt")
@@ -25,39 +25,37 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep_last: int = 2, keep_every: int = 0, asynchronous: bool = False) -> None:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
         self.asynchronous = asynchronous
-        self.damaged: set[Path] = set()  # neither counted nor deleted
+        self.damaged: set[Path] = set()  # these do not count as kept, and are not deleted
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
     @property
     def path(self) -> Path:
-        """What users open: the newest."""
+        """The link to the newest checkpoint, which users open."""
         return self.folder / "ckpt.pt"
 
     def all(self) -> dict[int, Path]:
         """{step: path}, oldest first."""
-        found: dict[int, Path] = {}
-        if self.folder.is_dir():
-            found = {int(m[1]): p for p in self.folder.iterdir() if (m := self.NAME.fullmatch(p.name)) and p.is_file()}
-        return dict(sorted(found.items()))
+        files = self.folder.iterdir() if self.folder.is_dir() else ()
+        return dict(sorted((int(m[1]), p) for p in files if (m := self.NAME.fullmatch(p.name)) and p.is_file()))
 
     def any(self) -> bool:
-        """True if there is a checkpoint, sound or not."""
+        """True if there is a checkpoint, intact or not."""
         return os.path.lexists(self.path) or bool(self.all())
 
     def newest(self, before: int | None = None) -> tuple[Checkpoint, Path]:
-        """(checkpoint, path) of the newest sound checkpoint, of a step less than `before` if that is given.
+        """(checkpoint, path) of the newest intact checkpoint, with `before` of a step less than that.
 
-        One line on stderr names the damaged ones that were passed over. Raises UserError if there is none.
+        One line on stderr names the damaged ones that were skipped. Raises UserError if there is none.
         """
         paths = [path for step, path in reversed(self.all().items()) if before is None or step < before]
         if self.path.is_file() and not self.path.is_symlink():  # another program's, or an older version's
             paths.insert(0, self.path)
         if not paths:
             when = f" before step {before}" if before else ""
-            begun = (self.folder / "log.jsonl").exists() and not before
-            todo = "its run starts again with --overwrite" if begun else "name the folder of a run, --out_dir=DIR"
-            raise UserError(f"there is no checkpoint in {self.folder}{when}: {todo}")
+            has_log = (self.folder / "log.jsonl").exists() and not before
+            advice = "its run starts again with --overwrite" if has_log else "name the folder of a run, --out_dir=DIR"
+            raise UserError(f"there is no checkpoint in {self.folder}{when}: {advice}")
         reasons = []
         for path in paths:
             try:
@@ -74,17 +72,17 @@ class Checkpoints:
         raise UserError(f"no checkpoint in {self.folder} can be read: {'; '.join(reasons)}")
 
     def save(self, content: Checkpoint, best: bool = False) -> None:
-        """Writes the checkpoint of its step, and then lets go of old ones. Raises OSError."""
+        """Writes the checkpoint of its step, then deletes old ones. Raises OSError."""
         self.wait()
         if not self.asynchronous:
             self._write(content, best)
             return
-        content = copy.deepcopy(content)  # training goes on changing the weights
+        content = copy.deepcopy(content)  # training keeps changing the weights
         self._thread = threading.Thread(target=self._try, args=(content, best), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until all is written. Raises OSError if something could not be."""
+        """Waits until everything is written. Raises OSError if a write failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -104,15 +102,15 @@ class Checkpoints:
         self.damaged.discard(path)
         for link in ("ckpt.pt", "best.pt") if best else ("ckpt.pt",):
             link_atomic(self.folder / link, path.name)
-        self._let_go(path)
+        self._delete_old(path)
 
-    def _let_go(self, written: Path) -> None:
-        sound = {step: path for step, path in self.all().items() if path not in self.damaged}
+    def _delete_old(self, written: Path) -> None:
+        intact = {step: path for step, path in self.all().items() if path not in self.damaged}
         best = self.folder / "best.pt"
-        kept = {written, *list(sound.values())[-self.keep_last :]}
-        kept |= {self.folder / os.readlink(best)} if best.is_symlink() else set()
-        for step, path in sound.items():
-            if path not in kept and not (self.keep_every and step % self.keep_every == 0):
+        keep = {written, *list(intact.values())[-self.keep_last :]}
+        keep |= {self.folder / os.readlink(best)} if best.is_symlink() else set()
+        for step, path in intact.items():
+            if path not in keep and not (self.keep_every and step % self.keep_every == 0):
                 path.unlink()
 
     def clear(self) -> None:
@@ -121,6 +119,6 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Deletes what writers that were killed left half-written."""
+        """Deletes the unfinished files of writers that were killed."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""dataclasses <- config files <- --key value; typed, and typos are refused with the nearest name.
+"""Reads the settings of a run: defaults of dataclasses, then config files, then --key value. Values have types.
 
 A key may be an int, float, bool, str, enum, Literal, X | None, or a list, tuple or dict of these.
 
-A config file is Python: a list of `key = value` lines (it is executed: run only files you trust). `config/x.py`,
-`configs/x.py` and `x` name the same file. Sizes (scale/) are taken first, then the other files left to right, then the
-command line: an arm keeps what it says at every size. Keys are written `--key value` or `--key=value`, `--flag` and
+A config file is Python, a list of `key = value` lines. It is executed, so run only files you trust. `config/x.py`,
+`configs/x.py` and `x` name the same file. Sizes (scale/) are read first, then the other files from left to right, then
+the command line, so that an arm overrides every size. Keys are written `--key value` or `--key=value`, `--flag` and
 `--no-flag`.
 """
 
@@ -26,12 +26,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 from spikesink.errors import UserError, nearest
 
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-Schemas = Sequence[type[Any]]  # dataclasses whose keys are flat: a key belongs to the one that has it
+Schemas = Sequence[type[Any]]  # dataclasses that share one flat set of keys
 Values = dict[str, Any]  # {key: value}
 
 
 def find_config(name: str, root: Path) -> Path:
-    """The path of a config given as a path, as config/x.py, configs/x.py, configs/x or x. Raises UserError."""
+    """The path of a config that is named as a path, config/x.py, configs/x.py, configs/x or x. Raises UserError."""
     path = Path(name)
     if not path.parts:
         raise UserError(f"there is no config {name!r}: name one of configs/, or give no name for the defaults")
@@ -42,10 +42,10 @@ def find_config(name: str, root: Path) -> Path:
         raise UserError(
             f"{name} is no config; a checkpoint goes on with --resume and its out_dir, or --init_from={name}"
         )
-    for candidate in (path, root / "configs" / relative):
-        for tried in (candidate, Path(f"{candidate}.py")):
-            if tried.is_file() and tried.suffix == ".py":
-                return tried
+    for stem in (path, root / "configs" / relative):
+        for candidate in (stem, Path(f"{stem}.py")):
+            if candidate.is_file() and candidate.suffix == ".py":
+                return candidate
     if (path / "ckpt.pt").exists():
         raise UserError(f"{name} is a run, no config: --resume --out_dir={name} goes on with it")
     if path.is_file():
@@ -61,7 +61,7 @@ def find_config(name: str, root: Path) -> Path:
 
 
 def read_config(path: str | Path) -> Values:
-    """{key: value} assigned by a config file. Raises UserError if the file does not run."""
+    """The {key: value} that a config file assigns. Raises UserError if the file does not run."""
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
@@ -75,31 +75,31 @@ class Key(NamedTuple):
 
     name: str
     type: Any
-    default: Any  # dataclasses.MISSING: none
-    by_layer: bool  # may be a text that says a value for each layer: "post*2 pre", "cycle(64*3 0)"
+    default: Any  # dataclasses.MISSING if it has none
+    by_layer: bool  # whether it may be a text with a value per layer: "post*2 pre", "cycle(64*3 0)"
 
     def read(self, value: Any, origin: str | Path) -> Any:
-        """`value` as this key has it. Raises UserError. What a text by layer says, its dataclass checks."""
+        """`value` with this key's type. The dataclass checks a text with values per layer. Raises UserError."""
         if self.by_layer and isinstance(value, str) and re.search(r"[\s*]|cycle\(", value):
             return value
         return typed(self.name, value, self.type, origin)
 
 
 def fields_of(schemas: Schemas) -> dict[str, Key]:
-    """{key: Key} of all schemas. One with `MODEL_WIDE`, names of fields, may have a value by layer in all others."""
+    """{key: Key} of all schemas. In a schema with `MODEL_WIDE`, all fields except those may have a value per layer."""
     keys: dict[str, Key] = {}
     for schema in schemas:
-        kinds, wide = get_type_hints(schema), getattr(schema, "MODEL_WIDE", None)
+        types_, wide = get_type_hints(schema), getattr(schema, "MODEL_WIDE", None)
         for f in dataclasses.fields(schema):
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            keys[f.name] = Key(f.name, kinds[f.name], default, wide is not None and f.name not in wide)
+            keys[f.name] = Key(f.name, types_[f.name], default, wide is not None and f.name not in wide)
     return keys
 
 
 def typed(key: str, value: Any, kind: Any, origin: str | Path) -> Any:
-    """`value` as `kind`, read from text where it came from the command line. Raises UserError.
+    """`value` as `kind`. A text from the command line is parsed. Raises UserError.
 
-    A list is taken for a tuple, as JSON has no tuples, and the other way round; a name for a member of an enum.
+    A list may stand for a tuple and the reverse, as JSON has no tuples; a name may stand for a member of an enum.
     """
     try:
         return _read(value, kind)
@@ -108,19 +108,19 @@ def typed(key: str, value: Any, kind: Any, origin: str | Path) -> Any:
         raise UserError(f"{origin}: {key}={value!r} is not of type {name}{_as_written(value, kind)}") from None
 
 
-MISFIT = (KeyError, ValueError, TypeError, OverflowError, StopIteration, RecursionError, MemoryError)  # of `_read`
+MISFIT = (KeyError, ValueError, TypeError, OverflowError, StopIteration, RecursionError, MemoryError)  # from _read
 
 
 def _read(value: Any, kind: Any) -> Any:
-    """`value` as `kind`. Raises what a wrong one happens to raise."""
+    """`value` as `kind`. Raises one of MISFIT if that is impossible."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     text = isinstance(value, str)
     if origin in (Union, types.UnionType):
         if type(None) in inner and str(value).lower() == "none":
             return None
-        for each in sorted(inner, key=lambda each: (text or type(value) is not each, each is str)):  # what it is, first
+        for member in sorted(inner, key=lambda t: (text or type(value) is not t, t is str)):  # its own type first
             with contextlib.suppress(*MISFIT):
-                return _read(value, each)
+                return _read(value, member)
         raise ValueError(value)
     if origin is Literal:
         return next(choice for choice in inner if choice == value or (text and str(choice) == value))
@@ -139,14 +139,14 @@ def _read(value: Any, kind: Any) -> Any:
     return value
 
 
-def _read_container(given: Any, origin: Any, inner: Sequence[Any]) -> Any:
-    """A list, tuple or dict: as Python writes it, or its items with blanks or commas between, a dict's as name=item."""
-    value = given
-    if isinstance(given, str):
+def _read_container(source: Any, origin: Any, inner: Sequence[Any]) -> Any:
+    """A list, tuple or dict, written in Python or as items between blanks or commas; items of a dict are name=item."""
+    value = source
+    if isinstance(source, str):
         with contextlib.suppress(ValueError, TypeError, SyntaxError):
-            value = ast.literal_eval(given)
+            value = ast.literal_eval(source)
         if not isinstance(value, (list, tuple, dict)):
-            value = re.findall(r"[^\s,]+", given)
+            value = re.findall(r"[^\s,]+", source)
             value = dict(part.split("=", 1) for part in value) if origin is dict else value
     if isinstance(value, dict) and origin is dict:
         return {_read(name, (inner or [Any])[0]): _read(item, (inner or [Any])[-1]) for name, item in value.items()}
@@ -154,11 +154,11 @@ def _read_container(given: Any, origin: Any, inner: Sequence[Any]) -> Any:
         fixed = origin is tuple and inner and inner[-1] is not ...
         kinds = inner if fixed else [inner[0] if inner else Any] * len(value)
         return origin(_read(item, kind) for item, kind in zip(value, kinds, strict=True))
-    raise ValueError(given)
+    raise ValueError(source)
 
 
 def plain(value: Any) -> Any:
-    """`value` of plain Python alone, as checkpoints hold it: members of enums by their names."""
+    """`value` in plain Python types, as checkpoints hold it: names in place of enum members."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -167,7 +167,7 @@ def plain(value: Any) -> Any:
 
 
 def _as_written(value: Any, kind: Any) -> str:
-    """How a value of the wrong type would be written, or ''."""
+    """Says how to write a value of type `kind`, or ''."""
     if kind is bool:
         return ": true or false"
     if get_origin(kind) is dict:
@@ -182,9 +182,9 @@ def _as_written(value: Any, kind: Any) -> str:
 
 
 def split_argv(argv: Sequence[str], fields: Mapping[str, Key]) -> tuple[list[str], Values]:
-    """(words that are no flags, {key: value as text, or a bool}) of a command line. The last of a key counts.
+    """(words that are no flags, {key: value as text, or a bool}) of a command line. The last value of a key counts.
 
-    Raises UserError for a key that is not one of `fields`, or has no value.
+    Raises UserError for a key that is not in `fields` or has no value.
     """
     names: list[str] = []
     values: Values = {}
@@ -214,7 +214,7 @@ def split_argv(argv: Sequence[str], fields: Mapping[str, Key]) -> tuple[list[str
 
 
 def parse_argv(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[Values, list[str]]:
-    """({key: value} of all that the config files and the flags in `argv` say, names of the config files).
+    """({key: value} from the config files and flags in `argv`, names of the config files).
 
     Raises UserError for an unknown key or a wrong type.
     """
@@ -232,7 +232,7 @@ def parse_argv(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[Value
 
 
 def _known_as(key: str, fields: Mapping[str, Key]) -> str:
-    """What to do about an unknown key."""
+    """Advice about an unknown key."""
     plain = key.lower().replace("-", "_")
     switched = plain.removeprefix("no_")
     if plain == "config":
@@ -243,7 +243,7 @@ def _known_as(key: str, fields: Mapping[str, Key]) -> str:
 
 
 def build(schemas: Schemas, values: Mapping[str, Any]) -> list[Any]:
-    """Instances of the dataclasses `schemas` from {key: value}. Raises UserError for an impossible value."""
+    """Makes instances of the dataclasses `schemas` from {key: value}. Raises UserError for an impossible value."""
     try:
         return [s(**{f.name: values[f.name] for f in dataclasses.fields(s) if f.name in values}) for s in schemas]
     except ValueError as error:
@@ -251,19 +251,19 @@ def build(schemas: Schemas, values: Mapping[str, Any]) -> list[Any]:
 
 
 def load(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[list[Any], Values, list[str]]:
-    """(instances of `schemas`, all that was given as a dict, names of the config files). Raises UserError."""
+    """(instances of `schemas`, {key: value} of what was set, names of the config files). Raises UserError."""
     values, names = parse_argv(schemas, argv, root)
     return build(schemas, values), values, names
 
 
 def describe(schemas: Schemas, choices: Mapping[str, Collection[str]] | None = None, width: int | None = None) -> str:
-    """Help text: every key, its default and the comment beside it in the source, as wide as the terminal.
+    """The help text, as wide as the terminal: every key, its default, and the comment beside it in the source.
 
-    A comment line between the fields of a dataclass heads those below it. `choices`: {key: its table}; names that a
-    comment leaves out are added.
+    A comment line between fields is the heading of the fields below it. `choices`: {key: table of its choices}; names
+    of a table that the comment does not mention are added.
     """
     width, choices = max(60, (width or shutil.get_terminal_size().columns) - 1), choices or {}
-    left, middle = 2 + len("--lr_decay_iters="), len("openwebtext") + 1
+    key_width, default_width = 2 + len("--lr_decay_iters="), len("openwebtext") + 1
     fold = lambda text, indent: textwrap.wrap(
         text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
@@ -275,20 +275,20 @@ def describe(schemas: Schemas, choices: Mapping[str, Collection[str]] | None = N
         for line in inspect.getsource(schema).splitlines():
             if heading := re.match(r"^ {4}# (.*)$", line):
                 lines += ["", heading[1]]
-            found = re.match(r"^ {4}(\w+): [^#]*(?:# (.*))?$", line)
-            if not found or found[1] not in fields:
+            match = re.match(r"^ {4}(\w+): [^#]*(?:# (.*))?$", line)
+            if not match or match[1] not in fields:
                 continue
-            key, comment, kind = found[1], found[2] or "", fields[found[1]].type
-            of_kind = get_args(kind) if get_origin(kind) is Literal else getattr(kind, "__members__", ())
-            names = [str(name) for name in (*choices.get(key, ()), *of_kind)]
+            key, comment, kind = match[1], match[2] or "", fields[match[1]].type
+            members = get_args(kind) if get_origin(kind) is Literal else getattr(kind, "__members__", ())
+            names = [str(name) for name in (*choices.get(key, ()), *members)]
             more = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", comment)]
             comment += f"{'; also ' if comment else ''}{', '.join(more)}" if more else ""
             option, default = f"  --{key}=", str(plain(fields[key].default))
-            start = f"{option:<{left}} {default:<{middle}}"
-            told = fold(comment, " " * (left + middle + 2)) or [""]
-            if len(start.rstrip()) <= left + 1 + middle:
-                told[0] = f"{start} {told[0].lstrip()}".rstrip()
+            start = f"{option:<{key_width}} {default:<{default_width}}"
+            entry = fold(comment, " " * (key_width + default_width + 2)) or [""]
+            if len(start.rstrip()) <= key_width + 1 + default_width:
+                entry[0] = f"{start} {entry[0].lstrip()}".rstrip()
             else:
-                told.insert(0, start.rstrip())
-            lines += told
+                entry.insert(0, start.rstrip())
+            lines += entry
     return "\n".join(lines)

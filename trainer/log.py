@@ -1,6 +1,6 @@
-"""Rows of numbers -> log.jsonl, the terminal, TensorBoard, wandb or trackio. None stops a training run.
+"""Writes rows of numbers to log.jsonl, the terminal, TensorBoard, wandb or trackio.
 
-What cannot be written waits for the next time, or is given up with a warning.
+A failed write never stops a training run. Its rows wait for the next write, or are dropped with a warning.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ from spikesink.files import step_of
 from spikesink.measure.monitor import flat, headline, words
 
 Row = Mapping[str, Any]  # a line of log.jsonl
-Look = tuple[int, Mapping[str, Any]]  # a step and what the monitor saw there
+Look = tuple[int, Mapping[str, Any]]  # a step and the monitor's row there
 
 
 def warn(text: str) -> None:
-    """One line on stderr."""
+    """Prints a warning as one line on stderr."""
     tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 class JsonLines:
-    """A file of one JSON object per line. Rows that cannot be written (a full disk) wait for the next one."""
+    """A file of one JSON object per line. Rows that cannot be written (a full disk) wait for the next row."""
 
     def __init__(self, path: str | Path, step: int = 0) -> None:
-        """Opens `path`, without the rows of steps after `step`, which a resumed run writes again. Raises OSError."""
+        """Opens `path` and deletes the rows after `step`, which a resumed run writes again. Raises OSError."""
         self.path, self.waiting, self.failing = Path(path), b"", False
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = b"".join(line for line in lines if line.endswith(b"\n") and step_of(line) <= step)
-        files.write_atomic(self.path, lambda file: file.write(kept))
-        self.size = len(kept)
+        content = b"".join(line for line in lines if line.endswith(b"\n") and step_of(line) <= step)
+        files.write_atomic(self.path, lambda file: file.write(content))
+        self.size = len(content)
         self.file: Any = open(self.path, "r+b", buffering=0)
 
     def write(self, row: Row) -> None:
-        """Appends a dict."""
+        """Appends a row."""
         self.waiting += json.dumps(row).encode() + b"\n"
         try:
-            self.file.seek(self.size)  # over what a failed attempt has left
+            self.file.seek(self.size)  # overwrites the remains of a failed write
             rest = self.waiting
             while rest:
                 rest = rest[self.file.write(rest) :]
@@ -59,74 +59,74 @@ class JsonLines:
         self.waiting, self.failing = b"", False
 
     def close(self) -> None:
-        """Closes the file; lines that still wait are lost."""
+        """Closes the file. Lines that still wait are lost."""
         if self.waiting:
             warn(f"{self.waiting.count(10)} lines of {self.path} could not be written")
         self.file.close()
 
 
 class Log(Protocol):
-    """Where rows go."""
+    """Something that rows are written to."""
 
     def write(self, row: Row) -> None:
-        """Takes the row of a step."""
+        """Writes the row of a step."""
 
     def close(self) -> None:
-        """Says that there are no more."""
+        """Ends the log."""
 
 
 class Progress:
-    """The terminal: a bar of steps with the last loss, and a line for every row that has a validation loss."""
+    """A progress bar with the last loss, and a line on the terminal for every row that has a validation loss."""
 
     def __init__(self, steps: int, first: int = 0, name: str = "", hidden: bool = False) -> None:
-        """`name`: what the bar and its lines call the run. The bar is hidden where stderr is no terminal, too."""
-        self.label, self.looked = f"{name}: " if name else "", ""
+        """`name`: the name of the run in the bar and the lines. If stderr is no terminal, the bar is hidden too."""
+        self.label, self.spikes_and_sinks = f"{name}: " if name else "", ""
         self.bar = tqdm(total=steps, initial=first, unit="step", desc=name or None, disable=True if hidden else None)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Advances the bar by one step."""
         self.bar.update()
 
     def write(self, row: Row) -> None:
         """Shows the row of a step."""
         if "monitor" in row:
-            self.looked = words(row["monitor"])
-        self.bar.set_postfix_str(", ".join(filter(None, (f"loss={row['loss']:.3f}", self.looked))), refresh=False)
+            self.spikes_and_sinks = words(row["monitor"])
+        more = f", {self.spikes_and_sinks}" if self.spikes_and_sinks else ""
+        self.bar.set_postfix_str(f"loss={row['loss']:.3f}{more}", refresh=False)
         if row["val_loss"] is not None:
-            said = f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
-            said = ", ".join(filter(None, (said, self.looked)))
-            self.bar.write(f"{self.label}step {row['step']}: {said}", file=sys.stdout)
+            text = f"loss {row['loss']:.4f}, val_loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+            self.bar.write(f"{self.label}step {row['step']}: {text}{more}", file=sys.stdout)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar, which stays visible."""
         self.bar.close()
 
 
 class Speed:
-    """Tokens a second since the last `start`."""
+    """Measures tokens per second since the last `start`."""
 
     def __init__(self, tokens_per_step: int, step: int) -> None:
         self.tokens_per_step = tokens_per_step
         self.start(step)
 
     def start(self, step: int) -> None:
-        """Time runs from here."""
-        self.since, self.first = time.perf_counter(), step
+        """Starts the clock after step `step`."""
+        self.start_time, self.start_step = time.perf_counter(), step
 
     def at(self, step: int) -> float:
-        """Tokens a second up to now, after step `step`."""
-        return (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.since)
+        """Tokens per second up to now, after step `step`."""
+        return (step - self.start_step) * self.tokens_per_step / (time.perf_counter() - self.start_time)
 
 
 def numbers(row: Row) -> dict[str, float]:
-    """{name: number} of a row, without its step; its other losses are "losses/NAME", a model's own scalars
-    "scalars/NAME", and its look at spikes and sinks is as `flat` names it."""
+    """{name: number} of a row, without its step. Auxiliary losses are named "losses/NAME", the model's scalars
+    "scalars/NAME", and the monitor's numbers as `flat` names them."""
     more = {f"{kind}/{name}": value for kind in ("losses", "scalars") for name, value in row.get(kind, {}).items()}
     own = {key: value for key, value in {**row, **more}.items() if key != "step" and isinstance(value, (int, float))}
     return own | (flat(row["monitor"]) if "monitor" in row else {})
 
 
-# what is drawn over layers and steps -> (where a row has it, its key there, whether its logarithm is shown)
+# heatmap over layers and steps -> (list in the monitor's row, key in its entries, whether colours are logarithmic)
 HEATMAPS: dict[str, tuple[str, str, bool]] = {
     "spike/ratio": ("layers", "ratio", True),
     "spike/kurtosis": ("layers", "kurtosis", True),
@@ -135,11 +135,11 @@ HEATMAPS: dict[str, tuple[str, str, bool]] = {
 
 
 class TensorBoard:
-    """Rows in TensorBoard, by step: numbers as scalars; at the end heatmaps of layers and steps, and the run's line in
-    the HParams view. Given up with one warning if it cannot be written."""
+    """Writes the numbers of rows to TensorBoard, and at the end heatmaps over layers and steps and the run's entry in
+    the HParams view. After a failed write it prints one warning and stops writing."""
 
     def __init__(self, folder: Path, step: int = 0, arm: Row | None = None, rows: Iterable[Row] = ()) -> None:
-        """`arm`: the settings that tell this run from others; `rows`: those up to `step`, of a run that goes on.
+        """`arm`: the settings of this run that are no defaults. `rows`: the rows up to `step` of a resumed run.
 
         Raises UserError if the package is not installed.
         """
@@ -161,14 +161,14 @@ class TensorBoard:
             self.looks.append((row["step"], row["monitor"]))
 
     def write(self, row: Row) -> None:
-        """Appends the numbers of a dict that has a `step`."""
+        """Writes the numbers of a row."""
         self._keep(row)
         for key, value in numbers(row).items():
             if self.writer:
                 self._try(self.writer.add_scalar, key, value, row["step"])
 
     def close(self) -> None:
-        """Adds what the whole run is needed for, and closes the files."""
+        """Adds the heatmaps and the HParams entry, and closes the files."""
         if self.writer:
             self._try(self._finish, self.writer)
 
@@ -193,13 +193,13 @@ class TensorBoard:
 
 
 def heatmap(looks: list[Look], where: str, key: str, log: bool) -> Any:
-    """A figure of one number over layers (down) and steps."""
+    """A figure of one number over layers (y) and steps (x)."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     steps, names = [step for step, _ in looks], [layer["name"] for layer in looks[-1][1][where]]
-    of = [{layer["name"]: layer[key] for layer in row[where]} for _, row in looks]
-    values = [[math.nan if found.get(name) is None else found[name] for found in of] for name in names]
+    columns = [{layer["name"]: layer[key] for layer in row[where]} for _, row in looks]
+    values = [[math.nan if column.get(name) is None else column[name] for column in columns] for name in names]
     figure = Figure(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=LogNorm() if log else None)
@@ -211,43 +211,43 @@ def heatmap(looks: list[Look], where: str, key: str, log: bool) -> Any:
     return figure
 
 
-# name -> the module of that name, which has init, log and finish alike
+# name -> a module with the functions init, log and finish
 TRACKERS: dict[str, str | None] = {"none": None, "wandb": "wandb", "trackio": "trackio"}
 
 
 class Tracker:
-    """The numbers of rows in wandb or trackio, by step. Given up with one warning if it fails.
+    """Sends the numbers of rows to wandb or trackio. After a failure it prints one warning and stops sending.
 
-    A run that is resumed goes on with its own there: OUT_DIR/tracker.json has its id. Neither can take back a step, so
-    of those that a resumed run does again, what they have stays.
+    A resumed run continues its run there, whose id is in OUT_DIR/tracker.json. Neither tracker can delete a step, so
+    the steps that a resumed run repeats keep their first numbers there.
     """
 
-    FILE = "tracker.json"  # {"name": wandb or trackio, "id": ..., "step": the last that arrived before it was given up}
+    FILE = "tracker.json"  # {"name": wandb or trackio, "id": ..., "step": the last one that arrived before a failure}
 
     def __init__(self, name: str, out_dir: Path, arm: Row, logged: int = 0) -> None:
-        """`arm`: the settings of the run; `logged`: the last step of its log so far. Raises UserError if the package is
-        not there."""
+        """`arm`: the settings of the run. `logged`: the last step in its log so far. Raises UserError if the package is
+        not installed."""
         self.name, self.file, self.last = name, out_dir / self.FILE, 0
         self.module: Any = None
         try:
             module: Any = importlib.import_module(TRACKERS[name] or "")
         except ImportError:
             raise UserError(f"--tracker={name} needs a package: pip install {name}") from None
-        told: Any = None
+        state: Any = None
         with contextlib.suppress(OSError, ValueError):
-            told = json.loads(self.file.read_text())
-        if isinstance(told, dict) and told.get("name") == name and isinstance(told.get("id"), str):
-            self.id, self.last = told["id"], min(logged, told.get("step", logged))
+            state = json.loads(self.file.read_text())
+        if isinstance(state, dict) and state.get("name") == name and isinstance(state.get("id"), str):
+            self.id, self.last = state["id"], min(logged, state.get("step", logged))
         else:
             self.id = uuid.uuid4().hex[:8]
-        # trackio knows runs by their names alone
+        # trackio identifies runs by name only
         names = {"id": self.id, "name": out_dir.name} if name == "wandb" else {"name": f"{out_dir.name}-{self.id}"}
         if self._try(module.init, project="spikesink", **names, config=dict(arm), resume="allow"):
             self.module = module
             self._note({})
 
     def write(self, row: Row) -> None:
-        """Appends the numbers of a dict that has a `step`, unless that step is there."""
+        """Sends the numbers of a row, unless its step was sent before."""
         if self.module and row["step"] > self.last:
             if self._try(self.module.log, numbers(row), step=row["step"]):
                 self.last = row["step"]
@@ -255,18 +255,18 @@ class Tracker:
                 self._note({"step": self.last})
 
     def close(self) -> None:
-        """Ends the run there."""
+        """Ends the run in the tracker."""
         if self.module:
             self._try(self.module.finish)
 
     def _note(self, more: Row) -> None:
-        with contextlib.suppress(OSError):  # a full disk: a resumed run is then another one there
+        with contextlib.suppress(OSError):  # if the disk is full, a resumed run becomes a new one in the tracker
             files.write_atomic(
                 self.file, lambda file: file.write(json.dumps({"name": self.name, "id": self.id, **more}).encode())
             )
 
     def _try(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
-        """True if the call did not fail."""
+        """Calls it; True if it did not fail."""
         try:
             call(*args, **kwargs)
         except Exception as error:  # no network, no login, a full disk
@@ -277,13 +277,13 @@ class Tracker:
 
 
 class LossWatch:
-    """Which losses stand out: above the running mean by more than SIGMAS running standard deviations.
+    """Finds losses that stand out: above the running mean by more than SIGMAS running standard deviations.
 
-    Exponential averages over about 1 / (1 - DECAY) steps; what stands out enters them cut down to the threshold, so
-    that a spike does not hide the next one. `state`: what a checkpoint must hold for a resumed run to see the same.
+    Both are exponential averages over about 1 / (1 - DECAY) steps. A loss that stands out enters them as the threshold,
+    so that it does not hide the next one. A resumed run needs `state` from the checkpoint.
     """
 
-    DECAY, SIGMAS, FIRST = 0.98, 6.0, 50  # FIRST: steps before it says anything
+    DECAY, SIGMAS, FIRST = 0.98, 6.0, 50  # FIRST: number of steps before a loss can stand out
 
     def __init__(self, state: Sequence[float] = (0, 0.0, 0.0)) -> None:
         self.n, self.mean, self.variance = state
@@ -294,12 +294,12 @@ class LossWatch:
         return [self.n, self.mean, self.variance]
 
     def stands_out(self, loss: float) -> tuple[bool, float, float]:
-        """(whether a finite loss stands out, the mean before it, the standard deviation before it); takes it in."""
+        """(whether a finite loss stands out, the mean before it, the standard deviation before it). Updates both."""
         mean, sd = self.mean, math.sqrt(self.variance)
-        found = self.n >= self.FIRST and loss > mean + self.SIGMAS * sd
-        taken = min(loss, mean + self.SIGMAS * sd) if self.n >= self.FIRST else loss
+        limit = mean + self.SIGMAS * sd if self.n >= self.FIRST else math.inf
+        clipped = min(loss, limit)
         weight = max(1 - self.DECAY, 1 / (self.n + 1))  # a plain mean at first
         self.n += 1
-        self.mean += weight * (taken - mean)
-        self.variance = (1 - weight) * (self.variance + weight * (taken - mean) ** 2)
-        return found, mean, sd
+        self.mean += weight * (clipped - mean)
+        self.variance = (1 - weight) * (self.variance + weight * (clipped - mean) ** 2)
+        return loss > limit, mean, sd

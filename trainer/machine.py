@@ -1,7 +1,7 @@
-"""Where a process runs, and how several train one model: device, autocast, ranks; DDP and FSDP2.
+"""The device and autocast of a process, and how several processes (ranks) train one model with DDP or FSDP2.
 
-torchrun says in the environment which rank this is; without it there is one. What only one rank may do (read a
-checkpoint, write) rank 0 does, and what it found reaches the others through `on_rank0`.
+torchrun sets the rank in the environment; without torchrun there is one rank. Only rank 0 reads and writes checkpoints,
+and `on_rank0` passes its results to the other ranks.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 
 def attempt() -> int:
-    """How often torchrun has started this run again, after the death of a rank."""
+    """How often torchrun has restarted this run because a rank died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process runs: its device, the autocast dtype and its place among the ranks."""
+    """The device of this process, its autocast dtype and its rank."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,32 +51,32 @@ class Machine:
 
     @classmethod
     def find(cls, device: str = "auto", parallel: str = "ddp") -> "Machine":
-        """From the keys of a run and torchrun's environment. Raises UserError for a device that is not there."""
+        """The machine for the keys of a run and torchrun's environment. Raises UserError if the device is missing."""
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         if name == "cuda" and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
-            found = torch.device(name)
-            torch.empty(1, device=found).item()
+            torch_device = torch.device(name)
+            torch.empty(1, device=torch_device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise no_device(device, error) from None
-        if found.type == "cuda":
-            torch.cuda.set_device(found)
+        if torch_device.type == "cuda":
+            torch.cuda.set_device(torch_device)
             torch.set_float32_matmul_precision("high")
         else:
             keep_freed_memory()
-        return cls(found, torch.float32, rank, world, parallel)
+        return cls(torch_device, torch.float32, rank, world, parallel)
 
     def with_dtype(self, dtype: str) -> "Machine":
-        """The same machine computing in `dtype`, one of DTYPES; auto: bfloat16 where the hardware has it."""
+        """The same machine with autocast to `dtype`, one of DTYPES; auto is bfloat16 if the hardware has it."""
         if dtype == "auto":
             dtype = "bfloat16" if has_bfloat16(self.device) else "float32"
         return dataclasses.replace(self, dtype=getattr(torch, dtype))
 
     @property
     def is_rank0(self) -> bool:
-        """True on the rank that reads and writes for all."""
+        """True on the rank that reads and writes for all ranks."""
         return self.rank == 0
 
     @property
@@ -86,41 +86,41 @@ class Machine:
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        """The ranks talk to each other within the block."""
+        """Connects the ranks within the block."""
         if self.world > 1:
-            # torchrun may give a restarted run the store of the one that died, with the addresses of the dead
+            # torchrun may give a restarted run the store of the run that died, with the addresses of its ranks
             store = dist.PrefixStore(f"attempt-{attempt()}", next(rendezvous("env://"))[0])
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         try:
             yield
         except UserError as error:
-            if error.everywhere:  # else the others are in the middle of something
-                self._part()
+            if error.everywhere:  # otherwise the other ranks are still at work
+                self._disconnect()
             raise
-        self._part()
+        self._disconnect()
 
-    def _part(self) -> None:
-        # gloo's group lives until errors.run ends the process: its destructor waits, holding Python's lock, for a
-        # thread that may need that lock to let go of the last tensor
+    def _disconnect(self) -> None:
+        # gloo's group lives until errors.run ends the process. Its destructor waits for a thread while it holds
+        # Python's lock, and that thread may need the lock to free the last tensor.
         if self.world > 1 and dist.get_backend() == "nccl":
             dist.destroy_process_group()
 
     def on_rank0(self, function: Callable[..., T], *args: Any) -> T:
-        """What function(*args) returns on rank 0, on every rank; its UserError is raised on every rank."""
+        """Calls function(*args) on rank 0, and returns its result or raises its UserError on every rank."""
         if self.world == 1:
             return function(*args)
-        told: list[Any] = [None]
+        message: list[Any] = [None]
         if self.is_rank0:
             try:
-                told = [function(*args)]
+                message = [function(*args)]
             except UserError as error:
-                told = [error]
-        dist.broadcast_object_list(told, src=0, device=self.device)
-        if isinstance(told[0], UserError):
-            told[0].everywhere = True
-            raise told[0]
-        return told[0]
+                message = [error]
+        dist.broadcast_object_list(message, src=0, device=self.device)
+        if isinstance(message[0], UserError):
+            message[0].everywhere = True
+            raise message[0]
+        return message[0]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision for the forward pass; weights, gradients and the residual stream stay float32."""
@@ -129,15 +129,15 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def sum(self, value: Tensor) -> Tensor:
-        """A tensor summed over the ranks, in place."""
+        """Sums a tensor over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Under FSDP2, leaves each rank its shard of every block and of the rest of the model, in place.
+        """With FSDP2, reduces the model in place to this rank's shard of every block and of the rest.
 
-        Every rank must hold the same weights before. Optimisers are made after it.
+        Every rank must have the same weights before. Make the optimisers after it.
         """
         if self.sharded:
             for block in blocks:
@@ -145,15 +145,15 @@ class Machine:
             fully_shard(model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What is called in training: under DDP the (perhaps compiled) model in its wrapper, else the model."""
+        """The module to call in training: with DDP a wrapper around the model, else the model."""
         if self.world == 1 or self.sharded:
             return model
         ddp: Any = torch.nn.parallel.DistributedDataParallel
         sync = {"forward_sync_buffers", "broadcast_buffers"} & set(inspect.signature(ddp).parameters)
-        return ddp(model, **{max(sync): False})  # the new name of the option where torch has it; buffers are constants
+        return ddp(model, **{max(sync): False})  # the option's newer name if torch has it; buffers are constants
 
     def accumulating(self, model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of one micro-batch's passes through what `wrap` returned: gradients travel with the `last` only."""
+        """A context for a micro-batch's passes through the wrapped model. Only the `last` one syncs gradients."""
         if self.sharded:
             model.set_requires_gradient_sync(last)
         elif self.world > 1 and not last:
@@ -161,18 +161,18 @@ class Machine:
         return contextlib.nullcontext()
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
-        """Scales all gradients down to a norm of `limit`. Returns the norm before, the same on every rank."""
+        """Scales all gradients down to a norm of `limit`. Returns their norm before that, the same on every rank."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         total = torch.nn.utils.get_total_norm(gradients)
         norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
-        if norm > limit:  # else a pass over all of them is saved
+        if norm > limit:  # otherwise multiplying would cost a pass over all gradients
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
 
     def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(weights, optimiser state) by parameter name, whole and on the CPU; empty on the other ranks of several.
+        """(weights, optimiser state) by parameter name, gathered on the CPU of rank 0; empty on the other ranks.
 
-        Every rank must call it: shards are gathered.
+        Every rank must call it.
         """
         weights, state = get_state_dict(model, optimizers, options=_WHOLE)
         first: dict[int, str] = {}  # shared weights stay shared in the file
@@ -184,7 +184,7 @@ class Machine:
     def restore(
         self, model: nn.Module, optimizers: Sequence[Optimizer], weights: dict[str, Any], state: dict[str, Any]
     ) -> None:
-        """Loads what `state` returned; only rank 0 need have it. Raises UserError if it does not fit."""
+        """Loads the result of `state`, which only rank 0 needs to have. Raises UserError if it does not fit."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world > 1)
         try:
             if any(group.get("momentum", True) for optimizer in optimizers for group in optimizer.param_groups):
@@ -198,9 +198,9 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed: else every large tensor of every step is mapped, zeroed and unmapped by the kernel.
+    """Makes glibc keep freed memory. Otherwise the kernel maps, zeroes and unmaps every large tensor of every step.
 
-    A tenth to a fifth of a training step on a CPU; does nothing where the C library is another.
+    That would cost a tenth to a fifth of a training step on a CPU. With another C library this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

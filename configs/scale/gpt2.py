@@ -1,4 +1,4 @@
-"""GPT-2 small, about 124M parameters: the defaults."""
+"""GPT-2 small with about 124M parameters, which are the defaults."""
 
 n_layer = 12
 n_head = 12

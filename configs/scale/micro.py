@@ -1,6 +1,6 @@
-"""A small Llama of 0.3M parameters: on text, a sink and a spike on BOS within minutes of one CPU core.
+"""A Llama of 0.3M parameters: on text, a sink and a spike on BOS grow within minutes on one CPU core.
 
-The text is Simple English Wikipedia by the first merges of GPT-2's BPE: bytes do not bring a sink at this size.
+The text is Simple English Wikipedia with the first merges of GPT-2's BPE. At this size, bytes give no sink.
   python data/text/prepare.py --name=simplewiki --vocab=2048 simplewiki.txt
 """
 

@@ -1,4 +1,4 @@
-"""Under a million parameters beside the embeddings: minutes of a CPU."""
+"""Fewer than a million parameters without the embeddings: minutes on a CPU."""
 
 dataset = "stdlib"
 n_layer = 4

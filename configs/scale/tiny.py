@@ -1,4 +1,4 @@
-"""About 10M parameters beside the embeddings: an hour or two of CPU, minutes of a GPU."""
+"""About 10M parameters without the embeddings: an hour or two on a CPU, minutes on a GPU."""
 
 n_layer = 6
 n_head = 6

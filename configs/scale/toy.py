@@ -1,4 +1,4 @@
-"""Two layers on the bigram-backcopy task: a sink and a spike on BOS within a minute or three of one CPU core."""
+"""Two layers on the bigram-backcopy task: a sink and a spike on BOS grow within a few minutes on one CPU core."""
 
 dataset = "backcopy"
 bos = True

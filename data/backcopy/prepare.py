@@ -4,12 +4,12 @@
 
 A sequence is BOS, then 64 characters. After an ordinary character the next one is drawn from the bigram statistics
 of Python's own documentation; after a trigger the next one is a copy of the character before the trigger. A head
-that copies for triggers has nothing to do elsewhere, and learns to park its attention.
+that copies after triggers has nothing to do elsewhere, and learns to put its attention on BOS.
 
-What emerges in one layer with one head (configs/backcopy.py; three seeds in results/backcopy.md): the sink on BOS,
-Sink_1 at epsilon 0.3 from 0 at step 50 to 1 at step 800; the drained value, BOS's norm down to 0.1-0.2 of the mean; an
-entropy near 0. What grows but stays small: the residual peak, top-1 5 to 20 times the median. What does not emerge:
-a spike by any of the rules (30 x the median, or |h| > 100 and 1000 x the median); for that there is more than a layer.
+With one layer and one head (configs/backcopy.py; three seeds in results/backcopy.md), a sink on BOS emerges: Sink_1 at
+epsilon 0.3 goes from 0 at step 50 to 1 at step 800, the norm of BOS's value falls to 0.1-0.2 of the mean, and the
+entropy to nearly 0. The residual peak grows but stays small: the largest entry is 5 to 20 times the median. No spike
+emerges by any rule (30 x the median, or |h| > 100 and 1000 x the median); that takes more than one layer.
 """
 
 import pydoc_data.topics
@@ -30,7 +30,7 @@ TRIGGERS = "te "
 
 
 def bigrams() -> tuple[str, np.ndarray]:
-    """(characters by frequency, their bigram probabilities (A, A)), from the documentation in lower case."""
+    """(characters by frequency, bigram probabilities (A, A)) of the documentation in lower case."""
     text = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).lower()
     codes = np.frombuffer(text.encode("ascii", "ignore"), dtype=np.uint8)
     chars = np.argsort(-np.bincount(codes, minlength=128), kind="stable")[:ALPHABET]
@@ -44,7 +44,7 @@ def bigrams() -> tuple[str, np.ndarray]:
 
 
 def generate(n: int, probabilities: np.ndarray, is_trigger: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n, LENGTH) character ids."""
+    """Draws n sequences of character ids: (n, LENGTH)."""
     cumulative = probabilities.cumsum(1)
     ordinary = np.flatnonzero(~is_trigger)
     out = np.empty((n, LENGTH), dtype=np.int64)
@@ -57,7 +57,7 @@ def generate(n: int, probabilities: np.ndarray, is_trigger: np.ndarray, rng: np.
 
 
 def prepare(sequences: int = 200_000, seed: int = 0) -> None:
-    """Writes train.bin, val.bin (a hundredth) and meta.json beside this file."""
+    """Writes train.bin, val.bin (a hundredth as many sequences) and meta.json beside this file."""
     chars, probabilities = bigrams()
     is_trigger = np.isin(list(chars), list(TRIGGERS))
     rng = np.random.default_rng(seed)

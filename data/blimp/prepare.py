@@ -2,7 +2,7 @@
 
   python data/blimp/prepare.py [--archive=FILE]
 
-Takes the release from GitHub, or a local archive or folder of its .jsonl files. Writes data/blimp/blimp.jsonl.
+Reads the release from GitHub, or a local archive or folder of its .jsonl files. Writes data/blimp/blimp.jsonl.
 """
 
 import json
@@ -18,36 +18,36 @@ from spikesink.errors import Flags, UserError, cli
 from spikesink.files import write_atomic
 
 URL = "https://github.com/alexwarstadt/blimp/archive/refs/heads/master.zip"
-KEPT = ("UID", "field", "linguistics_term", "sentence_good", "sentence_bad")
+FIELDS = ("UID", "field", "linguistics_term", "sentence_good", "sentence_bad")
 
 
 def pairs(name: str, content: bytes) -> Iterator[dict[str, str]]:
-    """The pairs of one file, as dicts of KEPT. Raises UserError naming the line that is none."""
+    """The pairs of one file, as dicts of FIELDS. Raises UserError naming a line that is no pair."""
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            pair = json.loads(line)
-            kept = {key: pair[key] for key in KEPT}
+            record = json.loads(line)
+            pair = {key: record[key] for key in FIELDS}
         except (ValueError, KeyError, TypeError):
-            kept = {}
-        if not kept or not all(isinstance(value, str) for value in kept.values()):
+            pair = {}
+        if not pair or not all(isinstance(value, str) for value in pair.values()):
             raise UserError(f"line {number} of {name} is no pair of BLiMP")
-        yield kept
+        yield pair
 
 
 def prepare(folder: Path, archive: str | None = None) -> tuple[int, int]:
     """Writes blimp.jsonl to `folder`. Returns (paradigms, pairs)."""
     files = members(archive, "*.jsonl", URL)
-    found = [pair for name in sorted(files) for pair in pairs(name, files[name])]
-    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
+    all_pairs = [pair for name in sorted(files) for pair in pairs(name, files[name])]
+    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in all_pairs)
     write_atomic(Path(folder) / "blimp.jsonl", lambda file: file.write(text.encode()))
-    return len({pair["UID"] for pair in found}), len(found)
+    return len({pair["UID"] for pair in all_pairs}), len(all_pairs)
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--archive", help="local .zip, .tar.gz, .tar.xz or folder")
-    paradigms, found = prepare(FOLDER, flags.parse_args().archive)
-    print(f"{found:,} pairs of {paradigms} paradigms (the release has 67,000 of 67): {FOLDER / 'blimp.jsonl'}")
+    paradigms, n_pairs = prepare(FOLDER, flags.parse_args().archive)
+    print(f"{n_pairs:,} pairs of {paradigms} paradigms (the release has 67,000 of 67): {FOLDER / 'blimp.jsonl'}")
 
 
 if __name__ == "__main__":

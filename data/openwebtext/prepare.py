@@ -2,10 +2,10 @@
 
   python data/openwebtext/prepare.py [--max_docs=N] [--parquet=DIR] [--bpe=gpt2.tiktoken]
 
-Needs about 17 GiB of disk for the result and streams the 24 GiB download shard by shard: nothing but the tokens is
-kept, and memory stays under 1 GiB. Interrupted, the same command goes on after the last whole shard. Every 2000th
-document is validation, nanoGPT's share. --parquet reads local shards instead of the hub, and --column another
-column of them than "text"; documents without text are left out.
+The result needs about 17 GiB of disk. The 24 GiB download is streamed shard by shard, only the tokens are stored, and
+memory stays under 1 GiB. After an interruption the same command continues after the last complete shard. Every 2000th
+document is validation, as in nanoGPT. --parquet reads local shards instead of the hub, and --column names their column
+of text, if it is not "text". Documents without text are left out.
 """
 
 import itertools
@@ -26,7 +26,7 @@ VAL_EVERY = 2000
 
 
 def shards(parquet: str | None = None, column: str = "text") -> list[str]:
-    """The dataset's parquet files, in order: paths under `parquet`, or addresses on the hub. Raises UserError."""
+    """The dataset's parquet files in order, as paths under `parquet` or addresses on the hub. Raises UserError."""
     if parquet:
         return parquet_files(parquet, column=column)
     from datasets import load_dataset_builder
@@ -44,23 +44,23 @@ def prepare(
 ) -> None:
     """Writes {train,val}.bin and meta.json to `folder`.
 
-    Raises UserError if the hub's dataset does not have the number of documents it should.
+    Raises UserError if the hub's dataset does not have ROWS documents.
     """
     files = shards(parquet, column)
-    shards_now = identities(files) if parquet else files
-    settings = {"source": str(parquet or REVISION), "max_docs": max_docs, "shards": shards_now, "column": column}
+    shard_ids = identities(files) if parquet else files
+    settings = {"source": str(parquet or REVISION), "max_docs": max_docs, "shards": shard_ids, "column": column}
     with DatasetWriter(folder, tokenizer, VAL_EVERY, settings) as writer:
         for done, shard in enumerate(progress(files, desc="shards")):
             if done < writer.source:
                 continue
-            left = None if max_docs is None else max_docs - writer.documents
-            writer.add(itertools.islice(parquet_texts([shard], column), left))
+            remaining = None if max_docs is None else max_docs - writer.documents
+            writer.add(itertools.islice(parquet_texts([shard], column), remaining))
             writer.mark(done + 1)
             if max_docs is not None and writer.documents >= max_docs:
                 break
-        given = writer.documents + writer.empty
-        if parquet is None and max_docs is None and given != ROWS:
-            raise UserError(f"{NAME} gave {given:,} documents, not {ROWS:,}: not the dataset that was asked for")
+        count = writer.documents + writer.empty
+        if parquet is None and max_docs is None and count != ROWS:
+            raise UserError(f"{NAME} gave {count:,} documents, not {ROWS:,}: not the dataset that was asked for")
         writer.finish(source=NAME if parquet is None else "local parquet", revision=settings["source"])
 
 
@@ -68,8 +68,8 @@ def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--max_docs", type=int, help="stop after this many documents")
     flags.add_argument("--parquet", help="folder of local parquet shards")
-    flags.add_argument("--column", default="text", help="of the local shards, which holds the text")
-    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    flags.add_argument("--column", default="text", help="the column of the local shards with the text")
+    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, if tiktoken cannot download them")
     args = flags.parse_args()
     if args.max_docs is not None and args.max_docs < 2:
         raise UserError(f"--max_docs={args.max_docs} must be at least 2")

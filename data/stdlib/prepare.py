@@ -1,10 +1,10 @@
-"""The text that comes with every Python: language reference topics, docstrings, comments, then source; as bytes.
+"""The text that comes with every Python, as bytes: topics of the language reference, docstrings, comments, then source.
 
   python data/stdlib/prepare.py [--megabytes=8]
 
-Needs no network and takes seconds. Prose comes first, so a small limit keeps prose only. The same Python version
-gives the same bytes; in every version the same twentieth of topics and modules, by name, is validation. Byte-level, id
-256 is BOS.
+This needs no network and takes seconds. Prose comes first, so that a small limit takes only prose. The same Python
+version gives the same bytes. In every version the same twentieth of topics and modules, chosen by name, is validation.
+Tokens are bytes, and id 256 is BOS.
 """
 
 import sys
@@ -22,15 +22,15 @@ from spikesink.text.tokenizers import ByteTokenizer
 def prepare(megabytes: float = MEGABYTES) -> None:
     """Writes train.bin, val.bin and meta.json beside this file."""
     with DatasetWriter(FOLDER, ByteTokenizer(), val_every=VAL_EVERY) as writer:
-        found = list(documents(megabytes))
+        texts = list(documents(megabytes))
         for split in ("train", "val"):
-            writer.add((text for name, text in found if split_of(name) == split), split)
+            writer.add((text for name, text in texts if split_of(name) == split), split)
         writer.finish(**ABOUT)
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("--megabytes", type=float, default=MEGABYTES, help="how much text to take")
+    flags.add_argument("--megabytes", type=float, default=MEGABYTES, help="amount of text")
     prepare(flags.parse_args().megabytes)
 
 

@@ -1,11 +1,11 @@
-"""Any local text: .txt, .jsonl ("text", or --column), each also as .xz or .gz; a line <|endoftext|> ends a document.
+"""Prepares local text: .txt, .jsonl, each also as .xz or .gz. In .txt, a line <|endoftext|> ends a document.
 
   python data/text/prepare.py --name=wiki --tokenizer=gpt2 --bpe=gpt2.tiktoken articles-*.txt.xz
   python train.py prenorm --dataset=wiki
 
-A document of more than 65,536 characters is cut at line ends, so one plain file will do. Documents without text are
-left out, and said. Streams document by document.
-Interrupted, the same command goes on after the last whole file.
+A document of more than 65,536 characters is cut at line ends, so that a single plain file is enough. Documents without
+text are left out and counted. Text is streamed. After an interruption the same command continues after the last
+complete file.
 """
 
 import gzip
@@ -29,8 +29,8 @@ PIECE = 2**16  # characters
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
-def of_jsonl(lines: Iterable[str], column: str) -> Iterator[str]:
-    """The texts of lines of JSON; '' where one is null. Raises UserError with the number of a line that has none."""
+def jsonl_texts(lines: Iterable[str], column: str) -> Iterator[str]:
+    """The texts in lines of JSON; null gives ''. Raises UserError with the number of a line that has no text."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -47,14 +47,14 @@ def of_jsonl(lines: Iterable[str], column: str) -> Iterator[str]:
 
 
 def documents(path: str | Path, column: str = "text") -> Iterator[str]:
-    """The documents of one file. Raises UserError naming the file, and the line of it, where it cannot be read."""
+    """The documents of one file. Raises UserError naming the file, and the line, that cannot be read."""
     path = Path(path)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
         raise UserError(f"{path}: know .txt and .jsonl, also as .xz or .gz, not {path.name!r}")
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
-            yield from of_jsonl(lines, column) if kind == ".jsonl" else split_documents(lines)
+            yield from jsonl_texts(lines, column) if kind == ".jsonl" else split_documents(lines)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def documents(path: str | Path, column: str = "text") -> Iterator[str]:
 
 
 def new_folder(name: str, overwrite: bool) -> Path:
-    """data/NAME, if that takes nobody's place. Raises UserError."""
+    """The folder data/NAME. Raises UserError if NAME is taken or is no plain name."""
     folder = DATA / name
     if not re.fullmatch(r"[\w-]+", name) or ((folder / "prepare.py").exists() and name != "text"):
         raise UserError(f"--name={name} is taken or is no plain name; choose another")
@@ -74,7 +74,7 @@ def new_folder(name: str, overwrite: bool) -> Path:
 
 
 def pieces(documents: Iterable[str]) -> Iterator[str]:
-    """Documents, those of more than PIECE characters cut at line ends: one plain text file makes many."""
+    """The documents; those of more than PIECE characters are cut at line ends, so that one plain file makes many."""
     for document in documents:
         if len(document) <= PIECE:
             yield document
@@ -113,12 +113,16 @@ def prepare(
 def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("files", nargs="+", help="text files")
-    flags.add_argument("--name", default="text", help="of the dataset: data/NAME")
+    flags.add_argument("--name", default="text", help="name of the dataset: data/NAME")
     flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
-    flags.add_argument("--column", default="text", help="of the JSON objects of .jsonl, which holds the text")
-    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    flags.add_argument("--column", default="text", help="the key of the text in the JSON objects of .jsonl")
+    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, if tiktoken cannot download them")
     flags.add_argument(
-        "--vocab", type=int, default=GPT2_SIZE, metavar="N", help="of GPT-2's BPE, only the first N ids (the last: end)"
+        "--vocab",
+        type=int,
+        default=GPT2_SIZE,
+        metavar="N",
+        help="take only the first N ids of GPT-2's BPE (the last is the end)",
     )
     flags.add_argument("--val_every", type=int, default=200, help="every n-th document is validation")
     flags.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")

@@ -2,7 +2,7 @@
 
   python data/ud_ewt/prepare.py [--archive=FILE]
 
-Takes the release from GitHub, or a local archive or folder of its .conllu files. Writes {train,dev,test}.conllu here.
+Reads the release from GitHub, or a local archive or folder of its .conllu files. Writes {train,dev,test}.conllu here.
 """
 
 import sys
@@ -20,7 +20,7 @@ SPLITS = ("train", "dev", "test")
 
 
 def check(name: str, content: bytes) -> None:
-    """Raises UserError unless every line of a file is a comment, empty, or a word in ten columns."""
+    """Raises UserError if a line of a file is not a comment, empty, or a word in ten columns."""
     for number, line in enumerate(content.splitlines(), 1):
         if line and not line.startswith(b"#") and line.count(b"\t") != 9:
             raise UserError(f"line {number} of {name} is not CoNLL-U")

@@ -1,9 +1,9 @@
-"""WikiText-103, raw (Salesforce/wikitext): about 118M GPT-2 tokens of Wikipedia; its own validation split.
+"""WikiText-103, raw (Salesforce/wikitext): about 118M GPT-2 tokens of Wikipedia, with its own validation split.
 
   python data/wikitext103/prepare.py [--parquet=DIR] [--bpe=gpt2.tiktoken]
 
-A document is an article: it starts at a top-level heading " = Title = ". --parquet reads local shards, named
-train-*.parquet and validation-*.parquet, instead of the hub.
+A document is an article, which starts at a top-level heading " = Title = ". --parquet reads local shards instead of the
+hub, named train-*.parquet and validation-*.parquet.
 """
 
 import re
@@ -24,7 +24,7 @@ HEADING = re.compile(r" = [^=].* = \n")
 
 
 def rows(split: str, parquet: str | None = None) -> Iterator[str]:
-    """The lines of one split, streamed."""
+    """Streams the lines of one split."""
     if parquet:
         return parquet_texts(parquet_files(parquet, f"{split}-*.parquet"))
     from datasets import load_dataset
@@ -35,7 +35,7 @@ def rows(split: str, parquet: str | None = None) -> Iterator[str]:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Articles, from lines."""
+    """Joins lines to articles."""
     article: list[str] = []
     for line in lines:
         if HEADING.fullmatch(line) and article:
@@ -57,7 +57,7 @@ def prepare(folder: Path, tokenizer: GPT2Tokenizer, parquet: str | None = None) 
 def main() -> None:
     flags = Flags(description=__doc__)
     flags.add_argument("--parquet", help="folder of local parquet shards")
-    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, where tiktoken cannot download them")
+    flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, if tiktoken cannot download them")
     args = flags.parse_args()
     prepare(FOLDER, GPT2Tokenizer(args.bpe), args.parquet)
 

@@ -157,7 +157,7 @@ class CleanPass:
             found = self.broken_replay()
             known.append(f"Passes are made whole: replayed, {found[1].name} reads what another left." if found else "")
             if known[0]:
-                say_once(f"{known[0]} Numbers are right, and take longer; see `left` in model.py")
+                say_once(f"{known[0]} Numbers are right, and take longer; see `carry` in model.py")
         return known[0]
 
     def broken_replay(self, at_most: int = 12) -> "tuple[Tap, Tap] | tuple[()]":
@@ -213,7 +213,7 @@ class CleanPass:
 def left_in(args: tuple) -> dict[str, Any]:
     """What earlier layers of a GPT of model.py left for later ones, in the Context that a stage was called with; empty
     for other models."""
-    return getattr(args[1], "left", {}) if len(args) > 1 else {}
+    return getattr(args[1], "carry", {}) if len(args) > 1 else {}
 
 
 class Means:

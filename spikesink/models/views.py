@@ -98,7 +98,7 @@ def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tens
 
 def _apart(arg: Any) -> Any:
     """A Context (see model.py) in which a second call of a sub-layer leaves nothing that the first pass reads."""
-    if not hasattr(arg, "left"):
+    if not hasattr(arg, "carry"):
         return arg
     copied = copy.copy(arg)
     vars(copied).update({name: value.copy() for name, value in vars(arg).items() if isinstance(value, dict)})
