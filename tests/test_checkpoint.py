@@ -115,7 +115,7 @@ def test_entries_of_the_wrong_kind_are_refused(tmp_path, spoil):
     checkpoint.save(tmp_path / "good.pt", GOOD)
     checkpoint.load(tmp_path / "good.pt")
     checkpoint.save(tmp_path / "bad.pt", dataclasses.replace(GOOD, **spoil))
-    with pytest.raises(UserError, match=r"bad\.pt is no checkpoint"):
+    with pytest.raises(UserError, match=r"bad\.pt is not a checkpoint"):
         checkpoint.load(tmp_path / "bad.pt")
 
 

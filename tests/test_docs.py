@@ -262,7 +262,7 @@ LOOKING = {
     "{run} --text={text} --seq_len=16": "give it ids with --tokens|a longer text, or a smaller --seq_len",
     "{run} --text={binary} --seq_len=16": "no text in UTF-8",
     "{run} --text=configs": "Is a directory",
-    "{run} --tokens={text}": "no .npy file of integers; text goes with --text",
+    "{run} --tokens={text}": "not a .npy file of integers; for text use --text",
     "{run} --data={text}": "with --text",
     "--compare": "--help shows how",
     "": "which checkpoint",

@@ -161,7 +161,7 @@ def test_a_model_py_is_known_by_its_contract_not_by_its_name(tmp_path):
     (tmp_path / "broken.py").write_text("def (")
     assert lab.find(tmp_path) == lab.find(tmp_path / "runs" / "a") == mine
     write(tmp_path / "copy.py", lab.CONTRACT)
-    with pytest.raises(UserError, match="say which with --model"):
+    with pytest.raises(UserError, match="choose one with --model"):
         lab.find(tmp_path)
     assert not (tmp_path / "was_run").exists()
 

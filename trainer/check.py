@@ -163,7 +163,7 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 def causal(copy: Copy) -> Iterator[str]:
     """Logits do not depend on later tokens, on the length of the sequence, or on the others of the batch."""
     model = copy.model()
-    subject, ids, T = Subject.of_gpt(model, str), copy.ids, copy.config.block_size
+    subject, ids, T = Subject.from_gpt(model, str), copy.ids, copy.config.block_size
     for training in (False, True):
         model.train(training)
         whole = streams(subject, ids)
@@ -194,7 +194,7 @@ def taps(copy: Copy) -> Iterator[str]:
     with torch.no_grad(), hooked([first, *after], before):
         model(copy.ids)
     left[-1] = left[-1][:, copy.config.n_register :]
-    for tap, x, y in zip(Subject.of_gpt(model, str).streams, left, given, strict=True):
+    for tap, x, y in zip(Subject.from_gpt(model, str).streams, left, given, strict=True):
         if x.shape != y.shape or not torch.equal(x, y):
             yield (
                 f"The stream changes between {copy.place(model, tap)} and what reads it next, where detect does not "
@@ -234,7 +234,7 @@ def state(copy: Copy) -> Iterator[str]:
 def replay(copy: Copy) -> Iterator[str]:
     """A pass replayed from a stage on is the whole pass, as ablate.py takes it to be."""
     model = copy.model()
-    clean = CleanPass.of(Subject.of_gpt(model, str), copy.ids)
+    clean = CleanPass.of(Subject.from_gpt(model, str), copy.ids)
     if found := clean.broken_replay(at_most=sys.maxsize):
         start, first = (copy.place(model, tap) for tap in found)
         yield (
@@ -249,7 +249,7 @@ def rows(copy: Copy) -> Iterator[str]:
     names = {module: name for name, module in model.named_modules()}
     keep = lambda module, args, kwargs, output: calls.append((module, *args, output))
     with torch.no_grad():
-        with hooked([(tap.module, keep) for tap in Subject.of_gpt(model, str).attends]):
+        with hooked([(tap.module, keep) for tap in Subject.from_gpt(model, str).attends]):
             model(copy.ids)
         faults = ((call[0], row_fault(*call)) for call in calls)
         for seam, fault in itertools.islice(((seam, fault) for seam, fault in faults if fault), 1):
@@ -299,7 +299,7 @@ def compiled(copy: Copy) -> Iterator[str]:
             loss.backward()
             passes.append((outputs, loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (outputs, loss, slopes), (its_outputs, its_loss, its_slopes) = passes
-    pairs = zip(Subject.of_gpt(model, str).streams[1:], its_outputs, outputs, strict=True)
+    pairs = zip(Subject.from_gpt(model, str).streams[1:], its_outputs, outputs, strict=True)
     largest = GRADIENT_TOLERANCE * max(slope.abs().max() for slope in slopes.values())
     if place := next((copy.place(model, tap) for tap, x, y in pairs if not same(x, y)), ""):
         yield f"Compiled, {place} returns something else"
@@ -312,7 +312,7 @@ def compiled(copy: Copy) -> Iterator[str]:
 def flops(copy: Copy) -> Iterator[str]:
     """What flops_per_token says is what forward and backward passes cost, counted operation by operation."""
     model = copy.model()
-    seams, more = [tap.module for tap in Subject.of_gpt(model, str).attends], copy.config.n_register
+    seams, more = [tap.module for tap in Subject.from_gpt(model, str).attends], copy.config.n_register
     hides = lambda S: any((seam.seen(0, S, S).cpu() != torch.ones(S, S).tril().bool()).any() for seam in seams)
     T = max(T for T in range(1, copy.config.block_size + 1) if T == 1 or not hides(T + more))  # no window hides a key
 
