@@ -312,7 +312,7 @@ def odd_meta():
 def test_a_meta_pkl_of_anything_else_is_one_line_and_never_executed(tmp_path, kind):
     marker = tmp_path / "executed"
     (tmp_path / "meta.pkl").write_bytes((hostile(marker) | odd_meta())[kind])
-    with pytest.raises(UserError, match=r"meta\.pkl is not what nanoGPT.*put a meta\.json beside it"):
+    with pytest.raises(UserError, match=r"meta\.pkl is not a meta\.pkl of nanoGPT.*put a meta\.json beside it"):
         meta_of(tmp_path)
     assert not marker.exists() and not marker.with_suffix(".npy").exists()
 

@@ -260,7 +260,7 @@ LOOKING = {
     "{run} --seq_len=512": "take a --seq_len up to that",
     "{run} --seq-len=16": "did you mean --seq_len",
     "{run} --text={text} --seq_len=16": "give it ids with --tokens|a longer text, or a smaller --seq_len",
-    "{run} --text={binary} --seq_len=16": "no text in UTF-8",
+    "{run} --text={binary} --seq_len=16": "not text in UTF-8",
     "{run} --text=configs": "Is a directory",
     "{run} --tokens={text}": "not a .npy file of integers; for text use --text",
     "{run} --data={text}": "with --text",

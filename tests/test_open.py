@@ -73,7 +73,7 @@ def test_a_refused_model_stays_as_it_was():
     assert same(state_of(model), before)
     with pytest.raises(UserError, match="Linear is neither a model of transformers nor a GPT"):
         spikesink.open(nn.Linear(2, 2), **HOW)
-    with pytest.raises(UserError, match="no tokenizer is at hand"):
+    with pytest.raises(UserError, match="there is no tokenizer to translate"):
         spikesink.open(model := gpt2().train())
     assert model.training and model.config._attn_implementation != "spikesink"
 
