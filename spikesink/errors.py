@@ -63,10 +63,8 @@ class InterruptedRunError(UserError):
 
 
 class Flags(argparse.ArgumentParser):
-    """An argparse parser that raises UserError for a bad flag, and names the nearest known flag.
-
-    It prints no usage line: the description says how to call the script.
-    """
+    """An argparse parser that raises UserError for a bad flag and names the nearest one. It prints no usage line, as
+    the description says how to call the script."""
 
     def __init__(self, **kwargs: Any) -> None:
         form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=22)

@@ -18,9 +18,7 @@ from .errors import UserError
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Calls `write(file)` on a temporary file beside `path`, and renames it over `path`. Both are synced to the disk.
-
-    Whatever fails, `path` has either its old content or the whole new content.
-    """
+    Whatever fails, `path` has either its old content or the whole new content."""
     try:
         with _replacing(path) as temporary, open(temporary, "wb") as file:
             write(file)

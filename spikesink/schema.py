@@ -155,9 +155,7 @@ def save(path: str | Path, value: Any) -> None:
 
 def load(kind: type[T], path: str | Path, made_by: str) -> T:
     """Reads the dataclass `kind`, which has a field `schema`, from a file that the command `made_by` wrote.
-
-    Raises UserError if the file cannot be read, states another schema, or does not fit its schema.
-    """
+    Raises UserError if the file cannot be read, states another schema, or does not fit its schema."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -31,9 +31,7 @@ def outermost_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 def stacks_of(model: Any) -> list[nn.ModuleList]:
     """The stacks of blocks of a transformers model: the outermost ModuleLists whose blocks have attention seams.
-
-    Raises UserError unless there is one stack, or two in an encoder-decoder, and every block in it has a seam.
-    """
+    Raises UserError unless there is one stack, or two in an encoder-decoder, and every block in it has a seam."""
     has_seam = lambda module: any(hasattr(m, SEAM) for m in module.modules())
     stacks = [blocks for blocks in outermost_lists(model) if any(map(has_seam, blocks))]
     expected = 2 if model.config.is_encoder_decoder else 1
@@ -68,12 +66,9 @@ Record = Event | SeamCall
 
 
 class Stack:
-    """A stack of blocks. Watching a trial run shows where in each block the stream is.
+    """A stack of blocks. Watching a trial run shows where in each block the stream is."""
 
-    `output`: the stream after the last block, (1, T, C); it exists after the first watched run.
-    """
-
-    output: torch.Tensor
+    output: torch.Tensor  # the stream after the last block, (1, T, C), once a run was watched
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -247,10 +242,8 @@ def has_matrix(module: nn.Module) -> bool:
 
 
 def sub_layers(records: list[Record]) -> list[Step]:
-    """The sub-layers of a block, from its records.
-
-    Either each adds an update to the stream in turn, perhaps with a norm behind it, or all add theirs at once. Returns
-    [] where the sums do not give the block's output bit by bit (scaled residuals).
+    """The sub-layers of a block, from its records. Either each adds an update to the stream in turn, perhaps with a
+    norm behind it, or all add theirs at once. [] if the sums do not give the block's output exactly (scaled residuals).
     """
     steps = _sequential(records, 1, stream_into(records)) or []
     return steps if len(steps) > 1 else _parallel(records)
@@ -266,15 +259,15 @@ def _sequential(records: list[Record], start: int, stream: torch.Tensor) -> list
         for update in filter(is_output, records[start:i]):
             if not torch.equal(total.value, stream + update.value):
                 continue
-            for after in (total, _norm_of(records, i)):  # pre-norm: the sum is the stream; post-norm: its norm is
-                if after is None:
+            for stream_event in (total, _norm_of(records, i)):  # the sum (pre-norm), or its norm (post-norm)
+                if stream_event is None:
                     continue
-                sum_event = total._replace(only_reader=True) if after is not total else total
-                if torch.equal(after.value, last.value):
-                    final_sum = last if after is total else sum_event
+                sum_event = total._replace(only_reader=True) if stream_event is not total else total
+                if torch.equal(stream_event.value, last.value):
+                    final_sum = last if stream_event is total else sum_event
                     return [_step(records, records[start - 1 :], stream, update, final_sum)]
-                end = next(n for n in range(i, len(records)) if records[n] is after)
-                rest = _sequential(records, end + 1, after.value)
+                end = next(n for n in range(i, len(records)) if records[n] is stream_event)
+                rest = _sequential(records, end + 1, stream_event.value)
                 if rest:
                     return [_step(records, records[start - 1 : end], stream, update, sum_event), *rest]
     return None

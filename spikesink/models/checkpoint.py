@@ -22,11 +22,8 @@ FORMAT = "spikesink-checkpoint-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file: a model, its data, and everything that is needed to train it further.
-
-    A field is None, or an empty dict, if the file does not have it. `extra` has all other entries, such as the
-    versions that wrote the file.
-    """
+    """The content of a file: a model, its data, and everything that is needed to train it further. A field that the
+    file does not have is None or an empty dict."""
 
     model_args: dict[str, Any]  # fields of GPTConfig
     model: dict[str, torch.Tensor]  # state dict
@@ -42,7 +39,7 @@ class Checkpoint:
     loss_watch: list[float] | None = None  # LossWatch.state
     contract: str | None = None  # CONTRACT of the model.py that made it
     maker: str = "spikesink"  # or "nanoGPT"; not in the file
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # other entries, such as versions
 
     @property
     def meta(self) -> Meta:
@@ -63,8 +60,8 @@ class Checkpoint:
             )
 
 
-# entry -> its type, if the entry is there
-KINDS: dict[str, type | tuple[type, ...]] = {
+Kinds = dict[str, type | tuple[type, ...]]  # entry -> its type, if the entry is there
+KINDS: Kinds = {
     "model": dict,
     "model_args": dict,
     "optimizer": dict,
@@ -88,13 +85,8 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     write_atomic(path, lambda file: torch.save(whole, file))
 
 
-META_KINDS: dict[str, type | tuple[type, ...]] = {
-    "tokenizer": (str, type(None)),
-    "bpe": (str, type(None)),
-    "chars": str,
-    "vocab_size": int,
-    "bos_id": int,
-}
+OPTIONAL_STR = (str, type(None))
+META_KINDS: Kinds = {"tokenizer": OPTIONAL_STR, "bpe": OPTIONAL_STR, "chars": str, "vocab_size": int, "bos_id": int}
 
 
 def is_meta(data: object) -> bool:

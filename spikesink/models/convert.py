@@ -45,14 +45,8 @@ LLAMA_ENDS = {
 }
 
 # our activation -> transformers' name for it
-ACTIVATIONS = {
-    "gelu_tanh": "gelu_new",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "tanh": "tanh",
-    "relu2": "relu2",
-}
+SAME_NAMES = {name: name for name in ("gelu", "relu", "silu", "tanh", "relu2")}
+ACTIVATIONS = {"gelu_tanh": "gelu_new", **SAME_NAMES}
 SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 
 
@@ -123,9 +117,8 @@ def from_llama(config: Any, state: State) -> Weights:
     model = {ours: state[theirs] for ours, theirs in LLAMA_ENDS.items()}
     for i in range(config.num_hidden_layers):
         for ours, parts in LLAMA_LAYER.items():
-            model[f"transformer.h.{i}.{ours}.weight"] = torch.cat(
-                [state[f"model.layers.{i}.{p}.weight"] for p in parts]
-            )
+            weights = [state[f"model.layers.{i}.{part}.weight"] for part in parts]
+            model[f"transformer.h.{i}.{ours}.weight"] = torch.cat(weights)
     return Weights(args, model)
 
 
@@ -144,14 +137,14 @@ def from_hf(source: nn.Module) -> Weights:
 # ----------------------------------------------------------------------------------------------- ours -> ours
 
 
-def with_gates(state: State, wanted: State) -> dict[str, Tensor]:
+def with_gates(state: State, gated: State) -> dict[str, Tensor]:
     """A state dict for the same model with gates on its attention outputs, which computes the same logits.
 
-    `wanted`: the state dict of the gated model. A gate with zero weights is sigmoid(0) = 1/2. Doubling the weight of
+    `gated`: the state dict of the gated model. A gate with zero weights is sigmoid(0) = 1/2. Doubling the weight of
     the projection behind it undoes that exactly (the bias is added later).
     """
-    new = {name: torch.zeros_like(value) for name, value in wanted.items() if ".gate.c_gate." in name} | dict(state)
-    for name in wanted.keys() - state.keys():
+    new = {name: torch.zeros_like(value) for name, value in gated.items() if ".gate.c_gate." in name} | dict(state)
+    for name in gated.keys() - state.keys():
         prefix, gate, kind = name.partition("gate.c_gate")
         if gate and kind == ".weight" and f"{prefix}c_proj.weight" in state:
             new[f"{prefix}c_proj.weight"] = 2 * state[f"{prefix}c_proj.weight"]
@@ -177,16 +170,8 @@ BOTH_NEED: dict[str, Any] = {
     "stream_clip": 0.0,
     "logit_cap": 0.0,
 }
-
-
-DEFAULTS: dict[str, Any] = {
-    "activation": "gelu",
-    "norm_eps": 1e-5,
-    "ffn_hidden": 0,
-    "tie": True,
-    "bias": False,
-    "dropout": 0.0,
-}
+DEFAULTS: dict[str, Any] = {"activation": "gelu", "norm_eps": 1e-5, "ffn_hidden": 0}
+DEFAULTS |= {"tie": True, "bias": False, "dropout": 0.0}
 
 
 def check_nanogpt(args: Args) -> None:
@@ -261,11 +246,10 @@ def to_hf(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     `args` are fields of GPTConfig; missing ones are as in GPT-2. Raises ValueError that names what the family lacks.
     """
     args = {**BOTH_NEED, **GPT2_NEEDS, **DEFAULTS, **args}
-    family, needs, convert = (
-        ("Llama", LLAMA_NEEDS, to_llama) if args["position"] == "rope" else ("GPT-2", GPT2_NEEDS, to_gpt2)
-    )
-    other = [f"{k}={args[k]} (it has {v})" for k, v in {**needs, **BOTH_NEED}.items() if args[k] != v]
-    free = [key for key in ("head_dim", "n_kv_head", *DEFAULTS) if key not in needs]
+    llama, gpt2 = ("Llama", LLAMA_NEEDS, to_llama), ("GPT-2", GPT2_NEEDS, to_gpt2)
+    family, required, convert = llama if args["position"] == "rope" else gpt2
+    other = [f"{k}={args[k]} (it has {v})" for k, v in {**required, **BOTH_NEED}.items() if args[k] != v]
+    free = [key for key in ("head_dim", "n_kv_head", *DEFAULTS) if key not in required]
     other += [f"{key}={args[key]}" for key in free if re.search(r"[\s*(]", str(args[key]))]  # a value per layer
     if args["activation"] not in ACTIVATIONS:
         other.append(f"activation={args['activation']}")

@@ -24,9 +24,7 @@ SHARE = 0.75  # the part of free memory that weights may take; activations need 
 
 def free_bytes(limit: float | None = None) -> float:
     """Bytes of memory that this process may still take: the free memory, or the rest of `limit` GiB if that is less.
-
-    Without psutil it is infinite, and raises UserError if there is a limit.
-    """
+    Without psutil it is infinite, and raises UserError if there is a limit."""
     if limit is None and importlib.util.find_spec("psutil") is None:
         return math.inf
     with extra("hf"):

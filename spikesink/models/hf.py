@@ -43,17 +43,14 @@ REFUSED_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_att
 
 @dataclass
 class LazyMask:
-    """A transformers mask that is kept as a function of (batch, head, query, key).
-
-    `q_offset` and `kv_offset`: the positions of the first query and key. `padding`: bool (B, keys), False at padding.
-    """
+    """A transformers mask that is kept as a function of (batch, head, query, key)."""
 
     function: Callable[..., Any]
     batch_size: int
-    q_offset: int
-    kv_offset: int
+    q_offset: int  # position of the first query
+    kv_offset: int  # position of the first key
     kv_length: int
-    padding: torch.Tensor | None
+    padding: torch.Tensor | None  # bool (B, keys), False at padding
     device: torch.device | str
 
     def rows(self, first: int, R: int, T: int) -> torch.Tensor:
@@ -321,10 +318,7 @@ class Source(NamedTuple):
 
     @classmethod
     def locate(cls, target: str | Path, revision: str | None = None) -> "Source":
-        """The Source of a GGUF file, a folder, or a name on the hub. The revisions of a folder are folders in it.
-
-        Raises UserError.
-        """
+        """The Source of a GGUF file, a folder (whose revisions are folders in it), or a hub name. Raises UserError."""
         path = Path(target)
         if path.suffix.lower() == ".gguf":
             if revision is not None or not path.is_file():
@@ -364,13 +358,13 @@ def gguf_types(file: Path) -> str:
     """Says in words which types a GGUF file's matrices have, the most frequent first. Raises UserError."""
     with extra("hf"):
         import gguf
-    count: Counter[str] = Counter()
+    n_weights: Counter[str] = Counter()
     try:
         for tensor in gguf.GGUFReader(file).tensors:
-            count[tensor.tensor_type.name] += int(tensor.n_elements) if len(tensor.shape) > 1 else 0
+            n_weights[tensor.tensor_type.name] += int(tensor.n_elements) if len(tensor.shape) > 1 else 0
     except Exception as error:  # a broken file fails in many ways
         raise UserError(f"cannot read {file}: it is not a complete GGUF file ({first_line(error)})") from None
-    types = [name for name, n in count.most_common() if n]
+    types = [name for name, n in n_weights.most_common() if n]
     return f"{'converted' if {*types} <= {'F32', 'F16', 'BF16'} else 'dequantised'} from {', '.join(types)}"
 
 
@@ -426,7 +420,6 @@ def load(source: Source, device: str = "cpu", free: float = math.inf, **kwargs: 
 
     It is causal, masked (BERT) or an encoder-decoder (T5, BART), as its config says, and has a head if the files do.
     On the CPU, weights that do not fit into `free` bytes of memory stay on disk, and are read whenever they are used.
-
     Only safetensors and GGUF files are read, and remote code is never run. Raises UserError if anything is missing.
     """
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # or the hub converts other formats on request
@@ -474,10 +467,8 @@ def load(source: Source, device: str = "cpu", free: float = math.inf, **kwargs: 
 
 
 def without_new_head(model: Any, missing: list[str], name: str) -> Any:
-    """Returns the model, or the model below its head if weights of the head are `missing` (they would be random).
-
-    Raises UserError if any other weight is missing.
-    """
+    """Returns the model, or the model below its head if weights of the head are `missing`, as they would be random.
+    Raises UserError if any other weight is missing."""
     if not missing:
         return model
     inside = [key for key in missing if model.base_model is model or key.startswith(f"{model.base_model_prefix}.")]
@@ -489,7 +480,7 @@ def without_new_head(model: Any, missing: list[str], name: str) -> Any:
 def unused_weights(model: Any, unexpected: list[str], name: str) -> dict[str, str]:
     """{"unused": names of weights that the model has no place for}, or {}. Raises UserError if any is in a block."""
     lists = {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    blocks = [key for key in unexpected if any(re.search(rf"(^|\.){re.escape(name)}\.\d+\.", key) for name in lists)]
+    blocks = [key for key in unexpected if any(re.search(rf"(^|\.){re.escape(stack)}\.\d+\.", key) for stack in lists)]
     if blocks:
         raise UserError(
             f"{name} has {len(blocks)} weights of blocks that its config has no place for, the first {blocks[0]}: "
@@ -610,7 +601,10 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
         new = type(model)(copy.deepcopy(model.config)).eval().to(device_of(model), model.dtype)
         return next(s for s in subjects_of(new, decode) if s.part == part)
 
-    subjects, stages = [], [block for stack in stacks for block in stack]
+    has_loss, stages = model.get_output_embeddings() is not None, [block for stack in stacks for block in stack]
+    shared: dict[str, Any] = {"n_register": 0, "decode": decode, "logits": _caller(model)}
+    shared |= {"has_loss": has_loss, "stages": stages}
+    subjects = []
     for name, part in parts.items():
         heads = {tap.module.heads for tap in part["attends"]}
         if len(heads) != 1:
@@ -618,21 +612,8 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
         shift = int(part["causal"] and not two_stacks)
-        subjects.append(
-            Subject(
-                model,
-                **part,
-                n_head=heads.pop(),
-                n_register=0,
-                decode=decode,
-                logits=_caller(model),
-                shift=shift,
-                part=name,
-                has_loss=model.get_output_embeddings() is not None,
-                rebuild=functools.partial(rebuild, name),
-                stages=stages,
-            )
-        )
+        new = functools.partial(rebuild, name)
+        subjects.append(Subject(model, **part, **shared, part=name, n_head=heads.pop(), shift=shift, rebuild=new))
     return subjects
 
 
@@ -740,10 +721,8 @@ def weights_hash(path: str | Path) -> str | None:
 
 
 def longest(model: Any) -> float:
-    """The longest sequence that the model takes, or infinity.
-
-    It is shorter than the config says in models like RoBERTa, whose positions start after the padding id: 512, not 514.
-    """
+    """The longest sequence that the model takes, or infinity. In models like RoBERTa, whose positions start after the
+    padding id, it is shorter than the config says: 512, not 514."""
     config = text_config(model.config)
     keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     known = [getattr(config, key, None) for key in keys]

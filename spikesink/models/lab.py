@@ -50,10 +50,8 @@ def contract_of(file: Path) -> str | None:
 
 
 def find(start: Path | None = None) -> Path | None:
-    """The file with our contract in `start` (by default the current folder) or the nearest folder above it.
-
-    Raises UserError if a folder has more than one.
-    """
+    """The file with our contract in `start` (by default the current folder) or the nearest folder above it. Raises
+    UserError if a folder has more than one."""
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         files = [file for file in sorted(folder.glob("*.py")) if contract_of(file) == CONTRACT]
@@ -65,10 +63,8 @@ def find(start: Path | None = None) -> Path | None:
 
 
 def open_lab(file: str | Path | None, checkpoint: str | Path) -> Lab:
-    """Opens the Lab of the model.py `file`, or of the current clone. Runs that file, and says so on stderr.
-
-    Raises UserError if there is none, or if it states another contract.
-    """
+    """Opens the Lab of the model.py `file`, or of the current clone. Runs that file, and says so on stderr. Raises
+    UserError if there is none, or if it states another contract."""
     path = Path(file) if file is not None else find()
     beside = path is not None and path.parent.resolve() == Path(checkpoint).resolve().parent
     if path is None or (file is None and (beside or not (path.parent / "train.py").is_file())):
@@ -86,12 +82,9 @@ def open_lab(file: str | Path | None, checkpoint: str | Path) -> Lab:
     datasets = path.resolve().parent / "data"
 
     def split(name: str, block_size: int, bos: bool = False) -> Windows:
-        folder = datasets / name
-        return (
-            TokenFile(folder, "val", block_size, bos)
-            if (folder / "val.bin").is_file()
-            else validation_split(name, block_size, bos)
-        )
+        if (datasets / name / "val.bin").is_file():
+            return TokenFile(datasets / name, "val", block_size, bos)
+        return validation_split(name, block_size, bos)
 
     module = _module(path)
     if not hasattr(module, "GPT"):

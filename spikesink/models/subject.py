@@ -20,8 +20,6 @@ PLACES = {
     "output": "the output of attention or FFN, before any norm",
     "update": "the tensor that is added to the stream, after any norm of the update",
 }
-
-
 SEAM_NEEDS = ("shares", "weights", "seen", "rows")
 
 
@@ -52,9 +50,7 @@ class Seam(Protocol):
 
 def rows_at_once(q: torch.Tensor, k: torch.Tensor) -> int:
     """How many queries of q (B, H, T, D) to take at a time, so that their rows over the keys k fit into CHUNK_BYTES.
-
-    At least 16, since with fewer rows most of the time goes into reading the keys again.
-    """
+    At least 16, since with fewer rows most of the time goes into reading the keys again."""
     return max(16, CHUNK_BYTES // (4 * q.size(0) * q.size(1) * k.size(-2)))
 
 
@@ -72,10 +68,8 @@ def map_rows(
     rows_of: Callable[..., Any] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Yields (first query, rows of the attention map (B, H, R, keys), float32) in chunks, over all queries.
-
     Under causal attention the rows end at the last key that any of them sees. `rows_of` computes the rows; by default
-    it is seam.shares.
-    """
+    it is seam.shares."""
     q, k = q.float(), for_heads(k.float(), q.size(1))
     rows_of = rows_of or seam.shares
     rows = rows_at_once(q, k)
@@ -99,10 +93,8 @@ def after_start(ids: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def batches(ids: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (row numbers, ids (B, T)): at most `batch_size` sequences at a time, all of one length.
-
-    Padding is cut off, so that no model sees it and no statistic counts it.
-    """
+    """Yields (row numbers, ids (B, T)): at most `batch_size` sequences at a time, all of one length. Padding is cut
+    off, so that no model sees it and no statistic counts it."""
     lengths = (ids != PADDING).sum(1)
     for length in lengths.unique().tolist():
         for rows in (lengths == length).nonzero()[:, 0].split(batch_size):
@@ -170,10 +162,8 @@ class Subject:
 
     @classmethod
     def from_gpt(cls, model: Any, decode: Callable[[int], str]) -> "Subject":
-        """The Subject of a GPT of model.py, which is recognised by its taps, not imported.
-
-        Raises UserError if its attention lacks a method of Seam.
-        """
+        """The Subject of a GPT of model.py, which is recognised by its taps, not imported. Raises UserError if its
+        attention lacks a method of Seam."""
         streams, seams, gated, stages = [Tap(-1, "embedding", model.transformer.stream)], [], [], []
         inner: dict[str, list[Tap]] = {place: [] for place in PLACES}
         for layer, kind, sub_layer in sub_layers_of(model):
@@ -272,9 +262,7 @@ class Subject:
     @torch.no_grad()
     def losses(self, ids: torch.Tensor) -> torch.Tensor:
         """Runs one forward pass. Returns the loss of each predicted token in nats: float32 (B, T - shift) on the CPU.
-
-        The losses are nan without a language-model head.
-        """
+        They are nan without a language-model head."""
         ids = ids.to(self.device)
         logits = self.logits(ids)
         if not self.has_loss:

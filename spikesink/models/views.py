@@ -55,10 +55,7 @@ class View:
 
 
 def view_of(model: nn.Module, streams: Mapping[str, nn.Module] | None = None) -> View:
-    """The View of any model. `streams`, {name: module that returns the stream}, replaces our search for it.
-
-    Raises UserError.
-    """
+    """The View of any model. `streams`, {name: module returning the stream}, replaces our search. Raises UserError."""
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
         raise compiled(model)
     if streams:
@@ -78,10 +75,8 @@ def gpt_view(model: nn.Module) -> View | None:
 
 
 def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None:
-    """None where a sub-layer returns its sum. Where a norm follows the sum, a function that computes the sum again.
-
-    The sum of the first pass is out of reach, so that function runs the uncompiled code, with a new dropout mask.
-    """
+    """None where a sub-layer returns its sum. Where a norm follows the sum, a function that computes the sum again. It
+    cannot reach the sum of the first pass, so it runs the uncompiled code, with a new dropout mask."""
     if isinstance(sub_layer.norm_after, nn.Identity):
         return None
 

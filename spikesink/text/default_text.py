@@ -60,10 +60,7 @@ def comments(source: str) -> str:
 
 
 def documents(megabytes: float = MEGABYTES) -> Iterator[tuple[str, str]]:
-    """Yields (name of the topic or module, document) until they add up to `megabytes` MiB of UTF-8.
-
-    Prose comes first (topics, docstrings, comments), then source code.
-    """
+    """Yields (name of the topic or module, document), prose first, until they add up to `megabytes` MiB of UTF-8."""
     limit, n_bytes = megabytes * 2**20, 0
     for name, text in _all_documents():
         if n_bytes >= limit:
@@ -100,10 +97,8 @@ def validation(block_size: int, bos: bool = False) -> Windows:
 
 
 def titled(name: str, meta: Meta, trained: Meta) -> str:
-    """The name of a text, with the version of Python if it is Python's text.
-
-    `trained`: meta.json of the training data. A line on stderr warns if that is of another Python or split.
-    """
+    """The name of a text, with the version of Python if it is Python's text. A line on stderr warns if the training
+    data, of meta.json `trained`, is of another Python or split."""
     if "python" not in meta:
         return name
     here, there = (f"Python {text.get('python')}, split {text.get('split', 'by number')}" for text in (meta, trained))

@@ -69,9 +69,7 @@ class Reader:
 
     def starting(self, bos: bool | None) -> "Reader":
         """This reader with special tokens before every sequence (True), without them (False), or as it is (None).
-
-        Raises UserError if the tokenizer has no BOS.
-        """
+        Raises UserError if the tokenizer has no BOS."""
         if bos is None or bos == bool(self.prefix_ids):
             return self
         if not bos:
@@ -82,11 +80,8 @@ class Reader:
         return dataclasses.replace(self, prefix_ids=(bos_id,))
 
     def opened(self) -> tuple["Reader", str]:
-        """This reader with a token before every text, so that its first token can be scored, and a phrase on it.
-
-        That token is the prefix, if there is one, else the separator of documents or BOS. The phrase also tells if the
-        vocabulary has none of these.
-        """
+        """This reader with a token before every text, so that its first token can be scored, and a phrase on it. That
+        token is the prefix, else the separator of documents or BOS. The phrase also says if there is none of these."""
         prefix_ids, words = self.prefix_ids, "which starts every text"
         if not prefix_ids:
             separator = self.separator_id
@@ -97,10 +92,8 @@ class Reader:
         return dataclasses.replace(self, prefix_ids=prefix_ids), f"that of the first after {shown}, {words}"
 
     def sequences(self, options: Options, wanted: int) -> Sequences:
-        """Reads at most `wanted` sequences, as `options` (data, text, tokens, seq_len, n_seq) say.
-
-        Raises UserError, also if there are fewer and n_seq is set.
-        """
+        """Reads at most `wanted` sequences, as `options` (data, text, tokens, seq_len, n_seq) say. Raises UserError,
+        also if there are fewer and n_seq is set."""
         tokens, seq_len = options.tokens, options.seq_len
         if tokens is not None:
             name = str(tokens) if isinstance(tokens, (str, Path)) else "tokens"
@@ -134,10 +127,7 @@ class Reader:
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
 
     def ordinary(self, options: Options, wanted: int) -> Sequences:
-        """Reads up to `wanted` sequences of the default dataset, or of Python's own text if that fails.
-
-        Raises UserError.
-        """
+        """Up to `wanted` sequences of the default dataset, or if that fails of Python's text. Raises UserError."""
         plain = dataclasses.replace(options, data=None, text=None, tokens=None, n_seq=None)
         try:
             return self.sequences(plain, wanted)
@@ -146,9 +136,7 @@ class Reader:
 
     def dataset_sequences(self, name: str, seq_len: int, wanted: int) -> torch.Tensor:
         """Reads up to `wanted` sequences, evenly spaced in the val split: its windows, or their text encoded again.
-
-        Raises UserError if the dataset has another vocabulary and there is no tokenizer to translate it.
-        """
+        Raises UserError if the dataset has another vocabulary and there is no tokenizer to translate it."""
         data = self.split(name, seq_len, False)
         other = other_ids(data.meta, self.meta)
         same_ids = bool(self.meta) and not other
@@ -257,9 +245,7 @@ class Reader:
 
     def predicted_bytes(self, ids: torch.Tensor, shift: int) -> int:
         """The number of UTF-8 bytes in the predicted text: ids (N, T) without the first `shift` of each sequence.
-
-        Special tokens count 0 bytes, and so does every id of a model without a tokenizer.
-        """
+        Special tokens count 0 bytes, and so does every id of a model without a tokenizer."""
         if type(self.tokenizer) is NoTokenizer:
             return 0
         special_ids = getattr(self.tokenizer, "special_ids", {}).values()
@@ -288,10 +274,8 @@ def check_length(seq_len: int, block_size: float) -> None:
 
 
 def ids_of_array(tokens: str | Path | np.ndarray | torch.Tensor, seq_len: int | None) -> torch.Tensor:
-    """int64 ids (N, T) of a tensor or a .npy file, with all padding moved to the end of each row.
-
-    Raises UserError if it is not a 2-D array of integers, or if a row is too short.
-    """
+    """int64 ids (N, T) of a tensor or a .npy file, with all padding moved to the end of each row. Raises UserError if
+    it is not a 2-D array of integers, or if a row is too short."""
     path = tokens if isinstance(tokens, (str, Path)) else type(tokens).__name__
     if isinstance(tokens, torch.Tensor):
         tokens = tokens.numpy(force=True)

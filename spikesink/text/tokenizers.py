@@ -146,11 +146,8 @@ class CharTokenizer(NoTokenizer):
 
 
 def spans_of(tokenizer: TextTokenizer, texts: list[str]) -> list[tuple[list[int], Spans]]:
-    """For each text, (its ids without special tokens, the span of each id).
-
-    A token with only some bytes of a character covers that whole character. Raises UserError if the tokenizer cannot
-    give spans.
-    """
+    """For each text, (its ids without special tokens, the span of each id). A token with only some bytes of a character
+    covers that whole character. Raises UserError if the tokenizer cannot give spans."""
     spans = getattr(tokenizer, "spans", None)
     if spans is None:
         tokenizer.encode([""])  # NoTokenizer raises a clearer error
@@ -166,10 +163,8 @@ def text_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 
 
 def n_bytes(tokenizer: TextTokenizer, ids: Sequence[int], first: int = 0) -> int:
-    """The number of UTF-8 bytes that the ids from index `first` on stand for. ids (K,) has no special tokens.
-
-    It is exact for bytes and GPT-2's BPE. For others we decode, and count a piece of a character as one byte.
-    """
+    """The number of UTF-8 bytes that the ids from index `first` on stand for. ids (K,) has no special tokens. It is
+    exact for bytes and GPT-2's BPE. For others we decode, and count a piece of a character as one byte."""
     exact = getattr(tokenizer, "n_bytes", lambda ids: None)(ids[first:])
     size = lambda ids: len(text_of(tokenizer, ids).replace("\ufffd", "?").encode("utf-8", "replace"))
     return size(ids) - size(ids[:first]) if exact is None else exact
@@ -232,5 +227,5 @@ def visible(text: str) -> str:
     """Token text with visible symbols for white space, and without control characters. Never empty."""
     if not text:
         return "<empty>"
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+    visible_text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in visible_text)
