@@ -81,8 +81,8 @@ KINDS: Kinds = {
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint and its content hash to `path`, atomically. Raises OSError."""
     content = checkpoint.content()
-    whole = {"format": FORMAT, "sha256": content_hash(content), "content": content}
-    write_atomic(path, lambda file: torch.save(whole, file))
+    saved = {"format": FORMAT, "sha256": content_hash(content), "content": content}
+    write_atomic(path, lambda file: torch.save(saved, file))
 
 
 OPTIONAL_STR = (str, type(None))
@@ -98,18 +98,18 @@ def is_meta(data: object) -> bool:
 
 def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
     """The Checkpoint of a file's dict. Raises UserError if an entry has the wrong type."""
-    known = {key: content[key] for key in KINDS if content.get(key) is not None}
+    entries = {key: content[key] for key in KINDS if content.get(key) is not None}
     for key, kind in KINDS.items():
-        if not isinstance(known.get(key), kind) and (key in known or key in ("model", "model_args")):
+        if not isinstance(entries.get(key), kind) and (key in entries or key in ("model", "model_args")):
             name = kind.__name__ if isinstance(kind, type) else "number"
             raise UserError(f"{path} is not a checkpoint: its entry {key} is not a {name}")
-    for name, tensor in known["model"].items():
+    for name, tensor in entries["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{path} is not a checkpoint: its weight {name!r} is not a plain tensor")
-    dataset, data = known.get("config", {}).get("dataset", ""), known.get("data", {})
+    dataset, data = entries.get("config", {}).get("dataset", ""), entries.get("data", {})
     if not isinstance(dataset, str) or not is_meta(data):
         raise UserError(f"{path} is not a checkpoint: its description of the data is malformed")
-    return Checkpoint(**known, extra={key: value for key, value in content.items() if key not in KINDS})
+    return Checkpoint(**entries, extra={key: value for key, value in content.items() if key not in KINDS})
 
 
 def _from_nanogpt(content: dict[str, Any], path: Path) -> Checkpoint:
@@ -131,7 +131,7 @@ def load(path: str | Path) -> Checkpoint:
         raise UserError(f"there is no checkpoint {path}")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of odd files; our error says enough
-            whole = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         todo = "restore it from a copy or train again"
@@ -145,10 +145,10 @@ def load(path: str | Path) -> Checkpoint:
                 else ""
             )
         raise UserError(f"cannot read checkpoint {path}: {reason}; {todo}") from None
-    if isinstance(whole, dict) and whole.get("format") == FORMAT and isinstance(whole.get("content"), dict):
-        if content_hash(whole["content"]) != whole.get("sha256"):
+    if isinstance(saved, dict) and saved.get("format") == FORMAT and isinstance(saved.get("content"), dict):
+        if content_hash(saved["content"]) != saved.get("sha256"):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")
-        return _checked(whole["content"], path)
-    if isinstance(whole, dict) and {"model", "model_args"} <= whole.keys():
-        return _from_nanogpt(whole, path)
+        return _checked(saved["content"], path)
+    if isinstance(saved, dict) and {"model", "model_args"} <= saved.keys():
+        return _from_nanogpt(saved, path)
     raise UserError(f"{path} is not a checkpoint of train.py or nanoGPT")

@@ -57,10 +57,10 @@ def rename(name: str, table: Mapping[str, str]) -> str:
 
 def activation_of(name: str) -> str:
     """Our name for a transformers activation. Raises ValueError."""
-    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | SAME_ACTIVATION
-    if name not in known:
+    our_names = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | SAME_ACTIVATION
+    if name not in our_names:
         raise ValueError(f"activation function {name!r} has no counterpart here")
-    return known[name]
+    return our_names[name]
 
 
 # --------------------------------------------------------------------------------------------- theirs -> ours
@@ -176,8 +176,8 @@ DEFAULTS |= {"tie": True, "bias": False, "dropout": 0.0}
 
 def check_nanogpt(args: Args) -> None:
     """Raises ValueError for settings that nanoGPT does not have. Such a checkpoint is a fork's, whose code we lack."""
-    known = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    other = [f"{key}={value}" for key, value in args.items() if key not in known and value]
+    known_keys = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    other = [f"{key}={value}" for key, value in args.items() if key not in known_keys and value]
     if other:
         raise ValueError(f"nanoGPT's model has no {', '.join(other)}")
 

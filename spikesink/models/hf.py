@@ -330,9 +330,9 @@ class Source(NamedTuple):
             return cls(str(target), str(target))
         if not path.is_dir():
             return cls(f"{target}@{revision}", str(target), {"revision": revision})
-        known = revisions_in(path)
-        if revision not in known:
-            raise UserError(f"{path} has no revision {revision}; it has {', '.join(known) or 'none'}")
+        revisions = revisions_in(path)
+        if revision not in revisions:
+            raise UserError(f"{path} has no revision {revision}; it has {', '.join(revisions) or 'none'}")
         return cls(str(path / revision), str(path / revision))
 
     @property
@@ -396,8 +396,8 @@ def model_class(config: Any) -> Any:
         return AutoModelForSeq2SeqLM
     causal = getattr(config, "is_decoder", False) or name.endswith(("ForCausalLM", "LMHeadModel"))
     kinds: list[Any] = [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel]
-    known = [kind for kind in kinds[causal:] if type(config) in kind._model_mapping]
-    return known[0] if known else AutoModelForCausalLM  # its error says what is wrong
+    matches = [kind for kind in kinds[causal:] if type(config) in kind._model_mapping]
+    return matches[0] if matches else AutoModelForCausalLM  # its error says what is wrong
 
 
 class Opened(NamedTuple):
@@ -725,10 +725,10 @@ def longest(model: Any) -> float:
     padding id, it is shorter than the config says: 512, not 514."""
     config = text_config(model.config)
     keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-    known = [getattr(config, key, None) for key in keys]
+    stated = [getattr(config, key, None) for key in keys]
     tables = [
         len(module.weight) - module.padding_idx - 1
         for name, module in model.named_modules()
         if "position" in name.split(".")[-1] and isinstance(getattr(module, "padding_idx", None), int)
     ]
-    return min((length for length in (*known, *tables) if isinstance(length, int) and length > 0), default=math.inf)
+    return min((length for length in (*stated, *tables) if isinstance(length, int) and length > 0), default=math.inf)

@@ -76,8 +76,8 @@ def open_lab(file: str | Path | None, checkpoint: str | Path) -> Lab:
         raise UserError(f"there is no file {path}; --model names the model.py that made the checkpoint")
     stated = contract_of(path)
     if stated != CONTRACT:
-        known = f"states {stated!r}" if stated else "states no CONTRACT"
-        raise UserError(f"{path} is not a model.py for this version of spikesink: it {known}, not {CONTRACT!r}")
+        statement = f"states {stated!r}" if stated else "states no CONTRACT"
+        raise UserError(f"{path} is not a model.py for this version of spikesink: it {statement}, not {CONTRACT!r}")
     print(f"running {path}", file=sys.stderr)
     datasets = path.resolve().parent / "data"
 

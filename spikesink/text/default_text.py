@@ -101,7 +101,11 @@ def titled(name: str, meta: Meta, trained: Meta) -> str:
     data, of meta.json `trained`, is of another Python or split."""
     if "python" not in meta:
         return name
-    here, there = (f"Python {text.get('python')}, split {text.get('split', 'by number')}" for text in (meta, trained))
-    if "python" in trained and here != there:
-        say_once(f"the model was trained on {name} of {there}, and may have seen some of this text, which is of {here}")
+    current, training = (
+        f"Python {text.get('python')}, split {text.get('split', 'by number')}" for text in (meta, trained)
+    )
+    if "python" in trained and current != training:
+        say_once(
+            f"the model was trained on {name} of {training}, and may have seen some of this text, which is of {current}"
+        )
     return f"{name} of Python {meta['python']}"

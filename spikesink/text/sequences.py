@@ -91,8 +91,8 @@ class Reader:
         shown = "".join(map(self.tokenizer.decode, prefix_ids))
         return dataclasses.replace(self, prefix_ids=prefix_ids), f"that of the first after {shown}, {words}"
 
-    def sequences(self, options: Options, wanted: int) -> Sequences:
-        """Reads at most `wanted` sequences, as `options` (data, text, tokens, seq_len, n_seq) say. Raises UserError,
+    def sequences(self, options: Options, max_sequences: int) -> Sequences:
+        """Reads at most `max_sequences` sequences, as `options` (data, text, tokens, seq_len, n_seq) say. Raises UserError,
         also if there are fewer and n_seq is set."""
         tokens, seq_len = options.tokens, options.seq_len
         if tokens is not None:
@@ -106,17 +106,19 @@ class Reader:
                 ids = self.text_sequences(read_text(options.text), name, seq_len)
             else:
                 name = self.dataset if options.data is None else options.data
-                ids = self.dataset_sequences(name, seq_len, wanted)
+                ids = self.dataset_sequences(name, seq_len, max_sequences)
                 name = default_text.titled(name, self.split(name, seq_len, False).meta, self.meta)
         check_length(ids.size(1), self.block_size)
         self.check_ids(ids, name)
-        if options.n_seq and len(ids) < wanted:
-            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        if options.n_seq and len(ids) < max_sequences:
+            raise UserError(
+                f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {max_sequences} needed"
+            )
         start = torch.tensor(self.prefix_ids, dtype=torch.int64)
         if not (ids[:, : len(start)] == start).all():
             bos = self.tokenizer.decode(int(start[0]))
             say_once(f"{name}: not every sequence starts with {bos}, as the model's text does")
-        ids = ids if tokens is not None and not options.n_seq else ids[:wanted]
+        ids = ids if tokens is not None and not options.n_seq else ids[:max_sequences]
         return Sequences(ids, name, bool(self.prefix_ids) and tokens is None)
 
     def check_ids(self, ids: torch.Tensor, name: object) -> None:
@@ -126,16 +128,16 @@ class Reader:
             worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
 
-    def ordinary(self, options: Options, wanted: int) -> Sequences:
-        """Up to `wanted` sequences of the default dataset, or if that fails of Python's text. Raises UserError."""
+    def ordinary(self, options: Options, max_sequences: int) -> Sequences:
+        """Up to `max_sequences` sequences of the default dataset, or if that fails of Python's text. Raises UserError."""
         plain = dataclasses.replace(options, data=None, text=None, tokens=None, n_seq=None)
         try:
-            return self.sequences(plain, wanted)
+            return self.sequences(plain, max_sequences)
         except UserError:
-            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), wanted)
+            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), max_sequences)
 
-    def dataset_sequences(self, name: str, seq_len: int, wanted: int) -> torch.Tensor:
-        """Reads up to `wanted` sequences, evenly spaced in the val split: its windows, or their text encoded again.
+    def dataset_sequences(self, name: str, seq_len: int, max_sequences: int) -> torch.Tensor:
+        """Reads up to `max_sequences` sequences, evenly spaced in the val split: its windows, or their text encoded again.
         Raises UserError if the dataset has another vocabulary and there is no tokenizer to translate it."""
         data = self.split(name, seq_len, False)
         other = other_ids(data.meta, self.meta)
@@ -143,7 +145,7 @@ class Reader:
         if same_ids and self.prefix_ids:
             data = self.split(name, seq_len, True)
         # text that is encoded again gets 8 tokens of the dataset per token of the model, and is never used twice
-        count = min(wanted, data.n_windows if same_ids else max(1, len(data.tokens) // (8 * seq_len) - 1))
+        count = min(max_sequences, data.n_windows if same_ids else max(1, len(data.tokens) // (8 * seq_len) - 1))
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
         if same_ids:
             self._warn_if_unsure(name, data.meta)
