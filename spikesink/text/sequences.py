@@ -92,8 +92,8 @@ class Reader:
         return dataclasses.replace(self, prefix_ids=prefix_ids), f"that of the first after {shown}, {words}"
 
     def sequences(self, options: Options, max_sequences: int) -> Sequences:
-        """Reads at most `max_sequences` sequences, as `options` (data, text, tokens, seq_len, n_seq) say. Raises UserError,
-        also if there are fewer and n_seq is set."""
+        """Reads at most `max_sequences` sequences, as `options` (data, text, tokens, seq_len, n_seq) say. Raises
+        UserError, also if there are fewer and n_seq is set."""
         tokens, seq_len = options.tokens, options.seq_len
         if tokens is not None:
             name = str(tokens) if isinstance(tokens, (str, Path)) else "tokens"
@@ -129,7 +129,7 @@ class Reader:
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
 
     def ordinary(self, options: Options, max_sequences: int) -> Sequences:
-        """Up to `max_sequences` sequences of the default dataset, or if that fails of Python's text. Raises UserError."""
+        """Up to `max_sequences` of the default dataset, or if that fails of Python's text. Raises UserError."""
         plain = dataclasses.replace(options, data=None, text=None, tokens=None, n_seq=None)
         try:
             return self.sequences(plain, max_sequences)
@@ -137,7 +137,7 @@ class Reader:
             return self.sequences(dataclasses.replace(plain, data=default_text.NAME), max_sequences)
 
     def dataset_sequences(self, name: str, seq_len: int, max_sequences: int) -> torch.Tensor:
-        """Reads up to `max_sequences` sequences, evenly spaced in the val split: its windows, or their text encoded again.
+        """Reads up to `max_sequences`, evenly spaced in the val split: its windows, or their text encoded again.
         Raises UserError if the dataset has another vocabulary and there is no tokenizer to translate it."""
         data = self.split(name, seq_len, False)
         other = other_ids(data.meta, self.meta)

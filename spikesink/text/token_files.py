@@ -32,8 +32,8 @@ def meta_of_vocabulary(size: int) -> Meta:
 
 
 def meta_of(path: str | Path) -> Meta:
-    """Reads and checks meta.json of a dataset folder. Without it reads nanoGPT's meta.pkl, or takes nanoGPT's
-    values. Raises UserError."""
+    """Reads and checks meta.json of a dataset folder. If there is none, reads nanoGPT's meta.pkl, or takes
+    nanoGPT's values. Raises UserError."""
     file, pickled = Path(path) / "meta.json", Path(path) / "meta.pkl"
     if not file.exists():
         return meta_of_pickle(pickled) if pickled.is_file() else dict(NANOGPT_META)
@@ -79,7 +79,7 @@ def meta_of_pickle(file: Path) -> Meta:
         if (
             type(size) is not int
             or size != len(characters)
-            or not all(type(c) is str and len(c) == 1 for c in characters)
+            or any(type(c) is not str or len(c) != 1 for c in characters)
         ):
             raise ValueError("it is not a list of characters")
     except Exception as error:  # a hostile or broken pickle fails in many ways
