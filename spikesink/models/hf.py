@@ -628,9 +628,8 @@ def take_over(model: Any, run: Callable[[], torch.Tensor]) -> None:
         if type(module).__name__.startswith("GPTNeo") and hasattr(module, "attention_type"):
             object.__setattr__(module, "_attn", gpt_neo_attention.__get__(module))
     model.set_attn_implementation(NAME)
-    tolerance = max(
-        1e-3, 16 * torch.finfo(logits.dtype).eps
-    )  # over 24 layers of bfloat16, sdpa and eager differ by 6 eps
+    # over 24 layers of bfloat16, sdpa and eager differ by 6 eps
+    tolerance = max(1e-3, 16 * torch.finfo(logits.dtype).eps)
     if (run() - logits).abs().max() > tolerance * logits.abs().max().clamp_min(1e-6):
         raise UserError(f"{model.config.model_type} cannot be observed: its logits change under our attention")
 
