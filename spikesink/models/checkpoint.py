@@ -151,4 +151,4 @@ def load(path: str | Path) -> Checkpoint:
         return _checked(saved["content"], path)
     if isinstance(saved, dict) and {"model", "model_args"} <= saved.keys():
         return _from_nanogpt(saved, path)
-    raise UserError(f"{path} is not a checkpoint of train.py or nanoGPT")
+    raise UserError(f"{path} is neither a checkpoint of train.py nor of nanoGPT")
