@@ -307,7 +307,7 @@ def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, C
     else:
         try:
             source = hf.open_model(name)
-            tokenizer = hf.Tokenizer.of(hf.Source.of(name))
+            tokenizer = hf.Tokenizer.load(hf.Source.locate(name))
             data = trained_on(source.config, getattr(tokenizer, "bos_id", None))
             bos = {"bos": bool(tokenizer.prefix_ids)} if tokenizer else {}
             pretrained = Checkpoint(*convert.from_hf(source), config=bos, data=data)

@@ -61,7 +61,7 @@ def try_arm(name: str, steps: int, dataset: str) -> list[str]:
         trial = Run.open(config.parse_argv(SCHEMAS, ["scale/nano", name, *options], ROOT)[0], folder, Machine.find())
         for _ in range(steps):
             loss = trial.update().loss
-        subject = Subject.of_gpt(trial.model, str)
+        subject = Subject.from_gpt(trial.model, str)
         ids = Tokens(dataset, "val", 64, trial.cfg.bos).read(range(16))[0]
         found = summarise(subject, observe(subject, ids, progress=False))
     losses = f"{loss:.3f}", f"{found.data.loss:.3f}"

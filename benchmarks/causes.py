@@ -155,7 +155,7 @@ def sequences(n: int, seed: int, first: bool) -> torch.Tensor:
 
 def subject_of(model: GPT, wiring: Wiring) -> Subject:
     """A Subject; where the removal is to fail, one whose stream can be written after the FFN of layer 0 alone."""
-    subject = Subject.of_gpt(model, str)
+    subject = Subject.from_gpt(model, str)
     if wiring.spike != "again":
         return subject
     taps = [dataclasses.replace(tap, writable=tap.name == "ffn 0") for tap in subject.streams]
@@ -179,7 +179,7 @@ def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
     if name == "spike_scale":
         return "yes" if wiring.size else "no"
     judged = causes.Judged(clean, INTERVENTIONS["spike_zero" if asked == "sinks" else name].edit(clean, None), asked)
-    other = CleanPass.of(Subject.of_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
+    other = CleanPass.of(Subject.from_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
     on, before, after = (
         (judged.sinks, clean.alpha, other.alpha)
         if asked == "sinks"

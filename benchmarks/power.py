@@ -63,7 +63,7 @@ def subject_of(C: int, T: int, seed: int) -> Subject:
                 continue
             qk = sub_layer.f.c_attn.weight[: 2 * C]
             qk.mul_(1 / (0.02 * C**0.5))  # q and k of normalised input: entries of variance 1
-    return Subject.of_gpt(model, str)
+    return Subject.from_gpt(model, str)
 
 
 def one_each(T: int, choices: int, draw: torch.Generator, prevalence: float = 1.0) -> torch.Tensor:

@@ -110,7 +110,7 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     if lab:
         content.check_contract(lab.contract, path)
     try:
-        model = lab.build(content) if lab else hf.of_nanogpt(content.model_args, content.model)
+        model = lab.build(content) if lab else hf.nanogpt_model(content.model_args, content.model)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
     model = hf.to_device(model, options.device)
@@ -122,7 +122,7 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
         split, config = lab.split, model.config
-        subjects = [Subject.of_gpt(model, tokenizer.decode)]
+        subjects = [Subject.from_gpt(model, tokenizer.decode)]
         architecture = {**dataclasses.asdict(config), "parameters": model.num_params()}
         block_size, vocab_size = config.block_size, config.vocab_size
         data = lab.data
@@ -149,10 +149,10 @@ def _meta_of_data(name: str | Path | None, vocab_size: int | None) -> Meta:
 
 def _transformers(target: str | Path, options: Options) -> Loaded:
     """A model of the Hugging Face hub, of a folder or a GGUF file; its default text is Python's own documentation."""
-    source = hf.Source.of(target, options.revision)
+    source = hf.Source.locate(target, options.revision)
     opened = hf.load(source, options.device, disk_weights.free_bytes(options.max_memory))
     about = CheckpointEntry(path=source.name, sha256=hf.weights_hash(source.name), step=hf.step_of(options.revision))
-    loaded = _of_transformers(opened.model, hf.Tokenizer.of(source) or NoTokenizer(), about)
+    loaded = _of_transformers(opened.model, hf.Tokenizer.load(source) or NoTokenizer(), about)
     return dataclasses.replace(loaded, model=loaded.model | opened.about)
 
 
@@ -185,7 +185,7 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     """A model that the caller holds: a GPT of a model.py, or one of transformers, on the device where it is."""
     wrapped: TextTokenizer = hf.Tokenizer(tokenizer) if callable(tokenizer) else tokenizer or NoTokenizer()
     about = CheckpointEntry(path=f"a {type(model).__name__} in memory")
-    gpt, transformer = gpt_in(model), hf.found_in(model)
+    gpt, transformer = gpt_in(model), hf.transformers_in(model)
     if gpt is None and transformer is None:
         raise UserError(f"{type(model).__name__} is neither a model of transformers nor a GPT of a model.py")
     if gpt is None:
@@ -193,7 +193,7 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     config, prefix_ids = gpt.config, getattr(wrapped, "prefix_ids", ())
     reader = Reader(wrapped, {}, default_text.NAME, prefix_ids, (), config.block_size, config.vocab_size)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
-    return Loaded([Subject.of_gpt(gpt, wrapped.decode)], reader, about, architecture, Path("data"))
+    return Loaded([Subject.from_gpt(gpt, wrapped.decode)], reader, about, architecture, Path("data"))
 
 
 @dataclass

@@ -162,7 +162,7 @@ def revisions_of(target: str, listed: str, options: Options) -> list[tuple[str, 
     if options.revision is not None or not names:
         raise UserError("--revisions lists several, as in step0,step1000; --revision names one")
     for name in names:
-        hf.Source.of(target, name)
+        hf.Source.locate(target, name)
     return [(target, dataclasses.replace(options, revision=name)) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Files written atomically, hashed, and read back: what several rooms need of a disk."""
+"""Writes files atomically, hashes them, and reads lines of JSON."""
 
 import contextlib
 import errno
@@ -17,21 +17,19 @@ from .errors import UserError
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write(file)` into a temporary file beside `path`, fsync, rename over `path`, fsync of the folder.
-
-    Whatever fails, `path` holds either its old content or the whole new one.
-    """
+    """Calls `write(file)` on a temporary file beside `path`, and renames it over `path`. Both are synced to the disk.
+    Whatever fails, `path` has either its old content or the whole new content."""
     try:
         with _replacing(path) as temporary, open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # torch.save's, on top of what the disk had said
+    except RuntimeError as error:  # torch.save wraps the OSError that tells the reason
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def link_atomic(path: str | Path, name: str) -> None:
-    """Makes `path` a symbolic link to its neighbour `name`, atomically; a copy where the file system has no links."""
+    """Makes `path` a symbolic link to `name` in its folder, atomically. Copies it where links are not supported."""
     with _replacing(path) as temporary:
         temporary.unlink(missing_ok=True)
         try:
@@ -42,7 +40,7 @@ def link_atomic(path: str | Path, name: str) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block makes there is renamed over `path`, or gone if the block fails."""
+    """Yields a temporary path. The file made there is renamed over `path`, or removed if the block fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -55,14 +53,14 @@ def _replacing(path: str | Path) -> Iterator[Path]:
 
 def _sync(folder: Path) -> None:
     """Makes the renames in a folder survive a loss of power, where the file system can promise that."""
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # mounted buckets cannot sync a folder
             raise
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:
@@ -74,7 +72,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def content_hash(value: Any) -> str:
-    """SHA-256 (hex) of nested dicts, lists, tensors and plain values: types, keys, shapes, dtypes and bytes."""
+    """SHA-256 (hex) of nested dicts, lists, tensors and plain values, with their types, keys, shapes and dtypes."""
     digest = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -120,13 +118,13 @@ def save_bytes(path: str | Path, content: bytes) -> None:
 
 
 def rows_of(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, as dicts; broken lines are left out, and a file that is not there has none."""
+    """The rows of a file of JSON lines, as dicts. Broken lines are left out, and a missing file has no rows."""
     lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
     return [json.loads(line) for line in lines if step_of(line) < math.inf]
 
 
 def step_of(line: str | bytes) -> float:
-    """The step of a line of JSON; infinity for a broken one, which is dropped."""
+    """The step in a line of JSON; infinity for a broken line, so that comparisons drop it."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Stock PyTorch hooks that are certain to come off again."""
+"""PyTorch hooks as context managers, so that they are always removed again."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-Hook = Callable[..., Any]  # what it returns, if anything, replaces the output or (args, kwargs)
+Hook = Callable[..., Any]  # if it returns something, that replaces the output or (args, kwargs)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A module to hook: the stream (B, T, C) after a sub-layer or the embedding (layer -1), or an attention seam."""
+    """A module to hook. It has the stream (B, T, C) after a sub-layer or the embedding (layer -1), or is a seam."""
 
     layer: int
     kind: str  # embedding, attn, cross, ffn, block
-    module: Any  # an nn.Module; a seam has more to it, see Subject
-    place: str = "output"  # where the module has the stream: input or output, alone or first in a tuple
-    writable: bool = True  # what is written here with on_streams is what every later module reads
-    # the next taps, where the module here is not all that reads the stream: what is written here is added there again
-    carried: tuple["Tap", ...] = ()
-    # (args, kwargs, output of the module) -> the stream, where the module neither takes nor returns it
-    made: Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None = None
+    module: Any  # an nn.Module; a seam also has the methods of subject.Seam
+    place: str = "output"  # the stream is the module's input or output, alone or first in a tuple
+    writable: bool = True  # every later module reads what on_streams writes here
+    # other modules read this stream too: a change that is written here is written again at these later taps
+    rewritten_at: tuple["Tap", ...] = ()
+    # computes the stream from the module's (args, kwargs, output), where it is neither input nor output
+    compute: Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -38,9 +38,12 @@ def hooked(
     first: Iterable[tuple[nn.Module, Hook]] = (),
     first_before: Iterable[tuple[nn.Module, Hook]] = (),
 ) -> Iterator[None]:
-    """Within the block, (module, hook) pairs are registered: `forward` hooks are called as
-    (module, args, kwargs, output), `before` hooks as (module, args, kwargs); what they return replaces it. `first` and
-    `first_before` are the same, but run before those that are there already."""
+    """Registers (module, hook) pairs for the length of the block.
+
+    `forward` hooks are called with (module, args, kwargs, output), and what they return replaces the output. `before`
+    hooks are called with (module, args, kwargs), and replace (args, kwargs). The hooks in `first` and `first_before`
+    run ahead of those that are already registered.
+    """
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in forward]
     handles += [module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module, hook in first]
     handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
@@ -56,24 +59,24 @@ Function = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def on_streams(taps: Iterable[Tap], functions: Iterable[Function]) -> contextlib.AbstractContextManager[None]:
-    """A context manager in which functions[i](stream) is called at taps[i]; if it returns a tensor, that goes on."""
+    """A context manager that calls functions[i](stream) at taps[i]. A tensor that it returns replaces the stream."""
     hooks: dict[str, list[tuple[nn.Module, Hook]]] = {"forward": [], "before": [], "first": [], "first_before": []}
 
     def add(tap: Tap, function: Function, first: bool = False) -> None:
         kind = ("first" if first else "forward") if tap.place == "output" else "first_before" if first else "before"
-        hook = _after(function, tap.made) if tap.place == "output" else _before(function)
+        hook = _after(function, tap.compute) if tap.place == "output" else _before(function)
         hooks[kind].append((tap.module, hook))
 
     for tap, function in zip(taps, functions, strict=True):
-        write, again = _carrying(function)
-        for later in tap.carried:
-            add(later, again, first=True)
-        add(tap, write if tap.carried else function)
+        write, rewrite = _write_and_rewrite(function)
+        for later_tap in tap.rewritten_at:
+            add(later_tap, rewrite, first=True)
+        add(tap, write if tap.rewritten_at else function)
     return hooked(**hooks)
 
 
-def _carrying(function: Function) -> tuple[Function, Function]:
-    """(`function`, what adds to the stream, further on, the change that it made)."""
+def _write_and_rewrite(function: Function) -> tuple[Function, Function]:
+    """Returns `function`, and a second function that adds the change which it made to the stream at a later tap."""
     change: list[torch.Tensor | None] = [None]
 
     def write(x: torch.Tensor) -> torch.Tensor | None:
@@ -84,10 +87,10 @@ def _carrying(function: Function) -> tuple[Function, Function]:
     return write, lambda x: None if change[0] is None else x + change[0].view_as(x)
 
 
-def _after(function: Function, made: Callable[..., torch.Tensor] | None) -> Hook:
+def _after(function: Function, compute: Callable[..., torch.Tensor] | None) -> Hook:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if made:
-            function(made(args, kwargs, output))
+        if compute:
+            function(compute(args, kwargs, output))
             return None
         stream, *rest = output if isinstance(output, tuple) else (output,)
         new = function(stream)

@@ -1,4 +1,4 @@
-"""Dataclasses <-> JSON: what is written at the edge, and what is read back is checked against.
+"""Dataclasses <-> JSON. A file that is read back is checked against the dataclass.
 
     class Findings(Record):
         schema: str
@@ -7,7 +7,7 @@
         history: list[Row] | None = sometimes()   # not in the file where it is None
         anatomy: Anatomy | None = or_empty()      # {} in the file where it is None
 
-nan and infinity are null in a file; a null that is read where a float stands is nan.
+nan and infinity are null in a file. Where a float is expected, null is read as nan.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Record:
-    """A base whose every subclass is a frozen dataclass of keyword arguments."""
+    """A base class. Every subclass becomes a frozen dataclass that takes keyword arguments."""
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 def keyed(key: str) -> Any:
-    """A field that is a list of dataclasses here, and in a file an object with one entry per value of their `key`."""
+    """A field that is a list of dataclasses in Python, and in the file an object with their `key` as its keys."""
     return dataclasses.field(metadata={"keyed": key})
 
 
@@ -43,12 +43,12 @@ def sometimes() -> Any:
 
 
 def or_empty() -> Any:
-    """A field whose None is an empty object in the file."""
+    """A field that is an empty object in the file where it is None."""
     return dataclasses.field(default=None, metadata={"or_empty": True})
 
 
 def to_json(value: Any) -> Any:
-    """A value as dicts, lists and plain values, nan and infinity as None: valid JSON."""
+    """Turns a value into dicts, lists and plain values that JSON can hold; nan and infinity become None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {
@@ -63,19 +63,19 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _entry(item: Any, about: Mapping[str, Any]) -> Any:
-    if item is None and "or_empty" in about:
+def _entry(item: Any, metadata: Mapping[str, Any]) -> Any:
+    if item is None and "or_empty" in metadata:
         return {}
     entry = to_json(item)
-    return {str(row.pop(about["keyed"])): row for row in entry} if "keyed" in about else entry
+    return {str(row.pop(metadata["keyed"])): row for row in entry} if "keyed" in metadata else entry
 
 
 class Misfit(Exception):
-    """What was read is not what was expected; the message says where and why."""
+    """The file is not what the dataclass expects. The message says where and why."""
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
-    """The `kind` (a dataclass, list[...], dict[str, ...], X | None or a plain type) that `value` is. Raises Misfit."""
+    """Reads `value` as a `kind`: a dataclass, list[...], dict[str, ...], X | None or a plain type. Raises Misfit."""
     return _read(kind, value, where)
 
 
@@ -89,12 +89,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read_dataclass(kind, value, where)
     if origin in (list, tuple):
         if not isinstance(value, list):
-            raise Misfit(f"{where} is no list")
+            raise Misfit(f"{where} is not a list")
         item = inner[0] if inner else Any
         return origin(_read(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise Misfit(f"{where} is no object")
+            raise Misfit(f"{where} is not an object")
         return {key: _read(inner[1], entry, f"{where}.{key}") for key, entry in value.items()}
     if kind is float:
         if value is None:
@@ -120,12 +120,12 @@ def _read_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise Misfit(f"{where or kind.__name__} is no object")
+        raise Misfit(f"{where or kind.__name__} is not an object")
     fields, hints = {field.name: field for field in dataclasses.fields(kind)}, get_type_hints(kind)
     unknown = next((name for name in value if name not in fields), None)
     if unknown is not None:
-        raise Misfit(f"{where} has an entry {unknown!r} that is not known")
-    read = {}
+        raise Misfit(f"{where} has an unknown entry {unknown!r}")
+    values = {}
     for name, field in fields.items():
         place = f"{where}.{name}".lstrip(".")
         if name not in value:
@@ -137,34 +137,34 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
             continue
         if "keyed" in field.metadata:
             key, item = field.metadata["keyed"], get_args(hints[name])[0]
-            kind_of_key = get_type_hints(item)[key]
+            key_type = get_type_hints(item)[key]
             if not isinstance(entry, dict):
-                raise Misfit(f"{place} is no object")
+                raise Misfit(f"{place} is not an object")
             try:
-                entry = [{key: kind_of_key(at), **row} for at, row in entry.items()]
+                entry = [{key: key_type(text), **row} for text, row in entry.items()]
             except (TypeError, ValueError):
                 raise Misfit(f"{place} is not keyed by {key}") from None
-        read[name] = _read(hints[name], entry, place)
-    return kind(**read)
+        values[name] = _read(hints[name], entry, place)
+    return kind(**values)
 
 
 def save(path: str | Path, value: Any) -> None:
-    """Writes a dataclass, or anything of dicts, lists and plain values, as JSON, atomically. Raises UserError."""
+    """Writes a dataclass, or dicts, lists and plain values, as a JSON file, atomically. Raises UserError."""
     save_text(path, json.dumps(to_json(value), indent=1, allow_nan=False))
 
 
 def load(kind: type[T], path: str | Path, made_by: str) -> T:
-    """The dataclass `kind`, which has a field `schema`, in a file that the command `made_by` wrote. Raises UserError
-    where it is not there, of another schema, or not what that schema says."""
+    """Reads the dataclass `kind`, which has a field `schema`, from a file that the command `made_by` wrote.
+    Raises UserError if the file cannot be read, states another schema, or does not fit its schema."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    wanted = next(f.default for f in dataclasses.fields(kind) if f.name == "schema")  # type: ignore[arg-type]
+    expected = next(f.default for f in dataclasses.fields(kind) if f.name == "schema")  # type: ignore[arg-type]
     stated = value.get("schema") if isinstance(value, dict) else None
-    if stated != wanted:
-        raise UserError(f"{path} is of schema {stated!r}, and this version reads {wanted!r}: run {made_by} again")
+    if stated != expected:
+        raise UserError(f"{path} has schema {stated!r}, but this version reads {expected!r}: run {made_by} again")
     try:
         return from_json(kind, value)
     except Misfit as problem:

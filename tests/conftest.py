@@ -74,7 +74,7 @@ def tiny(seed=0, **changes):
 
 
 def subject_of(model):
-    return Subject.of_gpt(model, lambda token: f"<{token}>")
+    return Subject.from_gpt(model, lambda token: f"<{token}>")
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def large_spikes(device: torch.device, folder: Path) -> Facts:
     tokens[:, 5] = True
     for dtype in (torch.float32, torch.bfloat16):
         model = small_model(device, embedding_init="unit", tie=False).eval().to(dtype)
-        subject = Subject.of_gpt(model, str)
+        subject = Subject.from_gpt(model, str)
         ordinary = Ordinary.of(subject, ids)
         with planted.spikes(subject, tokens, channel=3, size=3e5, tap=0):
             observation = observe(subject, ids, batch_size=len(ids), progress=False, ordinary=ordinary)

@@ -100,7 +100,7 @@ def test_a_gguf_file_is_the_model_of_its_rounded_weights(tmp_path):
     assert found.model["weights"] == "dequantised from Q8_0, F32"
     assert found.checkpoint.sha256 == hf.file_hash(tmp_path / "model.gguf")
     with pytest.raises(UserError, match="cannot be read part by part"):
-        hf.load(hf.Source.of(tmp_path / "model.gguf"), free=1000)
+        hf.load(hf.Source.locate(tmp_path / "model.gguf"), free=1000)
 
 
 def test_a_broken_gguf_file_and_a_missing_package_are_one_line(tmp_path, cli, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_broken_gguf_file_and_a_missing_package_are_one_line(tmp_path, cli, mo
     whole = file.read_bytes()
     for content in (whole[:300], whole[:-5000], b"GGUF", b"no such thing"):
         file.write_bytes(content)
-        assert "it is no GGUF file, or not all of one" in one_line(cli, "detect.py", file)
+        assert "it is not a complete GGUF file" in one_line(cli, "detect.py", file)
     assert "no file" in one_line(cli, "detect.py", tmp_path / "none.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "spikesink[hf]" in one_line(cli, "detect.py", file)
@@ -357,7 +357,7 @@ def test_the_text_decoder_of_a_multimodal_model_is_measured(kind, tmp_path):
 def test_weights_without_a_place_are_said_or_refused(tmp_path):
     build("llama").save_pretrained(tmp_path)
     with_weights(tmp_path, **{"score.weight": torch.ones(2, 32)})
-    assert hf.load(hf.Source.of(tmp_path)).about == {"unused": "score.weight"}
+    assert hf.load(hf.Source.locate(tmp_path)).about == {"unused": "score.weight"}
     for key in ("layers.2.mlp.up_proj.weight", "layers.0.self_attn.q_proj.bias"):
         build("llama").save_pretrained(tmp_path)
         with_weights(tmp_path, **{f"model.{key}": torch.ones(32)})

@@ -107,7 +107,7 @@ def test_ids_of_another_alphabet_of_the_same_size_are_not_read_as_they_are(chang
     checkpoint.save(path, dataclasses.replace(content, data={**content.data, **alphabet}))
     how = ("--n_seq=4", "--seq_len=16", "--nulls=0", f"--data={changed(**alphabet | {'chars': CHARS[::-1]})}")
     code, _, err = cli("detect.py", path, *how)
-    assert code == 2 and "(chars" in err and "no tokenizer is at hand to translate" in err
+    assert code == 2 and "(chars" in err and "there is no tokenizer to translate" in err
     assert cli("detect.py", path, *how[:3], f"--data={changed(**alphabet)}")[0] == 0
 
 

@@ -115,7 +115,7 @@ def test_entries_of_the_wrong_kind_are_refused(tmp_path, spoil):
     checkpoint.save(tmp_path / "good.pt", GOOD)
     checkpoint.load(tmp_path / "good.pt")
     checkpoint.save(tmp_path / "bad.pt", dataclasses.replace(GOOD, **spoil))
-    with pytest.raises(UserError, match=r"bad\.pt is no checkpoint"):
+    with pytest.raises(UserError, match=r"bad\.pt is not a checkpoint"):
         checkpoint.load(tmp_path / "bad.pt")
 
 
@@ -312,7 +312,7 @@ def odd_meta():
 def test_a_meta_pkl_of_anything_else_is_one_line_and_never_executed(tmp_path, kind):
     marker = tmp_path / "executed"
     (tmp_path / "meta.pkl").write_bytes((hostile(marker) | odd_meta())[kind])
-    with pytest.raises(UserError, match=r"meta\.pkl is not what nanoGPT.*put a meta\.json beside it"):
+    with pytest.raises(UserError, match=r"meta\.pkl is not a meta\.pkl of nanoGPT.*put a meta\.json beside it"):
         meta_of(tmp_path)
     assert not marker.exists() and not marker.with_suffix(".npy").exists()
 

@@ -121,7 +121,7 @@ def test_a_row_of_a_transformers_model_is_what_detect_measures(family, attention
     inputs = {"input_ids": ids}
     subject = subjects[0]
     if subject.start is not None:
-        inputs["decoder_input_ids"] = subject.seen(ids)
+        inputs["decoder_input_ids"] = subject.stream_ids(ids)
     with monitor(0), torch.no_grad():
         model(**inputs)
     if not monitor.row["attention"]:  # it bypasses the interface: the blocks are watched

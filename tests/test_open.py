@@ -73,7 +73,7 @@ def test_a_refused_model_stays_as_it_was():
     assert same(state_of(model), before)
     with pytest.raises(UserError, match="Linear is neither a model of transformers nor a GPT"):
         spikesink.open(nn.Linear(2, 2), **HOW)
-    with pytest.raises(UserError, match="no tokenizer is at hand"):
+    with pytest.raises(UserError, match="there is no tokenizer to translate"):
         spikesink.open(model := gpt2().train())
     assert model.training and model.config._attn_implementation != "spikesink"
 
@@ -161,7 +161,7 @@ def test_a_model_py_is_known_by_its_contract_not_by_its_name(tmp_path):
     (tmp_path / "broken.py").write_text("def (")
     assert lab.find(tmp_path) == lab.find(tmp_path / "runs" / "a") == mine
     write(tmp_path / "copy.py", lab.CONTRACT)
-    with pytest.raises(UserError, match="say which with --model"):
+    with pytest.raises(UserError, match="choose one with --model"):
         lab.find(tmp_path)
     assert not (tmp_path / "was_run").exists()
 

@@ -234,7 +234,7 @@ def test_only_whole_words_are_kept_and_a_tokenizer_that_tells_nothing_is_refused
     silent.__class__ = type("Slow", (type(silent),), {"is_fast": False})
     with pytest.raises(UserError, match="which characters"):
         probes.words_of(Reader(hf.Tokenizer(silent), {}, "", (), (), 64, 700), [sentence])
-    with pytest.raises(UserError, match="not at hand"):
+    with pytest.raises(UserError, match="has no tokenizer here"):
         probes.words_of(Reader(tokenizers.NoTokenizer(), {}, "", (), (), 64, 700), [sentence])
 
 

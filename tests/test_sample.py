@@ -197,7 +197,7 @@ def test_bits_per_byte_are_of_the_bytes_that_were_predicted(tmp_path):
 def test_a_tokenizer_that_only_decodes_is_asked_for_text(folder):
     from spikesink.models import hf
 
-    tokenizer = hf.Tokenizer.of(hf.Source.of(str(folder)))
+    tokenizer = hf.Tokenizer.load(hf.Source.locate(str(folder)))
     (ids,) = tokenizer.encode(["aé日b"])
     assert len(ids) == 7 and n_bytes(tokenizer, ids) == 7 and n_bytes(tokenizer, ids, 2) == 5
     assert tokenizer.text(torch.tensor(ids).numpy()) == "aé日b"

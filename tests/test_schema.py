@@ -52,9 +52,9 @@ def test_what_is_written_is_read_back(tmp_path):
         ({"curve": {"0.3": {"rate": "0.5", "ci95": None}}}, r"curve\[0\].rate is '0.5'"),
         ({"curve": {"0.3": {"ci95": None}}}, r"curve\[0\].rate is missing"),
         ({"names": {"a": True}}, "names.a is True"),
-        ({"names": [1]}, "names is no object"),
-        ({"else": 1}, "'else' that is not known"),
-        ({"curve": []}, "curve is no object"),
+        ({"names": [1]}, "names is not an object"),
+        ({"else": 1}, "unknown entry 'else'"),
+        ({"curve": []}, "curve is not an object"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, words):

@@ -55,9 +55,9 @@ def test_a_text_is_read_as_training_reads_it(tmp_path):
 
 def test_what_a_text_spells_is_text_and_is_said(llama_like, capsys):
     errors.say_once.cache_clear()
-    ids = reader_of(llama_like).of_text(PLAIN * 30, "page.txt", 32)
+    ids = reader_of(llama_like).text_sequences(PLAIN * 30, "page.txt", 32)
     assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 1).all()  # BOS where it belongs, control tokens nowhere
-    said = "page.txt spells special tokens, <s> 30 times, </s> 30 times: read as text; --special reads them"
+    said = "page.txt spells special tokens, <s> 30 times, </s> 30 times: they are read as text; --special reads them"
     assert said in capsys.readouterr().err
     assert "".join(map(llama_like.decode, reader_of(llama_like).prompt(PLAIN)[0, 1:].tolist())) == PLAIN
 

@@ -700,7 +700,7 @@ def test_the_rows_of_committed_tables_are_the_runs_that_their_commands_ask_for(p
 def test_a_table_of_another_version_is_one_line(tmp_path):
     content = json.loads(TABLES[0].read_text())
     for change, words in (
-        ({"schema": "spikesink-study-0"}, "is of schema 'spikesink-study-0'"),
+        ({"schema": "spikesink-study-0"}, "has schema 'spikesink-study-0'"),
         ({"arms": {"pre": {}}}, "arms.pre.configs is missing"),
         ({"seeds": ["1"]}, "seeds[0] is '1'"),
     ):

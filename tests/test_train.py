@@ -54,7 +54,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_says_so(train, cli, 
 @pytest.mark.parametrize("device", ["mps", "cuda:99", "nonsense"])
 def test_a_device_that_is_not_there_is_one_line(train, tmp_path, device):
     code, _, err = train(tmp_path / "o", f"--device={device}")
-    assert code == 2 and err.count("\n") == 1 and f"device {device} is not at hand" in err and len(err) < 200
+    assert code == 2 and err.count("\n") == 1 and f"device {device} is not available" in err and len(err) < 200
     assert not (tmp_path / "o").exists()
 
 
@@ -68,7 +68,7 @@ def test_an_ascii_terminal_shows_what_it_can():
 def test_on_windows_a_command_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
     assert errors.exit_code(lambda: pytest.fail("it ran")) == 2
-    assert re.fullmatch("error: .*on Windows call it in WSL.*\n", capsys.readouterr().err)
+    assert re.fullmatch("error: .*on Windows, call it in WSL.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--norm_place=post"]], ids=["plain", "dropout"])

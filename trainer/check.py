@@ -164,7 +164,7 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 def causal(copy: Copy) -> Iterator[str]:
     """Logits do not depend on later tokens, on the length of the sequence, or on other sequences of the batch."""
     model = copy.model()
-    subject, ids, T = Subject.of_gpt(model, str), copy.ids, copy.config.block_size
+    subject, ids, T = Subject.from_gpt(model, str), copy.ids, copy.config.block_size
     for training in (False, True):
         model.train(training)
         whole = streams(subject, ids)
@@ -195,7 +195,7 @@ def taps(copy: Copy) -> Iterator[str]:
     with torch.no_grad(), hooked([embedding_hook, *hooks], pre_hooks):
         model(copy.ids)
     outputs[-1] = outputs[-1][:, copy.config.n_register :]
-    for tap, x, y in zip(Subject.of_gpt(model, str).streams, outputs, inputs, strict=True):
+    for tap, x, y in zip(Subject.from_gpt(model, str).streams, outputs, inputs, strict=True):
         if x.shape != y.shape or not torch.equal(x, y):
             yield (
                 f"The stream changes between {copy.place(model, tap)} and what reads it next. There detect does not "
@@ -235,7 +235,7 @@ def state(copy: Copy) -> Iterator[str]:
 def replay(copy: Copy) -> Iterator[str]:
     """A pass that is replayed from some stage on gives the same result as the whole pass; ablate.py relies on it."""
     model = copy.model()
-    clean = CleanPass.of(Subject.of_gpt(model, str), copy.ids)
+    clean = CleanPass.of(Subject.from_gpt(model, str), copy.ids)
     if taps := clean.broken_replay(at_most=sys.maxsize):
         start, first = (copy.place(model, tap) for tap in taps)
         yield (
@@ -250,7 +250,7 @@ def rows(copy: Copy) -> Iterator[str]:
     names = {module: name for name, module in model.named_modules()}
     keep = lambda module, args, kwargs, output: calls.append((module, *args, output))
     with torch.no_grad():
-        with hooked([(tap.module, keep) for tap in Subject.of_gpt(model, str).attends]):
+        with hooked([(tap.module, keep) for tap in Subject.from_gpt(model, str).attends]):
             model(copy.ids)
         faults = ((call[0], row_fault(*call)) for call in calls)
         for seam, fault in itertools.islice(((seam, fault) for seam, fault in faults if fault), 1):
@@ -300,7 +300,7 @@ def compiled(copy: Copy) -> Iterator[str]:
             loss.backward()
             passes.append((outputs, loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (outputs, loss, grads), (new_outputs, new_loss, new_grads) = passes
-    pairs = zip(Subject.of_gpt(model, str).streams[1:], new_outputs, outputs, strict=True)
+    pairs = zip(Subject.from_gpt(model, str).streams[1:], new_outputs, outputs, strict=True)
     limit = GRADIENT_TOLERANCE * max(grad.abs().max() for grad in grads.values())
     if place := next((copy.place(model, tap) for tap, x, y in pairs if not same(x, y)), ""):
         yield f"Compiled, {place} returns something else"
@@ -313,7 +313,7 @@ def compiled(copy: Copy) -> Iterator[str]:
 def flops(copy: Copy) -> Iterator[str]:
     """flops_per_token is what a forward and a backward pass cost when each operation is counted."""
     model = copy.model()
-    seams, more = [tap.module for tap in Subject.of_gpt(model, str).attends], copy.config.n_register
+    seams, more = [tap.module for tap in Subject.from_gpt(model, str).attends], copy.config.n_register
     hides = lambda S: any((seam.seen(0, S, S).cpu() != torch.ones(S, S).tril().bool()).any() for seam in seams)
     T = max(T for T in range(1, copy.config.block_size + 1) if T == 1 or not hides(T + more))  # no window hides a key
 

@@ -140,7 +140,7 @@ class Judged:
     def states(self) -> set[Hashable]:
         """The states of the tokens that are judged, by what they depend on: equal first tokens are one."""
         clean, subject = self.clean, self.clean.subject
-        seen = clean.ids if subject.part == "cross" else subject.seen(clean.ids)
+        seen = clean.ids if subject.part == "cross" else subject.stream_ids(clean.ids)
         return {state_at(subject, int(clean.numbers[n]), t, int(seen[n, t])) for n, t in self.positions()}
 
 

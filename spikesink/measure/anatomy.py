@@ -148,7 +148,7 @@ def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor,
     place_of = {int(n): i for i, n in enumerate(sequences)}
     b = torch.tensor([place_of[int(n)] for n in seen.tokens[mine, 0]])
     t = seen.tokens[mine, 1]
-    B, T = subject.seen(ids).shape
+    B, T = subject.stream_ids(ids).shape
 
     def record(place: str, index: int, x: torch.Tensor) -> None:
         x = x.detach().float().view(B, T, -1)
@@ -170,7 +170,7 @@ def _on_keys(
     subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, seen: Dissected, index: int
 ) -> Callable[..., None]:
     """A hook of a seam that keeps the keys of its sinks, and as many random others."""
-    tokens = subject.seen(ids) if subject.part != "cross" else ids
+    tokens = subject.stream_ids(ids) if subject.part != "cross" else ids
 
     def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
         q, k, _ = args

@@ -187,7 +187,7 @@ class Look:
         for i, part in enumerate(self.parts or ()):
             # in the model's own precision; casts of weights made here, without a gradient, are not kept for its passes
             with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
-                seam, q, k = attention.of(args, part)
+                seam, q, k = attention.seam_inputs(args, part)
             later = seam.shares(q[:, :, :1].float(), k.float())[..., 1:]
             causal = not bool((later > 0).any())
             T = k.size(-2)

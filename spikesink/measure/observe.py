@@ -321,7 +321,7 @@ class Ordinary:
             states[side][index].append(x[:, some].flatten(0, 1))
 
         for rows, batch in batches(ids[:ORDINARY_SEQUENCES], batch_size):
-            T = subject.seen(batch).size(1)
+            T = subject.stream_ids(batch).size(1)
             with contextlib.ExitStack() as stack:
                 for side, taps in enumerate(sides):
                     known = [(i, tap) for i, tap in enumerate(taps) if tap]
@@ -349,7 +349,7 @@ def observe(
     """
     shuffle = shuffle or Shuffle()
     ordinary = ordinary or Ordinary.of(subject, ids, batch_size, shuffle)
-    seen = [(rows, some, subject.seen(some)) for rows, some in batches(ids, batch_size)]
+    seen = [(rows, some, subject.stream_ids(some)) for rows, some in batches(ids, batch_size)]
     N, T = len(ids), max(s.size(1) for _, _, s in seen)
     L, H, taps = len(subject.attends), subject.n_head, len(subject.streams)
     zeros = functools.partial(torch.zeros, dtype=torch.float32)
@@ -427,7 +427,7 @@ def _observe_batch(
     subject: Subject, ids: torch.Tensor, rows: torch.Tensor, obs: Observation, shuffle: Shuffle, bar: tqdm
 ) -> None:
     """One forward pass with every tap hooked; fills in what it saw of these sequences."""
-    shape = subject.seen(ids).shape
+    shape = subject.stream_ids(ids).shape
     T = shape[1]
     sums, reads = (SideBatch(side, number, rows, shape, shuffle) for number, side in enumerate((obs.sum, obs.read)))
     share, sink_heads, alphas = torch.zeros(shape), torch.zeros(shape), []

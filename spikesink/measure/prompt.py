@@ -43,7 +43,7 @@ def inspect(
     Memory is O(T) per head: of each row of a map only the key that gets most is kept.
     """
     looks: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: the key that gets most, and how much (H, T)
-    whole = Examples(sequences=1, tokens=subject.seen(ids).size(1), shown=4 * TOKENS)
+    whole = Examples(sequences=1, tokens=subject.stream_ids(ids).size(1), shown=4 * TOKENS)
     with hooked([(seam.module, _on_looks(subject, looks)) for seam in subject.attends]):
         obs = observe(subject, ids, 1, progress=False, examples=whole, ordinary=ordinary)
     alpha = torch.cat([whole.alpha[i, 0] for i in range(len(subject.attends))])  # (L * H, T)
@@ -179,7 +179,7 @@ def _peaks(subject: Subject, ids: torch.Tensor, usual: list[Usual]) -> tuple[tor
     rows: list[torch.Tensor] = []
 
     def last_token(x: torch.Tensor) -> None:
-        state, of = x.float().view(*subject.seen(ids).shape, -1)[:, -1].cpu(), usual[len(rows)]
+        state, of = x.float().view(*subject.stream_ids(ids).shape, -1)[:, -1].cpu(), usual[len(rows)]
         size = state.abs()
         strength, channel = (size * of.per_threshold).max(-1)
         strength = torch.minimum(strength, peaked(size.amax(-1), state.norm(dim=-1), state.size(-1)))

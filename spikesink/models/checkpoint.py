@@ -1,6 +1,6 @@
-"""Checkpoints: tensors and plain Python, written atomically, read without executing anything, verified by content.
+"""Checkpoints are tensors and plain Python. They are written atomically, read without running code, and verified.
 
-The content hash lies inside the file, so that one rename is the whole commit: there is no second file to lose.
+The content hash is inside the file, so that one rename puts both in place.
 """
 
 import dataclasses
@@ -22,49 +22,46 @@ FORMAT = "spikesink-checkpoint-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds: a model, what it was trained on, and all that is needed to train it further.
-
-    None, or an empty dict, where a file does not say. `extra`: entries that only a reader of their own knows, among
-    them the versions that wrote the file.
-    """
+    """The content of a file: a model, its data, and everything that is needed to train it further. A field that the
+    file does not have is None or an empty dict."""
 
     model_args: dict[str, Any]  # fields of GPTConfig
     model: dict[str, torch.Tensor]  # state dict
     optimizer: dict[str, Any] | None = None  # state by parameter name
     config: dict[str, Any] = field(default_factory=dict)  # fields of TrainConfig
-    given: dict[str, Any] | None = None  # the keys of both that were asked for
+    given: dict[str, Any] | None = None  # those keys of model_args and config that the user set
     data: dict[str, Any] = field(default_factory=dict)  # meta.json of the dataset
-    data_sample: str | None = None  # TokenFile.sample of the training split
-    step: int | None = None  # updates done
-    tokens: int | None = None  # trained on
-    val_loss: float | None = None  # the last one, in nats per token
+    data_sample: str | None = None  # TokenFile.sample of the training data
+    step: int | None = None  # number of updates
+    tokens: int | None = None  # number of training tokens
+    val_loss: float | None = None  # the latest, in nats per token
     best: float | None = None  # the lowest val_loss
     loss_watch: list[float] | None = None  # LossWatch.state
-    contract: str | None = None  # of the model.py that made it
+    contract: str | None = None  # CONTRACT of the model.py that made it
     maker: str = "spikesink"  # or "nanoGPT"; not in the file
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # other entries, such as versions
 
     @property
     def meta(self) -> Meta:
-        """What is known of the data that it was trained on."""
+        """The description of the training data; empty if it is unknown."""
         return self.data or meta_of_vocabulary(self.model_args.get("vocab_size", 0))
 
     def content(self) -> dict[str, Any]:
-        """The dict that is written, and hashed."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("maker", "extra")}
-        return own | self.extra
+        """The dict that is hashed and written."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("maker", "extra")}
+        return fields | self.extra
 
     def check_contract(self, contract: str, path: str | Path) -> None:
-        """Raises UserError if the model.py at hand, of this contract, is not one that made the checkpoint `path`."""
+        """Raises UserError if the current model.py states another contract than the one that made this checkpoint."""
         if self.contract is not None and self.contract != contract:
             raise UserError(
-                f"{path} was made by a model.py of contract {self.contract!r}, and the model.py here states "
+                f"{path} was made by a model.py of contract {self.contract!r}, but the model.py here states "
                 f"{contract!r}: use the clone that made it"
             )
 
 
-# what an entry must be where it is there
-KINDS: dict[str, type | tuple[type, ...]] = {
+Kinds = dict[str, type | tuple[type, ...]]  # entry -> its type, if the entry is there
+KINDS: Kinds = {
     "model": dict,
     "model_args": dict,
     "optimizer": dict,
@@ -82,55 +79,50 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint to `path`, with the hash of its content, atomically. Raises OSError."""
+    """Writes a checkpoint and its content hash to `path`, atomically. Raises OSError."""
     content = checkpoint.content()
-    whole = {"format": FORMAT, "sha256": content_hash(content), "content": content}
-    write_atomic(path, lambda file: torch.save(whole, file))
+    saved = {"format": FORMAT, "sha256": content_hash(content), "content": content}
+    write_atomic(path, lambda file: torch.save(saved, file))
 
 
-META_KINDS: dict[str, type | tuple[type, ...]] = {
-    "tokenizer": (str, type(None)),
-    "bpe": (str, type(None)),
-    "chars": str,
-    "vocab_size": int,
-    "bos_id": int,
-}
+OPTIONAL_STR = (str, type(None))
+META_KINDS: Kinds = {"tokenizer": OPTIONAL_STR, "bpe": OPTIONAL_STR, "chars": str, "vocab_size": int, "bos_id": int}
 
 
 def is_meta(data: object) -> bool:
-    """True for a dict that can be a meta.json, or is empty."""
+    """True for an empty dict, or one that can be a meta.json."""
     if not isinstance(data, dict) or (data and "vocab_size" not in data):
         return False
     return all(isinstance(data[key], kind) for key, kind in META_KINDS.items() if key in data)
 
 
 def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
-    """The Checkpoint of a file's dict, if every entry is what its readers take it for. Raises UserError."""
-    known = {key: content[key] for key in KINDS if content.get(key) is not None}
+    """The Checkpoint of a file's dict. Raises UserError if an entry has the wrong type."""
+    entries = {key: content[key] for key in KINDS if content.get(key) is not None}
     for key, kind in KINDS.items():
-        if not isinstance(known.get(key), kind) and (key in known or key in ("model", "model_args")):
+        if not isinstance(entries.get(key), kind) and (key in entries or key in ("model", "model_args")):
             name = kind.__name__ if isinstance(kind, type) else "number"
-            raise UserError(f"{path} is no checkpoint: its entry {key} is not a {name}")
-    for name, tensor in known["model"].items():
+            raise UserError(f"{path} is not a checkpoint: its entry {key} is not a {name}")
+    for name, tensor in entries["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise UserError(f"{path} is no checkpoint: its weight {name!r} is not a plain tensor")
-    dataset, data = known.get("config", {}).get("dataset", ""), known.get("data", {})
+            raise UserError(f"{path} is not a checkpoint: its weight {name!r} is not a plain tensor")
+    dataset, data = entries.get("config", {}).get("dataset", ""), entries.get("data", {})
     if not isinstance(dataset, str) or not is_meta(data):
-        raise UserError(f"{path} is no checkpoint: its description of the data does not make sense")
-    return Checkpoint(**known, extra={key: value for key, value in content.items() if key not in KINDS})
+        raise UserError(f"{path} is not a checkpoint: its description of the data is malformed")
+    return Checkpoint(**entries, extra={key: value for key, value in content.items() if key not in KINDS})
 
 
-def _of_nanogpt(content: dict[str, Any], path: Path) -> Checkpoint:
-    """The Checkpoint of nanoGPT's dict, its weights by our names. Raises UserError."""
-    found = _checked({"step": content.get("iter_num"), **content}, path)
-    return dataclasses.replace(found, model=convert.from_nanogpt(found.model), maker="nanoGPT")
+def _from_nanogpt(content: dict[str, Any], path: Path) -> Checkpoint:
+    """The Checkpoint of nanoGPT's dict, with our names for its weights. Raises UserError."""
+    checkpoint = _checked({"step": content.get("iter_num"), **content}, path)
+    return dataclasses.replace(checkpoint, model=convert.from_nanogpt(checkpoint.model), maker="nanoGPT")
 
 
 def load(path: str | Path) -> Checkpoint:
-    """The Checkpoint in a file, or in the ckpt.pt of a folder, written by `save` or by nanoGPT; on the CPU.
+    """Loads the Checkpoint in a file, or in the ckpt.pt of a folder, that `save` or nanoGPT wrote. On the CPU.
 
-    Never executes what the file holds (`weights_only=True`). Raises UserError if it is missing, not a checkpoint,
-    damaged, or holds anything but tensors and plain Python.
+    Never runs code from the file (`weights_only=True`). Raises UserError if it is missing, not a checkpoint, damaged,
+    or has anything but tensors and plain Python.
     """
     path = Path(path)
     if path.is_dir():
@@ -138,21 +130,25 @@ def load(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on odd files: the error below says it all
-            whole = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of odd files; our error says enough
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         todo = "restore it from a copy or train again"
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = "it holds more than tensors and plain Python, and nothing in it was executed"
-            todo = f"the first is {named[1]}" if named else todo
-            todo += "; save it again with float(number) for NumPy's" if named and "numpy" in named[1] else ""
+            match = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = "it has more than tensors and plain Python, and nothing in it was executed"
+            todo = f"the first is {match[1]}" if match else todo
+            todo += (
+                "; save it again with float(number) in place of NumPy's numbers"
+                if match and "numpy" in match[1]
+                else ""
+            )
         raise UserError(f"cannot read checkpoint {path}: {reason}; {todo}") from None
-    if isinstance(whole, dict) and whole.get("format") == FORMAT and isinstance(whole.get("content"), dict):
-        if content_hash(whole["content"]) != whole.get("sha256"):
+    if isinstance(saved, dict) and saved.get("format") == FORMAT and isinstance(saved.get("content"), dict):
+        if content_hash(saved["content"]) != saved.get("sha256"):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")
-        return _checked(whole["content"], path)
-    if isinstance(whole, dict) and {"model", "model_args"} <= whole.keys():
-        return _of_nanogpt(whole, path)
+        return _checked(saved["content"], path)
+    if isinstance(saved, dict) and {"model", "model_args"} <= saved.keys():
+        return _from_nanogpt(saved, path)
     raise UserError(f"{path} is neither a checkpoint of train.py nor of nanoGPT")

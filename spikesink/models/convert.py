@@ -1,4 +1,4 @@
-"""Other people's weights: nanoGPT, GPT-2 and Llama <-> ours."""
+"""Converts weights between our GPT and nanoGPT, GPT-2 or Llama."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ State = Mapping[str, Tensor]  # a state dict
 
 
 class Weights(NamedTuple):
-    """A model of ours: the fields of GPTConfig that differ from its defaults, and its state dict."""
+    """A model in our format: the fields of GPTConfig that differ from its defaults, and its state dict."""
 
     model_args: dict[str, Any]
     model: dict[str, Tensor]
@@ -26,9 +26,9 @@ GPT2_NAMES = {
     ".mlp.f.c_": ".mlp.c_",
 }
 WRAPPERS = re.compile(r"^((module|_orig_mod|model)\.)+")
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # transformers holds the transpose of nn.Linear's weight
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # transformers stores these transposed
 
-# our module in block i -> Llama's in layer i, stacked along the outputs
+# our module in block i -> Llama's modules in layer i, whose weights are stacked along the outputs
 LLAMA_LAYER = {
     "attn.norm_before": ("input_layernorm",),
     "attn.f.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -45,14 +45,8 @@ LLAMA_ENDS = {
 }
 
 # our activation -> transformers' name for it
-ACTIVATIONS = {
-    "gelu_tanh": "gelu_new",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "tanh": "tanh",
-    "relu2": "relu2",
-}
+SAME_NAMES = {name: name for name in ("gelu", "relu", "silu", "tanh", "relu2")}
+ACTIVATIONS = {"gelu_tanh": "gelu_new", **SAME_NAMES}
 SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 
 
@@ -62,26 +56,25 @@ def rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def activation_of(name: str) -> str:
-    """Our name of a transformers activation. Raises ValueError."""
-    known = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | SAME_ACTIVATION
-    if name not in known:
+    """Our name for a transformers activation. Raises ValueError."""
+    our_names = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | SAME_ACTIVATION
+    if name not in our_names:
         raise ValueError(f"activation function {name!r} has no counterpart here")
-    return known[name]
+    return our_names[name]
 
 
 # --------------------------------------------------------------------------------------------- theirs -> ours
 
 
 def from_nanogpt(state: State) -> dict[str, Tensor]:
-    """A state dict of nanoGPT by our names; one of ours as it is. What DDP, torch.compile and other trainers put before
-    the names is left out."""
+    """Gives a state dict of nanoGPT our names; ours stays as it is. Removes prefixes of DDP and torch.compile."""
     ours = {theirs: ours for ours, theirs in GPT2_NAMES.items()} | {"_orig_mod.": ""}
     masks = (".attn.bias", ".attn.masked_bias")  # causal-mask buffers
     return {rename(WRAPPERS.sub("", k), ours): v for k, v in state.items() if not k.endswith(masks)}
 
 
 def from_gpt2(config: Any, state: State) -> Weights:
-    """A model from a transformers GPT-2. Raises ValueError."""
+    """Converts a transformers GPT-2. Raises ValueError."""
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise ValueError("this GPT-2 changes the attention scaling, which has no counterpart here")
     args = {
@@ -100,7 +93,7 @@ def from_gpt2(config: Any, state: State) -> Weights:
 
 
 def from_llama(config: Any, state: State) -> Weights:
-    """A model from a transformers Llama. Raises ValueError."""
+    """Converts a transformers Llama. Raises ValueError."""
     rope = config.rope_parameters
     if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
         raise ValueError("this Llama scales its rope or has biases, which has no counterpart here")
@@ -124,9 +117,8 @@ def from_llama(config: Any, state: State) -> Weights:
     model = {ours: state[theirs] for ours, theirs in LLAMA_ENDS.items()}
     for i in range(config.num_hidden_layers):
         for ours, parts in LLAMA_LAYER.items():
-            model[f"transformer.h.{i}.{ours}.weight"] = torch.cat(
-                [state[f"model.layers.{i}.{p}.weight"] for p in parts]
-            )
+            weights = [state[f"model.layers.{i}.{part}.weight"] for part in parts]
+            model[f"transformer.h.{i}.{ours}.weight"] = torch.cat(weights)
     return Weights(args, model)
 
 
@@ -134,7 +126,7 @@ FAMILIES: dict[str, Callable[[Any, State], Weights]] = {"gpt2": from_gpt2, "llam
 
 
 def from_hf(source: nn.Module) -> Weights:
-    """A model from a transformers GPT2LMHeadModel or LlamaForCausalLM. Raises ValueError for any other."""
+    """Converts a transformers GPT2LMHeadModel or LlamaForCausalLM. Raises ValueError for any other model."""
     config: Any = source.config
     kind = config.model_type
     if kind not in FAMILIES:
@@ -145,14 +137,14 @@ def from_hf(source: nn.Module) -> Weights:
 # ----------------------------------------------------------------------------------------------- ours -> ours
 
 
-def with_gates(state: State, wanted: State) -> dict[str, Tensor]:
-    """A state dict for a model that differs only in gates on its attention outputs: the same function of the tokens.
+def with_gates(state: State, gated: State) -> dict[str, Tensor]:
+    """A state dict for the same model with gates on its attention outputs, which computes the same logits.
 
-    `wanted`: that model's own state dict. With weights of 0 a gate of any kind is sigmoid(0) = 1/2, and twice the
-    weight of the projection behind it (its bias comes later) undoes that exactly.
+    `gated`: the state dict of the gated model. A gate with zero weights is sigmoid(0) = 1/2. Doubling the weight of
+    the projection behind it undoes that exactly (the bias is added later).
     """
-    new = {name: torch.zeros_like(value) for name, value in wanted.items() if ".gate.c_gate." in name} | dict(state)
-    for name in wanted.keys() - state.keys():
+    new = {name: torch.zeros_like(value) for name, value in gated.items() if ".gate.c_gate." in name} | dict(state)
+    for name in gated.keys() - state.keys():
         prefix, gate, kind = name.partition("gate.c_gate")
         if gate and kind == ".weight" and f"{prefix}c_proj.weight" in state:
             new[f"{prefix}c_proj.weight"] = 2 * state[f"{prefix}c_proj.weight"]
@@ -161,7 +153,7 @@ def with_gates(state: State, wanted: State) -> dict[str, Tensor]:
 
 # --------------------------------------------------------------------------------------------- ours -> theirs
 
-# what a model must be for the family to compute it: key -> value
+# settings that a model must have so that the family can compute it: key -> value
 GPT2_NEEDS: dict[str, Any] = {"position": "learned", "norm": "layernorm", "ffn": "plain", "n_kv_head": 0, "head_dim": 0}
 LLAMA_NEEDS: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "ffn": "gated", "bias": False}
 BOTH_NEED: dict[str, Any] = {
@@ -178,29 +170,20 @@ BOTH_NEED: dict[str, Any] = {
     "stream_clip": 0.0,
     "logit_cap": 0.0,
 }
-
-
-DEFAULTS: dict[str, Any] = {
-    "activation": "gelu",
-    "norm_eps": 1e-5,
-    "ffn_hidden": 0,
-    "tie": True,
-    "bias": False,
-    "dropout": 0.0,
-}
+DEFAULTS: dict[str, Any] = {"activation": "gelu", "norm_eps": 1e-5, "ffn_hidden": 0}
+DEFAULTS |= {"tie": True, "bias": False, "dropout": 0.0}
 
 
 def check_nanogpt(args: Args) -> None:
-    """Raises ValueError for settings of a nanoGPT checkpoint that nanoGPT does not have: its fork computes something
-    else, and its code is not at hand to compare with."""
-    known = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    other = [f"{key}={value}" for key, value in args.items() if key not in known and value]
+    """Raises ValueError for settings that nanoGPT does not have. Such a checkpoint is a fork's, whose code we lack."""
+    known_keys = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    other = [f"{key}={value}" for key, value in args.items() if key not in known_keys and value]
     if other:
         raise ValueError(f"nanoGPT's model has no {', '.join(other)}")
 
 
 def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
-    """(transformers config, state dict) of a GPT-2 that computes the same logits."""
+    """Returns (transformers config, state dict) of a GPT-2 with the same logits."""
     from transformers import GPT2Config
 
     same = ("n_layer", "n_head", "n_embd", "vocab_size")
@@ -218,14 +201,14 @@ def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     )
     model = {rename(k, GPT2_NAMES): v.T.contiguous() if CONV1D.search(k) else v for k, v in state.items()}
     for name in [name for name in model if name.endswith(".weight") and not args["bias"]]:
-        outputs = model[name].size(-1)  # GPT-2 always has biases: ours are zero
+        outputs = model[name].size(-1)  # GPT-2 always has biases, so we set them to zero
         if re.search(r"\.(ln_1|ln_2|ln_f|c_attn|c_proj|c_fc)\.", name):
             model[name.removesuffix("weight") + "bias"] = torch.zeros(outputs)
     return config, model
 
 
 def to_llama(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
-    """(transformers config, state dict) of a Llama that computes the same logits."""
+    """Returns (transformers config, state dict) of a Llama with the same logits."""
     from transformers import LlamaConfig
 
     head_dim = args["head_dim"] or args["n_embd"] // args["n_head"]
@@ -258,18 +241,16 @@ def to_llama(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
 
 
 def to_hf(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
-    """(transformers config, state dict) of the GPT-2 or Llama with the same logits.
+    """Returns (transformers config, state dict) of the GPT-2 or Llama with the same logits.
 
-    `args` are GPTConfig's fields; those that nanoGPT does not have are GPT-2's. Raises ValueError naming what neither
-    family computes.
+    `args` are fields of GPTConfig; missing ones are as in GPT-2. Raises ValueError that names what the family lacks.
     """
     args = {**BOTH_NEED, **GPT2_NEEDS, **DEFAULTS, **args}
-    family, needs, convert = (
-        ("Llama", LLAMA_NEEDS, to_llama) if args["position"] == "rope" else ("GPT-2", GPT2_NEEDS, to_gpt2)
-    )
-    other = [f"{k}={args[k]} (it has {v})" for k, v in {**needs, **BOTH_NEED}.items() if args[k] != v]
-    free = [key for key in ("head_dim", "n_kv_head", *DEFAULTS) if key not in needs]
-    other += [f"{key}={args[key]}" for key in free if re.search(r"[\s*(]", str(args[key]))]  # written layer by layer
+    llama, gpt2 = ("Llama", LLAMA_NEEDS, to_llama), ("GPT-2", GPT2_NEEDS, to_gpt2)
+    family, required, convert = llama if args["position"] == "rope" else gpt2
+    other = [f"{k}={args[k]} (it has {v})" for k, v in {**required, **BOTH_NEED}.items() if args[k] != v]
+    free = [key for key in ("head_dim", "n_kv_head", *DEFAULTS) if key not in required]
+    other += [f"{key}={args[key]}" for key in free if re.search(r"[\s*(]", str(args[key]))]  # a value per layer
     if args["activation"] not in ACTIVATIONS:
         other.append(f"activation={args['activation']}")
     if other:

@@ -1,8 +1,8 @@
-"""A checkpoint as a Hugging Face folder: config.json, model.safetensors and, where it has one, the tokenizer.
+"""Exports a checkpoint as a Hugging Face folder: config.json, model.safetensors and, if there is one, the tokenizer.
 
-For the arms that GPT-2 or Llama compute; others are refused with the reason. The logits are compared with those of
-the model.py that made the checkpoint, before the folder is put in place. Where training windows began with BOS, the
-tokenizer puts it there; what is known of the data goes into config.json, for `detect` to read the same sequences.
+We export the arms that GPT-2 or Llama can compute, and refuse others with a reason. Before the folder is put in place,
+its logits are compared with those of the model.py that made the checkpoint. If training windows began with BOS, the
+tokenizer adds it. The description of the data goes into config.json, so that `detect` reads the same sequences.
 """
 
 import tempfile
@@ -20,18 +20,18 @@ from . import convert, hf
 from .checkpoint import META_KINDS, Checkpoint, is_meta
 from .lab import open_lab
 
-DATA = "spikesink_data"  # in config.json: what the checkpoint says of its data, and "bos"
+DATA = "spikesink_data"  # key in config.json: the checkpoint's description of its data, and "bos"
 
 
 def trained_on(config: Any, bos_id: int | None) -> Meta:
-    """What the config of a folder that `export` wrote says of its data; empty where it says nothing that goes with a
-    tokenizer of this BOS (None: without one)."""
+    """The description of the data in the config of an exported folder. Empty if there is none, or if it has another
+    BOS than the tokenizer (`bos_id`; None for no tokenizer)."""
     meta: Any = getattr(config, DATA, None)
     return dict(meta) if is_meta(meta) and (bos_id is None or meta.get("bos_id") == bos_id) else {}
 
 
 def starts_with_bos(tokenizer: Any) -> Any:
-    """The transformers tokenizer, putting its BOS before every text."""
+    """Makes the transformers tokenizer put its BOS before every text."""
     from tokenizers import processors
 
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
@@ -55,7 +55,7 @@ def byte_tokenizer() -> Any:
 
 
 def gpt2_tokenizer(bpe: str | Path, size: int) -> Any:
-    """GPT-2's tokenizer from a file of BPE ranks: its first `size` ids, the last being <|endoftext|>."""
+    """GPT-2's tokenizer from a file of BPE ranks, with its first `size` ids; the last id is <|endoftext|>."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -66,21 +66,21 @@ def gpt2_tokenizer(bpe: str | Path, size: int) -> Any:
 
 
 def same_logits(content: Checkpoint, build: Callable[[Checkpoint], nn.Module], folder: Path) -> None:
-    """Raises UserError unless the model in a folder gives the logits of the one that `build` makes."""
+    """Raises UserError unless the model in a folder has the same logits as the one that `build` makes."""
     try:
         ours = build(content).eval()
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"cannot export: the model.py does not make this model: {hf.first_line(error)}") from None
+        raise UserError(f"cannot export: the model.py cannot build this model: {hf.first_line(error)}") from None
     args = content.model_args
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(args["vocab_size"], (2, min(args["block_size"], 256)), generator=generator)
     with torch.no_grad():
-        wanted, got = ours(ids)[0], hf.open_model(folder).eval()(ids).logits
-    difference, size = (got - wanted).abs().max().item(), wanted.abs().max().item()
+        expected, logits = ours(ids)[0], hf.open_model(folder).eval()(ids).logits
+    difference, size = (logits - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= 1e-4 * size:
         raise UserError(
             f"cannot export: the {folder.name} folder would compute something else than the model.py (logits of up to "
-            f"{size:.3g} are off by {difference:.3g}): what was changed there, transformers does not have"
+            f"{size:.3g} are off by {difference:.3g}), since transformers lacks a change that was made there"
         )
 
 
@@ -90,11 +90,10 @@ def export(
     bpe: str | Path | None = None,
     build: Callable[[Checkpoint], nn.Module] | None = None,
 ) -> str:
-    """Writes the folder, whole or not at all. Returns what became of the tokenizer, in words.
+    """Writes the folder, whole or not at all. Returns a phrase on its tokenizer.
 
-    `build`: a checkpoint -> the model that the folder must equal; None: by the model.py of the clone that this is
-    called in, and nanoGPT's by none. Raises UserError for what neither family computes, or a file of ranks that is not
-    there.
+    `build` makes the model that the folder must equal. By default the model.py of the current clone does; nanoGPT's
+    checkpoints are not compared. Raises UserError if neither family can compute the model, or `bpe` does not exist.
     """
     with extra("hf"):
         from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -112,8 +111,8 @@ def export(
             convert.check_nanogpt(content.model_args)
         config, state = convert.to_hf(content.model_args, content.model)
         config.bos_token_id = config.eos_token_id = meta.get("bos_id")
-        told = {key: meta[key] for key in (*META_KINDS, "python", "split") if key in meta and key != "bpe"}
-        setattr(config, DATA, {**told, "bos": bos} if told else {})
+        description = {key: meta[key] for key in (*META_KINDS, "python", "split") if key in meta and key != "bpe"}
+        setattr(config, DATA, {**description, "bos": bos} if description else {})
         kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
         model = hf.with_weights(kind, config, state)
     except RuntimeError as error:
@@ -125,15 +124,15 @@ def export(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / folder.name
-            model.save_pretrained(made)
+            path = Path(temporary) / folder.name
+            model.save_pretrained(path)
             if build:
-                same_logits(content, build, made)
+                same_logits(content, build, path)
             if meta.get("tokenizer") == "byte":
-                frame(byte_tokenizer()).save_pretrained(made)
+                frame(byte_tokenizer()).save_pretrained(path)
             elif meta.get("tokenizer") == "gpt2" and bpe:
-                frame(gpt2_tokenizer(bpe, meta["vocab_size"])).save_pretrained(made)
-            made.rename(folder)
+                frame(gpt2_tokenizer(bpe, meta["vocab_size"])).save_pretrained(path)
+            path.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
     if (folder / "tokenizer.json").exists():

@@ -1,7 +1,7 @@
-"""A model in training, watched and left as it is: where its stream passes, and its queries and keys.
+"""Views watch a model in training without changing it: its stream, and its queries and keys.
 
-Everything here only reads. The trial run that finds the taps of a transformers model restores what it touches, and
-the model's own attention function computes its attention throughout.
+Everything here only reads. The trial run that finds the taps of a transformers model restores all that it changes. The
+model's own attention function always computes its attention.
 """
 
 import contextlib
@@ -21,28 +21,29 @@ from .subject import SEAM, Seam, gpt_in, sub_layers_of
 
 
 class Part(NamedTuple):
-    """Sequences of one length in a batch: which of them, and which of its positions are tokens."""
+    """The sequences of one length in a batch."""
 
-    rows: slice
-    span: slice
+    rows: slice  # which sequences
+    span: slice  # which positions are tokens
 
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module to hook. `of`: (what it was called with, a Part) -> (seam, q (B, H, T, D), k), the part's."""
+    """An attention module to hook. `seam_inputs` gets the module's args and a Part, and returns that Part's
+    (seam, q (B, H, T, D), k)."""
 
     name: str
     module: nn.Module
-    of: Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]
+    seam_inputs: Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class View:
-    """What is watched of a model: taps of the stream (B, T, C) and its attention, perhaps none.
+    """The parts of a model that are watched: taps of the stream (B, T, C) and attention modules, if any.
 
-    `attended`: the taps whose stream some attention reads, as Subject has it; those that a user names all count.
-    `model`: what is called with the batch. `mask`: the argument in which a 2-D mask says what is padding. `around`:
-    makes a context in which the attention modules' hooks are called.
+    `model`: the module that is called with the batch. `attended`: the taps whose stream some attention reads; of taps
+    that a user names, all. `mask`: the name of the argument with a 2-D padding mask. `around`: makes the context
+    manager in which the hooks of the attention modules are called.
     """
 
     model: nn.Module
@@ -54,34 +55,32 @@ class View:
 
 
 def view_of(model: nn.Module, streams: Mapping[str, nn.Module] | None = None) -> View:
-    """The View of any model; `streams`, {name: module that returns the stream}, says where it is. Raises UserError."""
+    """The View of any model. `streams`, {name: module returning the stream}, replaces our search. Raises UserError."""
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
         raise compiled(model)
     if streams:
         return View(model, [Tap(-1, name, module) for name, module in streams.items()], attended=slice(None))
-    return of_gpt(model) or of_transformers(model) or of_blocks(model)
+    return gpt_view(model) or transformers_view(model) or blocks_view(model)
 
 
-def of_gpt(model: nn.Module) -> View | None:
-    """The View of the GPT of a model.py in `model`, or None."""
+def gpt_view(model: nn.Module) -> View | None:
+    """The View of the GPT of model.py in `model`, or None."""
     gpt = gpt_in(model)
     if gpt is None:
         return None
-    # sub-layers, not the taps inside them, which compiled code does not call
-    taps = [Tap(layer, kind, s, made=_sum_of(s)) for layer, kind, s in sub_layers_of(gpt)]
-    attends = [
-        Attention(tap.name, tap.module, _of_sub_layer(tap.module)) for tap in taps if hasattr(tap.module.f, "attend")
-    ]
+    # we hook the sub-layers, since compiled code does not call the modules inside them
+    taps = [Tap(layer, kind, s, compute=_sum_of(s)) for layer, kind, s in sub_layers_of(gpt)]
+    attends = [Attention(tap.name, tap.module, _qk_of(tap.module)) for tap in taps if hasattr(tap.module.f, "attend")]
     return View(gpt, [Tap(-1, "embedding", gpt.transformer.stream), *taps], attends)
 
 
 def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None:
-    """None where a sub-layer returns its sum. Where a norm follows on it, what makes the sum anew, as it is written and
-    not compiled, with dropout drawn anew: what the sub-layer made of it is not at hand."""
+    """None where a sub-layer returns its sum. Where a norm follows the sum, a function that computes the sum again. It
+    cannot reach the sum of the first pass, so it runs the uncompiled code, with a new dropout mask."""
     if isinstance(sub_layer.norm_after, nn.Identity):
         return None
 
-    def made(args: tuple, kwargs: dict[str, Any], output: Any) -> torch.Tensor:
+    def compute(args: tuple, kwargs: dict[str, Any], output: Any) -> torch.Tensor:
         sums: list[torch.Tensor] = []
         device = args[0].device.type
         cast = torch.is_autocast_enabled(device)
@@ -93,7 +92,7 @@ def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tens
             type(sub_layer).forward(sub_layer, *(_apart(arg) for arg in args), **kwargs)
         return sums[0]
 
-    return made
+    return compute
 
 
 def _apart(arg: Any) -> Any:
@@ -105,31 +104,31 @@ def _apart(arg: Any) -> Any:
     return copied
 
 
-def _of_sub_layer(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]:
-    """Queries and keys anew, from the stream that the sub-layer was called with: what it made of it is not at hand."""
+def _qk_of(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]:
+    """A function that computes queries and keys again from the sub-layer's input, as its own are out of reach."""
 
-    def of(args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
+    def seam_inputs(args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
         q, k, _ = sub_layer.f.qkv(sub_layer.norm_before(args[0][part.rows, part.span]))
         return sub_layer.f.attend, q, k
 
-    return of
+    return seam_inputs
 
 
 # ------------------------------------------------------------------------------------------------ transformers
 
 
 class OwnSeam(hf.HFSeam):
-    """The seam of an attention module whose own function, `own`, goes on computing its output."""
+    """The seam of an attention module whose own function still computes its output."""
 
-    own: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+    own_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-        """What the model's own function returns."""
-        assert bias is None  # nothing is edited where one only reads
-        return self.own(q, k, v)
+        """Returns the output of the model's own function."""
+        assert bias is None  # views only read
+        return self.own_attention(q, k, v)
 
-    def of(self, args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
-        """As Attention has it; the mask, too, is cut to the part."""
+    def seam_inputs(self, args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
+        """See Attention. The mask and the position bias are cut to the part, too."""
         rows, span = part
         cut = lambda x: x[rows if len(x) > 1 else slice(None), :, span if x.size(-2) > 1 else slice(None), span]
         seam = copy.copy(self)
@@ -139,14 +138,14 @@ class OwnSeam(hf.HFSeam):
 
 @contextlib.contextmanager
 def reading(seam_of: Callable[[nn.Module], "OwnSeam | None"]) -> Iterator[None]:
-    """Within, every attention module for which seam_of(module) is not None calls its function through that OwnSeam."""
+    """In the block, every attention module with an OwnSeam, seam_of(module), calls its function through that seam."""
     from transformers import AttentionInterface
 
     interface_class: Any = AttentionInterface
     get_interface = interface_class.get_interface
 
     def through_seams(interface: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        own = get_interface(interface, name, default)
+        own_attention = get_interface(interface, name, default)
 
         def function(
             module: nn.Module,
@@ -157,16 +156,16 @@ def reading(seam_of: Callable[[nn.Module], "OwnSeam | None"]) -> Iterator[None]:
             **kwargs: Any,
         ) -> Any:
             seam = seam_of(module)
-            call = lambda q, k, v: own(module, q, k, v, attention_mask, **kwargs)
-            if seam is None or name not in ("sdpa", "eager"):  # others have masks that are no tensors
+            call = lambda q, k, v: own_attention(module, q, k, v, attention_mask, **kwargs)
+            if seam is None or name not in ("sdpa", "eager"):  # masks of other implementations are not tensors
                 return call(query, key, value)
-            about = {key: kwargs.get(key) for key in ("scaling", "softcap", "position_bias", "is_causal")}
-            seam.set(module, attention_mask, **about, sinks=kwargs.get("s_aux", getattr(module, "sinks", None)))
-            seam.own = call
+            settings = {key: kwargs.get(key) for key in ("scaling", "softcap", "position_bias", "is_causal")}
+            seam.set(module, attention_mask, **settings, sinks=kwargs.get("s_aux", getattr(module, "sinks", None)))
+            seam.own_attention = call
             try:
                 return seam(query, key, value)
             finally:
-                del seam.own, seam.mask, seam.position_bias, seam.sinks  # nothing of the batch is kept
+                del seam.own_attention, seam.mask, seam.position_bias, seam.sinks  # free the batch
 
         return function
 
@@ -177,19 +176,19 @@ def reading(seam_of: Callable[[nn.Module], "OwnSeam | None"]) -> Iterator[None]:
         interface_class.get_interface = get_interface
 
 
-def of_transformers(model: nn.Module) -> View | None:
-    """The View of the transformers model in `model`, of an encoder-decoder its decoder; None where it cannot be had."""
-    found = hf.found_in(model)
-    if found is None:
+def transformers_view(model: nn.Module) -> View | None:
+    """The View of the transformers model in `model`; in an encoder-decoder, the decoder's. None if that fails."""
+    inner = hf.transformers_in(model)
+    if inner is None:
         return None
     try:
-        return _tried(found)
-    except Exception:  # models fail in their own ways, and their streams may be had all the same
+        return _try_view(inner)
+    except Exception:  # models fail in many ways, and their blocks can still be watched
         return None
 
 
 @torch.no_grad()
-def _tried(model: Any) -> View:
+def _try_view(model: Any) -> View:
     seams: dict[nn.Module, OwnSeam] = {}
 
     def make(module: nn.Module) -> OwnSeam:
@@ -205,40 +204,39 @@ def _tried(model: Any) -> View:
         with stack.watched():
             model(**inputs)
         taps = stack.taps()
-    attends = [Attention(tap.name, tap.module, tap.module.of) for tap in taps.attends if tap.kind == "attn"]
+    attends = [Attention(tap.name, tap.module, tap.module.seam_inputs) for tap in taps.attends if tap.kind == "attn"]
     mask = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     return View(model, taps.streams, attends, mask, lambda: reading(seams.get))
 
 
-# attributes of a module that hide its class's: seams, GPT-Neo's attention, and what torch.compile puts there
-OWN = (SEAM, "_attn", "_compiled_call_impl", "forward")
+# attributes that a module may have besides its class's: seams, GPT-Neo's attention, and compiled code
+PATCHED_ATTRIBUTES = (SEAM, "_attn", "_compiled_call_impl", "forward")
 
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the block the modes of a model's modules, their seams, their transformers configs (with the attention
-    implementation) and torch's random state are what they were before it, whatever was done to them within.
+    """Restores a model after the block: training modes, seams, transformers configs, and torch's random state.
 
-    Within, what was compiled in place (a model, or the sub-layers of a GPT of model.py) runs as it is written: compiled
-    code calls no hook.
+    In the block, a model (or a sub-layer of a GPT) that was compiled in place runs uncompiled, since compiled code
+    calls no hooks.
     """
     modules = list(model.modules())
     modes = [m.training for m in modules]
-    own = [{name: vars(m)[name] for name in OWN if name in vars(m)} for m in modules]
+    patches = [{name: vars(m)[name] for name in PATCHED_ATTRIBUTES if name in vars(m)} for m in modules]
     configs = [config for m in modules for config in _configs(getattr(m, "config", None))]
     settings = [dict(vars(config)) for config in configs]
     gpt = gpt_in(model)
     try:
         for module in modules:
             vars(module).pop("_compiled_call_impl", None)
-        for _, _, sub_layer in sub_layers_of(gpt) if gpt else ():  # others' forward may be accelerate's
+        for _, _, sub_layer in sub_layers_of(gpt) if gpt else ():  # other models may need accelerate's forward
             vars(sub_layer).pop("forward", None)
         with torch.random.fork_rng():
             yield
     finally:
-        for module, mode, attributes in zip(modules, modes, own, strict=True):
+        for module, mode, attributes in zip(modules, modes, patches, strict=True):
             module.training = mode
-            for name in OWN:
+            for name in PATCHED_ATTRIBUTES:
                 vars(module).pop(name, None)
             vars(module).update(attributes)
         for config, setting in zip(configs, settings, strict=True):
@@ -247,7 +245,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A transformers config and those within it, as they are: setting the outer one's attention sets theirs."""
+    """Yields a transformers config and its inner configs, as setting an attention implementation changes all."""
     if hasattr(config, "sub_configs"):
         yield config
         for name in config.sub_configs:
@@ -257,8 +255,8 @@ def _configs(config: Any) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------ any other
 
 
-def of_blocks(model: nn.Module) -> View:
-    """The View of a model whose blocks are the longest ModuleList that is in no other. Raises UserError without one."""
+def blocks_view(model: nn.Module) -> View:
+    """The View of a model whose blocks are its longest outermost ModuleList. Raises UserError without one."""
     lists = outermost_lists(model)
     if not lists:
         raise no_stream(model)
@@ -267,16 +265,16 @@ def of_blocks(model: nn.Module) -> View:
 
 
 def compiled(model: nn.Module) -> UserError:
-    """The UserError of a model whose modules are called by compiled code, which calls no hook."""
+    """The UserError for a model that is compiled as a whole, so that its hooks are not called."""
     return UserError(
-        f"{type(model).__name__} is compiled as a whole, where nothing can be watched: compile the forward of its "
-        "sub-layers, each by itself, as GPT.compile of model.py does"
+        f"{type(model).__name__} is compiled as a whole, so it cannot be watched: compile the forward of each "
+        "sub-layer by itself, as GPT.compile in model.py does"
     )
 
 
 def no_stream(model: nn.Module) -> UserError:
-    """The UserError of a model whose stream is not where it was looked for."""
+    """The UserError for a model whose stream was not found."""
     return UserError(
-        f"where the residual stream of {type(model).__name__} is cannot be told: name modules that return it, "
+        f"cannot find the residual stream of {type(model).__name__}: name modules that return it, "
         "(B, T, C), as Monitor(model, streams={'block 0': module, ...})"
     )

@@ -1,4 +1,4 @@
-"""The sequences a model is observed on: from a dataset's val split, a text file, or an array of ids."""
+"""Reads the sequences that a model is observed on, from a dataset's val split, a text file, or an array of ids."""
 
 import contextlib
 import dataclasses
@@ -19,60 +19,57 @@ from . import default_text
 from .token_files import Meta, TokenFile, Windows, other_ids
 from .tokenizers import END, NoTokenizer, TextTokenizer, n_bytes, split_documents, tokenizer_of
 
-DEFAULT_LENGTH = 64  # Gu et al.'s
+DEFAULT_LENGTH = 64  # as in Gu et al.
 SHORTEST = 8
-# tokenizers that cut this alike are taken for one
+# we take two tokenizers for the same if they split this text in the same way
 FINGERPRINT = (
     "Naïve quicksilver foxes, 12,345.67 of them: jumped over\n\tdef spikes(x):  return x**2  # 日本語, Ωμέγα 😀"
 )
-PADDING = -100  # stands in ids where there is no token
+PADDING = -100  # marks the positions in ids that have no token
 
 
 class Sequences(NamedTuple):
-    """Token ids (N, T), int64, PADDING where a shorter one has none; where they come from; whether BOS (or what the
-    tokenizer puts there) starts each."""
+    """The sequences of token ids, and their source."""
 
-    ids: torch.Tensor
-    name: str
-    bos: bool
+    ids: torch.Tensor  # int64 (N, T), with PADDING after a shorter sequence
+    name: str  # of the dataset or file
+    bos: bool  # every sequence starts with BOS, or with the special tokens that the tokenizer puts there
 
 
 Split = Callable[[str, int, bool], Windows]  # (name of a dataset, block_size, bos) -> its validation split
 
 
 def validation_split(name: str, block_size: int, bos: bool = False) -> Windows:
-    """The validation split of the default text, or of a dataset's folder. Raises UserError."""
+    """Opens the validation split of the default text, or of a dataset's folder. Raises UserError."""
     if name == default_text.NAME:
         return default_text.validation(block_size, bos)
     if Path(name).is_dir():
         return TokenFile(name, "val", block_size, bos)
-    raise UserError(f"there is no dataset {name!r} here: give --data FOLDER, which holds its val.bin, or --text FILE")
+    raise UserError(f"there is no dataset {name!r} here: give --data FOLDER, with a val.bin in it, or --text FILE")
 
 
 def bos_of(tokenizer: TextTokenizer, meta: Meta) -> int | None:
-    """The id of BOS; None where neither the tokenizer nor what is known of the data has one."""
+    """The id of BOS in the tokenizer or the description of the data; None if neither has one."""
     return getattr(tokenizer, "bos_id", meta.get("bos_id"))
 
 
 @dataclass
 class Reader:
-    """How a model reads text. `vocab_size`: ids that it takes; `block_size`: the longest sequence, or infinity."""
+    """Turns texts into the ids that a model reads."""
 
     tokenizer: TextTokenizer
-    meta: Meta  # of the data it was trained on: vocab_size and tokenizer; empty if unknown
-    dataset: str  # its default text
-    prefix_ids: tuple[int, ...]  # special tokens that start a sequence: (BOS,), BERT's ([CLS],), or none
-    suffix_ids: tuple[int, ...]  # and that end it: BERT's ([SEP],), T5's (</s>,), or none
-    block_size: float
-    vocab_size: int
+    meta: Meta  # describes the training data (vocab_size, tokenizer); empty if unknown
+    dataset: str  # the dataset that is read by default
+    prefix_ids: tuple[int, ...]  # special tokens before every sequence: (BOS,), BERT's ([CLS],), or none
+    suffix_ids: tuple[int, ...]  # and after it: BERT's ([SEP],), T5's (</s>,), or none
+    block_size: float  # length of the longest sequence, or infinity
+    vocab_size: int  # number of ids that the model takes
     split: Split = validation_split
-    special: bool = False  # special tokens that a text spells are read as these, not as text
+    special: bool = False  # read special tokens that a text spells as those tokens, not as plain text
 
     def starting(self, bos: bool | None) -> "Reader":
-        """This reader with BOS (or what the tokenizer puts there) before every sequence, or without; None: as it is.
-
-        Raises UserError where there is no BOS.
-        """
+        """This reader with special tokens before every sequence (True), without them (False), or as it is (None).
+        Raises UserError if the tokenizer has no BOS."""
         if bos is None or bos == bool(self.prefix_ids):
             return self
         if not bos:
@@ -83,22 +80,20 @@ class Reader:
         return dataclasses.replace(self, prefix_ids=(bos_id,))
 
     def opened(self) -> tuple["Reader", str]:
-        """This reader with a token before every text, and words on it: what stands there already, or else the separator
-        of documents, or BOS. Without any the first token of a text cannot be scored, and the words say so."""
-        before, words = self.prefix_ids, "which starts every text"
-        if not before:
+        """This reader with a token before every text, so that its first token can be scored, and a phrase on it. That
+        token is the prefix, else the separator of documents or BOS. The phrase also says if there is none of these."""
+        prefix_ids, words = self.prefix_ids, "which starts every text"
+        if not prefix_ids:
             separator = self.separator_id
             if separator is None:
                 return self, "without the first, as the vocabulary has nothing to put before it"
-            before, words = (separator,), "put before every sentence"
-        shown = "".join(map(self.tokenizer.decode, before))
-        return dataclasses.replace(self, prefix_ids=before), f"that of the first after {shown}, {words}"
+            prefix_ids, words = (separator,), "put before every sentence"
+        shown = "".join(map(self.tokenizer.decode, prefix_ids))
+        return dataclasses.replace(self, prefix_ids=prefix_ids), f"that of the first after {shown}, {words}"
 
-    def sequences(self, options: Options, wanted: int) -> Sequences:
-        """The sequences that `options` (data, text, tokens, seq_len, n_seq) ask for, at most `wanted` of them.
-
-        Fewer only where n_seq was not given. Raises UserError.
-        """
+    def sequences(self, options: Options, max_sequences: int) -> Sequences:
+        """Reads at most `max_sequences` sequences, as `options` (data, text, tokens, seq_len, n_seq) say. Raises
+        UserError, also if there are fewer and n_seq is set."""
         tokens, seq_len = options.tokens, options.seq_len
         if tokens is not None:
             name = str(tokens) if isinstance(tokens, (str, Path)) else "tokens"
@@ -108,100 +103,99 @@ class Reader:
             check_length(seq_len, self.block_size)
             if options.text is not None:
                 name = str(options.text)
-                ids = self.of_text(read_text(options.text), name, seq_len)
+                ids = self.text_sequences(read_text(options.text), name, seq_len)
             else:
                 name = self.dataset if options.data is None else options.data
-                ids = self.of_dataset(name, seq_len, wanted)
+                ids = self.dataset_sequences(name, seq_len, max_sequences)
                 name = default_text.titled(name, self.split(name, seq_len, False).meta, self.meta)
         check_length(ids.size(1), self.block_size)
         self.check_ids(ids, name)
-        if options.n_seq and len(ids) < wanted:
-            raise UserError(f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {wanted} needed")
+        if options.n_seq and len(ids) < max_sequences:
+            raise UserError(
+                f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {max_sequences} needed"
+            )
         start = torch.tensor(self.prefix_ids, dtype=torch.int64)
         if not (ids[:, : len(start)] == start).all():
             bos = self.tokenizer.decode(int(start[0]))
             say_once(f"{name}: not every sequence starts with {bos}, as the model's text does")
-        ids = ids if tokens is not None and not options.n_seq else ids[:wanted]
+        ids = ids if tokens is not None and not options.n_seq else ids[:max_sequences]
         return Sequences(ids, name, bool(self.prefix_ids) and tokens is None)
 
     def check_ids(self, ids: torch.Tensor, name: object) -> None:
-        """Raises UserError for ids that the model's embedding does not have, as those of tokens added later may be."""
+        """Raises UserError for ids outside the model's embedding. Tokens that were added later can have such ids."""
         real = ids[ids != PADDING]
         if real.min() < 0 or real.max() >= self.vocab_size:
             worst = int(real.min() if real.min() < 0 else real.max())
             raise UserError(f"{name} holds token {worst}, outside the vocabulary of {self.vocab_size}")
 
-    def ordinary(self, options: Options, wanted: int) -> Sequences:
-        """Up to `wanted` sequences of the text that is read by default; where that is not at hand, of Python's
-        documentation. Raises UserError."""
+    def ordinary(self, options: Options, max_sequences: int) -> Sequences:
+        """Up to `max_sequences` of the default dataset, or if that fails of Python's text. Raises UserError."""
         plain = dataclasses.replace(options, data=None, text=None, tokens=None, n_seq=None)
         try:
-            return self.sequences(plain, wanted)
+            return self.sequences(plain, max_sequences)
         except UserError:
-            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), wanted)
+            return self.sequences(dataclasses.replace(plain, data=default_text.NAME), max_sequences)
 
-    def of_dataset(self, name: str, seq_len: int, wanted: int) -> torch.Tensor:
-        """Up to `wanted` sequences from all over the val split: its windows, or their text encoded anew.
-
-        Raises UserError if the dataset has another vocabulary and no tokenizer is at hand to translate.
-        """
+    def dataset_sequences(self, name: str, seq_len: int, max_sequences: int) -> torch.Tensor:
+        """Reads up to `max_sequences`, evenly spaced in the val split: its windows, or their text encoded again.
+        Raises UserError if the dataset has another vocabulary and there is no tokenizer to translate it."""
         data = self.split(name, seq_len, False)
         other = other_ids(data.meta, self.meta)
         same_ids = bool(self.meta) and not other
         if same_ids and self.prefix_ids:
             data = self.split(name, seq_len, True)
-        # a text that is encoded anew is taken from 8 tokens of the dataset for one of the model: none of it twice
-        count = min(wanted, data.n_windows if same_ids else max(1, len(data.tokens) // (8 * seq_len) - 1))
+        # text that is encoded again gets 8 tokens of the dataset per token of the model, and is never used twice
+        count = min(max_sequences, data.n_windows if same_ids else max(1, len(data.tokens) // (8 * seq_len) - 1))
         windows = np.arange(count) * (data.n_windows - 1) // max(1, count - 1)
         if same_ids:
-            self._say_what_is_unsure(name, data.meta)
+            self._warn_if_unsure(name, data.meta)
             return data.read(windows)[0]
         text_of = getattr(tokenizer_of(data.meta), "text", None)
         if text_of is None or isinstance(self.tokenizer, NoTokenizer):
             raise UserError(
                 f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}"
                 + (f" ({other})" if other else "")
-                + ", and no tokenizer is at hand to translate; give ids with --tokens FILE.npy"
+                + ", and there is no tokenizer to translate; give ids with --tokens FILE.npy"
             )
         if other:
-            say_once(f"{name} holds other ids than the model's ({other}): its text is encoded anew")
-        # from the same places, long enough if a token of the model is up to 8 of the dataset's
+            say_once(f"{name} has other ids than the model ({other}): its text is encoded again")
+        # the text comes from the same places
         starts = np.minimum(windows * seq_len, len(data.tokens) - 8 * seq_len).clip(0)
         texts = [text_of(data.tokens[start : start + 8 * seq_len]) for start in starts]
-        return torch.cat([self.of_text(text, name, seq_len)[:1] for text in texts])
+        return torch.cat([self.text_sequences(text, name, seq_len)[:1] for text in texts])
 
-    def _say_what_is_unsure(self, name: str, meta: Meta) -> None:
-        """A line where ids that are read as they are may not be what they seem."""
+    def _warn_if_unsure(self, name: str, meta: Meta) -> None:
+        """Prints a warning if the ids may be of another tokenizer, or the text may have changed since training."""
         if name != self.dataset and meta.get("tokenizer") is None:
-            say_once(f"neither {name} nor the model says of which tokenizer it is: their ids are taken to be the same")
+            say_once(f"neither {name} nor the model names its tokenizer: we assume that their ids are the same")
         counts = [(key, meta[key], self.meta[key]) for key in meta.keys() & self.meta.keys() if key.endswith("_tokens")]
         changed = next((f"{key} is {now:,}, was {then:,}" for key, now, then in sorted(counts) if now != then), None)
         if name == self.dataset and "python" not in meta and changed:
-            say_once(f"{name} is not what the model was trained on ({changed}): it may have seen some of this text")
+            say_once(f"{name} has changed since training ({changed}): the model may have seen some of this text")
 
     @property
     def separator_id(self) -> int | None:
-        """What stands between documents; None where the vocabulary has nothing for it."""
-        found = getattr(self.tokenizer, "separator_id", bos_of(self.tokenizer, self.meta))
-        return found if found is not None and 0 <= found < self.vocab_size else None
+        """The id between documents; None if the vocabulary has none."""
+        separator = getattr(self.tokenizer, "separator_id", bos_of(self.tokenizer, self.meta))
+        return separator if separator is not None and 0 <= separator < self.vocab_size else None
 
     def encoded(self, text: str, name: str) -> torch.Tensor:
-        """int64 ids of a text (K,), without what is put around it.
+        """int64 ids (K,) of a text, without prefix and suffix.
 
-        As in preparing data, a line <|endoftext|> ends a document, after which the separator stands. Other special
-        tokens that the text spells are text, and are counted and said; with `special` they are these tokens, and those
-        that would be put around the text anyway are not there twice.
+        As in prepared data, a line <|endoftext|> ends a document, and becomes the separator. Other special tokens that
+        the text spells are read as text, with a warning. With `special` they are read as tokens, and a prefix or suffix
+        that the text spells is removed.
         """
         lines = [*io.StringIO(text)]
         separated = any(line.strip() == END for line in lines)
         documents = [d for d in split_documents(lines) if d.strip()] if separated else [text]
-        after = [self.separator_id] if separated else []
-        ids = [i for document in documents for i in [*self._encode(document), *after] if i is not None]
+        separators = [self.separator_id] if separated else []
+        ids = [i for document in documents for i in [*self._encode(document), *separators] if i is not None]
         special: dict[str, int] = getattr(self.tokenizer, "special_ids", {})
         spelled = {word: n for word in special if (n := sum(document.count(word) for document in documents))}
         if spelled and not self.special:
             words = ", ".join(f"{word} {n} times" for word, n in spelled.items())
-            say_once(f"{name} spells special tokens, {words}: read as text; --special reads them as the tokens")
+            say_once(f"{name} spells special tokens, {words}: they are read as text; --special reads them as tokens")
         if self.special and ids[: len(self.prefix_ids)] == [*self.prefix_ids]:
             ids = ids[len(self.prefix_ids) :]
         if self.special and self.suffix_ids and ids[-len(self.suffix_ids) :] == [*self.suffix_ids]:
@@ -213,31 +207,31 @@ class Reader:
         longest_first = "|".join(re.escape(word) for word in sorted(special, key=len, reverse=True))
         parts = re.split(f"({longest_first})", text) if special else [text]
         texts = [part for part in parts if part and part not in special]
-        plain = iter(self.tokenizer.encode(texts) if texts else [])  # transformers' break down on no text
+        plain = iter(self.tokenizer.encode(texts) if texts else [])  # transformers' tokenizers fail on no text
         return [int(i) for part in parts if part for i in ([special[part]] if part in special else next(plain))]
 
-    def of_text(self, text: str, name: str, seq_len: int) -> torch.Tensor:
-        """int64 ids (N, seq_len) of a text, cut into sequences. Raises UserError if it is too short."""
+    def text_sequences(self, text: str, name: str, seq_len: int) -> torch.Tensor:
+        """Cuts a text into sequences: int64 ids (N, seq_len). Raises UserError if it is too short."""
         ids = self.encoded(text, name)
-        taken = seq_len - len(self.prefix_ids) - len(self.suffix_ids)
-        n = len(ids) // taken
+        n_text = seq_len - len(self.prefix_ids) - len(self.suffix_ids)
+        n = len(ids) // n_text
         if n == 0:
             raise UserError(
-                f"{name} has {len(ids)} tokens, fewer than one sequence of {taken}: give a longer text, or a smaller "
+                f"{name} has {len(ids)} tokens, fewer than one sequence of {n_text}: give a longer text, or a smaller "
                 "--seq_len"
             )
-        return self.framed(ids[: n * taken].view(n, taken))
+        return self.framed(ids[: n * n_text].view(n, n_text))
 
     def prompt(self, text: str) -> torch.Tensor:
-        """int64 ids (1, T) of a prompt, with the special tokens around it. Raises UserError if there is none."""
+        """int64 ids (1, T) of a prompt, with prefix and suffix. Raises UserError if the model cannot read it."""
         if isinstance(self.tokenizer, NoTokenizer):
-            raise UserError("the model has no tokenizer at hand, so a prompt cannot be read; give ids with --tokens")
+            raise UserError("the model has no tokenizer here, so it cannot read a prompt; give ids with --tokens")
         ids = self.encoded(text, "the prompt")
         if not len(ids):
             raise UserError("the prompt is empty")
         framed = self.framed(ids[None])
         if framed.size(1) < 2:
-            raise UserError("the prompt is one token; two are needed")
+            raise UserError("the prompt is one token; it needs two")
         if framed.size(1) > self.block_size:
             raise UserError(f"the prompt's {framed.size(1)} tokens are more than the model's {self.block_size}")
         self.check_ids(framed, "the prompt")
@@ -245,19 +239,19 @@ class Reader:
 
     @property
     def fingerprint(self) -> str | None:
-        """What tells the tokenizer from others, by how it cuts a text; None where none is at hand."""
+        """A hash of how the tokenizer splits FINGERPRINT; None if it cannot encode text."""
         with contextlib.suppress(UserError):
             (ids,) = self.tokenizer.encode([FINGERPRINT])
             return hashlib.blake2b(repr([int(i) for i in ids]).encode(), digest_size=6).hexdigest()
         return None
 
     def predicted_bytes(self, ids: torch.Tensor, shift: int) -> int:
-        """Bytes of UTF-8 of the text of ids (N, T) that are predicted: without the first `shift` of each sequence. A
-        special token has none, and no id has any where no tokenizer is at hand."""
+        """The number of UTF-8 bytes in the predicted text: ids (N, T) without the first `shift` of each sequence.
+        Special tokens count 0 bytes, and so does every id of a model without a tokenizer."""
         if type(self.tokenizer) is NoTokenizer:
             return 0
-        named = getattr(self.tokenizer, "special_ids", {}).values()
-        special = {*named, *self.prefix_ids, *self.suffix_ids, bos_of(self.tokenizer, self.meta), PADDING}
+        special_ids = getattr(self.tokenizer, "special_ids", {}).values()
+        special = {*special_ids, *self.prefix_ids, *self.suffix_ids, bos_of(self.tokenizer, self.meta), PADDING}
         total = 0
         for row in ids.tolist():
             first = sum(i not in special for i in row[:shift])
@@ -265,30 +259,25 @@ class Reader:
         return total
 
     def framed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (N, T) between the special tokens."""
-        around = [
-            torch.tensor(special, dtype=torch.int64).expand(len(ids), -1)
-            for special in (self.prefix_ids, self.suffix_ids)
-        ]
-        return torch.cat((around[0], ids, around[1]), dim=1)
+        """ids (N, T) with the prefix before and the suffix after each row."""
+        repeated = lambda special: torch.tensor(special, dtype=torch.int64).expand(len(ids), -1)
+        return torch.cat((repeated(self.prefix_ids), ids, repeated(self.suffix_ids)), dim=1)
 
 
 def check_length(seq_len: int, block_size: float) -> None:
-    """Raises UserError for a sequence that the model cannot take, or that is too short to say anything."""
+    """Raises UserError for a sequence that is too long for the model, or too short to measure anything."""
     if seq_len > block_size:
         raise UserError(
-            f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}; take a --seq_len up "
-            "to that"
+            f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}; take a --seq_len "
+            "up to that"
         )
     if seq_len < SHORTEST:
         raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
 
 
 def ids_of_array(tokens: str | Path | np.ndarray | torch.Tensor, seq_len: int | None) -> torch.Tensor:
-    """int64 ids (N, T) of a tensor or a .npy file, padding moved to the end of each row.
-
-    Raises UserError if it is not a 2-D array of integers, or a row is too short.
-    """
+    """int64 ids (N, T) of a tensor or a .npy file, with all padding moved to the end of each row. Raises UserError if
+    it is not a 2-D array of integers, or if a row is too short."""
     path = tokens if isinstance(tokens, (str, Path)) else type(tokens).__name__
     if isinstance(tokens, torch.Tensor):
         tokens = tokens.numpy(force=True)
@@ -299,14 +288,14 @@ def ids_of_array(tokens: str | Path | np.ndarray | torch.Tensor, seq_len: int | 
     real = ids != PADDING
     if (real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)).max() > 1:
         raise UserError(
-            f"--tokens {path} has padding ({PADDING}) between tokens; it may only stand before or after them"
+            f"--tokens {path} has padding ({PADDING}) between tokens; padding may only come before or after them"
         )
     longest = min(seq_len or ids.size(1), int(real.sum(1).max()))
     ids = ids.gather(1, (~real).int().argsort(dim=1, stable=True))[:, :longest]
     shortest = int((ids != PADDING).sum(1).min())
     if shortest < SHORTEST <= ids.size(1):
         raise UserError(
-            f"--tokens {path} has a sequence of {shortest} tokens that are not padding ({PADDING}); at least {SHORTEST}"
+            f"--tokens {path} has a sequence of only {shortest} tokens without padding ({PADDING}); it needs {SHORTEST}"
         )
     return ids
 
@@ -315,16 +304,18 @@ def _load(path: str | Path) -> object:
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, EOFError):
-        raise UserError(f"cannot read --tokens {path}: it is no .npy file of integers; text goes with --text") from None
+        raise UserError(
+            f"cannot read --tokens {path}: it is not a .npy file of integers; for text use --text"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
 
 
 def read_text(path: str | Path) -> str:
-    """A text file. Raises UserError."""
+    """Reads a text file. Raises UserError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"cannot read {path}: it is no text in UTF-8") from None
+        raise UserError(f"cannot read {path}: it is not text in UTF-8") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Text <-> token ids: GPT-2's BPE, or bytes."""
+"""Tokenizers turn text into token ids and back: GPT-2's BPE, or bytes."""
 
 import itertools
 import re
@@ -15,26 +15,26 @@ from .token_files import Meta
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END = "<|endoftext|>"
 GPT2_SIZE = 50257
-
-
-Spans = list[tuple[int, int]]  # of each token: the characters [start, end) of the text that it stands for
+Spans = list[tuple[int, int]]  # for each token, the characters [start, end) of the text that it covers
 
 
 class TextTokenizer(Protocol):
-    """What the instruments need of a tokenizer. Some also have `bos_id`; `separator_id`, what stands between documents
-    if that is not `bos_id`; `special_ids`, {how a special token is written: its id}; `text(ids)`, an array of ids ->
-    text; `n_bytes(ids)`: see `n_bytes`; and `spans(texts)`: see `spans_of`."""
+    """The methods that every tokenizer has.
+
+    Some also have `bos_id`; `separator_id`, the id between documents if that is not `bos_id`; `special_ids`, {text of a
+    special token: its id}; `text(ids)`, an array of ids -> text; `n_bytes(ids)` and `spans(texts)`, for the functions
+    `n_bytes` and `spans_of`.
+    """
 
     def encode(self, texts: list[str]) -> Sequence[Sequence[int] | np.ndarray]:
-        """Texts -> their ids, without special tokens; one that is written in a text is text. Raises UserError where it
-        cannot."""
+        """Texts -> their ids, without special tokens. One that a text spells is read as text. Raises UserError."""
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes; id 256 begins a sequence and separates documents."""
+    """UTF-8 bytes. Id 256 begins a sequence and separates documents."""
 
     name, vocab_size, bos_id, bpe = "byte", 257, 256, None
 
@@ -63,11 +63,10 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE through tiktoken; its last id (<|endoftext|>) begins a sequence and separates documents.
+    """GPT-2's byte-level BPE from tiktoken. Its last id (<|endoftext|>) begins a sequence and separates documents.
 
-    `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once. A `vocab_size` below
-    GPT-2's keeps the first merges only, which are a BPE by themselves: for models too small for 50,257 embeddings.
-    Raises UserError.
+    `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once. A smaller `vocab_size` uses
+    only the first merges, which are a BPE, too, for models too small for 50,257 embeddings. Raises UserError.
     """
 
     name = "gpt2"
@@ -102,7 +101,7 @@ class GPT2Tokenizer:
             ) from None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """A list of strings -> a list of arrays of ids; special tokens in the text are plain text."""
+        """A list of strings -> a list of arrays of ids. Special tokens in the text are read as plain text."""
         return [np.array(ids, dtype=np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=4)]
 
     def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
@@ -111,7 +110,7 @@ class GPT2Tokenizer:
         return [spans_of_bytes(text, ids, length) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
     def decode(self, token: int) -> str:
-        """One id -> text to show; the ids that pad the vocabulary have none."""
+        """One id -> text to show. Ids that pad the vocabulary are shown as numbers."""
         return self.encoding.decode([token]) if token < self.vocab_size else f"<{token}>"
 
     def text(self, ids: np.ndarray) -> str:
@@ -124,11 +123,11 @@ class GPT2Tokenizer:
 
 
 class NoTokenizer:
-    """Ids whose text is not at hand: shown as numbers."""
+    """A tokenizer for ids whose text is unknown. They are shown as numbers."""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Raises UserError."""
-        raise UserError("this model's tokenizer is not at hand; give it ids with --tokens FILE.npy, or --bpe")
+        raise UserError("this model has no tokenizer here; give it ids with --tokens FILE.npy, or --bpe")
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
@@ -136,7 +135,7 @@ class NoTokenizer:
 
 
 class CharTokenizer(NoTokenizer):
-    """An alphabet listed in meta.json or nanoGPT's meta.pkl, as the synthetic data has."""
+    """One id per character, as listed in meta.json or nanoGPT's meta.pkl. Synthetic data uses it."""
 
     def __init__(self, chars: str, bos_id: int | None = None) -> None:
         self.chars, self.bos_id = chars, bos_id
@@ -147,27 +146,25 @@ class CharTokenizer(NoTokenizer):
 
 
 def spans_of(tokenizer: TextTokenizer, texts: list[str]) -> list[tuple[list[int], Spans]]:
-    """Of each text its ids, without special tokens, and the span of each. A token that holds a part of a character's
-    bytes stands for that character. Raises UserError for a tokenizer that does not tell."""
+    """For each text, (its ids without special tokens, the span of each id). A token with only some bytes of a character
+    covers that whole character. Raises UserError if the tokenizer cannot give spans."""
     spans = getattr(tokenizer, "spans", None)
     if spans is None:
-        tokenizer.encode([""])  # says why where there is no tokenizer at all
+        tokenizer.encode([""])  # NoTokenizer raises a clearer error
         raise UserError("the model's tokenizer does not tell which characters a token stands for")
     return spans(texts)
 
 
 def text_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
-    """ids (K,) -> text, as a whole where the tokenizer can, so that the bytes of a character come together; those that
-    are no character show as U+FFFD."""
-    whole = getattr(tokenizer, "text", None)
-    return whole(np.array(ids, dtype=np.int64)) if whole else "".join(map(tokenizer.decode, ids))
+    """ids (K,) -> text. If the tokenizer can, it decodes them together, so that the bytes of a character are joined;
+    invalid bytes become U+FFFD."""
+    decode_all = getattr(tokenizer, "text", None)
+    return decode_all(np.array(ids, dtype=np.int64)) if decode_all else "".join(map(tokenizer.decode, ids))
 
 
 def n_bytes(tokenizer: TextTokenizer, ids: Sequence[int], first: int = 0) -> int:
-    """How many bytes of UTF-8 the ids (K,), none of them special, stand for from number `first` on.
-
-    Exact for bytes and GPT-2's BPE. Others are asked for their text, in which a piece of a character is one byte.
-    """
+    """The number of UTF-8 bytes that the ids from index `first` on stand for. ids (K,) has no special tokens. It is
+    exact for bytes and GPT-2's BPE. For others we decode, and count a piece of a character as one byte."""
     exact = getattr(tokenizer, "n_bytes", lambda ids: None)(ids[first:])
     size = lambda ids: len(text_of(tokenizer, ids).replace("\ufffd", "?").encode("utf-8", "replace"))
     return size(ids) - size(ids[:first]) if exact is None else exact
@@ -175,12 +172,12 @@ def n_bytes(tokenizer: TextTokenizer, ids: Sequence[int], first: int = 0) -> int
 
 def spans_of_bytes(text: str, ids: np.ndarray, length: Callable[[int], int]) -> tuple[list[int], Spans]:
     """(ids, their spans), where a token stands for `length(token)` bytes of the text's UTF-8."""
-    of_byte = [i for i, c in enumerate(text) for _ in c.encode("utf-8", "replace")]
+    byte_to_character = [i for i, c in enumerate(text) for _ in c.encode("utf-8", "replace")]
     ends = itertools.accumulate(map(length, ids.tolist()), initial=0)
-    return ids.tolist(), [(of_byte[start], of_byte[end - 1] + 1) for start, end in itertools.pairwise(ends)]
+    return ids.tolist(), [(byte_to_character[a], byte_to_character[b - 1] + 1) for a, b in itertools.pairwise(ends)]
 
 
-# name -> tokenizer, made from (file of ranks, number of ids)
+# name -> function (file of ranks, number of ids) -> tokenizer
 TOKENIZERS: dict[str, Callable[..., ByteTokenizer | GPT2Tokenizer]] = {
     "byte": lambda bpe, vocab_size: ByteTokenizer(),
     "gpt2": GPT2Tokenizer,
@@ -188,12 +185,12 @@ TOKENIZERS: dict[str, Callable[..., ByteTokenizer | GPT2Tokenizer]] = {
 
 
 def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
-    """The tokenizer of a dataset's meta.json; NoTokenizer where it has none or it cannot be had here."""
+    """The tokenizer that a dataset's meta.json names; NoTokenizer if it names none, or if that cannot be loaded."""
     if meta.get("tokenizer") == "chars" and "chars" in meta:
         return CharTokenizer(meta["chars"], meta.get("bos_id"))
     if meta.get("tokenizer") not in TOKENIZERS:
         return NoTokenizer()
-    ids = min(meta.get("vocab_size", GPT2_SIZE), GPT2_SIZE)  # beyond it: padding
+    ids = min(meta.get("vocab_size", GPT2_SIZE), GPT2_SIZE)  # larger vocabularies are padded
     try:
         return TOKENIZERS[meta["tokenizer"]](bpe or meta.get("bpe"), ids)
     except UserError as error:
@@ -204,7 +201,7 @@ def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
 
 
 def same_tokens(a: TextTokenizer, b: TextTokenizer) -> bool | None:
-    """Whether two tokenizers make the same ids of a text; None where one of them cannot tell."""
+    """Whether two tokenizers give the same ids for a sample text; None if one of them cannot encode text."""
     text = ["The na\u00efve caf\u00e9 of 1990:\n\tdef price(x): return x"]
     try:
         return [*map(int, a.encode(text)[0])] == [*map(int, b.encode(text)[0])]
@@ -213,7 +210,7 @@ def same_tokens(a: TextTokenizer, b: TextTokenizer) -> bool | None:
 
 
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of an iterable of lines in which a line `<|endoftext|>` ends each; blanks around it do not count."""
+    """Yields the documents in these lines. A line `<|endoftext|>`, perhaps with blanks around it, ends a document."""
     document: list[str] = []
     for line in lines:
         if line.strip() == END:
@@ -227,8 +224,8 @@ def split_documents(lines: Iterable[str]) -> Iterator[str]:
 
 
 def visible(text: str) -> str:
-    """Token text with white space that can be seen, and without control characters; never empty."""
+    """Token text with visible symbols for white space, and without control characters. Never empty."""
     if not text:
         return "<empty>"
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+    visible_text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in visible_text)
