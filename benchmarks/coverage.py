@@ -68,7 +68,7 @@ def of_seeds(truth: Truth, rng: np.random.Generator, n: int, trial: int, middle:
     half, most = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5, 1.0 if kind == "share" else np.inf
     clipped = max(0.0, values.mean() - half), min(most, values.mean() + half)
     yield "not used: Student's t (of shares clipped)", covers(clipped, mean)
-    for start in (False, True)[: 1 + (n >= aggregate.LEAST_PAIRED)]:
+    for start in (False, True)[: 1 + (n >= aggregate.MIN_SEEDS_PAIRED)]:
         how = ", paired" if start else ""
         found = aggregate.difference(arm, base, kind, start)
         yield f"difference{how}", covers(found.ci95 if found else None, float(kind == "log"))

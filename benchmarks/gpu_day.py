@@ -39,7 +39,7 @@ from spikesink.errors import Flags, UserError, cli
 from spikesink.files import rows_of
 from spikesink.text.token_files import TokenFile, meta_of
 from studies.jobs import Job, Study, code_version, plan
-from studies.runs.run import OF_A_RUN, describe_machine, do_run, read_json
+from studies.runs.run import RUN_FILES, describe_machine, do_run, read_json
 from tests import gpu_checks
 from train import ROOT, provenance
 from trainer.checkpoints import Checkpoints
@@ -177,21 +177,21 @@ def arm(day: Day, name: str) -> Facts:
         path, asked = str(job.folder / "ckpt.pt"), (study.seq_len, study.n_seq)
         facts[command] = bench.command_job(bench.Memory(), command, path, *asked)()  # the whole command, once
     Checkpoints(job.folder).clear()
-    for file in filter(Path.is_file, (job.folder / name for name in OF_A_RUN)):
+    for file in filter(Path.is_file, (job.folder / name for name in RUN_FILES)):
         files.save_bytes(day.results / name / file.name, file.read_bytes())
     return {**facts, "row": read_json(job.folder / "row.json")}
 
 
 def draw(day: Day) -> Facts:
     """The table of the arms, their page and figures. Takes no GPU, and the rows of other machines from the results."""
-    from study import Asked, write_results
+    from study import Request, write_results
 
     study, jobs = day.study()
     for job in jobs:
         if not (job.folder / "row.json").exists() and (kept := day.results / job.arm / "row.json").exists():
             files.save_bytes(job.folder / "row.json", kept.read_bytes())
     command, drawn = "python -m benchmarks.gpu_day", str(day.out / "drawn")
-    asked = Asked(keep_code=True, name="arms", out=drawn, results=str(day.results), command=command)
+    asked = Request(keep_code=True, name="arms", out=drawn, results=str(day.results), command=command)
     asked.runs_folder.mkdir(parents=True, exist_ok=True)
     table = write_results(study, jobs, asked, last=True)
     shutil.copytree(asked.runs_folder / "figures", asked.table_folder / "figures", dirs_exist_ok=True)
