@@ -299,7 +299,7 @@ def markdown(plan: Plan, results: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.power`, commit {results['commit']}, torch {torch.__version__}.",
         f"The spike rule: {PRIMARY.text}.",
-        f"Streams are random tensors of {TOKENS} tokens. Half define what is usual, half are judged; {plan.seeds} seeds.",
+        f"Streams are random tensors of {TOKENS} tokens. Half define the usual, half are judged; {plan.seeds} seeds.",
         f"Sinks and verdicts are of random models: {plan.seeds} seeds x {N} sequences, each with a planted token.",
         "",
         "![power](power.png)",
