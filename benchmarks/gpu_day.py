@@ -163,8 +163,7 @@ def together(day: Day) -> Facts:
 
 
 def arm(day: Day, name: str) -> Facts:
-    """Trains, detects and ablates an arm, and keeps its small files. If the time does not suffice, training saves a
-    checkpoint and stops 30 seconds before the end."""
+    """Trains and measures an arm, and keeps its small files. Training that takes too long saves and stops in time."""
     study, jobs = day.study()
     job = jobs[list(ARMS).index(name)]
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # ignored except while training, which handles it
@@ -175,10 +174,8 @@ def arm(day: Day, name: str) -> Facts:
     timer.cancel()
     facts = {"tokens": job.tokens, "epochs": job.tokens / meta_of(day.out / "data")["train_tokens"]}
     for command in ("detect", "ablate") if name == "pre" and job.folder.joinpath("ckpt.pt").exists() else ():
-        run_command = bench.command_job(
-            bench.Memory(), command, str(job.folder / "ckpt.pt"), study.seq_len, study.n_seq
-        )
-        facts[command] = run_command()
+        arguments = command, str(job.folder / "ckpt.pt"), study.seq_len, study.n_seq
+        facts[command] = bench.command_job(bench.Memory(), *arguments)()
     Checkpoints(job.folder).clear()
     for file in filter(Path.is_file, (job.folder / name for name in RUN_FILES)):
         files.save_bytes(day.results / name / file.name, file.read_bytes())
@@ -202,10 +199,7 @@ def draw(day: Day) -> Facts:
 
 
 def pack(dataset: str, path: Path, mib: float) -> None:
-    """Writes as many tokens of a prepared dataset as fit into `mib` MiB, compressed by lzma.
-
-    The content is a line of JSON, the validation tokens and the training tokens.
-    """
+    """Packs a prepared dataset into at most `mib` MiB by lzma: a line of JSON, validation and training tokens."""
     source, step = folder_of(dataset), 2**16
     meta = {key: value for key, value in meta_of(source).items() if key not in ("bpe", "files")}
     val, train = (TokenFile(source, split, 1).tokens[:n] for split, n in (("val", 2**19), ("train", None)))

@@ -46,6 +46,7 @@ class Model:
 
 BLUORION = "bluorion, refine_massive_activations"
 GU = "Gu et al. 2410.10781, quoted"
+AUDIT, PYTHIA_AUDIT = "Rahulrayy's audit", "Pythia audit"
 MODELS = (
     Model(
         "gpt2",
@@ -70,10 +71,10 @@ MODELS = (
     Model("gemma-3-270m", "google/gemma-3-270m"),
     Model("gemma-2-2b", "google/gemma-2-2b", "none without BOS, 728 to 2544 with", BLUORION),
     Model("olmo-2-7b", "allenai/OLMo-2-1124-7B", "none by Sun et al.'s rule", BLUORION),
-    Model("pythia-70m", "EleutherAI/pythia-70m", "heads with BOS score >= .5: 0%", "Pythia audit"),
-    Model("pythia-160m", "EleutherAI/pythia-160m", "heads with BOS score >= .5: 23%", "Pythia audit"),
-    Model("pythia-410m", "EleutherAI/pythia-410m", "heads with BOS score >= .5: 45%", "Pythia audit"),
-    Model("pythia-2.8b", "EleutherAI/pythia-2.8b", "heads with BOS score >= .5: 66%", "Pythia audit"),
+    Model("pythia-70m", "EleutherAI/pythia-70m", "heads with BOS score >= .5: 0%", PYTHIA_AUDIT),
+    Model("pythia-160m", "EleutherAI/pythia-160m", "heads with BOS score >= .5: 23%", PYTHIA_AUDIT),
+    Model("pythia-410m", "EleutherAI/pythia-410m", "heads with BOS score >= .5: 45%", PYTHIA_AUDIT),
+    Model("pythia-2.8b", "EleutherAI/pythia-2.8b", "heads with BOS score >= .5: 66%", PYTHIA_AUDIT),
     Model("opt-125m", "facebook/opt-125m", "inf norm 340, kurtosis 1778", "Bondarenko 2306.12929, quoted"),
     Model(
         "bert-base",
@@ -83,21 +84,9 @@ MODELS = (
         (True,),
     ),
     Model("roberta-base", "FacebookAI/roberta-base", bos=(True,)),
-    Model(
-        "gated-1b-baseline", "QwQZh/gated_attention/1B_baseline", "sink mass .439, residual 370x", "Rahulrayy's audit"
-    ),
-    Model(
-        "gated-1b-headwise",
-        "QwQZh/gated_attention/1B_gate_headwise",
-        "sink mass .057, residual 4.1x",
-        "Rahulrayy's audit",
-    ),
-    Model(
-        "gated-1b-elementwise",
-        "QwQZh/gated_attention/1B_gate_elementwise",
-        "sink mass .019, residual 2.2x",
-        "Rahulrayy's audit",
-    ),
+    Model("gated-1b-baseline", "QwQZh/gated_attention/1B_baseline", "sink mass .439, residual 370x", AUDIT),
+    Model("gated-1b-headwise", "QwQZh/gated_attention/1B_gate_headwise", "sink mass .057, residual 4.1x", AUDIT),
+    Model("gated-1b-elementwise", "QwQZh/gated_attention/1B_gate_elementwise", "sink mass .019, residual 2.2x", AUDIT),
     Model("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", bos=(False,)),
     Model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
     Model("smollm2-135m-instruct-q4_1", "smollm2-135m-instruct-q4_1.gguf"),
@@ -339,7 +328,7 @@ def markdown(rows: list[Row], edited: list[Edited]) -> str:
         "",
         f"`python -m benchmarks.models`, commit {', '.join(sorted({r.commit for r in ran if r.commit}))}, torch",
         f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before any norm on",
-        "the stream. *as read*: those behind the norm, as the next sub-layer reads them. *last*: those at the last tap,",
+        "the stream. *as read*: those behind the norm, as sub-layers read them. *last*: those at the last tap,",
         "which no attention reads. *states* is the number of different states of the spikes. Intervals are 95%",
         "intervals over sequences.",
         "",

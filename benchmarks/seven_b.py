@@ -124,11 +124,7 @@ def plain(folder: str, tokens: str, max_memory: int) -> None:
 
 
 def report(
-    args: argparse.Namespace,
-    rows: list[tuple[str, float, float, float]],
-    findings: Findings,
-    size: int,
-    command: str,
+    args: argparse.Namespace, rows: list[tuple[str, float, float, float]], findings: Findings, size: int, command: str
 ) -> str:
     """The text of the results file."""
     import transformers

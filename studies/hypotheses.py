@@ -143,8 +143,7 @@ def judge_contrast(contrast: Contrast) -> Judgement:
     SHIFT; it does not if the whole interval lies within them."""
     change, measure, arm = contrast.difference, measure_of(contrast.measure), contrast.arm
     if change is None or change.ci95 is None or change.middle is None:
-        need = f"{MIN_SEEDS} seeds of {arm} and the baseline"
-        return Judgement(CANNOT_TELL, contrast.measure, f"{arm} –", need)
+        return Judgement(CANNOT_TELL, contrast.measure, f"{arm} –", f"{MIN_SEEDS} seeds of {arm} and the baseline")
     low, high = (1 / FACTOR, FACTOR) if measure.kind == "log" else (-SHIFT, SHIFT)
     form = ".2f" if measure.kind == "log" else f"+{measure.form}"
     inside = low <= change.ci95[0] and change.ci95[1] <= high

@@ -13,19 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spikesink import schema
-from studies.aggregate import (
-    MIN_SEEDS,
-    BySeed,
-    Difference,
-    Estimate,
-    Measured,
-    at_equal_loss,
-    difference,
-    estimate,
-    holm,
-    p_value,
-    seed_differences,
-)
+from studies import aggregate
+from studies.aggregate import BySeed, Difference, Estimate, Measured, difference, estimate
 from studies.runs.measures import measure_of
 from studies.runs.rows import DIVERGED, Done, Ended, Planned
 
@@ -89,7 +78,8 @@ class EqualLoss:
 
 def equal_loss(arm: Arm, base: Arm) -> EqualLoss:
     """The differences between an arm and the baseline at equal loss."""
-    points = {seed: at_equal_loss(arm.ended[seed], base.ended[seed]) for seed in arm.ended if seed in base.ended}
+    shared = [seed for seed in arm.ended if seed in base.ended]
+    points = {seed: aggregate.at_equal_loss(arm.ended[seed], base.ended[seed]) for seed in shared}
     matches = {seed: pair for seed, pair in points.items() if pair}
     rows, base_rows = ({seed: pair[i] for seed, pair in matches.items()} for i in (0, 1))
     steps = [statistics.fmean(p.step for p in side.values()) if side else None for side in (rows, base_rows)]
@@ -120,11 +110,8 @@ class Contrast:
         if self.p_holm is not None:
             return "differs" if self.clear else "no difference seen"
         seeds = self.difference.seeds if self.difference else 0
-        return (
-            f"cannot tell: {MIN_SEEDS} seeds an arm; {seeds} have it"
-            if seeds < MIN_SEEDS
-            else "cannot tell: all the same"
-        )
+        least = aggregate.MIN_SEEDS
+        return f"cannot tell: {least} seeds an arm; {seeds} have it" if seeds < least else "cannot tell: all the same"
 
 
 @dataclass(frozen=True)
@@ -181,7 +168,7 @@ class Table:
         sequences."""
         runs = (self.arms[name].ended.items() for name in (arm, self.baseline))
         losses = [{seed: row.course[0].measures.get("short loss") for seed, row in rows} for rows in runs]
-        ratios = seed_differences(losses[0], losses[1], "log")
+        ratios = aggregate.seed_differences(losses[0], losses[1], "log")
         return bool(ratios) and max(map(abs, ratios)) <= 1e-6
 
     @cached_property
@@ -205,8 +192,8 @@ class Table:
     @cached_property
     def contrasts(self) -> list[Contrast]:
         """The planned comparisons. Holm's correction is over all of them, including those without a p."""
-        ps = [p_value(*self.pair(arm, m), self.same_start(arm)) for arm, m in self.planned]
-        entries = zip(self.planned, ps, holm(ps), strict=True)
+        ps = [aggregate.p_value(*self.pair(arm, m), self.same_start(arm)) for arm, m in self.planned]
+        entries = zip(self.planned, ps, aggregate.holm(ps), strict=True)
         return [Contrast(arm, m, self.differences[arm].get(m), p, adjusted) for (arm, m), p, adjusted in entries]
 
     @cached_property

@@ -8,17 +8,7 @@ from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.text import grid, number
 from spikesink.show.text import interval as format_interval
 from studies import aggregate
-from studies.aggregate import (
-    LOSS_TOLERANCE,
-    MIN_SEEDS,
-    MOVING_SHARE,
-    Change,
-    Estimate,
-    estimate,
-    last_tenth,
-    moves,
-    onset,
-)
+from studies.aggregate import MIN_SEEDS, Change, Estimate, estimate, last_tenth, moves, onset
 from studies.hypotheses import judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import DIVERGED, DONE, NOT_RUN, STARTED, Done, Ended
@@ -290,13 +280,13 @@ SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (functi
         equal_loss_rows,
         "Exploratory. Runs are paired by seed. We take the run with the higher final loss at its end, and the other "
         "where its course last comes down to that loss, interpolated between two checkpoints. A pair is not matched if "
-        f"there is no such place and the final losses are more than {LOSS_TOLERANCE} nat apart.",
+        f"there is no such place and the final losses are more than {aggregate.LOSS_TOLERANCE} nat apart.",
     ),
     "What still moves at the end": (
         moving_rows,
         "The value at the end over the value at the checkpoint nearest to 90% of training (80 to 95%), seed by seed; "
-        f"for the loss, the difference. A measure moves if it changed by more than {MOVING_SHARE:.0%} of the larger "
-        f"value, the loss if it changed by more than {LOSS_TOLERANCE} nat.",
+        "for the loss, the difference. A measure moves if it changed by more than "
+        f"{aggregate.MOVING_SHARE:.0%} of the larger value, the loss by more than {aggregate.LOSS_TOLERANCE} nat.",
     ),
     "When spikes and sinks appear": (
         onset_rows,

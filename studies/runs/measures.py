@@ -46,7 +46,7 @@ def _first(rates: list[float]) -> float | None:
     return rates[0] / sum(rates) if sum(rates) else None
 
 
-def _false_positives(rule: RuleCount) -> float | None:
+def _false_rate(rule: RuleCount) -> float | None:
     """How often a rule fires in the worst of its nulls."""
     return rule.false_positives.rate if rule.false_positives else None
 
@@ -161,10 +161,7 @@ MEASURES = {
         _sequences("percentile"),
     ),
     "percentile false": Measure(
-        "the same share, in the worst of its nulls",
-        "share",
-        ".0%",
-        lambda f: _false_positives(f.spikes.rules["percentile"]),
+        "the same share, in the worst of its nulls", "share", ".0%", lambda f: _false_rate(f.spikes.rules["percentile"])
     ),
     "share sequences": Measure(
         f"share of sequences with a token that gets more than {SHARE:.0%} of all attention",
@@ -173,7 +170,7 @@ MEASURES = {
         _sequences("share"),
     ),
     "share false": Measure(
-        "the same share, in the worst of its nulls", "share", ".0%", lambda f: _false_positives(f.sinks.rules["share"])
+        "the same share, in the worst of its nulls", "share", ".0%", lambda f: _false_rate(f.sinks.rules["share"])
     ),
 }
 

@@ -81,9 +81,8 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
     since = time.perf_counter()
     machine = Machine.find(device).with_dtype(job.cfg.dtype)
     machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, every rank makes its own runs
-    row: Ended
     try:
-        row = measure_run(job, study, machine, train_run(job, machine))
+        row: Ended = measure_run(job, study, machine, train_run(job, machine))
     except Diverged as stop:
         row = Ended(status=DIVERGED, lr=stop.lr, loss=None, **identity(job, stop.step, machine))
     schema.save(job.folder / "row.json", finished_json(Finished(row, time.perf_counter() - since), job.config_hash))
