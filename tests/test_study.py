@@ -417,7 +417,11 @@ def test_mistakes_are_one_line(arguments, words, cli, tmp_path):
 
 @pytest.mark.parametrize(
     ("contrast", "words"),
-    [(("wilf", "loss"), "did you mean wild"), (("calm", "loss"), "an arm other than the baseline"), (("wild", "Sink_2"), "mean Sink_1")],
+    [
+        (("wilf", "loss"), "did you mean wild"),
+        (("calm", "loss"), "an arm other than the baseline"),
+        (("wild", "Sink_2"), "mean Sink_1"),
+    ],
 )
 def test_a_planned_contrast_that_names_nothing_is_one_line(small, contrast, words, cli, tmp_path):
     small.write_text(small.read_text() + f"contrasts = [{contrast}]\n")
