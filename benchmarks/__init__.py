@@ -1,1 +1,1 @@
-"""Time, memory and power, beside named baselines."""
+"""Benchmarks of time, memory and power, compared with named baselines."""

@@ -1,9 +1,9 @@
-"""Every arm of configs/: builds it at 125M and at nano scale, trains the small one, detects, and prints a table.
+"""Builds every arm of configs/ at 125M and at nano scale, trains the small one, runs detect, and prints a table.
 
   python -m benchmarks.arms [ARM ...] [--steps=20] [--dataset=stdlib] [--markdown]
 
-20 steps show that an arm works, not what it does: for that there are seeds, time and the literature. With --markdown
-the output is configs/README.md.
+20 steps show that an arm works, not what it does; that takes seeds, time and the literature. With --markdown, the
+command prints configs/README.md.
 """
 
 import ast
@@ -38,7 +38,7 @@ at nano scale, one seed: a sign of life, not a finding. Made by
 
 
 def arm_names() -> list[str]:
-    """Names of the arms: the baseline, then the others by name."""
+    """Names of the arms: the baseline, then the others in alphabetical order."""
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
     return ["prenorm", *(name for name in names if name not in ("prenorm", *NOT_ARMS))]
 
@@ -54,7 +54,7 @@ HEADER = ["arm", "params (M)", "MFLOPs/token", "loss", "val loss", "top1/median"
 
 
 def try_arm(name: str, steps: int, dataset: str) -> list[str]:
-    """A row below HEADER: size at 125M, and loss, spike and sink of the nano model after `steps` steps."""
+    """A row of the table: an arm's size at 125M, and loss, spike and sink of its nano model after `steps` steps."""
     parameters, flops = params_and_flops(config.load(SCHEMAS, [name], ROOT)[0][0])
     options = [f"--dataset={dataset}", f"--max_iters={steps}", "--warmup_iters=10", "--dtype=float32", "--no-compile"]
     with tempfile.TemporaryDirectory() as folder:
@@ -63,9 +63,9 @@ def try_arm(name: str, steps: int, dataset: str) -> list[str]:
             loss = trial.update().loss
         subject = Subject.from_gpt(trial.model, str)
         ids = Tokens(dataset, "val", 64, trial.cfg.bos).read(range(16))[0]
-        found = summarise(subject, observe(subject, ids, progress=False))
-    losses = f"{loss:.3f}", f"{found.data.loss:.3f}"
-    spike_and_sink = f"{found.largest_ratio:.1f}", f"{found.sinks.first:.3f}"
+        findings = summarise(subject, observe(subject, ids, progress=False))
+    losses = f"{loss:.3f}", f"{findings.data.loss:.3f}"
+    spike_and_sink = f"{findings.largest_ratio:.1f}", f"{findings.sinks.first:.3f}"
     return [name, f"{parameters / 1e6:.1f}", f"{flops / 1e6:.1f}", *losses, *spike_and_sink]
 
 

@@ -1,15 +1,15 @@
-"""Are the verdicts on causes right? Models whose wiring is planted, and so known, against what ablate says of them.
+"""Compares ablate's verdicts on causes with models whose wiring we set by hand, so that the truth is known.
 
   python -m benchmarks.causes               writes results/causes.json and causes.md; some minutes on 2 CPU cores
-  python -m benchmarks.causes --n 20 --out DIR       fewer models, to try it
+  python -m benchmarks.causes --n 20 --out DIR       tries fewer models
 
-Pre-norm models of three layers. In each sequence stands a token A and, later, a token B. Layer 0 may have a sink on A,
-whose value all later tokens read; the FFN of layer 1 may write a spike on A or B; layer 2 may have sinks there. What
-depends on what is given (WIRINGS); sizes, widths and positions are drawn, and in half of the models a channel that is
-large in every token. The truth is another model: the same with what is to be removed taken out of its weights. Sinks
-need spikes if they lose half of their alpha or more in it, do not if less than a tenth, else partly; alike spikes and
-|h|. Of spike_scale it is known by the wiring: the next layer reads a direction, which scaling leaves, unless a later
-sub-layer adds something of a fixed size.
+The models are pre-norm and have three layers. Each sequence has a token A and, later, a token B. Layer 0 may have a
+sink on A, whose value all later tokens read. The FFN of layer 1 may write a spike on A or B, and layer 2 may have sinks
+there. WIRINGS sets what depends on what. Sizes, widths and positions are random, and half of the models have a channel
+that is large in every token. The truth comes from a second model, which has the spikes (or sinks) removed from its
+weights. Sinks need spikes ("yes") if they lose at least half of their alpha in it, do not ("no") if they lose less than
+a tenth, and else "partly"; the same holds for spikes and their |h|. For spike_scale the wiring gives the truth: the
+next layer reads a direction, which scaling does not change, unless a later sub-layer adds something of a fixed size.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from train import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 T, VOCAB, HEADS = 32, 64, 4
-# channels: two marks, what A's value brings, the spike, what is large in every token, what layer 1 adds
+# channels: the marks of A and B, what A's value brings, the spike, the large channel, what layer 1 adds
 MARK_A, MARK_B, FROM_A, SPIKE, OUTLIER, ADDED = SPECIAL = range(6)
 TOKEN_A, TOKEN_B = 62, 63
 MARK = 8.0
@@ -42,17 +42,15 @@ TABLE = {name: INTERVENTIONS[name] for name in causes.CAUSES}
 
 
 class Wiring(NamedTuple):
-    """What depends on what. `spike` reads: "A", the mark of A; "B", that of B; "both", B's where A's value has come;
-    "again", as B, and layers 0 and 2 write it too. `late`: of layer 2's sinks on that token, in so many heads the
-    logit is the spike's, in the others the mark's; None for no such sinks. `first`: A stands first. `size`: where the
-    spike is, layer 1 adds several times as much as a usual state has, in which a spike of usual size would drown.
-    """
+    """What depends on what in a model."""
 
-    sink_on_a: bool
+    sink_on_a: bool  # layer 0 has sinks on A
+    # what makes the spike: "A", the mark of A; "B", the mark of B; "both", the mark of B where A's value has arrived;
+    # "again", as "B", and layers 0 and 2 write it too
     spike: str
-    late: int | None
-    first: bool = False
-    size: bool = False
+    late: int | None  # heads of layer 2 whose sinks read the spike; the other heads read the mark; None: no sinks there
+    first: bool = False  # A is the first token
+    size: bool = False  # at the spike, layer 1 adds several times a usual state, which would drown a smaller spike
 
 
 WIRINGS: dict[str, Callable[[torch.Generator], Wiring]] = {
@@ -70,7 +68,7 @@ WIRINGS: dict[str, Callable[[torch.Generator], Wiring]] = {
 
 
 def planted(wiring: Wiring, C: int, size: float, logit: float, outlier: float, seed: int) -> GPT:
-    """A model with this wiring, its spike of about `size`, the logits of its sinks about `logit`."""
+    """A model with this wiring, a spike of about `size`, and sinks with logits of about `logit`."""
     torch.manual_seed(seed)
     config = GPTConfig(
         n_layer=3, n_head=HEADS, n_embd=C, block_size=T, vocab_size=VOCAB, norm="rmsnorm", position="none"
@@ -85,18 +83,17 @@ def planted(wiring: Wiring, C: int, size: float, logit: float, outlier: float, s
         for block in stream.h:
             block.attn.f.c_proj.weight[SPECIAL] = block.mlp.f.c_proj.weight[SPECIAL] = 0
             block.attn.f.c_attn.weight[:, SPECIAL] = block.mlp.f.c_fc.weight[:, SPECIAL] = 0
-            block.attn.f.c_attn.weight[:C:D] = 0  # a constant query, which finds the first entry of a key
+            block.attn.f.c_attn.weight[:C:D] = 0  # a constant query, which reads the first entry of a key
             block.attn.f.c_attn.bias[:C:D] = 1
-        marked = MARK / (1 + MARK**2 / C) ** 0.5  # a mark behind the first norm, the rest of its state of rms 1
+        marked = MARK / (1 + MARK**2 / C) ** 0.5  # a mark behind the first norm, in a state of rms 1 but for the mark
         if wiring.sink_on_a:
             first = stream.h[0].attn.f
             _sink(first, range(HEADS), MARK_A, logit / marked)
             first.c_attn.weight[2 * C :: D, MARK_A] = 1 / marked
             first.c_proj.weight[FROM_A, ::D] = MARK / HEADS
         stream.h[0].mlp.f.c_proj.bias[OUTLIER] = outlier
-        behind = MARK / (1 + (MARK**2 + outlier**2) / C) ** 0.5  # the same from there on
-        where = 0 if wiring.size else 1
-        for layer in (0, 1, 2) if wiring.spike == "again" else (where,):
+        behind = MARK / (1 + (MARK**2 + outlier**2) / C) ** 0.5  # a mark behind later norms, with the large channel
+        for layer in (0, 1, 2) if wiring.spike == "again" else (0 if wiring.size else 1,):
             _spike(stream.h[layer].mlp.f, wiring.spike, size, marked if layer == 0 else behind)
         mark, rms = MARK_A if wiring.spike == "A" else MARK_B, (1 + (MARK**2 + size**2 + outlier**2) / C) ** 0.5
         if wiring.size:
@@ -111,7 +108,7 @@ def planted(wiring: Wiring, C: int, size: float, logit: float, outlier: float, s
 
 
 def _sink(f: Any, heads: Iterable[int], channel: int, logit: float) -> None:
-    """In some heads of an attention, keys are sinks by a channel: a `logit` per unit of it behind the norm."""
+    """Makes keys sinks in some heads: their logit is `logit` times a channel's value behind the norm."""
     C = f.c_proj.weight.size(0)
     for head in heads:
         row = C + head * (C // HEADS)
@@ -120,7 +117,7 @@ def _sink(f: Any, heads: Iterable[int], channel: int, logit: float) -> None:
 
 
 def _spike(f: Any, spike: str, size: float, marked: float) -> None:
-    """An FFN writes about `size` where its neuron 0 fires, behind the norm of a state of about unit rms and marks."""
+    """Makes an FFN write a spike of about `size` on marked tokens. `marked` is a mark's value behind the norm."""
     f.c_fc.weight[0] = 0
     f.c_fc.weight[0, MARK_A if spike == "A" else MARK_B] = 1 / marked
     f.c_fc.bias[0] = -0.3
@@ -129,15 +126,15 @@ def _spike(f: Any, spike: str, size: float, marked: float) -> None:
     f.c_proj.weight[SPIKE, 0] = size / (0.4 if spike == "both" else 0.7)
 
 
-def without(model: GPT, what: str) -> GPT:
-    """The model with "spikes" or "sinks" taken out of its weights."""
+def without(model: GPT, target: str) -> GPT:
+    """A copy of the model whose weights make no "spikes" or no "sinks", as `target` says."""
     other = GPT(model.config).eval()
     other.load_state_dict(model.state_dict())
     stream: Any = other.transformer
     C = model.config.n_embd
     with torch.no_grad():
         for block in stream.h:
-            if what == "spikes":
+            if target == "spikes":
                 block.mlp.f.c_proj.weight[SPIKE] = 0
             else:
                 block.attn.f.c_attn.weight[C : 2 * C : C // HEADS] = 0
@@ -145,7 +142,7 @@ def without(model: GPT, what: str) -> GPT:
 
 
 def sequences(n: int, seed: int, first: bool) -> torch.Tensor:
-    """Random tokens, one A among the first five, or `first`, and one B among the next eight: (n, T)."""
+    """Random ids (n, T), with one A among the first five tokens (or first), and one B among the next eight."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(TOKEN_A, (n, T), generator=generator)
     ids[torch.arange(n), torch.randint(0, 1 if first else 5, (n,), generator=generator)] = TOKEN_A
@@ -154,7 +151,7 @@ def sequences(n: int, seed: int, first: bool) -> torch.Tensor:
 
 
 def subject_of(model: GPT, wiring: Wiring) -> Subject:
-    """A Subject; where the removal is to fail, one whose stream can be written after the FFN of layer 0 alone."""
+    """A Subject of the model. For spike "again" only the tap after layer 0's FFN is writable, so that removal fails."""
     subject = Subject.from_gpt(model, str)
     if wiring.spike != "again":
         return subject
@@ -163,7 +160,7 @@ def subject_of(model: GPT, wiring: Wiring) -> Subject:
 
 
 def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
-    """What is true of an intervention's question: by the wiring what cannot be answered, else by the other model."""
+    """The true answer to an intervention's question: from the wiring if it has none, else from the second model."""
     asked = causes.ASKED[TABLE[name].kind]
     subject = subject_of(model, wiring)
     clean = CleanPass.of(subject, ids)
@@ -180,18 +177,18 @@ def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
         return "yes" if wiring.size else "no"
     judged = causes.Judged(clean, INTERVENTIONS["spike_zero" if asked == "sinks" else name].edit(clean, None), asked)
     other = CleanPass.of(Subject.from_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
-    on, before, after = (
+    at, full, reduced = (
         (judged.sinks, clean.alpha, other.alpha)
         if asked == "sinks"
         else (judged.spikes, [tap.entry for tap in clean.at], [x[..., SPIKE].abs() for x in other.streams])
     )
-    shares = [(y / x)[of] for of, x, y in zip(on, before, after, strict=True)]
+    shares = [(y / x)[mask] for mask, x, y in zip(at, full, reduced, strict=True)]
     lost = 1 - float(torch.cat(shares).clamp_max(causes.MOST).mean())
     return "yes" if lost >= causes.NEEDED else "no" if lost < causes.MARGIN else "partly"
 
 
-def tried(i: int) -> list[dict[str, Any]]:
-    """One model, and the verdicts on it: a row for each intervention."""
+def try_model(i: int) -> list[dict[str, Any]]:
+    """Draws model `i`, and returns its verdicts: a row for each intervention."""
     generator = torch.Generator().manual_seed(i)
     draw = lambda low, high: low + (high - low) * float(torch.rand((), generator=generator))
     name = [*WIRINGS][i % len(WIRINGS)]
@@ -202,18 +199,11 @@ def tried(i: int) -> list[dict[str, Any]]:
     subject = subject_of(model, wiring)
     reference = Reference(subject, ids[n:])
     measured = outcomes.measure(subject, ids[:n], outcomes.conditions_of(TABLE, reference), 8, "causes")
+    drawn = {"spike": size, "logit": logit, "outlier": outlier, "late": wiring.late, "sequences": n}
     return [
         {
             "wiring": name,
-            "model": {
-                "seed": i,
-                "width": C,
-                "spike": size,
-                "logit": logit,
-                "outlier": outlier,
-                "late": wiring.late,
-                "sequences": n,
-            },
+            "model": {"seed": i, "width": C, **drawn},
             "truth": truth(model, wiring, cause.by, ids[:n]),
             **schema.to_json(cause),
         }
@@ -222,33 +212,31 @@ def tried(i: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table truth x verdict of some rows."""
+    """Lines of a table that counts rows by truth and verdict."""
     verdicts = ["yes", "partly", "no", "cannot tell", "not removed", "out of reach"]
     counts = Counter((row["truth"], row["verdict"]) for row in rows)
     header = ["truth", *(f"said: {verdict}" for verdict in verdicts)]
-    cells = [
-        [true, *(str(counts[true, said] or "–") for said in verdicts)] for true in verdicts if true != "cannot tell"
-    ]
-    return markdown_table(header, cells)
+    truths = [verdict for verdict in verdicts if verdict != "cannot tell"]
+    return markdown_table(header, [[true, *(str(counts[true, v] or "–") for v in verdicts)] for true in truths])
 
 
 def wrong(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows whose verdict is an answer, and not the true one."""
+    """The rows whose verdict is an answer, but not the true one."""
     return [row for row in rows if row["verdict"] in ("yes", "partly", "no") and row["verdict"] != row["truth"]]
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("--n", type=int, default=240, metavar="N", help="models (default: 240)")
+    flags.add_argument("--n", type=int, default=240, metavar="N", help="number of models (default: 240)")
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     options = flags.parse_args()
-    rows = [row for i in tqdm(range(options.n), desc="causes", disable=None) for row in tried(i)]
+    rows = [row for i in tqdm(range(options.n), desc="causes", disable=None) for row in try_model(i)]
     answers = [row for row in rows if row["verdict"] in ("yes", "partly", "no")]
     lines = [
         "# Are the verdicts on causes right?",
         "",
-        f"`python -m benchmarks.causes`: {options.n} models with planted wiring, {len(rows)} verdicts, of which "
-        f"{len(answers)} are an answer (yes, partly, no); {len(wrong(rows))} of these are wrong "
+        f"`python -m benchmarks.causes` made {options.n} models with planted wiring and {len(rows)} verdicts on them. "
+        f"{len(answers)} verdicts are answers (yes, partly, no), and {len(wrong(rows))} of these are wrong "
         f"({len(wrong(rows)) / max(1, len(answers)):.1%}). Commit {provenance()['git_commit'][:12]}.",
         "",
         " ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()),

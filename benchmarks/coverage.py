@@ -1,11 +1,11 @@
-"""How often do the intervals hold the truth, and how often do the tests see what is not there? By simulation.
+"""Simulates how often the intervals cover the truth, and how often the tests find differences that do not exist.
 
-  python -m benchmarks.coverage                  minutes; writes results/coverage.md and .json
-  python -m benchmarks.coverage --trials=200     seconds
+  python -m benchmarks.coverage                  takes minutes; writes results/coverage.md and .json
+  python -m benchmarks.coverage --trials=200     takes seconds
 
-Every interval and test of a study (studies/aggregate.py) at 3, 6, 8 and 10 seeds, and those of one measurement over its
-sequences (spikesink/measure/metrics.py) at 10, 24 and 100, on draws whose truth is known. An interval should hold it in
-95% of the trials; a test of two arms that do not differ should find p < .05 in at most 5%.
+We simulate draws whose truth is known, and try every interval and test of a study (studies/aggregate.py) at 3, 6, 8 and
+10 seeds, and those over the sequences of one measurement (spikesink/measure/metrics.py) at 10, 24 and 100. An interval
+should cover the truth in 95% of the trials. A test of two equal arms should find p < .05 in at most 5% of them.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from studies import aggregate
 from studies.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-Hits = Iterator[tuple[str, bool | None]]  # of one trial: what it is of, and a hit or a miss, None where nothing is said
+Hits = Iterator[tuple[str, bool | None]]  # of one trial: (interval or test, hit or miss); None: it gives no answer
 
 
 class Truth(NamedTuple):
-    """What is drawn: the kind of such numbers, and how."""
+    """A distribution to draw from, and the kind of its numbers (studies/runs/measures.py)."""
 
     kind: str
     draw: Callable[[np.random.Generator, int], np.ndarray]
@@ -55,33 +55,33 @@ TRUTHS = {
 
 
 def covers(ci: Sequence[float] | None, truth: float) -> bool | None:
-    """True if the truth is in an interval; None without one. A hair's breadth is for rounding."""
+    """True if the truth is in an interval, within 1e-9 for rounding; None if there is no interval."""
     return None if ci is None else bool(ci[0] - 1e-9 <= truth <= ci[1] + 1e-9)
 
 
-def of_seeds(truth: Truth, rng: np.random.Generator, n: int, trial: int, middle: float, mean: float) -> Hits:
-    """The intervals and tests of a study on two arms that are the same; the tests in every fourth trial."""
+def seed_checks(truth: Truth, rng: np.random.Generator, n: int, trial: int, middle: float, mean: float) -> Hits:
+    """The intervals and tests of a study, on two arms with the same truth. The tests run in every fourth trial."""
     kind, by_seed = truth.kind, lambda: dict(enumerate(truth.draw(rng, n).tolist()))
     arm, base = by_seed(), by_seed()
     values = np.array([*arm.values()])
     yield "interval", covers(aggregate.estimate(arm.values()).ci95, middle)
-    half, most = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5, 1.0 if kind == "share" else np.inf
-    clipped = max(0.0, values.mean() - half), min(most, values.mean() + half)
+    half, limit = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5, 1.0 if kind == "share" else np.inf
+    clipped = max(0.0, values.mean() - half), min(limit, values.mean() + half)
     yield "not used: Student's t (of shares clipped)", covers(clipped, mean)
-    for start in (False, True)[: 1 + (n >= aggregate.LEAST_PAIRED)]:
-        how = ", paired" if start else ""
-        found = aggregate.difference(arm, base, kind, start)
-        yield f"difference{how}", covers(found.ci95 if found else None, float(kind == "log"))
+    for start in (False, True)[: 1 + (n >= aggregate.MIN_SEEDS_PAIRED)]:
+        suffix = ", paired" if start else ""
+        change = aggregate.difference(arm, base, kind, start)
+        yield f"difference{suffix}", covers(change.ci95 if change else None, float(kind == "log"))
         if trial % 4 == 0:
             p = aggregate.p_value(arm, base, kind, start)
-            yield f"test{how}", None if p is None else p < 0.05
+            yield f"test{suffix}", None if p is None else p < 0.05
     if trial % 4 == 0 and truth is TRUTHS["normal"]:
         ps = [p for p in aggregate.holm([aggregate.p_value(by_seed(), by_seed()) for _ in range(4)]) if p is not None]
         yield "any of 4 tests, by Holm", min(ps) < 0.05 if ps else None
 
 
-def of_sequences(truth: Truth, rng: np.random.Generator, n: int, trial: int, middle: float, mean: float) -> Hits:
-    """The intervals of one measurement, in every tenth trial, since most are bootstraps."""
+def sequence_checks(truth: Truth, rng: np.random.Generator, n: int, trial: int, middle: float, mean: float) -> Hits:
+    """The intervals over the sequences of one measurement. They run in every tenth trial, since most are bootstraps."""
     if trial % 10:
         return
     x, change = (torch.from_numpy(truth.draw(rng, n)) for _ in range(2))
@@ -89,7 +89,7 @@ def of_sequences(truth: Truth, rng: np.random.Generator, n: int, trial: int, mid
     yield "paired_effect", covers(metrics.paired_effect(x, x + change)["ci95"], mean)
     if truth.kind == "share":
         yield "rate_ci", covers(metrics.rate_ci(x), mean)
-        sums = torch.zeros(n, len(SUMS), dtype=torch.float64)  # one to nine sinks a sequence, which lose this share
+        sums = torch.zeros(n, len(SUMS), dtype=torch.float64)  # a sequence has 1 to 9 sinks, which lose the share x
         sums[:, SUMS.index("judged")] = judged = torch.from_numpy(rng.integers(1, 10, n))
         sums[:, SUMS.index("share")] = judged * (1 - x)
         yield "lost_of, of causes", covers(lost_of(sums).ci95, mean)
@@ -97,25 +97,29 @@ def of_sequences(truth: Truth, rng: np.random.Generator, n: int, trial: int, mid
         yield "wilson", covers(metrics.wilson(int(x.sum()), n), mean)
 
 
-GROUPS = {"Over seeds": (of_seeds, (3, 6, 8, 10)), "Over sequences": (of_sequences, (10, 24, 100))}
+GROUPS = {"Over seeds": (seed_checks, (3, 6, 8, 10)), "Over sequences": (sequence_checks, (10, 24, 100))}
 
 
 def simulate(
     group: str, trials: int, numbers: Sequence[int] = ()
 ) -> dict[str, dict[str, dict[int, list[float | None]]]]:
-    """{what: {truth: {n: [rate of hits, share of the trials that say something]}}}; the rate of none is None."""
-    of, usual = GROUPS[group]
+    """{check: {truth: {n: [rate of hits, share of the trials with an answer]}}}; the rate is None without answers."""
+    run_checks, default_numbers = GROUPS[group]
     hits: dict[str, dict[str, dict[int, list[bool | None]]]] = {}
     for name, truth in TRUTHS.items():
         middles = truth.middles()
-        for n in numbers or usual:
+        for n in numbers or default_numbers:
             rng = np.random.default_rng(n)
-            for what, hit in (found for i in range(trials) for found in of(truth, rng, n, i, *middles)):
-                hits.setdefault(what, {}).setdefault(name, {}).setdefault(n, []).append(hit)
-    said = lambda every: [hit for hit in every if hit is not None]
-    rates = lambda every: [float(np.mean(said(every))) if said(every) else None, len(said(every)) / len(every)]
+            for check, hit in (result for i in range(trials) for result in run_checks(truth, rng, n, i, *middles)):
+                hits.setdefault(check, {}).setdefault(name, {}).setdefault(n, []).append(hit)
+
+    def rates(trial_hits: list[bool | None]) -> list[float | None]:
+        answers = [hit for hit in trial_hits if hit is not None]
+        return [float(np.mean(answers)) if answers else None, len(answers) / len(trial_hits)]
+
     return {
-        what: {name: {n: rates(x) for n, x in of_n.items()} for name, of_n in of.items()} for what, of in hits.items()
+        check: {truth: {n: rates(x) for n, x in by_n.items()} for truth, by_n in by_truth.items()}
+        for check, by_truth in hits.items()
     }
 
 
@@ -123,18 +127,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
-    found = {group: simulate(group, trials) for group in GROUPS}
+    results = {group: simulate(group, trials) for group in GROUPS}
     lines = ["# Coverage of intervals, size of tests", "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
-    lines += [f"`python -m benchmarks.coverage --trials={trials}`; –: nothing is said; (60%): in so many of them.", ""]
-    cell = lambda rate, said: "–" if rate is None else f"{rate:.1%}" + (f" ({said:.0%})" if said < 1 else "")
+    lines += [f"`python -m benchmarks.coverage --trials={trials}`; –: no answer; (60%): share of trials with one.", ""]
+    cell = lambda rate, share: "–" if rate is None else f"{rate:.1%}" + (f" ({share:.0%})" if share < 1 else "")
     for group, (_, numbers) in GROUPS.items():
         rows = [
-            [what, name, *(cell(*of[n]) if n in of else "–" for n in numbers)]
-            for what in sorted(found[group])
-            for name, of in found[group][what].items()
+            [check, truth, *(cell(*by_n[n]) if n in by_n else "–" for n in numbers)]
+            for check in sorted(results[group])
+            for truth, by_n in results[group][check].items()
         ]
         lines += [f"## {group}", "", *markdown_table(["", "truth", *(f"n = {n}" for n in numbers)], rows), ""]
-    schema.save(RESULTS / "coverage.json", {"trials": trials, **found})
+    schema.save(RESULTS / "coverage.json", {"trials": trials, **results})
     save_text(RESULTS / "coverage.md", "\n".join(lines))
 
 

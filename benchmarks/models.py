@@ -1,13 +1,13 @@
-"""Spikes and sinks of public models, with what others have published beside: one table, each row measured or marked.
+"""Measures spikes and sinks of public models, and lists what others have published on them.
 
-  python -m benchmarks.models                          those that the Hugging Face hub gives
-  python -m benchmarks.models --folder DIR             those that lie in DIR, by these names; of the hub the rest
+  python -m benchmarks.models                          models from the Hugging Face hub
+  python -m benchmarks.models --folder DIR             models from DIR, by their names; the others from the hub
   python -m benchmarks.models --folder DIR --only smollm2-135m-instruct-q4_1 all-minilm-l6-v2
-  python -m benchmarks.models --ablation ablate.json   adds what ablate.py wrote of a model
+  python -m benchmarks.models --ablation ablate.json   adds the findings of ablate.py on a model
 
-Writes results/models.json after every row and goes on from there; results/models.md is the table. Text: Python's own
-documentation, which everybody has; published numbers are of other texts. Each model at T = 64 and 1,024 (or its
-longest), with and without BOS where it has one.
+The command writes results/models.json after every row, and goes on from there when it is run again. The table is
+results/models.md; a row that could not be measured says so. The text is Python's own documentation, while published
+numbers are of other texts. Each model runs at T = 64 and 1,024 (or its longest), with and without BOS if it has one.
 """
 
 import json
@@ -35,17 +35,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Model:
-    """A public model: its name on the hub, what others found, and where; `bos`: the ways to start its sequences."""
+    """A public model, and what others found in it."""
 
     name: str
-    hub: str
+    hub: str  # its name on the hub
     published: str = "nothing found"
     source: str = ""
-    bos: tuple[bool, ...] = (False, True)
+    bos: tuple[bool, ...] = (False, True)  # run without BOS, with BOS
 
 
 BLUORION = "bluorion, refine_massive_activations"
 GU = "Gu et al. 2410.10781, quoted"
+AUDIT, PYTHIA_AUDIT = "Rahulrayy's audit", "Pythia audit"
 MODELS = (
     Model(
         "gpt2",
@@ -70,10 +71,10 @@ MODELS = (
     Model("gemma-3-270m", "google/gemma-3-270m"),
     Model("gemma-2-2b", "google/gemma-2-2b", "none without BOS, 728 to 2544 with", BLUORION),
     Model("olmo-2-7b", "allenai/OLMo-2-1124-7B", "none by Sun et al.'s rule", BLUORION),
-    Model("pythia-70m", "EleutherAI/pythia-70m", "heads with BOS score >= .5: 0%", "Pythia audit"),
-    Model("pythia-160m", "EleutherAI/pythia-160m", "heads with BOS score >= .5: 23%", "Pythia audit"),
-    Model("pythia-410m", "EleutherAI/pythia-410m", "heads with BOS score >= .5: 45%", "Pythia audit"),
-    Model("pythia-2.8b", "EleutherAI/pythia-2.8b", "heads with BOS score >= .5: 66%", "Pythia audit"),
+    Model("pythia-70m", "EleutherAI/pythia-70m", "heads with BOS score >= .5: 0%", PYTHIA_AUDIT),
+    Model("pythia-160m", "EleutherAI/pythia-160m", "heads with BOS score >= .5: 23%", PYTHIA_AUDIT),
+    Model("pythia-410m", "EleutherAI/pythia-410m", "heads with BOS score >= .5: 45%", PYTHIA_AUDIT),
+    Model("pythia-2.8b", "EleutherAI/pythia-2.8b", "heads with BOS score >= .5: 66%", PYTHIA_AUDIT),
     Model("opt-125m", "facebook/opt-125m", "inf norm 340, kurtosis 1778", "Bondarenko 2306.12929, quoted"),
     Model(
         "bert-base",
@@ -83,21 +84,9 @@ MODELS = (
         (True,),
     ),
     Model("roberta-base", "FacebookAI/roberta-base", bos=(True,)),
-    Model(
-        "gated-1b-baseline", "QwQZh/gated_attention/1B_baseline", "sink mass .439, residual 370x", "Rahulrayy's audit"
-    ),
-    Model(
-        "gated-1b-headwise",
-        "QwQZh/gated_attention/1B_gate_headwise",
-        "sink mass .057, residual 4.1x",
-        "Rahulrayy's audit",
-    ),
-    Model(
-        "gated-1b-elementwise",
-        "QwQZh/gated_attention/1B_gate_elementwise",
-        "sink mass .019, residual 2.2x",
-        "Rahulrayy's audit",
-    ),
+    Model("gated-1b-baseline", "QwQZh/gated_attention/1B_baseline", "sink mass .439, residual 370x", AUDIT),
+    Model("gated-1b-headwise", "QwQZh/gated_attention/1B_gate_headwise", "sink mass .057, residual 4.1x", AUDIT),
+    Model("gated-1b-elementwise", "QwQZh/gated_attention/1B_gate_elementwise", "sink mass .019, residual 2.2x", AUDIT),
     Model("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", bos=(False,)),
     Model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
     Model("smollm2-135m-instruct-q4_1", "smollm2-135m-instruct-q4_1.gguf"),
@@ -109,13 +98,13 @@ SHORT, LONG = 64, 1024
 
 @dataclass(frozen=True)
 class Row:
-    """What one model showed under one condition, or why it was not run."""
+    """The measurements of one model under one condition, or the reason why it was not run."""
 
     model: str
     asked_len: int
     bos: bool
     not_run: str | None = None
-    seq_len: int = 0  # what was asked for, or the model's longest
+    seq_len: int = 0  # asked_len, or the model's longest
     commit: str | None = None
     n_seq: int = 0
     weights: str | None = None
@@ -146,21 +135,21 @@ class Row:
     nulls: dict[str, list[float]] | None = None  # name -> share of spike tokens, of sink tokens
 
 
-def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str) -> Row:
-    """The row of a model's findings."""
-    spikes, both, verdict = found.spikes, found.co_occurrence, found.verdicts.spike
-    top, steps, sink_1 = spikes.tokens[0], found.anatomy if spikes.sum.tokens else None, found.sinks.at()
-    shares = lambda of: [of.rules["spike"].tokens, of.rules["gu"].tokens]
+def row_of(model: Model, asked_len: int, bos: bool, findings: Findings, commit: str) -> Row:
+    """Makes a row from a model's findings."""
+    spikes, overlap, verdict = findings.spikes, findings.co_occurrence, findings.verdicts.spike
+    top, steps, sink_1 = spikes.tokens[0], findings.anatomy if spikes.sum.tokens else None, findings.sinks.at()
+    shares = lambda null: [null.rules["spike"].tokens, null.rules["gu"].tokens]
     finite = lambda x: None if math.isnan(x) else x
     return Row(
         model.name,
         asked_len,
         bos,
-        seq_len=found.data.seq_len,
+        seq_len=findings.data.seq_len,
         commit=commit,
-        n_seq=found.data.n_seq,
-        weights=found.model.get("weights"),
-        loss=finite(found.data.loss),
+        n_seq=findings.data.n_seq,
+        weights=findings.model.get("weights"),
+        loss=finite(findings.data.loss),
         spike_verdict=verdict.verdict,
         spike_tokens=spikes.sum.fraction,
         spike_sequences=verdict.rate,
@@ -169,12 +158,12 @@ def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str
         read_tokens=spikes.read.fraction if spikes.read else None,
         last_tokens=spikes.sum.last,
         first_tokens=spikes.by_position[0],
-        largest=max(layer.max for layer in found.attended),
-        ratio=found.largest_ratio,
+        largest=max(layer.max for layer in findings.attended),
+        ratio=findings.largest_ratio,
         channel=top.channel,
         token=visible(top.text),
         position=top.position,
-        kurtosis=found.largest_kurtosis,
+        kurtosis=findings.largest_kurtosis,
         step_up=steps.step_up.name if steps else None,
         step_down=steps.step_down.name if steps and steps.step_down else None,
         episodes=[
@@ -184,16 +173,16 @@ def row_of(model: Model, asked_len: int, bos: bool, found: Findings, commit: str
         holds=verdict.holds,
         sink_1=sink_1.first,
         sink_1_ci95=sink_1.first_ci95,
-        sink_tokens=found.sinks.primary_rule.fraction,
-        p_sink_given_spike=finite(both.p_sink_given_spike),
-        p_sink_given_spike_ci95=both.ci95.p_sink_given_spike,
-        nulls={name: shares(of) for name, of in found.nulls.items() if isinstance(of, Measures)},
+        sink_tokens=findings.sinks.primary_rule.fraction,
+        p_sink_given_spike=finite(overlap.p_sink_given_spike),
+        p_sink_given_spike_ci95=overlap.ci95.p_sink_given_spike,
+        nulls={name: shares(null) for name, null in findings.nulls.items() if isinstance(null, Measures)},
     )
 
 
 @dataclass(frozen=True)
 class Edited:
-    """What ablate.py says of one model: the change of the loss, in nats, by intervention, and its answers in words."""
+    """The effects of ablate.py's interventions on one model, and its answers on causes in words. Losses are in nats."""
 
     model: str
     n_seq: int
@@ -201,26 +190,27 @@ class Edited:
     bos: bool
     commit: str
     loss: float
-    changes: dict[str, tuple[float, Interval | None, dict[str, float]]]  # with its interval, and under controls
+    # intervention -> (change of the loss, its interval, {control: change of the loss})
+    changes: dict[str, tuple[float, Interval | None, dict[str, float]]]
     causes: list[str]
 
     @classmethod
-    def of(cls, found: Ablation, commit: str) -> "Edited":
-        """From the findings."""
+    def from_ablation(cls, ablation: Ablation, commit: str) -> "Edited":
+        """Reads the findings of ablate.py."""
         changes = {
             entry.name: (entry.delta_loss, entry.ci95, {c.name: c.delta_loss for c in entry.controls_that_edited})
-            for entry in found.entries
+            for entry in ablation.entries
             if entry.edited
         }
-        data, causes = found.data, [cause_in_words(cause) for cause in found.causes]
-        name = Path(found.checkpoint.path).stem
-        return cls(name, data.n_seq, data.seq_len, data.bos, commit, found.baseline.loss, changes, causes)
+        data, causes = ablation.data, [cause_in_words(cause) for cause in ablation.causes]
+        name = Path(ablation.checkpoint.path).stem
+        return cls(name, data.n_seq, data.seq_len, data.bos, commit, ablation.baseline.loss, changes, causes)
 
     def lines(self) -> list[str]:
-        """Of results/models.md."""
+        """The model's lines in results/models.md."""
         header = ["intervention", "change of the loss, nats", "its controls"]
         rows = [
-            [name, ranged(delta, ci, "+.3f"), ", ".join(f"{c} {number(x, '+.3f')}" for c, x in controls.items())]
+            [name, with_interval(delta, ci, "+.3f"), ", ".join(f"{c} {number(x, '+.3f')}" for c, x in controls.items())]
             for name, (delta, ci, controls) in self.changes.items()
         ]
         start = f"**{self.model}**, {self.n_seq} sequences of {self.seq_len}, {'with' if self.bos else 'no'} BOS, "
@@ -228,7 +218,7 @@ class Edited:
         return [start, "", *markdown_table(header, rows), "", *(f"- {text}" for text in self.causes), ""]
 
 
-# perplexity as it is, with massive activations zeroed, and set to their mean
+# model, perplexity: clean, with massive activations zeroed, and with them set to their mean; source
 PUBLISHED_EDITS = (
     ("gpt2", 30.42, 30.57, 30.42, BLUORION),
     ("llama-3.2-1b", 9.08, 6249.0, 9.08, BLUORION),
@@ -237,7 +227,7 @@ PUBLISHED_EDITS = (
 
 
 def edits_in_words(edited: list[Edited]) -> list[str]:
-    """The section of results/models.md on interventions; none without any."""
+    """The section of results/models.md on interventions; empty if there are none."""
     if not edited:
         return []
     published = [
@@ -245,7 +235,7 @@ def edits_in_words(edited: list[Edited]) -> list[str]:
         for name, ppl, zero, mean, source in PUBLISHED_EDITS
     ]
     header = ["published", "zeroed, nats", "set to their mean, nats", "source"]
-    lines = [line for of in edited for line in of.lines()]
+    lines = [line for model in edited for line in model.lines()]
     return ["## What changes without them", "", *lines, *markdown_table(header, published), ""]
 
 
@@ -255,7 +245,7 @@ def conditions() -> list[tuple[Model, int, bool]]:
 
 
 def target_of(model: Model, folder: Path | None) -> str:
-    """Where the model is: in the folder under its name or its hub's last one, else on the hub."""
+    """The model's path in the folder (by its name, or the last part of its hub name), else its name on the hub."""
     for name in (model.name, f"{model.name}.gguf", model.hub.split("/")[-1]):
         if folder and (folder / name).exists():
             return str(folder / name)
@@ -263,7 +253,7 @@ def target_of(model: Model, folder: Path | None) -> str:
 
 
 def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long: int, commit: str) -> Row:
-    """Runs one row; what cannot be had is said in it."""
+    """Measures one row. If the model cannot be opened, the row holds the reason."""
     target = target_of(model, folder)
     options: dict[str, Any] = {"n_seq": 100} if asked_len == SHORT else {"n_seq": n_long, "nulls": min(4, n_long)}
     reason = ""
@@ -276,38 +266,38 @@ def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long
     return Row(model.name, asked_len, bos, not_run=reason)
 
 
-def ranged(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
-    """A number with its interval."""
+def with_interval(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
+    """A number with its interval, as text."""
     return " ".join(filter(None, (number(x, form), interval(ci, form))))
 
 
-def start_of(row: Row) -> list[str]:
+def first_cells(row: Row) -> list[str]:
     """A row's first cells: the model, T, BOS."""
     return [row.model, str(row.seq_len), "yes" if row.bos else "no"]
 
 
 def cells(r: Row) -> list[str]:
-    """The row in the table."""
+    """The row's cells in the table."""
     return [
-        *start_of(r),
+        *first_cells(r),
         str(r.n_seq),
         number(r.spike_tokens, ".2%"),
-        ranged(r.spike_sequences, r.spike_sequences_ci95),
+        with_interval(r.spike_sequences, r.spike_sequences_ci95),
         str(r.states),
         number(r.read_tokens, ".2%"),
         number(r.last_tokens, ".2%"),
         number(r.largest, ".4g"),
         number(r.ratio, ".0f"),
         number(r.kurtosis, ".3g"),
-        ranged(r.sink_1, r.sink_1_ci95, ".1%"),
+        with_interval(r.sink_1, r.sink_1_ci95, ".1%"),
         number(r.sink_tokens, ".2%"),
-        ranged(r.p_sink_given_spike, r.p_sink_given_spike_ci95),
+        with_interval(r.p_sink_given_spike, r.p_sink_given_spike_ci95),
         number(r.loss, ".3f"),
     ]
 
 
 def story(r: Row) -> str:
-    """Where the spikes of a row are, in words."""
+    """A line on where the spikes of a row are."""
     holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
     return (
         f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
@@ -322,10 +312,10 @@ HEADER += ["largest h", "top1/median", "kurtosis", "Sink_1", "sink tokens", "P(s
 
 
 def markdown(rows: list[Row], edited: list[Edited]) -> str:
-    """results/models.md."""
+    """The text of results/models.md."""
     ran = [row for row in rows if not row.not_run]
     null_rows = [
-        [*start_of(r), name.replace("_", " "), f"{spikes:.2%}", f"{sinks:.2%}"]
+        [*first_cells(r), name.replace("_", " "), f"{spikes:.2%}", f"{sinks:.2%}"]
         for r in ran
         for name, (spikes, sinks) in (r.nulls or {}).items()
     ]
@@ -337,9 +327,10 @@ def markdown(rows: list[Row], edited: list[Edited]) -> str:
         "# Public models: spikes and sinks, both sides of every norm",
         "",
         f"`python -m benchmarks.models`, commit {', '.join(sorted({r.commit for r in ran if r.commit}))}, torch",
-        f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before a norm on",
-        "the stream; *as read*: behind it, as the next sub-layer reads it; *last*: at the last tap, which no attention",
-        "reads. States: how many different states the spikes are. Intervals: 95%, over sequences.",
+        f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before any norm on",
+        "the stream. *as read*: those behind the norm, as sub-layers read them. *last*: those at the last tap,",
+        "which no attention reads. *states* is the number of different states of the spikes. Intervals are 95%",
+        "intervals over sequences.",
         "",
         *markdown_table(HEADER, [cells(row) for row in ran]),
         "",
@@ -358,28 +349,28 @@ def markdown(rows: list[Row], edited: list[Edited]) -> str:
         "",
         *markdown_table(["model", "hub", "published", "source", "here"], published),
         "",
-        f"{len(rows) - len(ran)} of {len(rows)} rows were not run: the hub was not reached, or a file not at hand.",
+        f"{len(rows) - len(ran)} of {len(rows)} rows were not run, because a file was missing or the hub not reached.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("--folder", type=Path, metavar="DIR", help="where models lie, by the names of this file")
-    flags.add_argument("--only", nargs="+", choices=[m.name for m in MODELS], metavar="NAME", help="these models")
+    flags.add_argument("--folder", type=Path, metavar="DIR", help="a folder of models, by the names in this file")
+    flags.add_argument("--only", nargs="+", choices=[m.name for m in MODELS], metavar="NAME", help="run these models")
     flags.add_argument("--n_long", type=int, default=24, help="sequences at T = 1,024 (100 at T = 64)")
-    flags.add_argument("--again", action="store_true", help="also rows that were run")
+    flags.add_argument("--again", action="store_true", help="repeat rows that were run")
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
-    flags.add_argument("--ablation", type=Path, metavar="FILE", help="what ablate.py wrote of a model: --json FILE")
+    flags.add_argument("--ablation", type=Path, metavar="FILE", help="add a model's findings of ablate.py --json FILE")
     args = flags.parse_args()
     commit = provenance()["git_commit"][:7]
     file = args.out / "models.json"
     content = json.loads(file.read_text()) if file.is_file() else {"rows": [], "edited": []}
-    kept, edited = schema.from_json(list[Row], content["rows"]), schema.from_json(list[Edited], content["edited"])
+    old_rows, edited = schema.from_json(list[Row], content["rows"]), schema.from_json(list[Edited], content["edited"])
     if args.ablation:
-        new = Edited.of(Ablation.load(args.ablation), commit)
-        edited = [*(of for of in edited if of.model != new.model), new]
-    rows = {(row.model, row.asked_len, row.bos): row for row in kept}
+        new = Edited.from_ablation(Ablation.load(args.ablation), commit)
+        edited = [*(old for old in edited if old.model != new.model), new]
+    rows = {(row.model, row.asked_len, row.bos): row for row in old_rows}
     for model, T, bos in tqdm(conditions(), desc="models", disable=None):
         row = rows.setdefault((model.name, T, bos), Row(model.name, T, bos, not_run="not asked for"))
         wanted = args.ablation is None and (args.only is None or model.name in args.only)

@@ -1,9 +1,9 @@
-"""nanoGPT's recipe written out plainly: what bench.py measures the trainer against.
+"""nanoGPT's recipe, with which bench.py compares the speed of train.py.
 
-The model and the step of Karpathy's nanoGPT, and nothing of ours: bfloat16 autocast and torch.compile of the whole
-model (its defaults on a GPU), or float32 and eager (what its train.py does on a CPU with --compile=False). AdamW as it
-has it: fused on a GPU, PyTorch's loop over the parameters on a CPU. Whole logits, PyTorch's attention, no bias, no
-dropout.
+This is the model and the update of Karpathy's nanoGPT, without any code of ours: bfloat16 autocast and torch.compile of
+the whole model (its defaults on a GPU), or float32 and eager (its train.py on a CPU with --compile=False). AdamW is as
+in nanoGPT: fused on a GPU, PyTorch's loop over the parameters on a CPU. It computes whole logits, uses PyTorch's
+attention, and has neither bias nor dropout.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 with tied embeddings; forward: token ids and targets (B, T) -> mean cross-entropy, nats."""
+    """GPT-2 with tied embeddings. `forward` maps token ids and targets (B, T) to the mean cross-entropy in nats."""
 
     def __init__(self, n_layer: int, n_head: int, width: int, block_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PlainGPT(nn.Module):
 
 
 class Recipe:
-    """A model and its AdamW; `step` is one update."""
+    """A model and its AdamW optimizer."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Recipe:
         learning_rate: float = 6e-4,
         weight_decay: float = 0.1,
     ) -> None:
-        """`shape`: the arguments of PlainGPT, as a tuple. `fast`: bfloat16 autocast and compiled."""
+        """`shape`: the arguments of PlainGPT. `fast`: use bfloat16 autocast and torch.compile."""
         cuda = device.type == "cuda"
         self.model = PlainGPT(*shape).to(device)
         self.forward = torch.compile(self.model) if fast else self.model
@@ -77,7 +77,7 @@ class Recipe:
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=cuda or None)
 
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """One update from micro-batches [(ids, targets)]. Returns the mean loss, nats."""
+        """Makes one update from micro-batches [(ids, targets)]. Returns the mean loss in nats."""
         total = 0.0
         for x, y in batches:
             with self.autocast:

@@ -1,12 +1,12 @@
-"""How large must a spike, how strong a sink be to be found? Power and false alarms on planted ground truth.
+"""Measures how large a spike and how strong a sink must be to be found: power and false alarms on planted truth.
 
   python -m benchmarks.power            writes results/power.json, power.md and power.png; some minutes on 2 CPU cores
-  python -m benchmarks.power --quick --out DIR       a few sizes, one seed, to try it
+  python -m benchmarks.power --quick --out DIR       tries a few sizes with one seed
 
-Spikes: random streams, ordinary ones, with outlier channels and with heavy tails, on the sum and behind a norm. Sinks:
-models of model.py with random weights, whose queries and keys are scaled so that logits vary as trained ones do
-(standard deviation 1); each sequence has one planted token among the keys that T/4 queries see. Power: planted tokens
-that the rule marks. False alarms: other tokens that it marks.
+Spikes are planted in random streams (normal, with outlier channels, with heavy tails), on the sum and behind a norm.
+Sinks are planted in models of model.py with random weights. Their queries and keys are scaled so that logits vary as in
+trained models (standard deviation 1), and each sequence has one planted token among the keys that T/4 queries see.
+Power is the share of planted tokens that the rule marks; false alarms are the share of other tokens that it marks.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is tried."""
+    """The values that are tried."""
 
-    sizes: tuple[int, ...] = (5, 10, 15, 20, 25, 28, 30, 32, 35, 40, 60, 100)  # of spikes, over what is usual
+    sizes: tuple[int, ...] = (5, 10, 15, 20, 25, 28, 30, 32, 35, 40, 60, 100)  # of spikes, over the usual |h|
     widths: tuple[int, ...] = (64, 256, 1024, 4096)
-    gains: tuple[float, ...] = (0.1, 1.0, 3.0, 10.0)  # of the spike's channel in a norm, over the others'
+    gains: tuple[float, ...] = (0.1, 1.0, 3.0, 10.0)  # a norm's gain in the spike's channel, over that of the others
     alphas: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.32, 0.35, 0.4, 0.5, 0.7, 0.9)  # of sinks
     shapes: tuple[tuple[int, int], ...] = ((64, 64), (256, 64), (768, 64), (256, 256))  # width C, length T
     prevalences: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.9)  # shares of sequences that have a spike
@@ -54,7 +54,7 @@ QUICK = Plan((5, 100), (64, 256), (1.0,), (0.3, 0.9), ((64, 64),), (0.9,), (8, 1
 
 
 def subject_of(C: int, T: int, seed: int) -> Subject:
-    """A random pre-norm model of two layers, its logits of standard deviation about 1."""
+    """A random pre-norm model of two layers, whose attention logits have a standard deviation of about 1."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=C, block_size=T, vocab_size=256))
     with torch.no_grad():
@@ -67,7 +67,7 @@ def subject_of(C: int, T: int, seed: int) -> Subject:
 
 
 def one_each(T: int, choices: int, draw: torch.Generator, prevalence: float = 1.0) -> torch.Tensor:
-    """One token of `choices` positions per sequence, in a `prevalence` of the sequences: bool (N, T)."""
+    """Marks one of the first `choices` tokens in a share `prevalence` of the sequences. Returns bool (N, T)."""
     tokens = torch.zeros(N, T, dtype=torch.bool)
     tokens[torch.arange(N), torch.randint(choices, (N,), generator=draw)] = True
     return tokens & (torch.rand(N, 1, generator=draw) < prevalence)
@@ -79,12 +79,12 @@ def rates(hits: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
 
 
 def normal(tokens: int, C: int) -> torch.Tensor:
-    """States (tokens, C), every entry alike."""
+    """States (tokens, C) with standard normal entries."""
     return torch.randn(tokens, C)
 
 
 def outlier_channels(tokens: int, C: int) -> torch.Tensor:
-    """The same with one channel in a hundred, at least three, 10 to 100 times as large in every token."""
+    """Normal states, with one channel in a hundred (at least three) 10 to 100 times as large in every token."""
     x, n = normal(tokens, C), max(3, C // 100)
     x[:, :n] *= 10 ** torch.linspace(1, 2, n)
     return x
@@ -96,22 +96,22 @@ def heavy_tails(tokens: int, C: int) -> torch.Tensor:
 
 
 def log_normal(tokens: int, C: int) -> torch.Tensor:
-    """Entries exp(N(0, 1)), of either sign."""
+    """Entries exp(N(0, 1)), with a random sign."""
     return normal(tokens, C).exp() * normal(tokens, C).sign()
 
 
 STREAMS = {"normal": normal, "outlier channels": outlier_channels, "heavy tails": heavy_tails, "log-normal": log_normal}
-TOKENS = 2048  # half of them say what is usual, the others are judged
+TOKENS = 2048  # half of them define what is usual, the others are judged
 
 
 def split(x: torch.Tensor) -> tuple[Usual, torch.Tensor]:
-    """What is usual in the first half of the tokens x (K, C), and the others."""
+    """(what is usual in the first half of the tokens x (K, C), the other half)."""
     first, second = x.chunk(2)
     return Usual.of(first), second
 
 
 def alarm_table(plan: Plan) -> list[Row]:
-    """The share of tokens that the rule marks where nothing was planted, beside the layer's median alone."""
+    """The share of tokens marked where nothing was planted, by the rule and by the layer's median alone."""
     rows = []
     for name, make in STREAMS.items():
         for C in plan.widths:
@@ -123,9 +123,12 @@ def alarm_table(plan: Plan) -> list[Row]:
                 alone.append((x.abs() >= SPIKE_RATIO * usual.layer).any(-1).double().mean().item())
             rows.append({"stream": name, "C": C, "marked": max(marked), "by the median alone": max(alone)})
     for C, T in plan.shapes:
-        seen = [observe(subject_of(C, T, s), torch.randint(256, (N, T)), N, progress=False) for s in range(plan.seeds)]
-        marked = [obs.spikes[PRIMARY_SPIKE_RULE].double().mean().item() for obs in seen]
-        alone = [(obs.sum.ratio >= SPIKE_RATIO).double().mean().item() for obs in seen]
+        observed = []
+        for seed in range(plan.seeds):
+            subject = subject_of(C, T, seed)  # sets the seed of the ids, too
+            observed.append(observe(subject, torch.randint(256, (N, T)), N, progress=False))
+        marked = [obs.spikes[PRIMARY_SPIKE_RULE].double().mean().item() for obs in observed]
+        alone = [(obs.sum.ratio >= SPIKE_RATIO).double().mean().item() for obs in observed]
         rows.append(
             {"stream": f"untrained model, T {T}", "C": C, "marked": max(marked), "by the median alone": max(alone)}
         )
@@ -133,8 +136,8 @@ def alarm_table(plan: Plan) -> list[Row]:
 
 
 def spike_curve(plan: Plan) -> list[Row]:
-    """Power by planted size, over the larger of the usual |h| of the layer and of the channel: one entry of each token
-    in an ordinary channel, or in the largest outlier channel."""
+    """Power by the size of a planted spike: one entry of each token, in an ordinary channel or in the largest outlier
+    channel. The size is over the usual |h| of the layer or of the channel, whichever is larger."""
     rows = []
     for C in plan.widths:
         for name, channel in (("normal", 5), ("outlier channels", 2), ("outlier channels", -1)):
@@ -145,14 +148,14 @@ def spike_curve(plan: Plan) -> list[Row]:
                     usual, x = split(STREAMS[name](TOKENS, C))
                     x[:, channel] = size * max(usual.layer, usual.channels[channel])
                     power.append(spike_entries(x[None], usual)[0, :, channel].double().mean().item())
-                of = "an ordinary channel" if channel != 2 else "an outlier channel"
-                rows.append({"C": C, "stream": name, "channel": of, "size": size, "power": sum(power) / len(power)})
+                kind = "an ordinary channel" if channel != 2 else "an outlier channel"
+                rows.append({"C": C, "stream": name, "channel": kind, "size": size, "power": sum(power) / len(power)})
     return rows
 
 
 def norm_table(plan: Plan) -> list[Row]:
-    """Behind RMSNorm: a spike of 1000 x the median before it, in a channel of a gain over the others'. The most that
-    an entry can be there is gain x sqrt(C)."""
+    """A spike of 1000 x the median, as it is read behind RMSNorm, by the gain of its channel over the others'. No entry
+    can be larger there than gain x sqrt(C)."""
     rows = []
     for C in plan.widths:
         for gain in plan.gains:
@@ -163,14 +166,14 @@ def norm_table(plan: Plan) -> list[Row]:
             weight[5] = gain
             norm = lambda x, weight=weight: torch.nn.functional.rms_norm(x, (x.size(-1),), weight)
             usual, x = Usual.of(norm(first)), norm(second)
-            found = spike_entries(x[None], usual)[0, :, 5].double().mean().item()
+            power = spike_entries(x[None], usual)[0, :, 5].double().mean().item()
             ratio = (x[:, 5] / usual.layer).median().item()
-            rows.append({"C": C, "gain": gain, "bound": gain * C**0.5 / 0.6745, "ratio": ratio, "found": found})
+            rows.append({"C": C, "gain": gain, "bound": gain * C**0.5 / 0.6745, "ratio": ratio, "found": power})
     return rows
 
 
 def sink_curve(plan: Plan, C: int, T: int) -> list[Row]:
-    """A row per alpha, averaged over seeds; other heads' and other keys' hits are false alarms."""
+    """A row per alpha, averaged over seeds. Hits on other keys, in any head, are false alarms."""
     rows = []
     for alpha in plan.alphas:
         pairs, measured = [], []
@@ -189,7 +192,7 @@ def sink_curve(plan: Plan, C: int, T: int) -> list[Row]:
 
 
 def mean(pairs: list[tuple[float, float]]) -> Row:
-    """Seeds' (power, false alarms) as their means, with the extremes."""
+    """The means of (power, false alarms) over seeds, and the range of the power."""
     power, alarms = zip(*pairs, strict=True)
     return {
         "power": sum(power) / len(power),
@@ -199,7 +202,7 @@ def mean(pairs: list[tuple[float, float]]) -> Row:
 
 
 def verdict_of(n: int, prevalence: float, seed: int) -> str:
-    """The verdict on spikes of 100x from n sequences, as if the model were large: only the sample is small."""
+    """The verdict on spikes of 100x from n sequences, as if the model had 125M parameters: only the sample is small."""
     draw = torch.Generator().manual_seed(seed)
     subject, tokens = subject_of(64, 64, seed), one_each(64, 64, draw, prevalence)[:n]
     ids = torch.randint(256, (n, 64), generator=draw)
@@ -211,7 +214,7 @@ def verdict_of(n: int, prevalence: float, seed: int) -> str:
 
 
 def verdict_table(plan: Plan) -> list[Row]:
-    """How often the spike verdict is what, by how many sequences have a spike of 100x, and by sample size."""
+    """How often each spike verdict is given, by the share of sequences with a spike of 100x, and by sample size."""
     rows = []
     for prevalence in plan.prevalences:
         for n in plan.samples:
@@ -221,45 +224,45 @@ def verdict_table(plan: Plan) -> list[Row]:
     return rows
 
 
-def draw(plan: Plan, found: dict[str, Any], path: Path) -> None:
-    """The power curves."""
+def draw(plan: Plan, results: dict[str, Any], path: Path) -> None:
+    """Draws the power curves to a file."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    spike_axes, sink_axes = figure.subplots(1, 2)
     styles = ("-o", "-s", "-^", "--d")
     for C, style in zip(plan.widths, styles, strict=False):
-        rows = [r for r in found["spikes"] if (r["C"], r["stream"]) == (C, "normal")]
-        left.plot([r["size"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}")
+        rows = [r for r in results["spikes"] if (r["C"], r["stream"]) == (C, "normal")]
+        spike_axes.plot([r["size"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}")
     for (C, T), style in zip(plan.shapes, styles, strict=False):
-        rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
-        right.plot([r["measured"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}, T {T}")
-    left.set(xscale="log", xlabel="planted |h| / usual |h|", ylabel="power", title="Spike, on the sum")
-    right.set(xlabel="planted alpha, as explicit maps have it on average", title="Sink, alpha > 0.3 in a head")
-    for axes in (left, right):
+        rows = [r for r in results["sinks"] if (r["C"], r["T"]) == (C, T)]
+        sink_axes.plot([r["measured"] for r in rows], [r["power"] for r in rows], style, ms=3, label=f"C {C}, T {T}")
+    spike_axes.set(xscale="log", xlabel="planted |h| / usual |h|", ylabel="power", title="Spike, on the sum")
+    sink_axes.set(xlabel="planted alpha, as explicit maps have it on average", title="Sink, alpha > 0.3 in a head")
+    for axes in (spike_axes, sink_axes):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def percent(x: float) -> str:
-    """A share."""
+    """A share as text."""
     return f"{x:.2%}" if 0 < x < 0.1 else f"{x:.0%}"
 
 
-def of_spikes(found: dict[str, Any], sizes: Sequence[int]) -> list[str]:
+def spike_sections(results: dict[str, Any], sizes: Sequence[int]) -> list[str]:
     """The sections on spikes."""
-    groups = dict.fromkeys((r["C"], r["stream"], r["channel"]) for r in found["spikes"])
-    power = lambda g: [percent(r["power"]) for r in found["spikes"] if (r["C"], r["stream"], r["channel"]) == g]
+    groups = dict.fromkeys((r["C"], r["stream"], r["channel"]) for r in results["spikes"])
+    power = lambda g: [percent(r["power"]) for r in results["spikes"] if (r["C"], r["stream"], r["channel"]) == g]
     alarms = [
-        [r["stream"], str(r["C"]), percent(r["marked"]), percent(r["by the median alone"])] for r in found["alarms"]
+        [r["stream"], str(r["C"]), percent(r["marked"]), percent(r["by the median alone"])] for r in results["alarms"]
     ]
     norms = [
         [str(r["C"]), f"{r['gain']:g}", f"{r['bound']:.3g}", f"{r['ratio']:.3g}", percent(r["found"])]
-        for r in found["norms"]
+        for r in results["norms"]
     ]
     return [
         "## False alarms: tokens that are marked where nothing was planted (the worst of the seeds)",
         "",
-        "At one tap. An outlier channel is large in every token, and heavy tails give every token of a wide layer some",
-        "extreme entry: by the layer's median alone these would be spikes.",
+        "At one tap. An outlier channel is large in every token, and with heavy tails every token of a wide layer has",
+        "some extreme entry. By the layer's median alone these would be spikes.",
         "",
         *markdown_table(["stream", "width", "marked", "by 30 x the median alone"], alarms),
         "",
@@ -272,57 +275,57 @@ def of_spikes(found: dict[str, Any], sizes: Sequence[int]) -> list[str]:
         "",
         "## Behind a norm: a spike of 1,000 x the median, as read behind RMSNorm",
         "",
-        "No entry can be larger there than its gain x sqrt(width): the ratio is bounded by that over 0.6745. What is",
-        "not found there is not absent: look at the sum.",
+        "No entry can be larger there than its gain x sqrt(width), so the ratio is at most that over 0.6745. A spike",
+        "that is not found there may still be present in the sum.",
         "",
         *markdown_table(["width", "gain of its channel", "largest possible ratio", "ratio", "found"], norms),
         "",
     ]
 
 
-def markdown(plan: Plan, found: dict[str, Any]) -> str:
-    """results/power.md."""
-    of_sinks, of_verdicts = [], []
+def markdown(plan: Plan, results: dict[str, Any]) -> str:
+    """The text of results/power.md."""
+    sink_rows, verdict_rows = [], []
     for C, T in plan.shapes:
-        rows = [r for r in found["sinks"] if (r["C"], r["T"]) == (C, T)]
+        rows = [r for r in results["sinks"] if (r["C"], r["T"]) == (C, T)]
         most = max(r["false_alarms"] for r in rows)
-        of_sinks.append([str(C), str(T), *(f"{r['power']:.0%}" for r in rows), f"at most {most:.2%}"])
+        sink_rows.append([str(C), str(T), *(f"{r['power']:.0%}" for r in rows), f"at most {most:.2%}"])
     for n in plan.samples:
-        rows = [r for r in found["verdicts"] if r["n_seq"] == n]
+        rows = [r for r in results["verdicts"] if r["n_seq"] == n]
         cells = [f"{r['present']:.0%} / {r['absent']:.0%} / {r['underpowered']:.0%}" for r in rows]
-        of_verdicts.append([str(n), *cells])
+        verdict_rows.append([str(n), *cells])
     lines = [
-        "# What is found, and what is made up: planted ground truth",
+        "# Power and false alarms on planted truth",
         "",
-        f"`python -m benchmarks.power`, commit {found['commit']}, torch {torch.__version__}.",
+        f"`python -m benchmarks.power`, commit {results['commit']}, torch {torch.__version__}.",
         f"The spike rule: {PRIMARY.text}.",
-        f"Streams are random tensors: {TOKENS // 2} tokens say what is usual, as many are judged; {plan.seeds} seeds.",
-        f"Sinks and verdicts are of random models, {plan.seeds} seeds x {N} sequences with a planted token each.",
+        f"Streams are random tensors of {TOKENS} tokens. Half define the usual, half are judged; {plan.seeds} seeds.",
+        f"Sinks and verdicts are of random models: {plan.seeds} seeds x {N} sequences, each with a planted token.",
         "",
         "![power](power.png)",
         "",
-        *of_spikes(found, plan.sizes),
+        *spike_sections(results, plan.sizes),
         "## Sinks: power by planted alpha (mean over sequences), and false alarms (share of other tokens, any head)",
         "",
-        *markdown_table(["C", "T", *(f"{alpha:g}" for alpha in plan.alphas), "false alarms"], of_sinks),
+        *markdown_table(["C", "T", *(f"{alpha:g}" for alpha in plan.alphas), "false alarms"], sink_rows),
         "",
         f"## The verdict on spikes of 100x, by how many sequences have one ({plan.draws} draws each)",
         "",
         "present / absent / underpowered, as if the model had 125M parameters.",
         "",
-        *markdown_table(["sequences", *(f"{p:.0%}" for p in plan.prevalences)], of_verdicts),
+        *markdown_table(["sequences", *(f"{p:.0%}" for p in plan.prevalences)], verdict_rows),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("--quick", action="store_true", help="a few sizes, one seed")
+    flags.add_argument("--quick", action="store_true", help="try a few sizes with one seed")
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     args = flags.parse_args()
     plan = QUICK if args.quick else Plan()
     commit = provenance()["git_commit"][:7]
-    found = {
+    results = {
         "commit": commit,
         "alarms": alarm_table(plan),
         "spikes": spike_curve(plan),
@@ -330,10 +333,10 @@ def main() -> None:
         "sinks": [row for C, T in tqdm(plan.shapes, disable=None) for row in sink_curve(plan, C, T)],
         "verdicts": verdict_table(plan),
     }
-    schema.save(args.out / "power.json", found)
-    save_text(args.out / "power.md", markdown(plan, found))
-    draw(plan, found, args.out / "power.png")
-    print(markdown(plan, found))
+    schema.save(args.out / "power.json", results)
+    save_text(args.out / "power.md", markdown(plan, results))
+    draw(plan, results, args.out / "power.png")
+    print(markdown(plan, results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""detect.py on a model of Llama-2-7B's shape, in less memory than half of its float32 weights.
+"""Runs detect.py on a model of Llama-2-7B's shape, in less memory than half of its float32 weights need.
 
-  python -m benchmarks.seven_b           about 15 minutes on 2 cores, 13.5 GB of disk
+  python -m benchmarks.seven_b           takes about 15 minutes on 2 cores, and 13.5 GB of disk
   python -m benchmarks.seven_b --layers=8 --hidden=1024 --ffn=2752 --vocab=4000 --max_memory=1 --out=small.md
-                                         to try it
+                                         tries it at a small size
 
-The weights are random, in bfloat16 shards, but for a spike planted as Sun et al. describe it: in one early gated FFN
-one unit answers to one token alone, quadratically, and writes to one channel. Linux only (/proc).
+The weights are random, in bfloat16 shards. We plant a spike as Sun et al. describe it: in one early gated FFN, one unit
+responds quadratically to one token alone, and writes to one channel. Linux only (/proc).
 """
 
 import argparse
@@ -27,12 +27,12 @@ from spikesink.measure.findings import Findings, Skipped
 from spikesink.models import disk_weights, hf
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYER, TOKEN, CHANNEL = 1, 7, 11  # of the planted spike
+LAYER, TOKEN, CHANNEL = 1, 7, 11  # where the spike is planted
 N_SEQ, SEQ_LEN = 8, 64
 
 
 def write_model(folder: Path, layers: int, hidden: int, ffn: int, vocab: int) -> None:
-    """Writes a random Llama with the planted spike, a shard per block, so that only one is ever in memory."""
+    """Writes a random Llama with the planted spike, in a shard per block, so that memory holds only one block."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,8 +72,8 @@ def write_model(folder: Path, layers: int, hidden: int, ffn: int, vocab: int) ->
 
 
 def random_weight(name: str, shape: Sequence[int], layers: int, draw: torch.Generator) -> torch.Tensor:
-    """A weight (out, in), or a norm's gain of ones. Embeddings are of size one and updates small beside them, so that
-    a token is still known by its direction when the planted FFN reads it."""
+    """A weight (out, in), or a norm's gain of ones. Embeddings have standard deviation 1 and updates are small, so that
+    a token still has its direction when the planted FFN reads it."""
     if len(shape) == 1:
         return torch.ones(shape)
     std = 1.0 if "embed_tokens" in name else shape[1] ** -0.5
@@ -83,20 +83,20 @@ def random_weight(name: str, shape: Sequence[int], layers: int, draw: torch.Gene
 
 
 def plant(ffn: dict[str, torch.Tensor], direction: torch.Tensor) -> None:
-    """Makes unit 0 of the FFN answer to `direction` (C,), and write to CHANNEL."""
+    """Makes unit 0 of the FFN respond to `direction` (C,), and write to CHANNEL."""
     ffn["gate"][0] = ffn["up"][0] = direction
     ffn["down"][CHANNEL, 0] = 0.5
 
 
 def write_ids(path: Path, vocab: int) -> None:
-    """Random ids, with the token of the spike first in every second sequence, and at place 20 in every third."""
+    """Writes random ids with the spike's TOKEN: first in every second sequence, and at position 20 in every third."""
     ids = np.random.default_rng(0).integers(TOKEN + 1, vocab, (N_SEQ, SEQ_LEN))
     ids[::2, 0] = ids[::3, 20] = TOKEN
     np.save(path, ids)
 
 
-def measured(command: list[str]) -> tuple[float, float, float, str]:
-    """Runs a command. Returns its seconds, its peak of memory of its own and with mapped files (GiB), its output."""
+def run_measured(command: list[str]) -> tuple[float, float, float, str]:
+    """Runs a command. Returns (seconds, peak of its own memory in GiB, peak with mapped files in GiB, output)."""
     start = time.perf_counter()
     anonymous = peak = 0.0
     with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, cwd=ROOT, stdout=out) as process:
@@ -114,7 +114,7 @@ def measured(command: list[str]) -> tuple[float, float, float, str]:
 
 
 def plain(folder: str, tokens: str, max_memory: int) -> None:
-    """Prints the seconds of a forward pass that nothing observes, of a model opened as detect.py opens it."""
+    """Opens a model as detect.py does, and prints the seconds of a forward pass without hooks."""
     model = hf.open_model(folder, free=disk_weights.free_bytes(max_memory))
     ids = torch.from_numpy(np.load(tokens))
     start = time.perf_counter()
@@ -124,20 +124,16 @@ def plain(folder: str, tokens: str, max_memory: int) -> None:
 
 
 def report(
-    args: argparse.Namespace,
-    rows: list[tuple[str, float, float, float]],
-    found: Findings,
-    size: int,
-    command: str,
+    args: argparse.Namespace, rows: list[tuple[str, float, float, float]], findings: Findings, size: int, command: str
 ) -> str:
-    """The results file's text."""
+    """The text of the results file."""
     import transformers
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
-    dissected, init = found.anatomy, found.nulls["init"]
-    assert dissected and dissected.quadratic_form
-    step, channel, form = dissected.step_up, dissected.channels[0], dissected.quadratic_form.channels[0]
-    left_out = f", of which\n`init` is left out: {init.skipped}" if isinstance(init, Skipped) else ""
+    anatomy, init = findings.anatomy, findings.nulls["init"]
+    assert anatomy and anatomy.quadratic_form
+    step, channel, form = anatomy.step_up, anatomy.channels[0], anatomy.quadratic_form.channels[0]
+    skipped = f", of which\n`init` is skipped: {init.skipped}" if isinstance(init, Skipped) else ""
     table = "\n".join(f"| {name} | {s:.0f} | {own:.2f} | {peak:.2f} |" for name, s, own, peak in rows)
     return f"""# detect.py at the shape of a 7B model
 
@@ -145,21 +141,21 @@ def report(
 
 Commit {commit.decode().strip()}, torch {torch.__version__}, transformers {transformers.__version__}, {args.machine}.
 A Llama of {args.layers} layers, width {args.hidden}, FFN {args.ffn}, vocabulary {args.vocab}:
-{found.model["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
+{findings.model["parameters"] / 1e9:.2f}B parameters, {size / 2**30:.1f} GiB in bfloat16 shards, twice that in float32.
 Random weights with a planted spike; {N_SEQ} sequences of {SEQ_LEN} tokens.
 
 | run | seconds | peak memory, GiB | with pages of mapped files, GiB |
 |---|---|---|---|
 {table}
 
-Every pass reads the weights from their files and turns them into float32, a module at a time. detect.py makes 4 passes
-over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the nulls{left_out}.
-Its seconds include the SHA-256 of the weights.
+Every pass reads the weights from their files and converts them to float32, one module at a time. detect.py makes 4
+passes over 16 tokens to find the streams, one over the text to observe, one for the anatomy, and 4 for the
+nulls{skipped}. Its seconds include the SHA-256 of the weights.
 
 Planted: channel {CHANNEL}, by the FFN of block {LAYER}. Found: channel {channel.channel}, by {step.kind} \
-{step.layer} for {step.tokens:.0%} of {dissected.tokens} tokens, |h| {abs(channel.value):.0f};
-the FFN's quadratic form of that channel is {form.norm:.3g} times the median one,
-and {form.dominance:.0%} of it is of rank one.
+{step.layer} for {step.tokens:.0%} of {anatomy.tokens} tokens, |h| {abs(channel.value):.0f}.
+The FFN's quadratic form of that channel is {form.norm:.3g} times the median one,
+and {form.dominance:.0%} of it has rank one.
 """
 
 
@@ -167,14 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 32), ("hidden", 4096), ("ffn", 11008), ("vocab", 32000), ("max_memory", 10)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
-    parser.add_argument("--folder", help="an empty folder for the weights, deleted afterwards (default: in TMPDIR)")
     parser.add_argument(
-        "--machine",
-        default=f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-        help="what the results file calls it",
+        "--folder", help="make a folder for the weights here, and delete it at the end (default: TMPDIR)"
     )
+    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    parser.add_argument("--machine", default=machine, help="the machine's description in the results file")
     parser.add_argument("--out", type=Path, default=ROOT / "results/seven_b.md")
-    parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)  # of the forward pass's own process
+    parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)  # runs `plain`, in its own process
     args = parser.parse_args()
     if args.plain:
         folder_name, ids_name = args.plain
@@ -187,12 +182,13 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         detect = [sys.executable, "detect.py", name, f"--tokens={tokens}", memory]
         alone = [sys.executable, "-m", "benchmarks.seven_b", memory, "--plain", name, str(tokens)]
-        seconds, own, peak, out = measured(alone)
+        seconds, own, peak, out = run_measured(alone)
         rows = [("opening, and a forward pass that nothing observes", seconds, own, peak)]
         rows += [("the forward pass alone", float(out), own, peak)]
-        rows += [("`detect.py`", *measured(detect)[:3])]
-        found = Findings.load(folder / "detect.json")
-    text = report(args, rows, found, size, f"python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}")
+        rows += [("`detect.py`", *run_measured(detect)[:3])]
+        findings = Findings.load(folder / "detect.json")
+    command = f"python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}"
+    text = report(args, rows, findings, size, command)
     args.out.write_text(text)
     print(text)
 

@@ -1,1 +1,1 @@
-"""Arms x seeds: which runs a study asks for, how their rows become one table, and what follows from it."""
+"""Plans the runs of a study (arms x seeds), makes a table of their rows, and computes statistics and verdicts."""

@@ -1,4 +1,4 @@
-"""The figures of a study: arms with their seeds and intervals, the time course, spikes against sinks."""
+"""The figures of a study: the arms with their seeds and intervals, the course over training, spikes against sinks."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import matplotlib as mpl
 
 from spikesink.measure.spikes import SPIKE_RATIO
 from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
-from studies.aggregate import LEAST, known
+from studies.aggregate import MIN_SEEDS, known
 from studies.runs.measures import measure_of
 from studies.table import Arm, Table
 from studies.tables import INT8
@@ -15,27 +15,27 @@ PANELS = {"loss": INK, "top1/median": SPIKE, "Sink_1": SINK, "P(sink | spike)": 
 SHADES = mpl.colormaps["tab10"]
 
 
-def _ended(table: Table) -> dict[str, Arm]:
+def _done_arms(table: Table) -> dict[str, Arm]:
     return {name: arm for name, arm in table.arms.items() if arm.done}
 
 
 def _known(arm: Arm, name: str) -> list[float]:
-    """A measure's number of each run that has it."""
+    """The numbers of a measure, of all runs that have it."""
     return known(row.measures[name] for row in arm.ended.values())
 
 
 def _arms(table: Table) -> Any:
-    arms = _ended(table)
+    arms = _done_arms(table)
     names = [*PANELS, *(name for name in INT8 if name in table.base.measures)]
     figure, panels = canvas(1, len(names), lines=1.6 * len(arms) + 2, sharey=True)
     for axes, name in zip(panels, names, strict=True):
         color = PANELS.get(name, SPIKE)
         for i, arm in enumerate(arms.values()):
-            found, values = arm.measures[name], _known(arm, name)
+            result, values = arm.measures[name], _known(arm, name)
             axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)
-            if found.ci95:
-                axes.plot(found.ci95, [i + 0.28] * 2, color=color, lw=1.5)
-                axes.plot(found.middle, i + 0.28, "D", color=color, markersize=3.5)
+            if result.ci95:
+                axes.plot(result.ci95, [i + 0.28] * 2, color=color, lw=1.5)
+                axes.plot(result.middle, i + 0.28, "D", color=color, markersize=3.5)
         axes.set(xlabel=name)
         if not any(arm.measures[name].n for arm in arms.values()):
             axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
@@ -51,15 +51,15 @@ def _arms(table: Table) -> Any:
 
 
 def _course(table: Table) -> Any:
-    arms = _ended(table)
+    arms = _done_arms(table)
     names = ("loss", "top1/median", "Sink_1", "P(sink | spike)")
     figure, panels = canvas(len(names), 1, height=2.4, sharex=True)
     for axes, name in zip(panels, names, strict=True):
-        for i, (arm, of_arm) in enumerate(arms.items()):
-            for j, row in enumerate(of_arm.ended.values()):
-                known_at = [point for point in row.course if point.measures[name] is not None]
-                x, y = [point.tokens / 1e6 for point in known_at], [point.measures[name] for point in known_at]
-                text = "" if j else label(arm, 24)
+        for i, (arm_name, arm) in enumerate(arms.items()):
+            for j, row in enumerate(arm.ended.values()):
+                points = [point for point in row.course if point.measures[name] is not None]
+                x, y = [point.tokens / 1e6 for point in points], [point.measures[name] for point in points]
+                text = "" if j else label(arm_name, 24)
                 axes.plot(x, y, "-o", color=SHADES(i % 10), lw=1, markersize=2, label=text)
         axes.set_ylabel(name)
         if not axes.lines:
@@ -78,7 +78,7 @@ def _course(table: Table) -> Any:
 
 def _plane(table: Table) -> Any:
     figure, axes = canvas(height=1.3)
-    for i, (name, arm) in enumerate(_ended(table).items()):
+    for i, (name, arm) in enumerate(_done_arms(table).items()):
         rows = arm.ended.values()
         points = [(row.measures["top1/median"], row.measures["best head"]) for row in rows]
         axes.plot(*zip(*points, strict=True), "o", color=SHADES(i % 10), markersize=5, alpha=0.7, label=label(name, 24))
@@ -90,32 +90,33 @@ def _plane(table: Table) -> Any:
     return figure
 
 
-def _on(table: Table) -> str:
-    of = table.measured
-    return f" Measured on {of.n_seq} sequences of {of.seq_len} tokens of {table.config['dataset']}."
+def _conditions(table: Table) -> str:
+    measured = table.measured
+    return f" Measured on {measured.n_seq} sequences of {measured.seq_len} tokens of {table.config['dataset']}."
 
 
 STUDY = {
     "arms": Figure(
         _arms,
         lambda table: (
-            f"Every arm at the end of training: a circle per seed; from {LEAST} seeds on their median and its 95% "
-            f"interval below. Dashed: the spike rule, {SPIKE_RATIO:g} x the median." + _on(table)
+            f"Every arm at the end of training, with a circle for each seed. From {MIN_SEEDS} seeds on, the median and "
+            f"its 95% interval are below the circles. Dashed: the spike rule, {SPIKE_RATIO:g} x the median."
+            + _conditions(table)
         ),
         wide=True,
-        needs=_ended,
+        needs=_done_arms,
     ),
     "course": Figure(
         _course,
-        lambda table: "Over training, a line per seed." + _on(table),
-        needs=_ended,
+        lambda table: "The course over training, with a line for each seed." + _conditions(table),
+        needs=_done_arms,
     ),
     "plane": Figure(
         _plane,
         lambda table: (
-            "Do spikes and sinks come together? A point per run; dashed: the spike rule; best head: the share of "
-            "sequences in which one and the same head has a sink." + _on(table)
+            "Do spikes and sinks come together? Each point is a run. Dashed: the spike rule. Best head: the share of "
+            "sequences in which one and the same head has a sink." + _conditions(table)
         ),
-        needs=_ended,
+        needs=_done_arms,
     ),
 }

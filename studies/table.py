@@ -1,7 +1,7 @@
-"""A study's table: what table.json holds (what was planned, and every run), and what follows from it when it is read.
+"""A study's table: the content of table.json (the plan and every run), and what is computed from it.
 
-Means, intervals, differences and verdicts are not in the file. They are made of its rows by studies/aggregate.py and
-studies/hypotheses.py, so that a table that is committed has them by the rules of today.
+Medians, intervals, differences and verdicts are not in the file. studies/aggregate.py and studies/hypotheses.py compute
+them from its rows, so that today's rules apply to a committed table too.
 """
 
 import statistics
@@ -13,28 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from spikesink import schema
-from studies.aggregate import (
-    LEAST,
-    BySeed,
-    Difference,
-    Estimate,
-    Looked,
-    at_equal_loss,
-    by_seed_of,
-    difference,
-    estimate,
-    holm,
-    p_value,
-)
+from studies import aggregate
+from studies.aggregate import BySeed, Difference, Estimate, Measured, difference, estimate
 from studies.runs.measures import measure_of
 from studies.runs.rows import DIVERGED, Done, Ended, Planned
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm: what it is, and its runs."""
+    """An arm and its runs."""
 
-    configs: str | dict[str, Any]  # as the study file has it
+    configs: str | dict[str, Any]  # the arm's entry in the study file
     changes: dict[str, Any]  # keys in which it differs from the baseline
     parameters: int
     flops_per_token: int
@@ -43,66 +32,66 @@ class Arm:
 
     @cached_property
     def ended(self) -> dict[int, Done]:
-        """{seed: row} of the runs that reached their end."""
+        """{seed: row} of the runs that reached their last step."""
         return {row.seed: row for row in self.seeds if isinstance(row, Done)}
 
     @property
     def done(self) -> int:
-        """How many reached their end."""
+        """The number of runs that reached their last step."""
         return len(self.ended)
 
     @property
     def diverged(self) -> int:
-        """How many did not, as their loss or gradient was not finite."""
+        """The number of runs whose loss or gradient became non-finite."""
         return sum(row.status == DIVERGED for row in self.seeds)
 
     @cached_property
     def measures(self) -> dict[str, Estimate]:
-        """Every measure over the runs that ended."""
-        return {m: estimate(numbers(self.ended, m).values()) for m in names_of(self.ended)}
+        """Every measure over the runs that reached their last step."""
+        return {m: estimate(numbers(self.ended, m).values()) for m in measure_names(self.ended)}
 
     def present(self, phenomenon: str) -> int:
-        """In how many of its runs detect.py's verdict on "spike", "sink" or "co_occurrence" is present."""
+        """The number of runs in which detect.py's verdict on "spike", "sink" or "co_occurrence" is present."""
         return sum(row.verdicts.get(phenomenon) == "present" for row in self.ended.values())
 
 
-def numbers(rows: Mapping[int, Looked], name: str) -> dict[int, float | None]:
-    """{seed: a measure's number}."""
+def numbers(rows: Mapping[int, Measured], name: str) -> dict[int, float | None]:
+    """{seed: number} of one measure."""
     return {seed: row.measures.get(name) for seed, row in rows.items()}
 
 
-def names_of(rows: Mapping[int, Looked]) -> list[str]:
-    """The measures that any of {seed: row} has, in their order."""
+def measure_names(rows: Mapping[int, Measured]) -> list[str]:
+    """The measures that any row has, in their order."""
     return list(dict.fromkeys(name for row in rows.values() for name in row.measures))
 
 
 @dataclass(frozen=True)
 class EqualLoss:
-    """Differences to the baseline at equal loss: how many of the seeds that both have could be matched, the mean steps
-    at which that is, and the measures there. What is matched is a pair of runs, so that these are paired by seed."""
+    """Differences from the baseline at equal loss. Runs are matched one by one, so these are paired by seed."""
 
-    matched: int
-    of: int
-    step: float | None
+    matched: int  # pairs of runs that have points of equal loss
+    pairs: int  # pairs of runs: seeds that both arms have
+    step: float | None  # mean step of the matched points
     baseline_step: float | None
-    measures: dict[str, Estimate]
+    measures: dict[str, Estimate]  # differences
 
 
 def equal_loss(arm: Arm, base: Arm) -> EqualLoss:
-    """Of an arm and the baseline."""
-    found = {seed: at_equal_loss(arm.ended[seed], base.ended[seed]) for seed in arm.ended if seed in base.ended}
-    pairs = {seed: pair for seed, pair in found.items() if pair}
-    rows, base_rows = ({seed: pair[i] for seed, pair in pairs.items()} for i in (0, 1))
-    steps = [statistics.fmean(point.step for point in of.values()) if of else None for of in (rows, base_rows)]
-    both = {name: (numbers(rows, name), numbers(base_rows, name)) for name in names_of(rows)}
-    changes = {name: difference(*of, measure_of(name).kind) for name, of in both.items()}
-    measures = {name: estimate(of.values) for name, of in changes.items() if of}
-    return EqualLoss(len(pairs), len(found), steps[0], steps[1], measures)
+    """The differences between an arm and the baseline at equal loss."""
+    shared = [seed for seed in arm.ended if seed in base.ended]
+    points = {seed: aggregate.at_equal_loss(arm.ended[seed], base.ended[seed]) for seed in shared}
+    matches = {seed: pair for seed, pair in points.items() if pair}
+    rows, base_rows = ({seed: pair[i] for seed, pair in matches.items()} for i in (0, 1))
+    steps = [statistics.fmean(p.step for p in side.values()) if side else None for side in (rows, base_rows)]
+    names = measure_names(rows)
+    changes = {m: difference(numbers(rows, m), numbers(base_rows, m), measure_of(m).kind) for m in names}
+    measures = {name: estimate(change.values) for name, change in changes.items() if change}
+    return EqualLoss(len(matches), len(points), steps[0], steps[1], measures)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A comparison with the baseline that the study file planned: its p, and that by Holm over all that were."""
+    """A planned comparison with the baseline: its p, and its p after Holm's correction over all planned ones."""
 
     arm: str
     measure: str
@@ -112,21 +101,22 @@ class Contrast:
 
     @property
     def clear(self) -> bool:
-        """True if the arms differ."""
+        """True if the arms differ significantly."""
         return self.p_holm is not None and self.p_holm < 0.05
 
     @property
-    def says(self) -> str:
-        """The same in words."""
+    def conclusion(self) -> str:
+        """The result of the test in words."""
         if self.p_holm is not None:
             return "differs" if self.clear else "no difference seen"
         seeds = self.difference.seeds if self.difference else 0
-        return f"cannot tell: {LEAST} seeds an arm; {seeds} have it" if seeds < LEAST else "cannot tell: all the same"
+        least = aggregate.MIN_SEEDS
+        return f"cannot tell: {least} seeds an arm; {seeds} have it" if seeds < least else "cannot tell: all the same"
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """On what the runs were measured."""
+    """The conditions under which the runs were measured."""
 
     n_seq: int
     seq_len: int
@@ -136,7 +126,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that a study was asked, and what it ran."""
+    """A study's plan, and the runs that were made of it."""
 
     name: str
     question: str
@@ -148,25 +138,25 @@ class Table:
     git_commit: str
     baseline: str
     config: dict[str, Any]  # the baseline's, but for the seed
-    data: list[str]  # hashes of samples of both splits, and of the checkpoint that is started from if there is one
+    data: list[str]  # hashes of samples of both splits, and of the checkpoint that runs start from, if any
     seeds: list[int]
-    asked: list[str]
+    asked: list[str]  # hypotheses
     measured: Conditions
     published: dict[str, list[float | int | None]]
-    planned: list[tuple[str, str]]  # contrasts with the baseline, (arm, measure), written down before the runs
+    planned: list[tuple[str, str]]  # (arm, measure): contrasts with the baseline, written down before the runs
     arms: dict[str, Arm]
-    times: dict[str, float | None]  # seconds, by ARM-SEED
-    findings: str | None = schema.sometimes()  # the schema of the findings that it was measured with
+    times: dict[str, float | None]  # ARM-SEED -> seconds
+    findings: str | None = schema.sometimes()  # the schema of the findings from which the measures were read
     schema: str = "spikesink-study-2"
 
     @property
     def base(self) -> Arm:
-        """The arm to which others are compared."""
+        """The arm with which the others are compared."""
         return self.arms[self.baseline]
 
     @property
     def others(self) -> dict[str, Arm]:
-        """The arms that are compared."""
+        """All arms but the baseline."""
         return {name: arm for name, arm in self.arms.items() if name != self.baseline}
 
     def matched(self, arm: str) -> bool:
@@ -174,69 +164,70 @@ class Table:
         return abs(self.arms[arm].parameters / self.base.parameters - 1) < 0.01
 
     def same_start(self, arm: str) -> bool:
-        """True if an arm is the baseline's function at step 0: by the losses there, on detect.py's sequences."""
+        """True if an arm computes the same function as the baseline at step 0, judged by the losses on detect.py's
+        sequences."""
         runs = (self.arms[name].ended.items() for name in (arm, self.baseline))
-        losses = [{seed: row.course[0].measures.get("short loss") for seed, row in of_arm} for of_arm in runs]
-        ratios = by_seed_of(losses[0], losses[1], "log")
+        losses = [{seed: row.course[0].measures.get("short loss") for seed, row in rows} for rows in runs]
+        ratios = aggregate.seed_differences(losses[0], losses[1], "log")
         return bool(ratios) and max(map(abs, ratios)) <= 1e-6
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """{arm: {measure: its difference to the baseline at equal tokens}}."""
-        found = {
-            name: {m: difference(*self.pair(name, m), self.same_start(name)) for m in arm.measures}
+        """{arm: {measure: its difference from the baseline at equal tokens}}."""
+        return {
+            name: {m: d for m in arm.measures if (d := difference(*self.pair(name, m), self.same_start(name)))}
             for name, arm in self.others.items()
         }
-        return {name: {m: of for m, of in of_arm.items() if of} for name, of_arm in found.items()}
 
     def pair(self, arm: str, measure: str) -> tuple[BySeed, BySeed, str]:
-        """The numbers of an arm and of the baseline in a measure, and its kind."""
+        """(numbers of an arm, numbers of the baseline, kind) of a measure."""
         kind = measure_of(measure).kind
         return numbers(self.arms[arm].ended, measure), numbers(self.base.ended, measure), kind
 
     @cached_property
     def equal_loss(self) -> dict[str, EqualLoss]:
-        """{arm: its differences to the baseline at equal loss}."""
+        """{arm: its differences from the baseline at equal loss}."""
         return {name: equal_loss(arm, self.base) for name, arm in self.others.items()}
 
     @cached_property
     def contrasts(self) -> list[Contrast]:
-        """The planned comparisons. Holm's correction is over all of them, those without a p too."""
-        ps = [p_value(*self.pair(arm, m), self.same_start(arm)) for arm, m in self.planned]
-        found = zip(self.planned, ps, holm(ps), strict=True)
-        return [Contrast(arm, m, self.differences[arm].get(m), p, adjusted) for (arm, m), p, adjusted in found]
+        """The planned comparisons. Holm's correction is over all of them, including those without a p."""
+        ps = [aggregate.p_value(*self.pair(arm, m), self.same_start(arm)) for arm, m in self.planned]
+        entries = zip(self.planned, ps, aggregate.holm(ps), strict=True)
+        return [Contrast(arm, m, self.differences[arm].get(m), p, adjusted) for (arm, m), p, adjusted in entries]
 
     @cached_property
     def interactions(self) -> dict[str, dict[str, Estimate]]:
-        """Of a factorial: {A and B: {measure: AB - A - B + baseline, seed by seed}} (of logarithms, a factor).
+        """The interactions of a factorial: {A and B: {measure: AB - A - B + baseline, seed by seed}}.
 
-        AB is an arm whose changes are those of two others together. What is not 0 (not 1) is more than both add up to.
+        AB is an arm that has the changes of both A and B. An interaction of 0 (for `log` measures, a factor of 1) means
+        that the effects of A and B add up.
         """
         changes = {name: {(key, repr(value)) for key, value in arm.changes.items()} for name, arm in self.arms.items()}
-        found = {}
+        estimates = {}
         for both, a, b in permutations(self.arms, 3):
             parts = changes[a] and changes[b] and not changes[a] & changes[b]
             if a < b and parts and changes[a] | changes[b] == changes[both]:
                 rows = [self.arms[name].ended for name in (both, self.baseline, a, b)]
-                found[f"{a} and {b}"] = {m: _interaction(rows, m) for m in names_of(rows[0])}
-        return found
+                estimates[f"{a} and {b}"] = {m: _interaction_estimate(rows, m) for m in measure_names(rows[0])}
+        return estimates
 
     @cached_property
     def runs(self) -> list[Done | Ended | Planned]:
-        """Every run that was planned."""
+        """Every planned run."""
         return [row for arm in self.arms.values() for row in arm.seeds]
 
 
-def _interaction(arms: Sequence[Mapping[int, Done]], name: str) -> Estimate:
-    """Of one measure in the arms AB, baseline, A and B."""
-    both = [seed for seed in arms[0] if all(seed in rows for rows in arms)]
-    of_seeds = [[rows[seed].measures.get(name) for rows in arms] for seed in both]
-    full = [[x for x in four if x is not None] for four in of_seeds if None not in four]
+def _interaction_estimate(arms: Sequence[Mapping[int, Done]], name: str) -> Estimate:
+    """The interaction in one measure. `arms`: the rows by seed of AB, the baseline, A and B."""
+    shared = [seed for seed in arms[0] if all(seed in rows for rows in arms)]
+    fours = [[rows[seed].measures.get(name) for rows in arms] for seed in shared]
+    full = [[x for x in four if x is not None] for four in fours if None not in four]
     if measure_of(name).kind == "log":
         return estimate([both * base / (a * b) for both, base, a, b in full if min(both, base, a, b) > 0])
     return estimate([both + base - a - b for both, base, a, b in full])
 
 
 def load_table(path: str | Path) -> Table:
-    """The table in a file. Raises UserError."""
+    """Reads a table.json. Raises UserError."""
     return schema.load(Table, path, "study.py")

@@ -1,18 +1,18 @@
-"""RESULTS.md from results/RESULTS.in.md, whose every number is taken from a study's table.json; and every table.md
-anew from the rows of its table.json, by the statistics and verdicts of today.
+"""Writes RESULTS.md from results/RESULTS.in.md, with every number taken from a study's table.json. It also writes every
+table.md again from the rows of its table.json, so that today's statistics and verdicts apply.
 
   python -m studies.write_results
 
-{STUDY; ARM; MEASURE}           the values of its seeds; from six on their median with its 95% interval
-{STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens, = for - at equal loss
-{STUDY; ARM SEED; MEASURE}      of one run; also its status, step and lr
-{STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * for all arms
-{STUDY; ARM; KIND present}      in how many of its runs detect.py's verdict on spike, sink, co_occurrence is present
-{STUDY; HYPOTHESIS}             its verdict; {STUDY; HYPOTHESIS; reason}: with the numbers for it
-{STUDY; matched}                how many pairs of runs were matched at equal loss, over all arms
+{STUDY; ARM; MEASURE}           the values of the arm's seeds; from six seeds on, their median with its 95% interval
+{STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens; with = in place of -, at equal loss
+{STUDY; ARM SEED; MEASURE}      the number of one run; also its status, step and lr
+{STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * stands for all arms
+{STUDY; ARM; KIND present}      the number of its runs whose verdict on KIND (spike, sink, co_occurrence) is present
+{STUDY; HYPOTHESIS}             the verdict; {STUDY; HYPOTHESIS; reason} adds the numbers behind it
+{STUDY; matched}                the number of pairs of runs that match at equal loss, over all arms
 {STUDY; moving}                 a sentence on what still moves at the end
-{STUDY; KEY}                    of the table or of the config that all arms have
-{trials}                        all of results/trials.json
+{STUDY; KEY}                    a field of the table, or a key of the baseline's config
+{trials}                        the whole of results/trials.json
 """
 
 import json
@@ -27,23 +27,23 @@ from studies.hypotheses import HYPOTHESES, judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import Done
 from studies.table import Table, load_table
-from studies.tables import cell, markdown, markdown_table, pairs_of, still_moving
+from studies.tables import cell, markdown, markdown_table, shared_seeds, still_moving
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "results" / "RESULTS.in.md"
 
 
-def of_arm(table: Table, arm: str, measure: str, between: str = " ") -> str:
-    """Values or their middle, a difference, or a run's own number, in words. Raises KeyError."""
+def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str:
+    """The text for an arm, for its difference from the baseline, or for one run. Raises KeyError."""
     arms = table.arms
     if arm in arms and measure.endswith(" present"):
         return f"{arms[arm].present(measure.removesuffix(' present'))} of {arms[arm].done}"
     if arm in arms:
-        return cell(arms[arm].measures[measure], measure, arms[arm].done, between=between)
+        return cell(arms[arm].measures[measure], measure, arms[arm].done, separator=separator)
     name, sign, rest = arm.rpartition(" - ") if " - " in arm else arm.rpartition(" = ")
     if sign and rest == table.baseline:
         differences = table.differences[name] if sign == " - " else table.equal_loss[name].measures
-        return cell(differences[measure], measure, pairs_of(table)[name], True, between)
+        return cell(differences[measure], measure, shared_seeds(table)[name], True, separator)
     name, _, seed = arm.rpartition(" ")
     row = next(row for row in arms[name].seeds if str(row.seed) == seed)
     if measure in ("status", "step", "lr"):
@@ -54,37 +54,36 @@ def of_arm(table: Table, arm: str, measure: str, between: str = " ") -> str:
 
 
 def filled(field: str, tables: Mapping[str, Table]) -> str:
-    """What stands for one field. Raises UserError."""
+    """The text that replaces one {field}. Raises UserError."""
     if field == "trials":
-        return trials()
+        return trials_table()
     try:
         study, *path = (" ".join(part.split()) for part in field.split(";"))
         table = tables[study]
         if path[0] in HYPOTHESES:
-            of = judge(table)[path[0]]
-            return of.verdict if len(path) == 1 else f"{of.verdict}: {of.reason}".replace("|", "\\|")
+            verdict = judge(table)[path[0]]
+            return verdict.verdict if len(path) == 1 else f"{verdict.verdict}: {verdict.reason}".replace("|", "\\|")
         if path == ["moving"]:
             return still_moving(table)
         if path == ["matched"]:
-            found = table.equal_loss.values()
-            return f"{sum(of.matched for of in found)} of {sum(of.of for of in found)}"
+            arms = table.equal_loss.values()
+            return f"{sum(arm.matched for arm in arms)} of {sum(arm.pairs for arm in arms)}"
         if len(path) == 1:
             value = (table.config | vars(table))[path[0]]
             return f"{value:,}" if isinstance(value, int) else str(value)
-        arms, measures = path
-        many = list(table.arms) if arms == "*" else arms.split(", ")
-        if arms != "*" and len(many) == 1 and ", " not in measures:
-            return of_arm(table, arms, measures, ", ")
-        names = measures.split(", ")
-        return "\n".join(
-            markdown_table(["arm", *names], [[arm, *(of_arm(table, arm, name) for name in names)] for arm in many])
-        )
+        arm, measure = path
+        arm_names = list(table.arms) if arm == "*" else arm.split(", ")
+        if arm != "*" and len(arm_names) == 1 and ", " not in measure:
+            return cell_text(table, arm, measure, ", ")
+        measures = measure.split(", ")
+        rows = [[name, *(cell_text(table, name, m) for m in measures)] for name in arm_names]
+        return "\n".join(markdown_table(["arm", *measures], rows))
     except (KeyError, StopIteration, ValueError, AttributeError) as error:
         raise UserError(f"{TEMPLATE.name}: {{{field}}} names nothing in results/*/table.json ({error})") from None
 
 
-def trials() -> str:
-    """The single runs by which the scales were found."""
+def trials_table() -> str:
+    """The table of the single runs by which the scales were chosen."""
     rows = json.loads((ROOT / "results" / "trials.json").read_text())
     text = lambda value: "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
     return "\n".join(markdown_table(list(rows[0]), [list(map(text, row.values())) for row in rows]))

@@ -53,7 +53,7 @@ def test_every_step_is_rehearsed(cli, tmp_path):
 
 def test_a_step_starts_if_it_fits(cli, day, monkeypatch):
     """In order of value; what does not fit is left, a failure stops nothing, and an arm may take a whole slice."""
-    monkeypatch.setattr(gpu_day, "OF_TABLE", ("no_such_package",))
+    monkeypatch.setattr(gpu_day, "TABLE_PACKAGES", ("no_such_package",))
     monkeypatch.setattr(gpu_day, "estimate", lambda name, day: {"correct": 60, "speed": 400, "pre": 2000}.get(name, 90))
     ran = []
 
@@ -69,8 +69,8 @@ def test_a_step_starts_if_it_fits(cli, day, monkeypatch):
     assert [name for name, _ in ran] == ["correct", "attention", "together"]  # no data for arms
     assert ran[0][1] == 300 and "speed: not started: it takes about 400 s" in out
     assert (
-        "pre: left out, for want of --data" in out
-        and "table: left out, for want of --data, an arm, no_such_package" in out
+        "pre: skipped, because of missing --data" in out
+        and "table: skipped, because of missing --data, an arm, no_such_package" in out
     )
     assert code == 0  # speed would not fit into the next slice either
     (day.out / "data").mkdir()
@@ -133,7 +133,7 @@ def test_packed_tokens_come_back(tmp_path, toy_data):
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     assert meta == json.loads((toy_data / "meta.json").read_text())
     (tmp_path / "toy.xz").write_bytes((tmp_path / "toy.xz").read_bytes()[:-9])
-    with pytest.raises(UserError, match="is not what --pack writes"):
+    with pytest.raises(UserError, match="was not written by --pack"):
         gpu_day.unpack(tmp_path / "toy.xz", tmp_path / "other")
 
 

@@ -151,10 +151,10 @@ MISTAKES = {
     "no such arm": (["--arms=clap"], "has no arm 'clap' (did you mean clip?)"),
     "no rate": (["--learning_rate=0"], "above 0"),
     "no clipping": (["--clip=-1"], "clip=-1.0 must be above 0"),
-    "no checkpoint": (["--init_from=scratch"], "takes a checkpoint to start from"),
+    "no checkpoint": (["--init_from=scratch"], "needs a checkpoint to start from"),
     "not one of ours": (
         ["--init_from=gpt2"],
-        "there is no checkpoint gpt2; of a Hugging Face GPT-2 or Llama, train.py",
+        "there is no checkpoint gpt2; train.py --init_from=gpt2 makes one from a Hugging Face GPT-2 or Llama",
     ),
 }
 

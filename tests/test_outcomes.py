@@ -125,7 +125,7 @@ WIRINGS = {  # what is to be said of spike_zero; None where half of the sinks go
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_no_verdict_on_a_planted_cause_is_wrong(wiring):
     i = [*planted_causes.WIRINGS].index(wiring)
-    rows = [row for number in (i, i + len(WIRINGS)) for row in planted_causes.tried(number)]  # the second: outliers
+    rows = [row for number in (i, i + len(WIRINGS)) for row in planted_causes.try_model(number)]  # the second: outliers
     assert planted_causes.wrong(rows) == []
     assert not WIRINGS[wiring] or {row["verdict"] for row in rows if row["by"] == "spike_zero"} == {WIRINGS[wiring]}
 

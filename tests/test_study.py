@@ -334,7 +334,7 @@ def test_an_arm_keeps_what_it_says_and_nothing_else_differs(tmp_path):
 
 def test_new_keys_and_names_leave_the_hash_of_other_runs_alone():
     """A key of NEWER counts where it is used; what was renamed counts by its old name."""
-    of = lambda **keys: jobs.hashed(jobs.settings(GPTConfig(), TrainConfig(**keys)), 1e-3)
+    of = lambda **keys: jobs.hashed_settings(jobs.settings(GPTConfig(), TrainConfig(**keys)), 1e-3)
     assert of().keys() >= {"penalty", "penalty_weight"} and not of().keys() & set(jobs.NEWER)
     one, two = of(losses={"kurtosis": 0.5}), of(losses={"kurtosis": 0.5, "load_balance": 0.1})
     assert {key for key in one if one[key] != of()[key]} == {"penalty", "penalty_weight"} and "losses" not in one
@@ -417,7 +417,11 @@ def test_mistakes_are_one_line(arguments, words, cli, tmp_path):
 
 @pytest.mark.parametrize(
     ("contrast", "words"),
-    [(("wilf", "loss"), "did you mean wild"), (("calm", "loss"), "no arm beside"), (("wild", "Sink_2"), "mean Sink_1")],
+    [
+        (("wilf", "loss"), "did you mean wild"),
+        (("calm", "loss"), "an arm other than the baseline"),
+        (("wild", "Sink_2"), "mean Sink_1"),
+    ],
 )
 def test_a_planned_contrast_that_names_nothing_is_one_line(small, contrast, words, cli, tmp_path):
     small.write_text(small.read_text() + f"contrasts = [{contrast}]\n")
@@ -611,7 +615,7 @@ def test_verdicts_where_all_is_as_claimed():
     for of in hypotheses.judge(table).values():
         assert any(c.isdigit() for c in of.reason) and of.rule
     relu, silu = table.contrasts
-    assert (relu.says, silu.says) == ("differs", "no difference seen")
+    assert (relu.conclusion, silu.conclusion) == ("differs", "no difference seen")
     assert relu.p_holm == pytest.approx(2 * relu.p) == pytest.approx(4 / math.comb(12, 6))
 
 

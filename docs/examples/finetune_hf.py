@@ -1,9 +1,9 @@
-"""Spikes and sinks while a Hugging Face model is fine-tuned: by transformers' Trainer, and in a plain PyTorch loop.
+"""Monitors spikes and sinks while a Hugging Face model is fine-tuned, by transformers' Trainer and by a PyTorch loop.
 
-  python docs/examples/finetune_hf.py               a tiny GPT-2 with new weights, on bytes; under a minute of a CPU
-  python docs/examples/finetune_hf.py --model gpt2  a model of the hub or a folder, with its own tokenizer
+  python docs/examples/finetune_hf.py               a tiny GPT-2 with new weights, on bytes; under a minute on a CPU
+  python docs/examples/finetune_hf.py --model gpt2  a model from the hub or a folder, with its own tokenizer
 
-The text is data/stdlib, made on first use, or any file: --text FILE. Needs pip install -e .[hf,lab]
+The text is data/stdlib, which is made on first use, or any file (--text FILE). Needs pip install -e .[hf,lab]
 """
 
 import argparse
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where this repository is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # needed if this repository is not installed
 
 from data.loader import Tokens
 from spikesink.measure.monitor import Monitor, MonitorCallback
 
 
 def windows_of(args: argparse.Namespace) -> torch.Tensor:
-    """Token ids (N, T): the text in windows, as the model's tokenizer has it, or as bytes."""
+    """Token ids (N, T): the text in windows, encoded by the model's tokenizer, or as bytes for the tiny GPT-2."""
     if args.text:
         text = Path(args.text).read_text(encoding="utf-8")
     else:
@@ -46,7 +46,7 @@ def model_of(args: argparse.Namespace) -> transformers.PreTrainedModel:
 
 
 def with_trainer(model: transformers.PreTrainedModel, windows: torch.Tensor, args: argparse.Namespace) -> None:
-    """By transformers.Trainer: what the monitor saw is in its log, and wherever `report_to` sends that."""
+    """Trains with transformers.Trainer. The monitor's numbers are in its log, and go where `report_to` sends that."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
@@ -61,20 +61,20 @@ def with_trainer(model: transformers.PreTrainedModel, windows: torch.Tensor, arg
         data = [{"input_ids": row, "labels": row} for row in windows]
         trainer = transformers.Trainer(model, arguments, train_dataset=data)
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.add_callback(MonitorCallback(trainer, every=args.every))  # the one line
+        trainer.add_callback(MonitorCallback(trainer, every=args.every))  # the only added line
         trainer.train()
     looks = {row["step"]: row for row in trainer.state.log_history if "sink/heads" in row}
     for row in trainer.state.log_history:
         if "loss" in row and row["step"] in looks:
-            seen = looks[row["step"]]
+            look = looks[row["step"]]
             print(
-                f"step {row['step']}: loss {row['loss']:.3f}, spike {seen['spike/largest_ratio']:.0f}x, "
-                f"sinks {seen['sink/heads']:.0%} of heads"
+                f"step {row['step']}: loss {row['loss']:.3f}, spike {look['spike/largest_ratio']:.0f}x, "
+                f"sinks {look['sink/heads']:.0%} of heads"
             )
 
 
 def in_a_loop(model: transformers.PreTrainedModel, windows: torch.Tensor, args: argparse.Namespace) -> None:
-    """In a loop of one's own."""
+    """Trains in a plain PyTorch loop. The monitor takes three lines."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     draw = torch.Generator().manual_seed(args.seed)
     monitor = Monitor(model, every=args.every)  # line 1
@@ -91,10 +91,10 @@ def in_a_loop(model: transformers.PreTrainedModel, windows: torch.Tensor, args: 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--model", help="a causal model of the hub or a folder; default: a tiny GPT-2, new")
+    flags.add_argument("--model", help="a causal model from the hub or a folder; default: a tiny new GPT-2")
     flags.add_argument("--text", metavar="FILE", help="default: data/stdlib")
     flags.add_argument("--steps", type=int, default=100)
-    flags.add_argument("--every", type=int, default=20, help="steps between looks")
+    flags.add_argument("--every", type=int, default=20, help="steps between measurements")
     flags.add_argument("--batch_size", type=int, default=8)
     flags.add_argument("--length", type=int, default=128, help="tokens of a window")
     flags.add_argument("--learning_rate", type=float, default=2e-3)

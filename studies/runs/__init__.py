@@ -1,1 +1,1 @@
-"""What makes a row of numbers: a run trained, measured, written. The hash of the code is of this too."""
+"""Makes a row of numbers: trains, measures and writes one run. The hash of the code includes this package."""

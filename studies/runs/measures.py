@@ -1,7 +1,7 @@
-"""The numbers by which a study compares runs: what each is, how it is averaged, and where in the findings it stands.
+"""The measures by which a study compares runs, and how each is read from the findings.
 
-`kind` says how arms are compared: `plain` numbers and `share`s (0 to 1) by differences, `log` ones, which span orders
-of magnitude, by factors.
+A measure's `kind` says how arms are compared. `plain` numbers and `share`s (0 to 1) are compared by differences, and
+`log` numbers, which span orders of magnitude, by factors.
 """
 
 import math
@@ -21,24 +21,24 @@ from studies.runs.rows import Measures, Where
 
 
 class Measure(NamedTuple):
-    """One number of a run: what it is in words, its kind, how it is printed, and how it is read from the findings."""
+    """One number of a run."""
 
-    text: str
+    text: str  # what it is, in words
     kind: str
-    form: str
-    of: Callable[..., float | None] | None = None  # of the findings, or as EFFECTS says
+    form: str  # format spec for printing
+    read: Callable[[Findings], float | None] | None = None  # None: it is not read from the findings
 
 
 def _largest(key: str) -> Callable[[Findings], float | None]:
-    def of(found: Findings) -> float | None:
-        return max((x for layer in found.attended if math.isfinite(x := getattr(layer, key))), default=None)
+    def read(findings: Findings) -> float | None:
+        return max((x for layer in findings.attended if math.isfinite(x := getattr(layer, key))), default=None)
 
-    return of
+    return read
 
 
-def _finite(found: Findings) -> list[LayerStats]:
-    """The layers whose magnitudes are: not all are in a model about to diverge."""
-    return [layer for layer in found.attended if math.isfinite(layer.top1) and math.isfinite(layer.median)]
+def _finite(findings: Findings) -> list[LayerStats]:
+    """The layers with finite magnitudes. A model that is about to diverge has others too."""
+    return [layer for layer in findings.attended if math.isfinite(layer.top1) and math.isfinite(layer.median)]
 
 
 def _first(rates: list[float]) -> float | None:
@@ -46,29 +46,29 @@ def _first(rates: list[float]) -> float | None:
     return rates[0] / sum(rates) if sum(rates) else None
 
 
-def _false(rule: RuleCount) -> float | None:
+def _false_rate(rule: RuleCount) -> float | None:
     """How often a rule fires in the worst of its nulls."""
     return rule.false_positives.rate if rule.false_positives else None
 
 
-def _punctuation_of_spikes(found: Findings) -> float | None:
-    """Of the listed spike tokens behind the first position, the share that holds no letter and no digit."""
-    texts = [token.text for token in found.spikes.primary_tokens if token.position > 0]
+def _punctuation_of_spikes(findings: Findings) -> float | None:
+    """The share of the listed spike tokens after the first position that have no letter and no digit."""
+    texts = [token.text for token in findings.spikes.primary_tokens if token.position > 0]
     return sum(not any(c.isalnum() for c in visible(text)) for text in texts) / len(texts) if texts else None
 
 
 def _sequences(rule: str) -> Callable[[Findings], float | None]:
-    return lambda found: found.measures.rules[rule].sequences
+    return lambda findings: findings.measures.rules[rule].sequences
 
 
 def _overlap(key: str) -> Callable[[Findings], float | None]:
-    return lambda found: getattr(found.co_occurrence, key)
+    return lambda findings: getattr(findings.co_occurrence, key)
 
 
 SINK = f"alpha > {PRIMARY_SINK_EPSILON}"
 SPIKE = SPIKE_RULES[PRIMARY_SPIKE_RULE].text
 
-# name -> Measure; `loss` is the trainer's, on its validation batches, the others are of detect.py's findings
+# name -> Measure. `loss` is the trainer's loss on its validation batches; the others are read from detect.py's findings
 MEASURES = {
     "loss": Measure("validation loss at the training length, nats per token", "plain", ".4f"),
     "short loss": Measure("loss on detect.py's sequences, nats per token", "plain", ".4f", lambda f: f.data.loss),
@@ -89,26 +89,21 @@ MEASURES = {
     ),
     "spike tokens": Measure(f"share of tokens with {SPIKE}", "share", ".2%", lambda f: f.spikes.primary_rule.fraction),
     "spikes as read": Measure(
-        "the same, of what sub-layers read behind their norms",
+        "the same share, in what sub-layers read behind their norms",
         "share",
         ".2%",
         lambda f: f.spikes.read.fraction if f.spikes.read else None,
     ),
     "spikes last": Measure(
-        "the same, at the last tap, which no attention reads", "share", ".2%", lambda f: f.spikes.sum.last
+        "the same share, at the last tap, which no attention reads", "share", ".2%", lambda f: f.spikes.sum.last
     ),
     "spikes in embedding": Measure(
-        "of the spike tokens, the share that are spikes in the embedding already",
+        "share of the spike tokens that are spikes in the embedding already",
         "share",
         ".0%",
         lambda f: f.spikes.sum.in_embedding,
     ),
-    "spike sequences": Measure(
-        "share of sequences with such a token",
-        "share",
-        ".0%",
-        _sequences(PRIMARY_SPIKE_RULE),
-    ),
+    "spike sequences": Measure("share of sequences with a spike token", "share", ".0%", _sequences(PRIMARY_SPIKE_RULE)),
     "first energy": Measure(
         "share of the first token's energy (squared norm) in its largest channel, in the layer where that is largest",
         "share",
@@ -143,8 +138,10 @@ MEASURES = {
     "P(spike | sink)": Measure(
         "share of the sink tokens that are spikes", "share", ".0%", _overlap("p_spike_given_sink")
     ),
-    "Jaccard": Measure("tokens that are both, of those that are either", "share", ".2f", _overlap("jaccard")),
-    "lift": Measure("overlap over what position alone explains", "log", ".2f", _overlap("lift")),
+    "Jaccard": Measure(
+        "tokens that are spike and sink over tokens that are either", "share", ".2f", _overlap("jaccard")
+    ),
+    "lift": Measure("overlap over the overlap that position alone explains", "log", ".2f", _overlap("lift")),
     "spikes first": Measure(
         "share of the spike tokens that stand first", "share", ".0%", lambda f: _first(f.spikes.by_position)
     ),
@@ -152,7 +149,7 @@ MEASURES = {
         "share of the sink tokens that stand first", "share", ".0%", lambda f: _first(f.sinks.token_rate)
     ),
     "spikes punctuation": Measure(
-        "of the strongest spike tokens behind the first position, those without letter or digit",
+        "share of the strongest spike tokens after the first position that have no letter and no digit",
         "share",
         ".0%",
         _punctuation_of_spikes,
@@ -164,7 +161,7 @@ MEASURES = {
         _sequences("percentile"),
     ),
     "percentile false": Measure(
-        "the same, in the worst of its nulls", "share", ".0%", lambda f: _false(f.spikes.rules["percentile"])
+        "the same share, in the worst of its nulls", "share", ".0%", lambda f: _false_rate(f.spikes.rules["percentile"])
     ),
     "share sequences": Measure(
         f"share of sequences with a token that gets more than {SHARE:.0%} of all attention",
@@ -173,23 +170,23 @@ MEASURES = {
         _sequences("share"),
     ),
     "share false": Measure(
-        "the same, in the worst of its nulls", "share", ".0%", lambda f: _false(f.sinks.rules["share"])
+        "the same share, in the worst of its nulls", "share", ".0%", lambda f: _false_rate(f.sinks.rules["share"])
     ),
 }
 
 
-def of_findings(found: Findings) -> Measures:
+def from_findings(findings: Findings) -> Measures:
     """{name: number, or None where it is undefined} of detect.py's findings."""
-    numbers = {name: measure.of(found) for name, measure in MEASURES.items() if measure.of}
+    numbers = {name: measure.read(findings) for name, measure in MEASURES.items() if measure.read}
     return {name: None if x is None or not math.isfinite(x) else x for name, x in numbers.items()}
 
 
-def _of_same_size(entry: Entry) -> list[ControlEffect]:
-    """The control that is as large: in a list, which is empty where there is none."""
+def _same_size_controls(entry: Entry) -> list[ControlEffect]:
+    """The control that moves the states as far as the intervention does, in a list; empty if there is none."""
     return [control for control in entry.controls_that_edited if control.name == "same_energy"]
 
 
-# what is kept of an intervention: name -> (Measure, how it is read from its Entry and the change of BLiMP accuracy)
+# measures of an intervention: name -> (Measure, how it is read from the Entry and the change of BLiMP accuracy)
 EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]] = {
     "loss": (Measure("change of the loss, nats per token", "plain", "+.4f"), lambda e, blimp: e.delta_loss),
     "control loss": (
@@ -197,11 +194,11 @@ EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]
         lambda e, blimp: max((c.delta_loss for c in e.controls_that_edited), default=None),
     ),
     "spikes left": (
-        Measure("of the very same spikes, the share left", "share", ".0%"),
+        Measure("share of the earlier spikes that remain", "share", ".0%"),
         lambda e, blimp: e.spikes_left.same,
     ),
     "sinks left": (
-        Measure("of the very same sinks, the share left", "share", ".0%"),
+        Measure("share of the earlier sinks that remain", "share", ".0%"),
         lambda e, blimp: e.sinks_left.same,
     ),
     "exposed lost": (
@@ -210,32 +207,33 @@ EFFECTS: dict[str, tuple[Measure, Callable[[Entry, float | None], float | None]]
     ),
     "same size loss": (
         Measure("change of the loss when the same tokens move as far in a random direction", "plain", "+.4f"),
-        lambda e, blimp: next((c.delta_loss for c in _of_same_size(e)), None),
+        lambda e, blimp: next((c.delta_loss for c in _same_size_controls(e)), None),
     ),
     "same size exposed lost": (
-        Measure("share of alpha that the same sinks lose then", "share", ".0%"),
-        lambda e, blimp: next((c.exposed.lost for c in _of_same_size(e) if c.exposed), None),
+        Measure("share of alpha that the same sinks lose under that control", "share", ".0%"),
+        lambda e, blimp: next((c.exposed.lost for c in _same_size_controls(e) if c.exposed), None),
     ),
     "BLiMP": (Measure("change of BLiMP accuracy", "plain", "+.2%"), lambda e, blimp: blimp),
 }
 
 
-def of_ablation(ablation: Ablation) -> dict[str, float | None]:
+def from_ablation(ablation: Ablation) -> dict[str, float | None]:
     """{'spike_zero: loss': number, ...} of ablate.py's findings; None where there was nothing to edit."""
     blimp = ablation.probes.blimp
     accuracy = {c.name: c.accuracy for c in blimp.conditions} if isinstance(blimp, Blimp) else {}
     values: dict[str, float | None] = {}
     for entry in ablation.interventions:
         change = accuracy[entry.name] - accuracy["none"] if entry.name in accuracy else None
-        for name, (_, of) in EFFECTS.items():
-            values[f"{entry.name}: {name}"] = of(entry, change) if entry.edited else None
+        for name, (_, read) in EFFECTS.items():
+            values[f"{entry.name}: {name}"] = read(entry, change) if entry.edited else None
     if accuracy:
         values["BLiMP"] = accuracy["none"]
     return values
 
 
-def of_int8(look: Look) -> Measures:
-    """{'int8 per tensor: loss': number, ...} of an open model: what 8 and 4 bits cost, and what either half does."""
+def int8_costs(look: Look) -> Measures:
+    """{'int8 per tensor: loss': nats, ...} of an open model: the cost of 8 and of 4 bits, together and for weights and
+    activations alone."""
     subject, batch_size = look.subjects[0], look.options.batch_size
     return {
         f"{'' if 'int4' in name else 'int8 '}{name.replace('_', ' ')}{half}: loss": change.delta_loss
@@ -245,21 +243,21 @@ def of_int8(look: Look) -> Measures:
     }
 
 
-KEPT = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left", "exposed")
+TABLE_FIELDS = ("edited", "delta_loss", "ci95", "spikes_left", "sinks_left", "exposed")
 
 
 def ablations(ablation: Ablation) -> dict[str, Any]:
-    """What a study's table keeps of ablate.py's findings: effects and what is left, with intervals over sequences."""
-    kept = lambda effect: {key: schema.to_json(getattr(effect, key)) for key in KEPT}
-    found = {
-        entry.name: {**kept(entry), "control": [{**kept(control), "name": control.name} for control in entry.control]}
+    """The part of ablate.py's findings that goes into a study's table: Ablations as JSON."""
+    fields = lambda effect: {key: schema.to_json(getattr(effect, key)) for key in TABLE_FIELDS}
+    effects = {
+        entry.name: {**fields(entry), "control": [{**fields(each), "name": each.name} for each in entry.control]}
         for entry in ablation.interventions
     }
-    return {"interventions": found, "needs": {cause.by: cause.verdict for cause in ablation.causes}}
+    return {"interventions": effects, "needs": {cause.by: cause.verdict for cause in ablation.causes}}
 
 
 def measure_of(name: str) -> Measure:
-    """The Measure of a row's entry."""
+    """The Measure with this name, which may be that of an effect: "spike_zero: loss". Raises KeyError."""
     if name == "BLiMP":
         return Measure("accuracy on BLiMP's minimal pairs", "share", ".1%")
     intervention, colon, effect = name.partition(": ")
@@ -269,7 +267,7 @@ def measure_of(name: str) -> Measure:
     return measure._replace(text=f"{intervention}: {measure.text}")
 
 
-def where(found: Findings) -> Where:
-    """Of detect.py's findings, where the spikes are: top1/median by layer, and the texts of the tokens it lists."""
-    layers = {layer.name: layer.ratio for layer in _finite(found)}
-    return Where(layers=layers, tokens=dict(Counter(visible(token.text) for token in found.spikes.primary_tokens)))
+def where(findings: Findings) -> Where:
+    """The layers and the tokens that have spikes, of detect.py's findings."""
+    layers = {layer.name: layer.ratio for layer in _finite(findings)}
+    return Where(layers=layers, tokens=dict(Counter(visible(token.text) for token in findings.spikes.primary_tokens)))

@@ -1,4 +1,4 @@
-"""A run as a study's table holds it: planned, ended, or done and measured."""
+"""The rows of a study's table: a run that is planned, has ended, or is done and measured."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,8 @@ from spikesink.errors import UserError
 
 DONE, DIVERGED, STARTED, NOT_RUN = "done", "diverged", "started", "not run"
 
-Measures = dict[str, float | None]  # name of a measure -> its number, None where it is undefined
-Pair = tuple[float, float]  # the ends of a 95% interval
+Measures = dict[str, float | None]  # name of a measure -> its number; None where it is undefined
+Interval = tuple[float, float]  # the ends of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Ended(Planned):
-    """A run that ended; not at its last step, but in a loss or gradient that was not finite, unless it is Done."""
+    """A run that ended. Unless it is Done, it diverged: its loss or gradient was not finite."""
 
     step: int
     lr: float | None  # the learning rate at which it diverged
@@ -36,52 +36,52 @@ class Ended(Planned):
 
 
 @dataclass(frozen=True)
-class LeftBounds:
-    """Intervals over sequences of what is left."""
+class RemainingIntervals:
+    """Intervals of the shares in Remaining, over sequences."""
 
-    same: Pair | None
-    all: Pair | None
+    same: Interval | None
+    all: Interval | None
 
 
 @dataclass(frozen=True)
-class Left:
-    """What an edit leaves of spikes, or of sinks: a share of the very same ones, and of as many."""
+class Remaining:
+    """How many spikes, or sinks, remain after an edit."""
 
     sequences: int
-    same: float | None
-    all: float | None
-    ci95: LeftBounds | None
+    same: float | None  # share of the earlier ones that are still there
+    all: float | None  # the number after the edit, new ones included, over the number before
+    ci95: RemainingIntervals | None
 
 
 @dataclass(frozen=True)
 class Control:
-    """A matched control of an intervention: entries edited, and the change of the loss in nats per token."""
+    """A matched control of an intervention."""
 
     name: str
-    edited: int
-    delta_loss: float
-    ci95: Pair
-    spikes_left: Left
-    sinks_left: Left
+    edited: int  # entries
+    delta_loss: float  # nats per token
+    ci95: Interval
+    spikes_left: Remaining
+    sinks_left: Remaining
     exposed: Exposed | None = schema.sometimes()
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The same of an intervention, with its controls."""
+    """An intervention: the fields of a Control, and its controls."""
 
     edited: int
     delta_loss: float
-    ci95: Pair
-    spikes_left: Left
-    sinks_left: Left
+    ci95: Interval
+    spikes_left: Remaining
+    sinks_left: Remaining
     control: list[Control]
     exposed: Exposed | None = schema.sometimes()
 
 
 @dataclass(frozen=True)
 class Ablations:
-    """Effects by intervention, and the verdicts on whether spikes need sinks; without either if none was asked for."""
+    """Effects by intervention, and the verdicts on whether spikes need sinks. Both are absent where not asked for."""
 
     interventions: dict[str, Effect] | None = schema.sometimes()
     needs: dict[str, str] | None = schema.sometimes()
@@ -99,17 +99,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Where:
-    """Where the spikes are: top1/median by layer, how often each text is among the tokens that are listed."""
+    """Where the spikes are."""
 
-    layers: dict[str, float]
-    tokens: dict[str, int]
+    layers: dict[str, float]  # layer -> top1/median
+    tokens: dict[str, int]  # text -> how often it is among the listed spike tokens
 
 
 @dataclass(frozen=True)
 class Done(Ended):
-    """A run that reached its last step, and what it shows there and on the way."""
+    """A run that reached its last step, with its measures there and over training."""
 
-    weights: str  # hash
+    weights: str  # hash of the final weights
     verdicts: dict[str, str]
     measures: Measures
     ablations: Ablations
@@ -119,19 +119,19 @@ class Done(Ended):
 
 @dataclass(frozen=True)
 class Finished:
-    """A row that stays as it is, and the seconds that it took."""
+    """A row that does not change any more, and the seconds that its run took."""
 
     row: Ended
     seconds: float | None
 
 
 def finished_json(finished: Finished, config_hash: str) -> dict[str, Any]:
-    """What row.json holds."""
+    """The content of row.json."""
     return {**schema.to_json(finished.row), "what": config_hash, "seconds": finished.seconds}
 
 
 def read_finished(content: dict[str, Any], origin: object) -> Finished:
-    """The other way round. Raises UserError where another version has written it."""
+    """The Finished that row.json holds. Raises UserError if another version has written it."""
     row = {key: value for key, value in content.items() if key not in ("what", "seconds")}
     try:
         return Finished(schema.from_json(Done if row["status"] == DONE else Ended, row), content["seconds"])

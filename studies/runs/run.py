@@ -1,4 +1,4 @@
-"""One run of a study: trained, detected, ablated, and written as a row."""
+"""Trains, detects and ablates one run of a study, and writes its row."""
 
 from __future__ import annotations
 
@@ -36,54 +36,53 @@ from trainer.machine import Machine
 if TYPE_CHECKING:
     from studies.jobs import Job, Study
 
-OF_A_RUN = ("job.json", "log.jsonl", "detect.json", "int8.json", "course.json", "ablate.json", "row.json")
+RUN_FILES = ("job.json", "log.jsonl", "detect.json", "int8.json", "course.json", "ablate.json", "row.json")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
+    """The content of a JSON file, or None if there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def started(job: Job) -> bool:
-    """True if what lies in a job's folder is that job's."""
+    """True if the job's folder holds this very job."""
     return (read_json(job.folder / "job.json") or {}).get("job") == job.id
 
 
 def copy_twin(job: Job) -> bool:
-    """Takes over the files of the very same run of another study in the same folder; False where there is none."""
+    """Copies the files of the same run of another study in the same folder. False if there is no such run."""
     rows = job.folder.parent.parent.glob("*/*/row.json")
     twin = next((path.parent for path in rows if read_json(path)["job"] == job.id), None)
     if twin is None:
         return False
-    for path in (twin / name for name in OF_A_RUN):
+    for path in (twin / name for name in RUN_FILES):
         if path.is_file():
             files.save_bytes(job.folder / path.name, path.read_bytes())
     return True
 
 
 def cached_json(path: Path, make: Callable[[], Any]) -> Any:
-    """What `make()` returns, from the file that holds it if it was made before."""
+    """The content of a JSON file. If there is no such file, it is made first, from the result of `make()`."""
     if not path.is_file():
         schema.save(path, make())
     return read_json(path)
 
 
 def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
-    """Trains and measures one run, or goes on with it; its row.json comes last, so that a run is done or it is not.
+    """Trains and measures one run, or resumes it. It writes row.json last, so that a run with a row.json is complete.
 
-    Raises UserError where its folder is not free.
+    Raises UserError if another process uses its folder, or if the folder holds anything but a run of a study.
     """
     if not started(job):
-        make_room(job)
+        clear_folder(job)
         if not keep_checkpoints and copy_twin(job):
             return
         schema.save(job.folder / "job.json", {"job": job.id})
     since = time.perf_counter()
     machine = Machine.find(device).with_dtype(job.cfg.dtype)
-    machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, a run per rank
-    row: Ended
+    machine = dataclasses.replace(machine, rank=0, world=1)  # under torchrun, every rank makes its own runs
     try:
-        row = measure_run(job, study, machine, train_run(job, machine))
+        row: Ended = measure_run(job, study, machine, train_run(job, machine))
     except Diverged as stop:
         row = Ended(status=DIVERGED, lr=stop.lr, loss=None, **identity(job, stop.step, machine))
     schema.save(job.folder / "row.json", finished_json(Finished(row, time.perf_counter() - since), job.config_hash))
@@ -91,27 +90,27 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
         checkpoints.Checkpoints(job.folder).clear()
 
 
-def make_room(job: Job) -> None:
+def clear_folder(job: Job) -> None:
     """Removes another run of a study from a job's folder. Raises UserError if anything else is there."""
     if (job.folder / "job.json").is_file():
         check_idle(job.folder)
-        tqdm.write(f"{job.name}: what {job.folder} holds is of another config, data or code: run anew")
+        tqdm.write(f"{job.name}: {job.folder} holds a run of another config, data or code: it is run again")
         shutil.rmtree(job.folder)
     elif job.folder.exists() and any(not path.name.startswith(".") for path in job.folder.iterdir()):
-        raise UserError(f"{job.folder} holds something else than a run of a study: give another --out or --name")
+        raise UserError(f"{job.folder} holds something other than a run of a study: choose another --out or --name")
 
 
 def check_idle(folder: Path) -> None:
-    """Raises UserError if another process trains there."""
+    """Raises UserError if another process trains in a folder."""
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             pass
     except filelock.Timeout:
-        raise UserError(f"another study trains in {folder}: stop it, or give this one another --name") from None
+        raise UserError(f"another study trains in {folder}: stop it, or choose another --name for this one") from None
 
 
 def identity(job: Job, step: int, machine: Machine) -> dict[str, Any]:
-    """What every row of a run that ended says: which run it was, how far it came, and where."""
+    """The fields that every row of an ended run has: which run it was, how far it came, and on which machine."""
     return {
         **{"seed": job.seed, "job": job.id, "code": job.code_hash},
         **{"step": step, "tokens": step * job.tokens // job.cfg.max_iters},
@@ -120,7 +119,7 @@ def identity(job: Job, step: int, machine: Machine) -> dict[str, Any]:
 
 
 def describe_machine(machine: Machine) -> str:
-    """The machine of a run, in words, and the dtype that it trains in."""
+    """The machine of a run and the dtype that it trains in, in words."""
     cuda = machine.device.type == "cuda"
     name = torch.cuda.get_device_name(machine.device) if cuda else f"{platform.machine()} CPU"
     threads = "" if cuda else f", {torch.get_num_threads()} threads"
@@ -128,7 +127,7 @@ def describe_machine(machine: Machine) -> str:
 
 
 class Diverged(Exception):
-    """A run whose loss or gradient was not finite: at which step and learning rate."""
+    """A run's loss or gradient was not finite, at this step and learning rate."""
 
     def __init__(self, step: int, lr: float) -> None:
         super().__init__()
@@ -136,12 +135,12 @@ class Diverged(Exception):
 
 
 def train_run(job: Job, machine: Machine) -> float:
-    """Trains a job to its end, from a checkpoint of step 0 on; the validation loss there.
+    """Trains a job to its end, with a checkpoint at step 0. Returns its validation loss at the end.
 
     Raises Diverged, and InterruptedRunError after a signal.
     """
-    going_on = checkpoints.Checkpoints(job.folder).any()
-    run = train.Run.open({**job.given, "resume": going_on, "overwrite": not going_on}, job.folder, machine)
+    resume = checkpoints.Checkpoints(job.folder).any()
+    run = train.Run.open({**job.keys, "resume": resume, "overwrite": not resume}, job.folder, machine)
     if run.step == 0:
         run.save()
     try:
@@ -151,52 +150,52 @@ def train_run(job: Job, machine: Machine) -> float:
     except InterruptedRunError as stop:
         raise InterruptedRunError(str(stop).replace("go on with --resume", "the same command goes on")) from None
     finally:
-        torch._dynamo.reset()  # what was compiled for one arm is of no use to the next
+        torch._dynamo.reset()  # frees what was compiled for this arm
     if run.val_loss is None or not math.isfinite(run.val_loss):
         raise Diverged(run.step, train.learning_rate(run.step - 1, run.cfg))
     return run.val_loss
 
 
 def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
-    """The row of a run that was trained to its end. What is measured already is read from its folder."""
+    """The row of a run that was trained to its end. Measurements that are in its folder already are read from there."""
     torch.set_float32_matmul_precision("highest")
     path = job.folder / "ckpt.pt"
     options = Options(n_seq=study.n_seq, seq_len=study.seq_len, device=str(machine.device))
     look = functools.cache(lambda: api.open(path, options, lab=LAB, calibration=True))
     if not (file := job.folder / "detect.json").is_file():
         api.detect(look()).save(file)
-    found = Findings.load(file)
-    numbers: Measures = {"loss": loss, **measures.of_findings(found)}
+    findings = Findings.load(file)
+    numbers: Measures = {"loss": loss, **measures.from_findings(findings)}
     if study.int8:
-        numbers |= cached_json(job.folder / "int8.json", lambda: measures.of_int8(look()))
-    made = lambda: {"points": schema.to_json(course(job, options, study.int8))}
-    points = cached_json(job.folder / "course.json", made)["points"]
-    of_run = identity(job, job.cfg.max_iters, machine)
-    last = Point(of_run["step"], of_run["tokens"], loss, numbers)
+        numbers |= cached_json(job.folder / "int8.json", lambda: measures.int8_costs(look()))
+    measure_course = lambda: {"points": schema.to_json(course(job, options, study.int8))}
+    points = cached_json(job.folder / "course.json", measure_course)["points"]
+    run_identity = identity(job, job.cfg.max_iters, machine)
+    last = Point(run_identity["step"], run_identity["tokens"], loss, numbers)
     ablations: dict[str, Any] = {}
     if study.ablations:
         if not (file := job.folder / "ablate.json").is_file():
             api.ablate(look(), study.ablations, study.probes).save(file)
         ablation = Ablation.load(file)
-        numbers, ablations = numbers | measures.of_ablation(ablation), measures.ablations(ablation)
+        numbers, ablations = numbers | measures.from_ablation(ablation), measures.ablations(ablation)
     return Done(
-        **of_run,
+        **run_identity,
         status=DONE,
         lr=None,
         loss=loss,
         weights=files.content_hash(checkpoint.load(path).model)[:16],
-        verdicts=found.verdicts.words,
+        verdicts=findings.verdicts.words,
         measures=numbers,
         ablations=schema.from_json(Ablations, ablations),
         course=[*schema.from_json(list[Point], points), last],
-        where=measures.where(found),
+        where=measures.where(findings),
     )
 
 
 def course(job: Job, options: Options, int8: bool) -> list[Point]:
-    """What the checkpoints at the study's points show, but for the last, on the same sequences.
+    """The measures at the study's points before the last one, on the same sequences.
 
-    A run that was stopped has one of another step too, which is not looked at.
+    A run that was interrupted also has a checkpoint at another step, which is skipped.
     """
     losses = {row["step"]: row["val_loss"] for row in rows_of(job.folder / "log.jsonl")}
     points = []
@@ -205,8 +204,8 @@ def course(job: Job, options: Options, int8: bool) -> list[Point]:
             look = api.open(path, options, lab=LAB)
             subject = look.subjects[0]
             observation = observe(subject, look.ids, options.batch_size, desc=f"step {step}")
-            found = summarise(subject, observation, **look.about)
-            numbers = {"loss": losses.get(step), **measures.of_findings(found)}
-            numbers |= measures.of_int8(look) if int8 else {}
+            findings = summarise(subject, observation, **look.about)
+            numbers = {"loss": losses.get(step), **measures.from_findings(findings)}
+            numbers |= measures.int8_costs(look) if int8 else {}
             points.append(Point(step, step * job.tokens // job.cfg.max_iters, losses.get(step), numbers))
     return points
