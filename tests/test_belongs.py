@@ -123,7 +123,7 @@ def test_data_that_may_not_be_what_they_seem_are_said(changed, trained, tmp_path
     content = checkpoint.load(trained)
     grown = dataclasses.replace(content, data={**content.data, "val_tokens": 1024})
     checkpoint.save(tmp_path / "grown.pt", grown)
-    assert "(val_tokens is 2,048, was 1,024): it may have seen some of this text" in said(tmp_path / "grown.pt")
+    assert "(val_tokens is 2,048, was 1,024): the model may have seen some of this text" in said(tmp_path / "grown.pt")
     np.save(tmp_path / "ids.npy", np.full((4, 16), 7))
     assert "not every sequence starts with <63>" in said(trained, tokens=str(tmp_path / "ids.npy"))
     np.save(tmp_path / "bos.npy", np.full((4, 16), 63))
