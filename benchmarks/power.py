@@ -107,7 +107,7 @@ TOKENS = 2048  # half of them define what is usual, the others are judged
 def split(x: torch.Tensor) -> tuple[Usual, torch.Tensor]:
     """(what is usual in the first half of the tokens x (K, C), the other half)."""
     first, second = x.chunk(2)
-    return Usual.of(first), second
+    return Usual.from_states(first), second
 
 
 def alarm_table(plan: Plan) -> list[Row]:
@@ -165,7 +165,7 @@ def norm_table(plan: Plan) -> list[Row]:
             weight = torch.ones(C)
             weight[5] = gain
             norm = lambda x, weight=weight: torch.nn.functional.rms_norm(x, (x.size(-1),), weight)
-            usual, x = Usual.of(norm(first)), norm(second)
+            usual, x = Usual.from_states(norm(first)), norm(second)
             power = spike_entries(x[None], usual)[0, :, 5].double().mean().item()
             ratio = (x[:, 5] / usual.layer).median().item()
             rows.append({"C": C, "gain": gain, "bound": gain * C**0.5 / 0.6745, "ratio": ratio, "found": power})
@@ -181,8 +181,10 @@ def sink_curve(plan: Plan, C: int, T: int) -> list[Row]:
             draw = torch.Generator().manual_seed(seed)
             subject, tokens = subject_of(C, T, seed), one_each(T, T // 2, draw)
             ids = torch.randint(256, (N, T), generator=draw)
-            ordinary = Ordinary.of(subject, ids, N)
-            bias = [planted.bias_for(alpha, k, T) + 0.5 for k in tokens.int().argmax(1).tolist()]  # others: e^(1/2)
+            ordinary = Ordinary.from_ids(subject, ids, N)
+            bias = [
+                planted.bias_from_alpha(alpha, k, T) + 0.5 for k in tokens.int().argmax(1).tolist()
+            ]  # others: e^(1/2)
             with planted.sinks(subject, tokens, layer=1, head=seed, bias=torch.tensor(bias)):
                 obs = observe(subject, ids, batch_size=N, progress=False, ordinary=ordinary)
             pairs.append(rates(obs.sink_heads > 0, tokens))
@@ -206,10 +208,10 @@ def verdict_of(n: int, prevalence: float, seed: int) -> str:
     draw = torch.Generator().manual_seed(seed)
     subject, tokens = subject_of(64, 64, seed), one_each(64, 64, draw, prevalence)[:n]
     ids = torch.randint(256, (n, 64), generator=draw)
-    ordinary = Ordinary.of(subject, ids, n)
+    ordinary = Ordinary.from_ids(subject, ids, n)
     with planted.spikes(subject, tokens, channel=3, size=100):
         obs = observe(subject, ids, batch_size=n, progress=False, ordinary=ordinary)
-    null: Nulls = {"init": calibrate.measures(observe(subject, ids[:16], batch_size=16, progress=False))}
+    null: Nulls = {"init": calibrate.measures_entry(observe(subject, ids[:16], batch_size=16, progress=False))}
     return calibrate.spike_verdict(obs, null, calibrate.weakness(n, 125e6, None, None)).verdict
 
 

@@ -254,7 +254,7 @@ class Look:
     @functools.cached_property
     def ordinary(self) -> list[Ordinary]:
         """What is usual in each Subject on this text, with which spikes are compared."""
-        return [Ordinary.of(s, self.ids, self.options.batch_size) for s in self.subjects]
+        return [Ordinary.from_ids(s, self.ids, self.options.batch_size) for s in self.subjects]
 
     @torch.no_grad()
     def losses(self) -> torch.Tensor:
@@ -352,7 +352,7 @@ def detect(look: Look) -> Findings:
     look.check_open(unedited=True)
     first, *others = (_detect_part(*one, look) for one in zip(look.subjects, look.ordinary, strict=True))
     path, step = first.checkpoint.path, first.checkpoint.step
-    rows = None if step is None else history.of_log(folder_of(path) / "log.jsonl", step)  # of a run of train.py
+    rows = None if step is None else history.log_rows(folder_of(path) / "log.jsonl", step)  # of a run of train.py
     return dataclasses.replace(first, history=rows, parts={found.part: found for found in others} or None)
 
 
@@ -439,7 +439,7 @@ def sample(
     if edit is None or one is None:
         return found
     read = reader.ordinary(Options(), SAMPLE_REFERENCE)
-    ordinary = Ordinary.of(subject, read.ids)
+    ordinary = Ordinary.from_ids(subject, read.ids)
     reference = Reference(subject, read.ids, ordinary=ordinary) if one.needs_reference else None
     edited, n_edited = draw(edit, functools.partial(one.edit, reference=reference), ordinary)
     text = f"{len(read.ids)} sequences of {read.name}"

@@ -143,7 +143,7 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
     json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
     ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES).ids
     first, *others = (
-        prompt.inspect(subject, ids, loaded.checkpoint, loaded.model, Ordinary.of(subject, ordinary_ids))
+        prompt.inspect(subject, ids, loaded.checkpoint, loaded.model, Ordinary.from_ids(subject, ordinary_ids))
         for subject in loaded.subjects
     )
     found = dataclasses.replace(first, parts={part.part: part for part in others} or None)

@@ -123,7 +123,7 @@ def large_spikes(device: torch.device, folder: Path) -> Facts:
     for dtype in (torch.float32, torch.bfloat16):
         model = small_model(device, embedding_init="unit", tie=False).eval().to(dtype)
         subject = Subject.from_gpt(model, str)
-        ordinary = Ordinary.of(subject, ids)
+        ordinary = Ordinary.from_ids(subject, ids)
         with planted.spikes(subject, tokens, channel=3, size=3e5, tap=0):
             observation = observe(subject, ids, batch_size=len(ids), progress=False, ordinary=ordinary)
             found = summarise(subject, observation)

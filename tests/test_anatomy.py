@@ -8,7 +8,7 @@ from torch import nn
 
 from spikesink.measure import anatomy
 from spikesink.measure.findings import Place, QuadraticForm
-from spikesink.measure.observe import Side, observe, state_at
+from spikesink.measure.observe import Side, observe, state_key
 from spikesink.measure.spikes import Usual
 from spikesink.models import subject
 from spikesink.models.subject import Tap
@@ -88,12 +88,12 @@ def test_equal_first_tokens_count_once():
 
 def test_what_a_state_depends_on():
     decoder = subject_of(tiny(n_register=2))
-    assert state_at(decoder, 0, 1, -2) == state_at(decoder, 5, 1, -2)
-    assert state_at(decoder, 0, 2, 7) == state_at(decoder, 5, 2, 7)
-    assert state_at(decoder, 0, 2, 7) != state_at(decoder, 5, 2, 8)
-    assert state_at(decoder, 0, 3, 7) != state_at(decoder, 5, 3, 7)
+    assert state_key(decoder, 0, 1, -2) == state_key(decoder, 5, 1, -2)
+    assert state_key(decoder, 0, 2, 7) == state_key(decoder, 5, 2, 7)
+    assert state_key(decoder, 0, 2, 7) != state_key(decoder, 5, 2, 8)
+    assert state_key(decoder, 0, 3, 7) != state_key(decoder, 5, 3, 7)
     for other in (dataclasses.replace(decoder, causal=False), dataclasses.replace(decoder, part="decoder")):
-        assert state_at(other, 0, 2, 7) != state_at(other, 5, 2, 7)
+        assert state_key(other, 0, 2, 7) != state_key(other, 5, 2, 7)
 
 
 def test_key_subspace_counts_dimensions():

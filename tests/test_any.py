@@ -139,7 +139,7 @@ def test_revisions_are_a_course_over_training(course, tmp_path, cli):
     )
     assert code == 0, err
     assert out.split("\n")[0].split() == ["step20000", "step0", "step1000"]
-    rows = history.of_findings(schema.load(Comparison, tmp_path / "c.json", "detect").findings)
+    rows = history.findings_rows(schema.load(Comparison, tmp_path / "c.json", "detect").findings)
     assert {row.step: row.loss for row in rows} == pytest.approx(losses, rel=1e-4)
     assert [row.step for row in rows] == [0, 1000, 20000]
     with spikesink.open(folder, revision="step1000", **HOW) as look:
@@ -287,7 +287,7 @@ def test_states_that_are_not_finite_are_no_findings(dtype):
     with torch.no_grad():
         model.encoder.layer[-1].output.dense.bias[3] = 65504 if dtype == torch.float16 else torch.nan
         model.encoder.layer[-1].attention.output.LayerNorm.bias[3] = 65504
-    words = f"are not finite: weights are broken, or overflow in {str(dtype).removeprefix('torch.')}"
+    words = f"are not finite: the weights are broken, or they overflow in {str(dtype).removeprefix('torch.')}"
     with spikesink.open(model, tokens=IDS, nulls=0) as look, pytest.raises(UserError, match=words):
         spikesink.detect(look)
 

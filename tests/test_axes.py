@@ -107,7 +107,7 @@ def test_received_attention_of_every_kind_is_that_of_its_explicit_map(kind, ids)
         )
 
     subject, ids = subject_of(model), ids[:, :T]
-    ordinary = Ordinary.of(subject, ids)  # a pass of its own
+    ordinary = Ordinary.from_ids(subject, ids)  # a pass of its own
     for block in model.transformer.h:
         block.attn.f.attend.register_forward_hook(keep)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def test_wilson_interval():
 def test_verdict_on_planted_spikes(n, prevalence, expected):
     subject, ids = fresh(), ids_of(n)
     tokens = one_each(n, 32, 32) & (torch.arange(n) < prevalence * n)[:, None]
-    ordinary = Ordinary.of(subject, ids)
+    ordinary = Ordinary.from_ids(subject, ids)
     with planted.spikes(subject, tokens, channel=5, size=75.0):
         obs = observe(subject, ids, batch_size=n, progress=False, ordinary=ordinary)
     null = calibrate.nulls(subject, ids, 64, 16)
@@ -75,8 +75,8 @@ def test_verdict_on_planted_spikes(n, prevalence, expected):
 def test_verdict_on_planted_sinks(alpha, expected):
     """The planted strength is the closed form's, and the verdict holds up to about that epsilon."""
     subject, ids, keys = fresh(), ids_of(64), one_each(64, 32, 16)
-    bias = torch.tensor([planted.bias_for(alpha, int(k), 32) for k in keys.int().argmax(1)])
-    ordinary = Ordinary.of(subject, ids)
+    bias = torch.tensor([planted.bias_from_alpha(alpha, int(k), 32) for k in keys.int().argmax(1)])
+    ordinary = Ordinary.from_ids(subject, ids)
     with planted.sinks(subject, keys, layer=1, head=1, bias=bias):
         obs = observe(subject, ids, batch_size=64, progress=False, ordinary=ordinary)
         null = calibrate.nulls(fresh(), ids, 64, 16)
@@ -143,8 +143,8 @@ def test_texts_that_share_a_last_token_keep_it_and_those_that_share_none_have_no
 
 def test_a_sink_is_gone_when_positions_are_shuffled():
     subject, ids, keys = fresh(), ids_of(32), one_each(32, 32, 1)
-    bias = torch.full((32,), planted.bias_for(0.9, 0, 32))
-    how = {"batch_size": 32, "progress": False, "ordinary": Ordinary.of(subject, ids)}
+    bias = torch.full((32,), planted.bias_from_alpha(0.9, 0, 32))
+    how = {"batch_size": 32, "progress": False, "ordinary": Ordinary.from_ids(subject, ids)}
     with planted.sinks(subject, keys, layer=0, head=0, bias=bias):
         kept = observe(subject, ids, **how)
         gone = observe(subject, ids, shuffle=calibrate.shuffles(0)["shuffled_positions"], **how)
@@ -184,7 +184,7 @@ def test_padding_enters_no_statistic():
         padded[i, :n] = whole[i, :n] if i % 2 else padded[i, :n]
         if i % 2 == 0:
             padded[i, 32 - n :] = whole[i, :n]  # on the left
-    ordinary = Ordinary.of(subject, whole)  # of other text
+    ordinary = Ordinary.from_ids(subject, whole)  # of other text
     together = observe(subject, padded, batch_size=4, progress=False, ordinary=ordinary)
     for i, n in enumerate(lengths):
         alone = observe(subject, whole[i : i + 1, :n], progress=False, ordinary=ordinary)
@@ -212,7 +212,7 @@ def test_padding_is_not_what_is_usual():
     """What is usual is that of the tokens alone: medians written out."""
     subject, whole, lengths = fresh(3), ids_of(4), [32, 20, 20, 11]
     padded = torch.where(torch.arange(32) < torch.tensor(lengths)[:, None], whole, PADDING)
-    found = Ordinary.of(subject, padded)
+    found = Ordinary.from_ids(subject, padded)
     with torch.no_grad():
         x = torch.cat([subject.model.transformer.wte(whole[i, :n]) for i, n in enumerate(lengths)])
         x = x + torch.cat([subject.model.transformer.wpe(torch.arange(n)) for n in lengths])
@@ -330,7 +330,7 @@ def test_intervals_of_rates_have_a_width():
 
 def test_a_verdict_is_only_said_to_hold_where_the_null_differs():
     subject, ids = fresh(), ids_of(64)
-    ordinary = Ordinary.of(subject, ids)
+    ordinary = Ordinary.from_ids(subject, ids)
     with planted.spikes(subject, one_each(64, 32, 32), channel=5, size=75.0):
         obs = observe(subject, ids, batch_size=64, progress=False, ordinary=ordinary)
     null = calibrate.nulls(subject, ids, 64, 16)
@@ -377,9 +377,11 @@ def test_findings_do_not_depend_on_the_batch_size(marked_ids):  # noqa: F811
     found = []
     for batch_size in (8, 3, 1):
         obs = observe(subject, ids, batch_size, progress=False)
-        null = calibrate.nulls(subject, ids, 64, batch_size=batch_size, ordinary=Ordinary.of(subject, ids, batch_size))
+        null = calibrate.nulls(
+            subject, ids, 64, batch_size=batch_size, ordinary=Ordinary.from_ids(subject, ids, batch_size)
+        )
         parts = {"nulls": null, "anatomy": anatomy(subject, ids, obs, batch_size)}
-        found.append(schema.to_json(parts | {"measures": calibrate.measures(obs)}))
+        found.append(schema.to_json(parts | {"measures": calibrate.measures_entry(obs)}))
     assert found[0]["anatomy"]["normed_cosine"][2]["others"] is not None
     assert any(head["others_dims95"] for seam in found[0]["anatomy"]["key_subspace"] for head in seam["heads"])
     for other in found[1:]:

@@ -436,7 +436,7 @@ def test_an_export_is_right_or_refused_and_does_not_crash(monkeypatch):
 def test_detect_and_ablate_run_and_find_numbers(monkeypatch):
     bad = lambda module, x: x * (torch.nan if x.abs().sum() % 1 > 0 else 1)
     monkeypatch.setitem(model_module.FFNS, "plain", mixing(bad))
-    assert "UserError: states or loss here are not finite" in broken("detect")
+    assert "UserError: the states or the loss are not finite" in broken("detect")
     monkeypatch.undo()
     monkeypatch.setattr("spikesink.edit.ablation.int8", lambda *args: Unavailable(reason="no weights"))
     assert "int8 cannot be tried: no weights" in broken("ablate", SMALL)

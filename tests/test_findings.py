@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(tmp_path):
     keys = json.loads((tmp_path / "f.json").read_text())
     assert list(keys["sinks"]["gu"]) == ["0.2", "0.3", "0.5", "0.8"] and "epsilon" not in keys["sinks"]["gu"]["0.3"]
     assert "history" not in keys and "parts" not in keys
-    with pytest.raises(KeyError, match=r"0\.4 was not measured, but 0\.2, 0\.3, 0\.5, 0\.8"):
+    with pytest.raises(KeyError, match=r"0\.4 was not measured, only 0\.2, 0\.3, 0\.5, 0\.8"):
         read.sinks.at(0.4)
 
 

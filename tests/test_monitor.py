@@ -47,7 +47,7 @@ def row_of(subject, ids):
     attention = []
     for i, tap in enumerate(subject.attends):
         stats = obs.attention[i]
-        (_, queries), (seen, _) = max(stats.possible.items())
+        (_, queries), (seen, _) = max(stats.queries.items())
         alpha = stats.sums["alpha"].mean(0) * (seen >= queries / 4)  # (T,), of keys that enough queries see
         rate = (obs.best_alpha[:, i] > PRIMARY_SINK_EPSILON).double().mean().item()
         best = int(alpha.argmax()) if alpha.any() else None
@@ -532,7 +532,7 @@ def test_blocks_of_any_model_are_found_or_named(ids):
     row = monitor.row
     assert [layer["name"] for layer in row["layers"]] == ["block 0", "block 1", "block 2"]
     assert row["attention"] == [] and row["sink_tokens"] is row["p_sink_given_spike"] is None
-    assert monitor.words().endswith("attention not seen")
+    assert monitor.words().endswith("attention not measured")
     with (named := Monitor(model, streams={"in": model.embed, "out": model.blocks[2]}))(0):
         out = model(ids)
     assert [layer["name"] for layer in named.row["layers"]] == ["in", "out"]

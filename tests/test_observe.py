@@ -112,7 +112,7 @@ def test_layer_statistics_are_the_written_formulas(ids):
 def marked(rule, x):
     """The entries of x (1, T, C) that a rule marks."""
     batch = StreamStats().add(x)
-    usual = Usual.of(x.flatten(0, 1))
+    usual = Usual.from_states(x.flatten(0, 1))
     return rule.marked(batch, usual, batch.strength(usual)).tolist()
 
 
@@ -295,7 +295,7 @@ def states(channels=64, tokens=512, seed=0):
 def test_a_spike_stands_out_from_its_layer_its_channel_and_other_tokens():
     x = states()
     x[:, 5] *= 60  # an outlier channel: large in every token
-    usual = Usual.of(x)
+    usual = Usual.from_states(x)
     assert usual.outlier_channels == [5]
     assert not spike_entries(x[None], usual).any()
     x[100, 9], x[200, 5], x[300, 9] = 40.0, 40.0, 15.0  # a spike; usual in that channel; too small
@@ -308,7 +308,7 @@ def test_a_token_that_is_large_as_a_whole_has_no_spike():
     """As an untrained model's first token, whose attention averages nothing."""
     x = states()
     x[100] *= 60
-    usual = Usual.of(x)
+    usual = Usual.from_states(x)
     assert (x[100].abs() >= usual.thresholds).any() and not spike_entries(x[None], usual).any()
     x[100, 9] = 6.5 * x[100].norm() / 8  # 6 x the rms of the others, and now a spike
     assert bool(spike_entries(x[None], usual)[0, 100, 9])
@@ -321,7 +321,7 @@ def test_heavy_tails_are_no_spikes():
     x = x.sample((512, 1024))
     over = (x.abs() >= 30 * x.abs().median()).any(-1).float().mean()
     assert over > 0.1  # by the layer's median alone
-    assert spike_entries(x[None], Usual.of(x)).any(-1).float().mean() < 0.02
+    assert spike_entries(x[None], Usual.from_states(x)).any(-1).float().mean() < 0.02
 
 
 def test_both_sides_of_a_post_norm_and_the_last_tap_apart(ids):

@@ -226,11 +226,11 @@ def test_history_is_shown_where_there_is_one(made):
 
 
 def test_history_skips_what_the_monitor_did_not_see(tmp_path):
-    assert history.of_log(tmp_path / "log.jsonl") == []
+    assert history.log_rows(tmp_path / "log.jsonl") == []
     (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(900)))
-    assert history.of_log(tmp_path / "log.jsonl") == []
+    assert history.log_rows(tmp_path / "log.jsonl") == []
     with_monitor(tmp_path / "log.jsonl")
-    rows = history.of_log(tmp_path / "log.jsonl", 800)
+    rows = history.log_rows(tmp_path / "log.jsonl", 800)
     assert len(rows) == history.ROWS and (rows[0].step, rows[-1].step) == (0, 800)
 
 

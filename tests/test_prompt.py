@@ -20,7 +20,7 @@ def test_prompt_is_what_explicit_maps_say():
     model, ids = planted(size=300.0, sink_logit=10.0), torch.randint(62, (1, 20))
     ids[0, 3] = 63
     of = subject_of(model)
-    ordinary = Ordinary.of(of, torch.randint(62, (8, 32)))
+    ordinary = Ordinary.from_ids(of, torch.randint(62, (8, 32)))
     found = prompt.inspect(of, ids, CheckpointEntry(path="p"), {}, ordinary)
     maps, _ = explicit_maps(model, ids)  # (L, 1, H, T, T)
     flat = maps.flatten(0, 2)
@@ -60,7 +60,7 @@ def test_vocabulary_in_second_place_sees_the_first():
     the taps that attention reads."""
     of = subject_of(tiny())
     ids = torch.randint(64, (2, 32))
-    ordinary = Ordinary.of(of, ids)
+    ordinary = Ordinary.from_ids(of, ids)
     found = summarise(of, observe(of, ids, progress=False, ordinary=ordinary))
     probe = prompt.vocabulary(of, found, ids, 64)
     pair = torch.tensor([[int(ids[0, 0]), 17]])
@@ -131,6 +131,6 @@ def test_compare_and_vocab_commands(cli, bytes_run, trained, tmp_path):
 
 def test_a_ratio_of_zero_medians_is_no_spike():
     x = torch.zeros(1, 8, 4)
-    usual = Usual.of(x.flatten(0, 1))
+    usual = Usual.from_states(x.flatten(0, 1))
     x[0, 3, 2] = 1e9
     assert not spike_entries(x, usual).any()

@@ -103,7 +103,7 @@ def test_an_edit_is_made_anew_for_every_token():
     found = spikesink.sample(
         look, "".join(chr(64 + i) for i in prompt), options, "sink_mask", on_text=lambda *one: pieces.append(one)
     )
-    ids, ordinary = torch.tensor([prompt]), Ordinary.of(subject, look.loaded.reader.ordinary(Options(), 24).ids)
+    ids, ordinary = torch.tensor([prompt]), Ordinary.from_ids(subject, look.loaded.reader.ordinary(Options(), 24).ids)
     generator = torch.Generator().manual_seed(2)
     for _ in range(6):
         with interventions.sink_mask(CleanPass.of(subject, ids, ordinary=ordinary)):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..measure import metrics
 from ..measure.findings import Interval
-from ..measure.observe import state_at
+from ..measure.observe import state_key
 from ..models.subject import Subject
 from .clean_pass import AtTap, CleanPass
 from .findings import Cause, CauseControl, Lost
@@ -141,7 +141,7 @@ class Judged:
         """The states of the tokens that are judged, by what they depend on: equal first tokens are one."""
         clean, subject = self.clean, self.clean.subject
         seen = clean.ids if subject.part == "cross" else subject.stream_ids(clean.ids)
-        return {state_at(subject, int(clean.numbers[n]), t, int(seen[n, t])) for n, t in self.positions()}
+        return {state_key(subject, int(clean.numbers[n]), t, int(seen[n, t])) for n, t in self.positions()}
 
 
 # ----------------------------------------------------------------------------------------------- the verdict

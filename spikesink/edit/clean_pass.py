@@ -73,7 +73,7 @@ class CleanPass:
         ordinary: Ordinary | None = None,
     ) -> "CleanPass":
         """One forward pass over ids (B, T). `ordinary`: what is usual, by default on these very ids."""
-        ordinary = ordinary or Ordinary.of(subject, ids)
+        ordinary = ordinary or Ordinary.from_ids(subject, ids)
         clean = cls(subject, ids, torch.arange(len(ids)) if numbers is None else numbers, ordinary)
 
         def on_stream(x: torch.Tensor) -> None:
@@ -249,7 +249,7 @@ class Reference:
     def __init__(
         self, subject: Subject, ids: torch.Tensor, batch_size: int = 8, ordinary: Ordinary | None = None
     ) -> None:
-        self.ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
+        self.ordinary = ordinary or Ordinary.from_ids(subject, ids, batch_size)
         entries, tokens = ([Means() for _ in subject.streams] for _ in range(2))
         new, hits = torch.zeros(len(subject.streams)), torch.zeros(())
         for numbers, batch in batches(ids, batch_size):

@@ -98,7 +98,7 @@ def measure(
 
     Batch by batch: one clean pass, then each condition from the first stage that it touches on.
     """
-    ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
+    ordinary = ordinary or Ordinary.from_ids(subject, ids, batch_size)
     N, T = len(ids), ids.size(1) - subject.shift
     result = Outcomes(
         {name: Outcome.empty(len(subject.streams), N, T) for name in ("none", *conditions)},
@@ -273,7 +273,7 @@ def edited_losses(
 
     What is edited is fixed by the clean model, batch by batch.
     """
-    ordinary = ordinary or Ordinary.of(subject, ids, batch_size)
+    ordinary = ordinary or Ordinary.from_ids(subject, ids, batch_size)
     losses = torch.empty(len(ids), dtype=torch.float64)
     for rows, batch in batches(ids, batch_size):
         clean = CleanPass.of(subject, batch, rows, ordinary=ordinary)

@@ -1,9 +1,9 @@
-"""How a spike is made and what a sink's keys look like: a second pass over the few sequences with the strongest spikes.
+"""How spikes are made and how the keys of sinks lie: a second pass over the few sequences with the strongest spikes.
 
-Terms of Sun et al. 2026: a spike rises at the *step-up* block and is cancelled at the *step-down* block, blocks counted
-as sub-layers where those can be told apart. Its tokens share channels with near-fixed ratios, and once normalised they
-are nearly one vector. Sink keys span one or two dimensions. In a gated FFN, channel k of the output is about the
-quadratic form x^T U_k x with U_k = sum_i W_down[k,i] W_gate[i] W_up[i]^T.
+Terms of Sun et al. 2026: a spike rises at the *step-up* block and is cancelled at the *step-down* block; here these are
+sub-layers where they can be told apart. Spike tokens share channels, whose ratios are nearly fixed, and their
+normalised states are nearly equal. Sink keys span one or two dimensions. In a gated FFN, channel k of the output is
+about the quadratic form x^T U_k x with U_k = sum_i W_down[k,i] W_gate[i] W_up[i]^T.
 """
 
 import functools
@@ -32,26 +32,24 @@ from .findings import (
     StepChange,
     Steps,
 )
-from .observe import Observation, Side, StreamStats, state_at, state_of
+from .observe import Observation, Side, StreamStats, observed_state_key, state_key
 from .sinks import sinks_in
 from .spikes import PRIMARY_SPIKE_RULE
 
-SEQUENCES, PER_SEQUENCE = 16, 4  # how many are dissected, and tokens in each
+SEQUENCES, PER_SEQUENCE = 16, 4  # so many sequences are dissected, and so many tokens in each
 CHANNELS = 8
-LEAST_FALL = 0.1  # of the peak: less is no step-down
-
-
-Keys = list[tuple[int, Hashable, torch.Tensor]]  # (head, what the token's state depends on, its key (D,))
+LEAST_FALL = 0.1  # of the peak: a smaller fall is no step-down
+Keys = list[tuple[int, Hashable, torch.Tensor]]  # (head, state_key of the token, its key vector (D,))
 
 
 @dataclass
-class Dissected:
-    """What the second pass fills in, of K tokens: the chosen ones, then as many others."""
+class Dissection:
+    """What the second pass fills in for K tokens: the chosen ones, then as many others."""
 
     tokens: torch.Tensor  # (K, 2): sequence and position
-    rows: dict[str, list[torch.Tensor]]  # by place, of each tap: the tokens' states (K, C)
-    stats: dict[str, list[StreamStats]]  # by place off the stream, of each tap
-    sink_keys: list[Keys]  # per layer of attention
+    rows: dict[str, list[torch.Tensor]]  # place -> the tokens' states (K, C) at each tap
+    stats: dict[str, list[StreamStats]]  # place off the stream -> the statistics of each tap
+    sink_keys: list[Keys]  # of each layer of attention
     other_keys: list[Keys]  # as many random others
     seed: int
 
@@ -60,22 +58,22 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
     """The findings' entry `anatomy` from ids (N, T) and their Observation."""
     tokens, are_spikes = chosen_tokens(obs)
     sequences = tokens[:, 0].unique()
-    seen = Dissected(
+    dissection = Dissection(
         tokens=torch.cat((tokens, other_tokens(obs, tokens, seed))),
         rows={place: [torch.zeros(0)] * len(taps) for place, taps in _taps(subject).items()},
-        # what sub-layers read was measured already, on all sequences
+        # what sub-layers read has been measured on all sequences
         stats={place: [StreamStats() for _ in subject.inner[place]] for place in ("output", "update")},
         sink_keys=[[] for _ in subject.attends],
         other_keys=[[] for _ in subject.attends],
         seed=seed,
     )
-    for numbers, some in batches(ids[sequences], batch_size):
-        _dissect_batch(subject, some, sequences[numbers], seen)
+    for numbers, batch in batches(ids[sequences], batch_size):
+        _dissect_batch(subject, batch, sequences[numbers], dissection)
     K = len(tokens)
     distinct = distinct_tokens(subject, obs, tokens)
-    steps = step_up_and_down(torch.stack(seen.rows["stream"])[:, :K], subject.streams)
-    normed = zip(subject.inner["normed"], seen.rows["normed"], strict=True)
-    keys = zip(subject.attends, seen.sink_keys, seen.other_keys, strict=True)
+    steps = step_up_and_down(torch.stack(dissection.rows["stream"])[:, :K], subject.streams)
+    normed = zip(subject.inner["normed"], dissection.rows["normed"], strict=True)
+    keys = zip(subject.attends, dissection.sink_keys, dissection.other_keys, strict=True)
     spiking = [channel.channel for channel in steps.channels[:4]]
     return Anatomy(
         of="tokens that the primary rule marks" if are_spikes else "each sequence's largest token: none is a spike",
@@ -90,12 +88,12 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
         ],
         inner={
             place: [
-                LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(of_tap.result()))
-                for i, (tap, of_tap) in enumerate(zip(subject.inner[place], of_place, strict=True))
+                LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(tap_stats.result()))
+                for i, (tap, tap_stats) in enumerate(zip(subject.inner[place], all_stats, strict=True))
             ]
-            for place, of_place in seen.stats.items()
+            for place, all_stats in dissection.stats.items()
         },
-        places={place: PLACES[place] for place in seen.stats},
+        places={place: PLACES[place] for place in dissection.stats},
         key_subspace=[
             KeySubspace(layer=tap.layer, kind=tap.kind, heads=key_subspace(sinks, others, subject.n_head))
             for tap, sinks, others in keys
@@ -109,20 +107,20 @@ def _taps(subject: Subject) -> dict[str, list[Tap]]:
 
 
 def chosen_tokens(obs: Observation) -> tuple[torch.Tensor, bool]:
-    """((K, 2) of sequence and position, whether they are spikes): the strongest spikes of the sequences that have the
-    strongest; where no token is one, the largest token of as many sequences."""
+    """Returns ((K, 2) of sequence and position, whether they are spikes). They are the strongest spikes of the
+    sequences that have the strongest; if no token is a spike, the largest token of as many sequences."""
     spike = obs.spikes[PRIMARY_SPIKE_RULE]
     score = obs.strength.masked_fill(~spike, 0.0) if spike.any() else obs.sum.ratio
     sequences = score.amax(1).argsort(descending=True, stable=True)[:SEQUENCES]
     best = score[sequences].topk(min(PER_SEQUENCE, score.size(1)), dim=1)
-    kept = best.values > 0
+    chosen = best.values > 0
     if not spike.any():
-        kept[:, 0], kept[:, 1:] = True, False
-    return torch.stack((sequences[:, None].expand_as(kept)[kept], best.indices[kept]), dim=1), bool(spike.any())
+        chosen[:, 0], chosen[:, 1:] = True, False
+    return torch.stack((sequences[:, None].expand_as(chosen)[chosen], best.indices[chosen]), dim=1), bool(spike.any())
 
 
 def other_tokens(obs: Observation, tokens: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """As many random tokens that are no spikes, of the same sequences: (K, 2); fewer where there are no more."""
+    """As many random tokens of the same sequences that are not spikes: (K, 2), or fewer if there are not enough."""
     free = obs.tokens & ~obs.spikes[PRIMARY_SPIKE_RULE]
     free[tokens[:, 0], tokens[:, 1]] = False
     draw = metrics.uniform(torch.arange(len(free)), free.shape[1:], seed).masked_fill(~free, -1.0)
@@ -136,53 +134,53 @@ def other_tokens(obs: Observation, tokens: torch.Tensor, seed: int = 0) -> torch
 
 
 def distinct_tokens(subject: Subject, obs: Observation, tokens: torch.Tensor) -> list[int]:
-    """Which of the tokens (K, 2) have a state of their own."""
-    states = {state_of(subject, obs, n, t): i for i, (n, t) in reversed([*enumerate(tokens.tolist())])}
+    """The numbers of those tokens (K, 2) that have different states."""
+    states = {observed_state_key(subject, obs, n, t): i for i, (n, t) in reversed([*enumerate(tokens.tolist())])}
     return sorted(states.values())
 
 
 @torch.no_grad()
-def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, seen: Dissected) -> None:
-    """One forward pass over some of the sequences; fills in the rows of their tokens at every tap, and sink keys."""
-    mine = torch.isin(seen.tokens[:, 0], sequences)
-    place_of = {int(n): i for i, n in enumerate(sequences)}
-    b = torch.tensor([place_of[int(n)] for n in seen.tokens[mine, 0]])
-    t = seen.tokens[mine, 1]
+def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, dissection: Dissection) -> None:
+    """Fills in the tokens' states at every tap, and sink keys, in one forward pass over some of the sequences."""
+    in_batch = torch.isin(dissection.tokens[:, 0], sequences)
+    batch_index = {int(n): i for i, n in enumerate(sequences)}
+    b = torch.tensor([batch_index[int(n)] for n in dissection.tokens[in_batch, 0]])
+    t = dissection.tokens[in_batch, 1]
     B, T = subject.stream_ids(ids).shape
 
     def record(place: str, index: int, x: torch.Tensor) -> None:
         x = x.detach().float().view(B, T, -1)
-        rows = seen.rows[place]
+        rows = dissection.rows[place]
         if not rows[index].numel():
-            rows[index] = torch.zeros(len(seen.tokens), x.size(-1))
-        rows[index][mine] = x[b, t].cpu()
-        if place in seen.stats:
-            seen.stats[place][index].add(x)
+            rows[index] = torch.zeros(len(dissection.tokens), x.size(-1))
+        rows[index][in_batch] = x[b, t].cpu()
+        if place in dissection.stats:
+            dissection.stats[place][index].add(x)
 
     places = _taps(subject).items()
-    taps = [(tap, functools.partial(record, place, i)) for place, of in places for i, tap in enumerate(of)]
-    seams = [(seam.module, _on_keys(subject, ids, sequences, seen, i)) for i, seam in enumerate(subject.attends)]
+    taps = [(tap, functools.partial(record, place, i)) for place, taps in places for i, tap in enumerate(taps)]
+    seams = [(seam.module, _on_keys(subject, ids, sequences, dissection, i)) for i, seam in enumerate(subject.attends)]
     with on_streams([tap for tap, _ in taps], [function for _, function in taps]), hooked(seams):
         subject.losses(ids)
 
 
 def _on_keys(
-    subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, seen: Dissected, index: int
+    subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, dissection: Dissection, index: int
 ) -> Callable[..., None]:
-    """A hook of a seam that keeps the keys of its sinks, and as many random others."""
+    """A hook of a seam that collects the keys of its sinks, and as many random other keys."""
     tokens = subject.stream_ids(ids) if subject.part != "cross" else ids
 
     def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
         q, k, _ = args
         sinks = sinks_in(module, q, k, subject.causal)
         k = for_heads(k.float().cpu(), q.size(1))
-        draw = metrics.uniform(sequences, sinks.shape[1:], seen.seed, index).masked_fill(sinks, -1.0)
-        draw[..., : subject.n_register + 1] = -1.0  # these are often the same in every sequence
+        draw = metrics.uniform(sequences, sinks.shape[1:], dissection.seed, index).masked_fill(sinks, -1.0)
+        draw[..., : subject.n_register + 1] = -1.0  # no controls: these are often the same in every sequence
         control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
-        for found, kept in ((sinks, seen.sink_keys[index]), (control, seen.other_keys[index])):
-            for i, head, position in found.nonzero().tolist():
-                state = state_at(subject, int(sequences[i]), position, int(tokens[i, position]))
-                kept.append((head, state, k[i, head, position]))
+        for chosen, keys in ((sinks, dissection.sink_keys[index]), (control, dissection.other_keys[index])):
+            for i, head, position in chosen.nonzero().tolist():
+                state = state_key(subject, int(sequences[i]), position, int(tokens[i, position]))
+                keys.append((head, state, k[i, head, position]))
 
     return hook
 
@@ -190,30 +188,29 @@ def _on_keys(
 def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> Steps:
     """Where spikes rise and fall, and the channels they share, from the tokens' streams at every tap (taps, K, C).
 
-    A token's channel is that of its largest |h|; its step-up is the tap where that entry gains most towards its peak,
-    its step-down the later tap where it loses most, if at least a tenth of the peak. Reported: the commonest of each
-    over tokens, with means.
+    A token's channel is that of its largest |h|. Its step-up is the tap at which that entry gains most towards its
+    peak. Its step-down is the later tap at which it loses most, if that is at least a tenth of the peak. Each is
+    reported as the most frequent one over tokens, with means.
     """
-    size = path.abs()
     K, C = path.shape[1:]
-    largest = size.transpose(0, 1).flatten(1).argmax(1)
+    largest = path.abs().transpose(0, 1).flatten(1).argmax(1)
     peak_tap, channel = largest // C, largest % C
     token = torch.arange(K)
     entry = path[:, token, channel]  # (taps, K)
     peak = entry[peak_tap, token]
-    change = entry.diff(dim=0) * peak.sign() / peak.abs().clamp_min(1e-30)  # (taps - 1, K), as parts of the peak
+    change = entry.diff(dim=0) * peak.sign() / peak.abs().clamp_min(1e-30)  # (taps - 1, K), as a part of the peak
     tap = torch.arange(1, len(path))[:, None]
     up = change.masked_fill(tap > peak_tap, -torch.inf).argmax(0) + 1 if len(path) > 1 else torch.zeros_like(token)
     starts = entry[0] * peak.sign() / peak.abs().clamp_min(1e-30)
-    up = torch.where(starts >= change[up - 1, token], 0, up) if len(path) > 1 else up  # there from the embedding on
+    up = torch.where(starts >= change[up - 1, token], 0, up) if len(path) > 1 else up  # large from the embedding on
     later = change.masked_fill(tap <= peak_tap, torch.inf)
     falls = (peak_tap < len(path) - 1) & (later.amin(0) <= -LEAST_FALL)
-    named = lambda index: {"index": index, "layer": taps[index].layer, "kind": taps[index].kind}
+    tap_entry = lambda index: {"index": index, "layer": taps[index].layer, "kind": taps[index].kind}
 
     up_index = int(up.mode().values)
     part = torch.cat((starts[None], change))
     step_up = StepChange(
-        **named(up_index),
+        **tap_entry(up_index),
         tokens=(up == up_index).double().mean().item(),
         part_of_peak=part[up_index, up == up_index].mean().item(),
     )
@@ -222,45 +219,45 @@ def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> Steps:
         down = later.argmin(0)[falls] + 1
         index = int(down.mode().values)
         step_down = StepChange(
-            **named(index),
+            **tap_entry(index),
             tokens=(down == index).double().sum().item() / K,
             part_of_peak=change[index - 1, falls][down == index].mean().item(),
         )
     at = int(peak_tap.mode().values)  # where most tokens have their peak
     channels = shared_channels(path[at])
     return Steps(
-        path={str(of.channel): path[:, :, of.channel].mean(1).tolist() for of in channels[:3]},
+        path={str(shared.channel): path[:, :, shared.channel].mean(1).tolist() for shared in channels[:3]},
         step_up=step_up,
         step_down=step_down,
-        peak=Step(**named(at), tokens=(peak_tap == at).double().mean().item()),
+        peak=Step(**tap_entry(at), tokens=(peak_tap == at).double().mean().item()),
         channels=channels,
     )
 
 
 def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
-    """The runs of taps over which the spike tokens of a side stand, those that start at the same tap together, of at
-    least a twentieth of the tokens.
+    """The runs of taps at which the spike tokens of a side are large; those that start at the same tap are one episode.
+    Episodes of fewer than a twentieth of the tokens are left out.
 
-    A run has a tap where the token is a spike, and holds on while its |h| is at least half the threshold.
+    In a run the token is a spike at one tap at least, and its |h| is at least half the threshold at every tap.
     """
     attended, marked = side.attended, side.spikes[PRIMARY_SPIKE_RULE]
     strength = side.strengths[attended][:, marked]  # (taps, K)
-    size, channels = side.magnitudes[attended][:, marked], side.channels[attended][:, marked]
+    magnitudes, channels = side.magnitudes[attended][:, marked], side.channels[attended][:, marked]
     runs: dict[int, list[tuple[int, int, int]]] = {}  # first tap -> (last tap, token, the tap of its largest |h|)
-    for token, held in enumerate((strength >= 0.5).T.tolist()):
-        for holds, group in itertools.groupby(range(len(held)), held.__getitem__):
+    for token, is_large in enumerate((strength >= 0.5).T.tolist()):
+        for large, group in itertools.groupby(range(len(is_large)), is_large.__getitem__):
             run = [*group]
-            if holds and bool((strength[run, token] >= 1).any()):
-                runs.setdefault(run[0], []).append((run[-1], token, run[int(size[run, token].argmax())]))
+            if large and bool((strength[run, token] >= 1).any()):
+                runs.setdefault(run[0], []).append((run[-1], token, run[int(magnitudes[run, token].argmax())]))
     step = lambda i, n: Step(index=i, layer=taps[i].layer, kind=taps[i].kind, tokens=n / strength.size(1))
-    found = []
+    entries = []
     for start, rows in sorted(runs.items()):
         if len(rows) < strength.size(1) / 20:
             continue
         ends, tokens, peaks = (torch.tensor(column) for column in zip(*rows, strict=True))
-        end, peak = int(ends.mode().values), size[peaks, tokens]
+        end, peak = int(ends.mode().values), magnitudes[peaks, tokens]
         usual = torch.stack([u.layer.cpu() for u in side.usual[attended] if u is not None])
-        found.append(
+        entries.append(
             Episode(
                 start=step(start, len(rows)),
                 end=step(end, int((ends == end).sum())),
@@ -270,7 +267,7 @@ def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
                 ratio=(peak / usual[peaks].clamp_min(1e-30)).median().item(),
             )
         )
-    return found
+    return entries
 
 
 def shared_channels(x: torch.Tensor) -> list[SharedChannel]:
@@ -292,19 +289,18 @@ def shared_channels(x: torch.Tensor) -> list[SharedChannel]:
 
 
 def mean_cosine(x: torch.Tensor) -> float | None:
-    """Mean cosine over all pairs of the rows of x (K, C); None for fewer than two rows."""
+    """The mean cosine over all pairs of the rows of x (K, C); None for fewer than two rows."""
     n = len(x)
     if n < 2:
         return None
-    total = torch.nn.functional.normalize(x.double(), dim=1).sum(0).square().sum().item()  # n + the pairs, both ways
+    total = torch.nn.functional.normalize(x.double(), dim=1).sum(0).square().sum().item()  # n + 2 x the sum over pairs
     return (total - n) / (n * (n - 1))
 
 
 def key_subspace(sinks: Keys, others: Keys, n_head: int) -> list[KeyDimensions]:
-    """Per head, in how many dimensions its sink keys lie, beside as many other keys.
+    """The number of dimensions in which each head's sink keys lie, and the same for as many other keys.
 
-    `dims95`: singular values that hold 95% of the keys' energy; `participation`: (sum s^2)^2 / sum s^4. None below two
-    different keys.
+    `dims95`: how many singular values have 95% of the keys' energy; `participation`: (sum s^2)^2 / sum s^4.
     """
     rows = []
     for head in range(n_head):
@@ -337,13 +333,12 @@ def _dimensions(keys: list[torch.Tensor]) -> tuple[int, float] | tuple[None, Non
 def quadratic_form(
     subject: Subject, step_up: Place, spiking: list[int], generator: torch.Generator
 ) -> QuadraticForm | None:
-    """Is the step-up FFN's form of a `spiking` channel an outlier, and of rank one? None where the step-up is no FFN,
-    or not a gated one.
+    """Is a `spiking` channel's form in the step-up's gated FFN an outlier, and of rank one? None without such an FFN.
 
-    `norm`: ||U_k||_F over the median of all channels'; `dominance`: largest eigenvalue^2 of S_k = (U_k + U_k^T) / 2
-    over ||S_k||_F^2, 1 for rank one; for spiking channels and as many random others.
+    `norm`: ||U_k||_F over the median of all channels'; `dominance`: the largest eigenvalue^2 of S_k = (U_k + U_k^T) / 2
+    over ||S_k||_F^2, which is 1 for rank one. Both are given for the spiking channels and as many random others.
     """
-    ffn = next((f for f in subject.gated if f.layer == step_up.layer), None)
+    ffn = next((ffn for ffn in subject.gated if ffn.layer == step_up.layer), None)
     if ffn is None or step_up.kind not in ("ffn", "block"):
         return None
     gate, up, down = ffn.gate(), ffn.up(), ffn.down()  # (M, C), (M, C), (C, M)
@@ -369,7 +364,7 @@ def quadratic_form(
 
 def form_norms(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """||U_k||_F of every channel k: (C,). gate, up (M, C), down (C, M)."""
-    products = (gate @ gate.T).mul_(up @ up.T)  # (M, M): in place, for M is the largest size of a model
+    products = (gate @ gate.T).mul_(up @ up.T)  # (M, M), in place: M is large
     return ((down @ products) * down).sum(1).clamp_min(0).sqrt()
 
 
@@ -383,7 +378,7 @@ def dominance(
 ) -> torch.Tensor:
     """lambda_1^2 / ||S||_F^2 of each S = (U + U^T) / 2, U = sum_i row_i gate_i up_i^T, by power iteration on S^2: (K,).
 
-    rows (K, M), norms (K,): ||U||_F.
+    `rows`: (K, M). `norms`: ||U||_F, (K,).
     """
     apply = lambda x: 0.5 * (gate.T @ (rows.T * (up @ x)) + up.T @ (rows.T * (gate @ x)))  # (C, K) -> (C, K)
     x = torch.randn(gate.size(1), len(rows), generator=generator).to(gate)

@@ -1,9 +1,9 @@
 """How far to trust a finding: nulls with their false-positive rates, sensitivity curves, and a verdict with its reason.
 
-A null is the same measurement where the phenomenon cannot be, or where one explanation of it is taken away:
+A null is the same measurement where the phenomenon cannot occur, or where one explanation of it is removed:
 
   init                the same architecture with new random weights: nothing is learned
-  shuffled_channels   each token's stream is rotated by a random number of channels: magnitudes stay, channels do not
+  shuffled_channels   each token's stream is rotated by a random number of channels: only magnitudes stay
   shuffled_positions  each query's attention is rotated by a random number of keys, each channel of the stream by a
                       random number of tokens: as sharp and as large, but no token in particular
   random_tokens       ids drawn evenly from the vocabulary: is it the text?
@@ -11,8 +11,8 @@ A null is the same measurement where the phenomenon cannot be, or where one expl
   shuffled_text       each sequence's tokens in random order: is it what they say?
   no_first            without the first token, where all sequences start with the same one: is it that token?
 
-The last four run the trained model, so what stays in them is a finding, not a false positive. A fixed first token is
-kept in the others. Those that measure the trained model compare with what is usual on ordinary text.
+The last four run the trained model, so a phenomenon that remains in them is a finding, not a false positive. All but
+no_first keep a fixed first token. All that run the trained model compare with the usual magnitudes of ordinary text.
 """
 
 import functools
@@ -37,15 +37,15 @@ from .findings import (
     Verdicts,
 )
 from .observe import Observation, Ordinary, Shuffle, observe
-from .rules import SEQUENCES, Curve, Observed, Rule
+from .rules import SEQUENCES, Curve, ObservationLike, Rule
 from .sinks import PRIMARY_SINK_RULE, SINK_RULES
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 
-N_SEQ, TOKENS = 16, 2**14  # of each null: at most so many sequences, and tokens (but at least two sequences)
+N_SEQ, TOKENS = 16, 2**14  # at most so many sequences and tokens in each null (but at least two sequences)
 POWERED_PARAMETERS, POWERED_TOKENS, POWERED_SEQUENCES = 50e6, 1e9, 60  # below these, absence is "underpowered"
 MAJORITY = 0.5  # a phenomenon is present if most sequences have it
-ATTENTION = 2  # beside the sides 0 and 1: what a null's draws are for
-UNRELATED = 2.0  # lift over chance that an interval must exclude before co-occurrence is called absent
+ATTENTION = 2  # the key of draws for attention; those for the stream have the side, 0 or 1
+UNRELATED = 2.0  # co-occurrence is absent only if the interval of its lift over chance lies below this
 
 
 def rules() -> dict[str, Rule]:
@@ -54,7 +54,7 @@ def rules() -> dict[str, Rule]:
 
 
 def _rotate(x: torch.Tensor, draws: torch.Tensor, dim: int) -> torch.Tensor:
-    """x rotated along `dim` by the part of it that draws in [0, 1) say, a tensor of x's shape or 1."""
+    """Rotates x along `dim` by parts of its length, which are `draws` in [0, 1), in a shape that broadcasts to x."""
     n, shape = x.size(dim), [1] * x.dim()
     shape[dim] = n
     index = torch.arange(n, device=x.device).view(shape) + (draws.to(x.device) * n).long()
@@ -62,51 +62,49 @@ def _rotate(x: torch.Tensor, draws: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _rotate_rows(draws: torch.Tensor, weights: torch.Tensor, first: int, causal: bool) -> torch.Tensor:
-    """Each query's weights rotated among the keys that it may see, from the first that has any (a window's), by the
-    part of them that draws (B, H, queries) say."""
+    """Rotates the weights (B, H, R, T) of the queries from `first` on, each among the keys that it may see; in a
+    window, from the first key in it. `draws` (B, H, queries) in [0, 1): by which part of these keys."""
     *_, R, T = weights.shape
     key, query = torch.arange(T, device=weights.device), torch.arange(first, first + R, device=weights.device)
     end = (query + 1 if causal else torch.full_like(query, T))[:, None]  # (R, 1)
     start = (weights > 0).int().argmax(-1, keepdim=True)  # (B, H, R, 1)
-    by = (draws[:, :, first : first + R, None].to(weights) * (end - start)).long()
-    rotated = start + (key - start + by) % (end - start)
+    shift = (draws[:, :, first : first + R, None].to(weights) * (end - start)).long()
+    rotated = start + (key - start + shift) % (end - start)
     return weights.gather(-1, torch.where((key >= start) & (key < end), rotated, key))
 
 
 def shuffles(seed: int) -> dict[str, Shuffle]:
-    """{name: Shuffle} of the nulls that change what is measured; draws are a function of the seed, the sequence's
-    number and the place."""
-    drawn = lambda numbers, shape, *place: metrics.uniform(numbers, shape, seed, *place)
-    channels = lambda x, numbers, *place: _rotate(x, drawn(numbers, (x.size(1), 1), *place), 2)
-    positions = lambda x, numbers, *place: _rotate(x, drawn(numbers, (1, x.size(2)), *place), 1)
-    rows = lambda numbers, seam, shape: functools.partial(_rotate_rows, drawn(numbers, shape, ATTENTION, seam))
+    """{name: Shuffle} for the nulls that change what is measured. Seed, sequence number and place decide each draw."""
+    draws = lambda numbers, shape, *place: metrics.uniform(numbers, shape, seed, *place)
+    channels = lambda x, numbers, *place: _rotate(x, draws(numbers, (x.size(1), 1), *place), 2)
+    positions = lambda x, numbers, *place: _rotate(x, draws(numbers, (1, x.size(2)), *place), 1)
+    rows = lambda numbers, seam, shape: functools.partial(_rotate_rows, draws(numbers, shape, ATTENTION, seam))
     return {"shuffled_channels": Shuffle(stream=channels), "shuffled_positions": Shuffle(stream=positions, rows=rows)}
 
 
 def other_text(ids: torch.Tensor, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
-    """{name: ids} of the nulls that change the text; a first or last token that all sequences share (BOS, [SEP]) stays,
-    but in no_first, which is there only where there is such a first token.
+    """{name: ids} for the nulls that change the text ids (N, T), which are padded on the right.
 
-    ids (N, T), padded on the right.
+    A first or last token that all sequences share (BOS, [SEP]) stays; `no_first` leaves such a first token out.
     """
     draw = torch.Generator().manual_seed(seed)
     place, last = torch.arange(ids.size(1)), (ids != PADDING).sum(1, keepdim=True) - 1
-    kept = ids == PADDING
+    fixed = ids == PADDING
     shared = [len(ids) > 1 and bool((ids.gather(1, at) == ids.gather(1, at)[0]).all()) for at in (last * 0, last)]
-    for at, one_token in zip((last * 0, last), shared, strict=True):
-        kept = kept | ((place == at) & one_token)
+    for at, is_shared in zip((last * 0, last), shared, strict=True):
+        fixed = fixed | ((place == at) & is_shared)
     random = torch.randint(vocabulary, ids.shape, generator=draw)
     repeated = torch.randint(vocabulary, (len(ids), 1), generator=draw).expand(ids.shape)
-    # kept tokens stay in their places, the others change places among themselves
-    order = torch.where(kept, place.double(), torch.rand(ids.shape, generator=draw, dtype=torch.float64) - 1)
-    free = (~kept).double().cumsum(1)  # the n-th free place gets the n-th of the shuffled others
-    nth = torch.where(kept, place, order.argsort(1).gather(1, (free.long() - 1).clamp_min(0)))
-    found = {
-        "random_tokens": torch.where(kept, ids, random),
-        "repeated_token": torch.where(kept, ids, repeated),
-        "shuffled_text": ids.gather(1, nth),
+    # fixed tokens stay in their places, the others change places among themselves
+    order = torch.where(fixed, place.double(), torch.rand(ids.shape, generator=draw, dtype=torch.float64) - 1)
+    free = (~fixed).double().cumsum(1)  # the n-th free place gets the n-th of the shuffled others
+    source = torch.where(fixed, place, order.argsort(1).gather(1, (free.long() - 1).clamp_min(0)))
+    texts = {
+        "random_tokens": torch.where(fixed, ids, random),
+        "repeated_token": torch.where(fixed, ids, repeated),
+        "shuffled_text": ids.gather(1, source),
     }
-    return found | ({"no_first": ids[:, 1:]} if shared[0] and ids.size(1) > 2 else {})
+    return texts | ({"no_first": ids[:, 1:]} if shared[0] and ids.size(1) > 2 else {})
 
 
 def nulls(
@@ -121,30 +119,29 @@ def nulls(
 ) -> Nulls:
     """{name: measures of that null} on the first sequences of ids (N, T), at most `n_seq` (0: no nulls).
 
-    `no_init`: why the model cannot be had with new weights, which that null then says. `ordinary`: what is usual in the
-    trained model.
+    `no_init`: why the model cannot get new weights, for that null. `ordinary`: the trained model's usual magnitudes.
     """
     n_seq = max(2, min(N_SEQ, TOKENS // ids.size(1))) if n_seq is None else n_seq
     if not n_seq:
         return {}
-    some = ids[:n_seq]
-    found: Nulls = {}
+    ids = ids[:n_seq]
+    entries: Nulls = {}
     if no_init or not subject.rebuild:
-        found["init"] = Skipped(skipped=no_init or "this model cannot be made anew")
+        entries["init"] = Skipped(skipped=no_init or "this model cannot be made anew")
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             fresh = subject.rebuild()
-        found["init"] = measures(observe(fresh, some, batch_size, desc="init"))
+        entries["init"] = measures_entry(observe(fresh, ids, batch_size, desc="init"))
         del fresh
     for name, shuffle in shuffles(seed).items():
-        found[name] = measures(observe(subject, some, batch_size, shuffle=shuffle, desc=name))
-    for name, changed in other_text(some, vocabulary, seed).items():
-        found[name] = measures(observe(subject, changed, batch_size, desc=name, ordinary=ordinary))
-    return found
+        entries[name] = measures_entry(observe(subject, ids, batch_size, shuffle=shuffle, desc=name))
+    for name, text_ids in other_text(ids, vocabulary, seed).items():
+        entries[name] = measures_entry(observe(subject, text_ids, batch_size, desc=name, ordinary=ordinary))
+    return entries
 
 
-def measures(obs: Observation) -> Measures:
+def measures_entry(obs: Observation) -> Measures:
     """What is compared between the model and its nulls."""
     return Measures(
         n_seq=len(obs.ids),
@@ -158,22 +155,22 @@ def measures(obs: Observation) -> Measures:
     )
 
 
-def sinks_among(obs: Observed, spikes: torch.Tensor) -> float:
-    """P(sink | spike): the share of the spike tokens (N, T) that the primary rule calls sinks; nan without any."""
+def sinks_among(obs: ObservationLike, spikes: torch.Tensor) -> float:
+    """P(sink | spike): the share of the spike tokens (N, T) that are sinks by the primary rule; nan without spikes."""
     sinks = SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
     return (sinks & spikes).sum().item() / int(spikes.sum()) if spikes.any() else float("nan")
 
 
 def rates(obs: Observation) -> dict[str, RuleRates]:
-    """What every rule marks, by its name."""
-    found = {name: RuleRates(**_shares(obs, obs.spikes[name])) for name in SPIKE_RULES}
+    """{rule: how much it marks}, for every rule."""
+    entries = {name: RuleRates(**_shares(obs, obs.spikes[name])) for name in SPIKE_RULES}
     for name, rule in SINK_RULES.items():
-        found[name] = RuleRates(**_shares(obs, rule.tokens(obs)), best_head=_best_head(rule.curve, obs))
-    return found
+        entries[name] = RuleRates(**_shares(obs, rule.tokens(obs)), best_head=_best_head(rule.curve, obs))
+    return entries
 
 
-def _shares(obs: Observed, hits: torch.Tensor) -> dict[str, float]:
-    """The shares of tokens and of sequences that hits (N, T) make."""
+def _shares(obs: ObservationLike, hits: torch.Tensor) -> dict[str, float]:
+    """The shares of tokens and of sequences with a hit. `hits`: bool (N, T)."""
     tokens = obs.tokens
     return {
         "tokens": (hits & tokens).sum().item() / int(tokens.sum()),
@@ -181,51 +178,48 @@ def _shares(obs: Observed, hits: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _best_head(curve: Curve, obs: Observed, threshold: float | None = None) -> float | None:
+def _best_head(curve: Curve, obs: ObservationLike, threshold: float | None = None) -> float | None:
     """The share of sequences with a hit in the head that has most; None for a rule that does not go by heads."""
     if curve.best_head is None:
         return None
     return curve.best_head(obs, curve.used if threshold is None else threshold).double().mean(0).max().item()
 
 
-def curves(obs: Observed) -> dict[str, list[CurvePoint]]:
-    """How the findings change with their thresholds, by name of the curve. Keys with few queries never count."""
+def curves(obs: ObservationLike) -> dict[str, list[CurvePoint]]:
+    """{curve: how the findings change with its threshold}. Keys with too few queries never count."""
     return {
-        rule.curve.name: [_point(rule.curve, obs, at) for at in rule.curve.thresholds]
+        rule.curve.name: [_point(rule.curve, obs, threshold) for threshold in rule.curve.thresholds]
         for rule in rules().values()
         if rule.curve
     }
 
 
-def _point(curve: Curve, obs: Observed, at: float) -> CurvePoint:
+def _point(curve: Curve, obs: ObservationLike, threshold: float) -> CurvePoint:
     return CurvePoint(
-        at=at,
-        **_shares(obs, curve.tokens(obs, at)),
-        sink_1=curve.sink_1(obs, at).double().mean().item() if curve.sink_1 else None,
-        best_head=_best_head(curve, obs, at),
+        at=threshold,
+        **_shares(obs, curve.tokens(obs, threshold)),
+        sink_1=curve.sink_1(obs, threshold).double().mean().item() if curve.sink_1 else None,
+        best_head=_best_head(curve, obs, threshold),
     )
 
 
-def _run(null: Nulls, rule: Rule) -> dict[str, Measures]:
-    """Those nulls of a rule that were run."""
-    return {name: of for name in rule.nulls if isinstance(of := null.get(name), Measures)}
+def _measured_nulls(null: Nulls, rule: Rule) -> dict[str, Measures]:
+    """The nulls of a rule that were run."""
+    return {name: entry for name in rule.nulls if isinstance(entry := null.get(name), Measures)}
 
 
 def false_positives(null: Nulls, name: str, key: str = SEQUENCES) -> FalsePositives | None:
-    """The rate at which a rule fires in the worst of its nulls, with its 95% interval; None where none was run."""
-    found = _run(null, rules()[name])
-    if not found:
+    """The rate at which a rule fires in the worst of its nulls, with its 95% interval; None if none was run."""
+    entries = _measured_nulls(null, rules()[name])
+    if not entries:
         return None
-    worst = max(found.values(), key=lambda of: getattr(of.rules[name], key))
+    worst = max(entries.values(), key=lambda entry: getattr(entry.rules[name], key))
     rate = _rate(getattr(worst.rules[name], key), worst.n_seq)
-    return FalsePositives(**vars(rate), nulls=[*found])
+    return FalsePositives(**vars(rate), nulls=[*entries])
 
 
 def _rate(rate: float, n: int, tests: int = 1) -> Rate:
     return Rate(rate=rate, ci95=metrics.wilson(round(rate * n), n, tests), n_seq=n)
-
-
-# ---------------------------------------------------------------------------------------------------- verdicts
 
 
 def verdicts(
@@ -237,73 +231,72 @@ def verdicts(
     step: int | None,
     trained_tokens: int | None,
 ) -> Verdicts:
-    """Present, absent or underpowered, and why, of spikes, sinks and their co-occurrence.
+    """Verdicts on spikes, sinks and their co-occurrence, with reasons: present, absent or underpowered.
 
-    Present: most sequences have it (in one and the same head, for sinks), and not so in the null. Absent needs power:
-    a model of at least 50M parameters, 1e9 tokens of training where that is known, and 60 sequences; published models
-    below that have shown no more. Everything between is underpowered. `heads`: names of the L x H heads.
+    Present: most sequences have it (sinks: in one and the same head), and fewer do in the nulls. Absent needs power: a
+    model of at least 50M parameters, 1e9 tokens of training where that is known, and 60 sequences, because published
+    models below that have shown no more. Everything between is underpowered. `heads`: names of the L x H heads.
     """
-    weak = weakness(len(obs.ids), parameters, step, trained_tokens)
-    spike, sink = spike_verdict(obs, null, weak), sink_verdict(obs, null, weak, heads)
-    return Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weak, null))
+    weaknesses = weakness(len(obs.ids), parameters, step, trained_tokens)
+    spike, sink = spike_verdict(obs, null, weaknesses), sink_verdict(obs, null, weaknesses, heads)
+    return Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weaknesses, null))
 
 
-def spike_verdict(obs: Observation, null: Nulls, weak: list[str]) -> RateVerdict:
-    """Do most sequences have a spike token? `weak`: as `weakness` gives it."""
-    found = obs.spikes[PRIMARY_SPIKE_RULE].any(1).double().mean().item()
-    return _verdict("of sequences have a spike token", PRIMARY_SPIKE_RULE, obs, null, found, weak)
+def spike_verdict(obs: Observation, null: Nulls, weaknesses: list[str]) -> RateVerdict:
+    """Do most sequences have a spike token? `weaknesses`: see `weakness`."""
+    share = obs.spikes[PRIMARY_SPIKE_RULE].any(1).double().mean().item()
+    return _verdict("of sequences have a spike token", PRIMARY_SPIKE_RULE, obs, null, share, weaknesses)
 
 
-def sink_verdict(obs: Observation, null: Nulls, weak: list[str], heads: list[str]) -> RateVerdict:
+def sink_verdict(obs: Observation, null: Nulls, weaknesses: list[str], heads: list[str]) -> RateVerdict:
     """Do most sequences have a sink in one and the same head?"""
     curve = SINK_RULES[PRIMARY_SINK_RULE].curve
     assert curve.best_head
-    found = curve.best_head(obs, curve.used).double().mean(0).flatten()
-    what = f"of sequences have a sink in head {heads[int(found.argmax())]}, the best of {len(heads)}"
-    return _verdict(what, PRIMARY_SINK_RULE, obs, null, found.max().item(), weak, tests=len(heads))
+    shares = curve.best_head(obs, curve.used).double().mean(0).flatten()
+    claim = f"of sequences have a sink in head {heads[int(shares.argmax())]}, the best of {len(heads)}"
+    return _verdict(claim, PRIMARY_SINK_RULE, obs, null, shares.max().item(), weaknesses, tests=len(heads))
 
 
 def weakness(n_seq: int, parameters: float, step: int | None, trained_tokens: float | None) -> list[str]:
-    """Why absence would be no evidence; empty if it would."""
-    weak = []
+    """The reasons why a missing phenomenon would not be evidence of absence; empty if there are none."""
+    weaknesses = []
     if parameters < POWERED_PARAMETERS:
-        weak.append(f"{parameters / 1e6:.3g}M parameters, fewer than {POWERED_PARAMETERS / 1e6:.0f}M")
+        weaknesses.append(f"{parameters / 1e6:.3g}M parameters, fewer than {POWERED_PARAMETERS / 1e6:.0f}M")
     if trained_tokens is not None and trained_tokens < POWERED_TOKENS:
-        weak.append(f"{trained_tokens / 1e6:.3g}M tokens of training, fewer than {POWERED_TOKENS / 1e6:.0f}M")
+        weaknesses.append(f"{trained_tokens / 1e6:.3g}M tokens of training, fewer than {POWERED_TOKENS / 1e6:.0f}M")
     elif step == 0:
-        weak.append("untrained")
+        weaknesses.append("untrained")
     if n_seq < POWERED_SEQUENCES:
-        weak.append(f"{n_seq} sequences, fewer than {POWERED_SEQUENCES}")
-    return weak
+        weaknesses.append(f"{n_seq} sequences, fewer than {POWERED_SEQUENCES}")
+    return weaknesses
 
 
-def _holds(rule: Rule, curve: Curve, obs: Observation, null: Nulls, tests: int) -> list[float]:
-    """The thresholds of a rule's curve at which the model would be said to have it: most sequences do, and the null
-    not so."""
+def _holding_thresholds(rule: Rule, curve: Curve, obs: Observation, null: Nulls, tests: int) -> list[float]:
+    """The thresholds of a rule's curve at which most sequences of the model have it, and fewer do in the nulls."""
     thresholds = []
-    for i, at in enumerate(curve.thresholds):
-        low = _rate(getattr(_point(curve, obs, at), curve.key), len(obs.ids), tests).ci95[0]
-        nulls_at = ((getattr(of.curves[curve.name][i], curve.key), of.n_seq) for of in _run(null, rule).values())
-        if low > max([MAJORITY, *(_rate(rate, n).ci95[1] for rate, n in nulls_at)]):
-            thresholds.append(at)
+    for i, threshold in enumerate(curve.thresholds):
+        low = _rate(getattr(_point(curve, obs, threshold), curve.key), len(obs.ids), tests).ci95[0]
+        entries = _measured_nulls(null, rule).values()
+        null_rates = [_rate(getattr(entry.curves[curve.name][i], curve.key), entry.n_seq) for entry in entries]
+        if low > max([MAJORITY, *(rate.ci95[1] for rate in null_rates)]):
+            thresholds.append(threshold)
     return thresholds
 
 
 def _verdict(
-    what: str, name: str, obs: Observation, null: Nulls, found: float, weak: list[str], tests: int = 1
+    claim: str, name: str, obs: Observation, null: Nulls, share: float, weaknesses: list[str], tests: int = 1
 ) -> RateVerdict:
-    """One phenomenon's verdict from the share of sequences that have it, against its null."""
+    """One phenomenon's verdict from the share of sequences that have it and from its nulls."""
     rule = rules()[name]
     assert rule.curve
-    knob, used, holds = rule.curve.name, rule.curve.used, _holds(rule, rule.curve, obs, null, tests)
-    false, share = false_positives(null, name, rule.curve.key), _rate(found, len(obs.ids), tests)
-    ci = share.ci95
-    reason = f"{share.rate:.0%} [{ci[0]:.0%}, {ci[1]:.0%}] {what}"
-    if false is None:
+    knob, used, holds = rule.curve.name, rule.curve.used, _holding_thresholds(rule, rule.curve, obs, null, tests)
+    null_rate, ci = false_positives(null, name, rule.curve.key), _rate(share, len(obs.ids), tests).ci95
+    reason = f"{share:.0%} [{ci[0]:.0%}, {ci[1]:.0%}] {claim}"
+    if null_rate is None:
         reason += "; no null was run"
     else:
-        reason += f", {false.rate:.0%} [{false.ci95[0]:.0%}, {false.ci95[1]:.0%}] in its nulls"
-    if ci[0] > MAJORITY and (false is None or false.ci95[1] < ci[0]):
+        reason += f", {null_rate.rate:.0%} [{null_rate.ci95[0]:.0%}, {null_rate.ci95[1]:.0%}] in its nulls"
+    if ci[0] > MAJORITY and (null_rate is None or null_rate.ci95[1] < ci[0]):
         verdict = "present"
         reason += f"; so for every {knob} tried from {min(holds):g} to {max(holds):g} ({used:g} is used)"
     elif ci[0] > MAJORITY:
@@ -312,29 +305,29 @@ def _verdict(
     elif ci[1] > MAJORITY:
         verdict = "underpowered"
         reason += "; more sequences would decide whether most have it"
-    elif weak:
+    elif weaknesses:
         verdict = "underpowered"
-        reason += f"; absence would need more: {', '.join(weak)}"
+        reason += f"; absence would need more: {', '.join(weaknesses)}"
     else:
         verdict = "absent"
         reason += "; not in most sequences of a model and a sample large enough to show it"
         if holds:
             reason += f" (but in most at a {knob} of {max(holds):g})"
-    return RateVerdict(verdict=verdict, reason=reason, rate=share.rate, ci95=ci, null=false, holds=holds)
+    return RateVerdict(verdict=verdict, reason=reason, rate=share, ci95=ci, null=null_rate, holds=holds)
 
 
-def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weak: list[str], null: Nulls) -> Verdict:
+def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weaknesses: list[str], null: Nulls) -> Verdict:
     """Do spikes and sinks fall on the same tokens, and does position alone explain it?
 
-    Where either are one state, the same in every sequence, all sequences are one observation; then the text without
-    its fixed first token decides.
+    If all spikes or all sinks are one state that is the same in every sequence, all sequences together are one
+    observation. Then the text without its fixed first token decides.
     """
-    missing = [name for name, of in (("spikes", spike), ("sinks", sink)) if of.verdict != "present"]
+    missing = [name for name, verdict in (("spikes", spike), ("sinks", sink)) if verdict.verdict != "present"]
     if missing:
         reason = f"{' and '.join(missing)} are not present: nothing to compare"
         return Verdict(verdict="underpowered", reason=reason)
     if overlap.by_construction:
-        return _of_one_state(overlap, null)
+        return _one_state_verdict(overlap, null)
     ci, lift_ci = overlap.ci95.lift_anywhere, overlap.ci95.lift
     reason = f"P(sink | spike) is {overlap.p_sink_given_spike:.0%}, {overlap.lift_anywhere:.3g}"
     reason += f" [{ci[0]:.3g}, {ci[1]:.3g}] times what chance over all tokens gives" if ci else " times chance"
@@ -348,16 +341,16 @@ def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weak: list[
         else:
             reason += f"and there is no more than that (p = {p:.3g})"
         return Verdict(verdict="present", reason=reason)
-    if ci and ci[1] < UNRELATED and not weak:
+    if ci and ci[1] < UNRELATED and not weaknesses:
         return Verdict(verdict="absent", reason=reason)
-    more = f"; absence would need more: {', '.join(weak)}" if weak else "; the interval leaves room for much more"
-    return Verdict(verdict="underpowered", reason=reason + more)
+    lacking = f"absence would need more: {', '.join(weaknesses)}" if weaknesses else "the interval leaves room for more"
+    return Verdict(verdict="underpowered", reason=f"{reason}; {lacking}")
 
 
-def _of_one_state(overlap: CoOccurrence, null: Nulls) -> Verdict:
+def _one_state_verdict(overlap: CoOccurrence, null: Nulls) -> Verdict:
     reason = (
         f"P(sink | spike) is {overlap.p_sink_given_spike:.0%}, but the spikes or the sinks are one state, the same in "
-        "every sequence: one observation, and what every permutation of sequences leaves as it is"
+        "every sequence: they are one observation, which no permutation of sequences changes"
     )
     other = null.get("no_first")
     if not isinstance(other, Measures) or math.isnan(other.p_sink_given_spike):

@@ -1,8 +1,8 @@
-"""What detect finds, as dataclasses; written as JSON of the same names, and read back with a check of the schema.
+"""The findings of detect as dataclasses. They are written as JSON of the same names; reading checks the schema.
 
-nan or None: undefined, as P(sink | spike) where there is no spike; null in a file. `ci95`: the 95% interval [low, high]
-of what stands before it, None where undefined, as for one sequence. Positions count from 0, layers too; the embedding
-is layer -1. Lists are by position, by layer of attention (L), or by layer and head (L, H).
+nan or None: undefined, as P(sink | spike) if there is no spike; null in a file. `ci95`: the 95% interval [low, high] of
+the number before it, None where undefined, as for one sequence. Positions and layers count from 0; the embedding is
+layer -1. Lists are by position, by layer of attention (L), or by layer and head (L, H).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Interval = list[float]
 
 
 class CheckpointEntry(Record):
-    """Which checkpoint: its weights' SHA-256, the step and the tokens of its training; None where unknown."""
+    """A checkpoint: its weights' SHA-256, the step and the number of tokens of its training; None where unknown."""
 
     path: str
     sha256: str | None = None
@@ -32,10 +32,10 @@ class CheckpointEntry(Record):
 
 
 class TextEntry(Record):
-    """On which text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with it.
+    """The text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with that token.
 
-    `predicted_bytes`: of UTF-8, of the text of those tokens that are predicted; 0 where their text is not at hand.
-    `tokenizer`: what tells it from others, see Reader.fingerprint. Files of older versions have neither.
+    `predicted_bytes`: bytes of UTF-8 of the predicted tokens' text; 0 if that text is not known. `tokenizer`:
+    identifies it, see Reader.fingerprint. Files of older versions have neither.
     """
 
     name: str
@@ -49,8 +49,7 @@ class TextEntry(Record):
 
 
 class DataEntry(TextEntry):
-    """The text and what the model makes of it: the loss in nats per token and in bits per byte, and of which token that
-    is."""
+    """The text and the model's loss on it, in nats per token and bits per byte. `loss_of`: what is predicted."""
 
     n_register: int
     loss: float
@@ -80,8 +79,8 @@ class Place(Record):
 
 
 class Magnitudes(Record):
-    """Of one tap's tensor: top-1/2/3 and median |h| of each sequence's [T x C] entries, averaged over sequences, and
-    what metrics.py defines. `inf_norm` is `top1`."""
+    """One tap's tensor: top-1/2/3 and median |h| of each sequence's [T x C] entries, averaged over sequences, and the
+    kurtoses of metrics.py. `inf_norm` equals `top1`."""
 
     top1: float
     top2: float
@@ -94,7 +93,7 @@ class Magnitudes(Record):
 
     @property
     def ratio(self) -> float:
-        """top-1 over the median; 0 where the median is."""
+        """top-1 over the median; 0 if the median is 0."""
         return self.top1 / self.median if self.median else 0.0
 
 
@@ -103,11 +102,11 @@ class LayerStats(Magnitudes, Place, Indexed):
 
 
 class SideStats(LayerStats):
-    """The stream after a sub-layer, on one of its sides: its sum, or what the next sub-layer reads of it.
+    """The stream after a sub-layer, on one of its sides: the sum, or what the next sub-layer reads of it.
 
-    `spike_tokens`: the share of tokens that the primary rule marks here. `usual`: with which it compares them. Of the
-    first token, means over sequences: `first_energy`, the share of its energy (squared norm) in its largest channel;
-    `first_norm`, its norm over the median token's. Files of older versions have neither.
+    `spike_tokens`: the share of tokens that the primary rule marks here. `usual`: what it compares them with.
+    `first_energy`, `first_norm`: the share of the first token's energy (squared norm) in its largest channel, and its
+    norm over the median token's; means over sequences. Files of older versions have neither.
     """
 
     spike_tokens: float
@@ -117,8 +116,8 @@ class SideStats(LayerStats):
 
 
 class UsualEntry(Record):
-    """What is usual at a tap on ordinary text, as spikes.Usual says: `channels` (C,), packed; `outlier_channels` are
-    those whose median |h| is at least 10 times the layer's."""
+    """The usual magnitudes at a tap on ordinary text, see spikes.Usual. `channels` (C,) is packed. `outlier_channels`
+    are the channels whose median |h| is at least 10 times the layer's."""
 
     layer: float
     typical: float
@@ -138,20 +137,20 @@ class Rate(Record):
 
 
 class FalsePositives(Rate):
-    """The share in which a rule fires in the worst of the `nulls` that were run."""
+    """The share of sequences in which a rule fires, in the worst of the `nulls` that were run."""
 
     nulls: list[str]
 
 
 class Verdict(Record):
-    """present, absent or underpowered, and why."""
+    """present, absent or underpowered, with the reason."""
 
     verdict: str
     reason: str
 
 
 class RateVerdict(Verdict):
-    """Of what a share `rate` of the sequences has; `holds`: the thresholds at which it would be present."""
+    """The verdict on what a share `rate` of the sequences has. `holds`: the thresholds at which it would be present."""
 
     rate: float
     ci95: Interval
@@ -168,18 +167,18 @@ class Verdicts(Record):
 
     @property
     def by_name(self) -> dict[str, Verdict]:
-        """{phenomenon: verdict}, its name as in a sentence."""
+        """{phenomenon: verdict}, named as in a sentence."""
         return {name.replace("_", "-"): verdict for name, verdict in vars(self).items()}
 
     @property
     def words(self) -> dict[str, str]:
-        """{phenomenon, as its field is called: present, absent or underpowered}."""
+        """{phenomenon, named as its field: present, absent or underpowered}."""
         return {name: verdict.verdict for name, verdict in vars(self).items()}
 
 
 class CurvePoint(Record):
-    """The shares of tokens and of sequences that have a hit at one threshold, and of a sink's: `sink_1`, Gu et al.'s
-    for the first key; `best_head`, the largest share of sequences in which one and the same head has a sink."""
+    """The shares of tokens and of sequences with a hit at one threshold. For sinks also `sink_1`, Gu et al.'s rate for
+    the first key, and `best_head`, the largest share of sequences in which one and the same head has a sink."""
 
     at: float
     tokens: float
@@ -197,7 +196,7 @@ class RuleRates(Record):
 
 
 class Measures(Record):
-    """What is compared between a model and its nulls; `rules` by name of the rule, `curves` by name of the curve."""
+    """The numbers that are compared between a model and its nulls; `rules` and `curves` by name."""
 
     n_seq: int
     loss: float
@@ -210,7 +209,7 @@ class Measures(Record):
 
 
 class Skipped(Record):
-    """A null that could not be run, and why."""
+    """A null that could not be run, with the reason."""
 
     skipped: str
 
@@ -221,7 +220,7 @@ Nulls = dict[str, Measures | Skipped]
 
 
 class RuleCount(Record):
-    """What a rule marks: how many tokens, and which share of all."""
+    """The number of tokens that a rule marks, and their share of all tokens."""
 
     threshold: str
     tokens: int
@@ -230,14 +229,14 @@ class RuleCount(Record):
 
 
 class SpikeRuleCount(RuleCount):
-    """And in how many channels, the commonest first."""
+    """A RuleCount with the number of marked channels, and the most frequent of them."""
 
     n_channels: int
     channels: list[int]
 
 
 class TokenRow(Record):
-    """A token that stands out. `occurrences`: sequences with this token at this position; the strongest is given."""
+    """A token that stands out, once; `occurrences`: the number of sequences with this token at this position."""
 
     sequence: int
     position: int
@@ -248,9 +247,10 @@ class TokenRow(Record):
 
 
 class SpikeToken(TokenRow):
-    """Where its |h| is most above its threshold: |h|, how many times the threshold (`strength`; a spike from 1 on), the
-    channel, the `index` of the layer in `layers`; there the share of the token's energy in that channel, and its norm
-    over the median token's; the share of layers in which the primary rule marks it; and the rules that mark it."""
+    """A token where its |h| exceeds its threshold most: |h| (`magnitude`), |h| over the threshold (`strength`; a spike
+    from 1 on), the channel, and the `index` of the layer in `layers`; there the share of the token's energy in that
+    channel, and its norm over the median token's. `persistence`: the share of layers in which the primary rule marks
+    the token. `rules`: all that mark it."""
 
     magnitude: float
     strength: float
@@ -263,7 +263,7 @@ class SpikeToken(TokenRow):
 
 
 class SinkToken(TokenRow):
-    """Its largest alpha, in how many heads it is a sink, and its share of all attention."""
+    """A token with its largest alpha, the number of heads in which it is a sink, and its share of all attention."""
 
     alpha: float
     heads: int
@@ -271,14 +271,13 @@ class SinkToken(TokenRow):
 
 
 class SideSpikes(Record):
-    """What the primary rule marks on one side of the stream, but at the last tap, which no attention reads.
+    """The spikes that the primary rule marks on one side, without those at the last tap, which no attention reads.
 
-    `fraction`: share of tokens; `sequences`: share of sequences that have one; `states`: how many different states the
-    marked tokens are (a first token that is always the same is one state, however many sequences there are);
-    `strength`: the largest |h| over its threshold; `norm_ratio`, `energy_share`, `persistence`: medians over the
-    marked tokens of what SpikeToken has. `in_embedding`: the share of them that are marked in the embedding already,
-    where a spike is a parameter. `last`: the share of all tokens that are marked at the last tap, None
-    where attention reads that too.
+    `fraction`: share of tokens; `sequences`: share of sequences with a spike; `states`: the number of different states
+    of the marked tokens (a first token that is always the same is one state); `strength`: the largest |h| over its
+    threshold; `norm_ratio`, `energy_share`, `persistence`: medians over the marked tokens, see SpikeToken.
+    `in_embedding`: the share of them that are marked in the embedding already, where a spike is a parameter. `last`:
+    the share of tokens marked at the last tap; None if attention reads it.
     """
 
     tokens: int
@@ -295,8 +294,10 @@ class SideSpikes(Record):
 
 
 class OutlierChannel(Record):
-    """A channel that is large in nearly every token, in a share `layers` of the layers; `ratio`: its median |h| over
-    the layer's, where that is largest."""
+    """A channel that is large in nearly every token in a share `layers` of the layers.
+
+    `ratio`: its median |h| over the layer's, at the layer where that is largest.
+    """
 
     channel: int
     layers: float
@@ -304,8 +305,8 @@ class OutlierChannel(Record):
 
 
 class SpikeFindings(Record):
-    """`sum`: the stream before any norm on it, which the rules and the tokens are of; `read`: what the next sub-layer
-    reads of it. `by_position`: the share of tokens there that the primary rule marks."""
+    """`sum`: the stream before any norm on it, to which `rules` and `tokens` refer; `read`: what the next sub-layer
+    reads of it. `by_position`: the share of tokens at each position that the primary rule marks."""
 
     primary: str
     rules: dict[str, SpikeRuleCount]
@@ -317,17 +318,17 @@ class SpikeFindings(Record):
 
     @property
     def primary_rule(self) -> SpikeRuleCount:
-        """What the primary rule marks."""
+        """The counts of the primary rule."""
         return self.rules[self.primary]
 
     @property
     def primary_tokens(self) -> list[SpikeToken]:
-        """Those of the tokens that the primary rule marks."""
+        """The listed tokens that the primary rule marks."""
         return [token for token in self.tokens if self.primary in token.rules]
 
 
 class BestKey(Record):
-    """The key with at least T/4 queries that is most often a sink, and how often."""
+    """The key that is most often a sink, among those with at least T/4 queries, and how often it is one."""
 
     position: int
     rate: float
@@ -336,9 +337,8 @@ class BestKey(Record):
 class SinkRates(Record):
     """Gu et al.'s sink metric (2410.10781) at one threshold: shares of heads and sequences with alpha > epsilon.
 
-    `first`, `by_layer`, `by_head`: on the first key (Sink_1). `first_second_half_queries`: the same, of the second
-    half's queries alone. `max_first_half`: on any key of the first half. `best_eligible`: None where windows leave no
-    key enough queries.
+    `first`, `by_layer`, `by_head`: for the first key (Sink_1); `first_second_half_queries`: from the second half's
+    queries alone. `max_first_half`: for any key of the first half. `best_eligible`: None if no key has enough queries.
     """
 
     epsilon: float
@@ -353,15 +353,15 @@ class SinkRates(Record):
 
 
 class SinkFindings(Record):
-    """`seams`: the layers of attention, of which lists (L) and (L, H) are. `possible`: whether the layer's window, if
-    it has one, leaves keys that a quarter of the queries see; without, no sink can be there. `heads_needed`: in how
-    many heads a token must be a sink to be called one.
+    """`seams`: the layers of attention, over which lists (L) and (L, H) run. `possible`: whether a quarter of the
+    queries see any key of the layer; under a short window none is seen so often, and no sink is possible.
+    `heads_needed`: the number of heads in which a token must be a sink to be called one.
 
-    By position: `share` of all attention, `share_uniform` if every query spread it evenly over what it may see, and
-    `token_rate`, the share of tokens that are sinks. By layer and head: `alpha_first`, the first key's;
+    By position: `share` of all attention, `share_uniform`, the same if every query spread its attention evenly, and
+    `token_rate`, the share of tokens that are sinks. By layer and head: `alpha_first`, the first key's alpha;
     `any_sink_by_head`, the share of sequences with a sink; `first_argmax`, the share of queries that attend most to the
-    first key; `slot_share`, attention that a slot takes, undefined where there is none; `entropy` (nats); `distance`,
-    the mean |i - j| under the weights (tokens); norms of values over the sequence's mean.
+    first key; `slot_share`, the attention that a slot takes, undefined without one; `entropy` (nats); `distance`, the
+    mean |i - j| under the weights (tokens); norms of values over the sequence's mean norm.
     """
 
     seams: list[Place]
@@ -385,12 +385,12 @@ class SinkFindings(Record):
     tokens: list[SinkToken]
 
     def at(self, epsilon: float = PRIMARY_SINK_EPSILON) -> SinkRates:
-        """Gu et al.'s metric at a threshold. Raises KeyError for one that was not measured."""
+        """Gu et al.'s metric at a threshold. Raises KeyError if that was not measured."""
         try:
             return next(rates for rates in self.gu if rates.epsilon == epsilon)
         except StopIteration:
             known = ", ".join(f"{rates.epsilon:g}" for rates in self.gu)
-            raise KeyError(f"epsilon {epsilon:g} was not measured, but {known}") from None
+            raise KeyError(f"epsilon {epsilon:g} was not measured, only {known}") from None
 
     @property
     def first(self) -> float:
@@ -399,7 +399,7 @@ class SinkFindings(Record):
 
     @property
     def primary_rule(self) -> RuleCount:
-        """The tokens that are sinks in a head."""
+        """The tokens that are sinks by the primary rule."""
         return self.rules[PRIMARY_SINK_RULE]
 
 
@@ -407,7 +407,7 @@ class SinkFindings(Record):
 
 
 class OverlapRates(Record):
-    """How spike and sink tokens overlap, as metrics.overlap defines it; nan where undefined."""
+    """The overlap of spike and sink tokens, see metrics.overlap; nan where undefined."""
 
     p_sink_given_spike: float
     p_spike_given_sink: float
@@ -431,7 +431,7 @@ class OverlapIntervals(Record):
 
 
 class Overlap(OverlapRates):
-    """The same by two rules, with the numbers of tokens; `p_permutation`: of as large an overlap by chance."""
+    """The overlap by two rules, with the numbers of tokens. `p_permutation`: the chance of an overlap as large."""
 
     spike_rule: str
     sink_rule: str
@@ -443,10 +443,10 @@ class Overlap(OverlapRates):
 
 
 class CoOccurrence(Overlap):
-    """On all tokens, on those behind the first, and with the spikes of what sub-layers read instead of the sum's.
+    """The overlap on all tokens, on all but the first, and with the spikes of what sub-layers `read`, not the sum's.
 
-    `by_construction`: all spikes or all sinks are one state, the same in every sequence; then n is 1, and no null that
-    permutes labels can differ.
+    `by_construction`: all spikes or all sinks are one state that is the same in every sequence. Then n is 1, and no
+    null that permutes labels can differ.
     """
 
     without_first: Overlap
@@ -464,7 +464,7 @@ class Step(Place, Indexed):
 
 
 class StepChange(Step):
-    """Where an entry rises or falls, and by how much, over its peak."""
+    """The tap at which an entry rises or falls, and the change over its peak."""
 
     part_of_peak: float
 
@@ -482,7 +482,7 @@ class SharedChannel(Record):
 
 
 class Steps(Record):
-    """How a spike is made. `path`: {channel: its mean over tokens at every tap} of the three largest."""
+    """How a spike rises and falls. `path`: {channel: its mean at every tap} of the three largest channels."""
 
     path: dict[str, list[float]]
     step_up: StepChange
@@ -492,14 +492,14 @@ class Steps(Record):
 
 
 class NormedCosine(Place):
-    """The mean cosine over pairs of normalised inputs, of the tokens and of as many others; None below two."""
+    """The mean cosine over pairs of normalised inputs, of the tokens and of as many others; None for fewer than two."""
 
     spikes: float | None
     others: float | None
 
 
 class KeyDimensions(Record):
-    """In how many dimensions a head's sink keys lie, and as many others: see anatomy.key_subspace."""
+    """The dimensions in which a head's sink keys lie, and as many other keys: see anatomy.key_subspace."""
 
     head: int
     keys: int
@@ -524,7 +524,7 @@ class ChannelForm(Record):
 
 
 class QuadraticForm(Record):
-    """Of the FFN of the step-up: the spiking channels', as many random ones', and the channels of the largest norm."""
+    """Forms in the step-up's FFN: of spiking channels, of random ones, and the channels of the largest norms."""
 
     layer: int
     channels: list[ChannelForm]
@@ -533,9 +533,9 @@ class QuadraticForm(Record):
 
 
 class Episode(Record):
-    """A run of taps over which spikes stand, from `start` to `end` (their indices), told by the commonest channel and
-    the median of the largest |h|, and of that over the median |h| of its tap. `tokens`: the share of the spike tokens
-    that have one starting there."""
+    """A run of taps at which spikes are large, from `start` to `end`, see anatomy.episodes. `tokens`: the share of the
+    spike tokens with a run that starts there; `channel`: the most frequent one; `magnitude`, `ratio`: medians of the
+    largest |h|, and of that over the median |h| of its tap."""
 
     start: Step
     end: Step
@@ -546,8 +546,8 @@ class Episode(Record):
 
 
 class Anatomy(Steps):
-    """`of`: which tokens, in words. `episodes`: see Episode, in order; none where no token is a spike. `inner`: the
-    tensors off the stream, by place; `places`: what these are."""
+    """`of`: the examined tokens, in words. `episodes`: empty if no token is a spike. `inner`: the tensors off the
+    stream, by place; `places`: descriptions of these places."""
 
     of: str
     n_seq: int
@@ -575,7 +575,7 @@ class Packed:
 class SequenceEntry(Record):
     """The start of one sequence, token by token (T). Packed: `share` (T,), `relative` (layers, T), `alpha` (heads, T).
 
-    spikes, enough_queries: 0 or 1. sink_heads: the number of heads in which the token is a sink.
+    `spikes`, `enough_queries`: 0 or 1. `sink_heads`: the number of heads in which the token is a sink.
     """
 
     sequence: int
@@ -602,7 +602,7 @@ class MatrixEntry(Record):
 
 
 class ExamplesEntry(Record):
-    """A few sequences, token by token: names of the layers and of the heads that are kept, of `n_heads` in all."""
+    """A few sequences, token by token, with the names of the layers and of the listed heads, out of `n_heads`."""
 
     encoding: str
     layers: list[str]
@@ -616,7 +616,7 @@ class ExamplesEntry(Record):
 
 
 class HistoryRow(Record):
-    """Spikes and sinks at one step of training: history.COLUMNS says what the numbers are."""
+    """Spikes and sinks at one step of training; history.COLUMNS describes the numbers."""
 
     step: int
     loss: float | None
@@ -634,8 +634,8 @@ class Histogram(Record):
 
 
 class VocabularyToken(Record):
-    """A token's |h| where that is most above its threshold: over the layer's usual median, how many times the threshold
-    (`strength`), in which channel, and after which sub-layer (its kind, and its layer)."""
+    """A token where its |h| exceeds its threshold most: |h| over the layer's usual median, |h| over the threshold
+    (`strength`), the channel, and the sub-layer (`after`: its kind, and its `layer`)."""
 
     id: int
     text: str
@@ -647,12 +647,12 @@ class VocabularyToken(Record):
 
     @property
     def place(self) -> Place:
-        """After which sub-layer."""
+        """The sub-layer after which the token's |h| exceeds its threshold most."""
         return Place(layer=self.layer, kind=self.after)
 
 
 class VocabularyPlace(Record):
-    """All tokens of the vocabulary at one position: how many spike, in which channels; `strength` of each, by id."""
+    """All tokens of the vocabulary at one position: how many spike, in which channels, and all `strength`s by id."""
 
     spiking: int
     fraction: float
@@ -663,7 +663,7 @@ class VocabularyPlace(Record):
 
 
 class Vocabulary(Record):
-    """Every token of the vocabulary standing first, and second, after the token `before`."""
+    """Every token of the vocabulary in the first place, and in the second, after the token `before`."""
 
     schema: str = VOCABULARY_SCHEMA
     vocab_size: int
@@ -676,13 +676,13 @@ class Vocabulary(Record):
 
 
 class Findings(Record):
-    """What detect finds in a model, or in a part of an encoder-decoder.
+    """The findings of detect for a model, or for one part of an encoder-decoder.
 
     `model`: its architecture, and its `parameters`. `layers`: the stream after the embedding and after each sub-layer,
     before any norm on it; `reads`: what the next sub-layer reads of it, where that is known. `sensitivity`: how the
-    findings change with their thresholds, by name of the curve. `nulls`: by name. `anatomy`, `examples`: None where
-    they were not kept. `history`: over training, of a run of train.py. `parts`: the other parts of an encoder-decoder,
-    by name.
+    findings change with their thresholds, by name of the curve. `nulls`: by name. `anatomy`, `examples`: None if they
+    were not made. `history`: over the training of a run of train.py. `parts`: the other parts of an encoder-decoder, by
+    name.
     """
 
     schema: str = SCHEMA
@@ -708,7 +708,7 @@ class Findings(Record):
 
     @property
     def all_parts(self) -> "list[tuple[str, Findings]]":
-        """(name, findings) of this part and of the others; the name of the only one is empty."""
+        """(name, findings) of this part and of the others; an only part has an empty name."""
         return [(self.part, self), *(self.parts or {}).items()]
 
     @property
@@ -718,12 +718,12 @@ class Findings(Record):
 
     @property
     def largest_ratio(self) -> float:
-        """top-1 over the median of the attended layer where it is largest."""
+        """The largest top-1 over the median of an attended layer."""
         return max(layer.ratio for layer in self.attended)
 
     @property
     def largest_kurtosis(self) -> float:
-        """The channel kurtosis of the attended layer where it is largest."""
+        """The largest channel kurtosis of an attended layer."""
         return max(layer.kurtosis for layer in self.attended)
 
     def save(self, path: str | Path) -> None:
@@ -732,7 +732,7 @@ class Findings(Record):
 
     @classmethod
     def load(cls, path: str | Path) -> "Findings":
-        """What `save` wrote. Raises UserError where it cannot be read or is of another schema."""
+        """Reads a file that `save` wrote. Raises UserError if it cannot be read or has another schema."""
         return schema.load(cls, path, "detect")
 
 
@@ -748,16 +748,16 @@ class Comparison(Record):
 
 
 class LookedAt(Record):
-    """The position that most heads attend to, and how many do."""
+    """The position that most heads attend to, and the number of these heads."""
 
     position: int
     heads: int
 
 
 class PromptToken(Record):
-    """One token: its |h| where that is most above its threshold (`strength`: how many times that; `ratio`: |h| over the
-    layer's usual median), `after` which sub-layer and in which channel; its share of all attention, and alpha in the
-    `head` where that is largest. `few_queries`: alpha averages few of them, so no sink is claimed."""
+    """One token where its |h| exceeds its threshold most: |h| over the threshold (`strength`), |h| over the layer's
+    usual median (`ratio`), the sub-layer (`after`) and the channel. Also its share of all attention, and alpha in the
+    `head` where that is largest. `few_queries`: alpha is a mean over too few queries to call the token a sink."""
 
     position: int
     id: int
@@ -777,7 +777,7 @@ class PromptToken(Record):
 
 
 class PromptHead(Record):
-    """One head: alpha of every key, which key each query attends to most and how much, and the key that gets most."""
+    """One head: alpha of every key, each query's strongest key and its weight, and the key with most attention."""
 
     head: str
     alpha: list[float]
@@ -804,5 +804,5 @@ class PromptFindings(Record):
 
     @property
     def all_parts(self) -> "list[tuple[str, PromptFindings]]":
-        """As of Findings."""
+        """See Findings."""
         return [(self.part, self), *(self.parts or {}).items()]

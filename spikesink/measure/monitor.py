@@ -1,4 +1,4 @@
-"""Spikes and sinks while a model trains, from the training batch itself: what detect.py measures, with no second pass.
+"""Measures spikes and sinks as detect.py does while a model trains, in the training batch, without a second pass.
 
     monitor = Monitor(model, every=100)
     for step, batch in enumerate(loader):
@@ -8,22 +8,20 @@
         if monitor.row:
             print(monitor.words())
 
-A row, made at monitored steps and else None, is what log.jsonl has under "monitor":
+The row of a monitored step is the entry "monitor" of log.jsonl. At other steps it is None.
 
-    layers                 [{name, top1, median, ratio, kurtosis}] of the stream after each sub-layer; top1 and median
-                           of |h| over a sequence's T x C entries, averaged over sequences, ratio = top1 / median, and
-                           He et al.'s kurtosis
-    attention              [{name, sink_rate, best_position}]: the share of heads x sequences in which an eligible key
-                           (that T/4 queries see) has alpha > 0.3, and the eligible key with the largest mean alpha,
-                           None where a window leaves none
-    spike_tokens           the share of tokens that the primary spike rule marks in any layer that attention reads: all
-                           but the last; None where there is none
-    sink_tokens            the share that are sinks in at least a twentieth of all heads (sinks.needed_heads); None
-                           where no attention was seen
+    layers         [{name, top1, median, ratio, kurtosis}] of the stream after each sub-layer: top1 and median of |h|
+                   over a sequence's T x C entries, averaged over sequences, ratio = top1 / median, He et al.'s kurtosis
+    attention      [{name, sink_rate, best_position}]: the share of heads x sequences in which an eligible key (that
+                   T/4 queries see) has alpha > 0.3, and the eligible key with the largest mean alpha, None without one
+    spike_tokens   the share of tokens that the primary spike rule marks in any layer that attention reads (all but the
+                   last); None without such a layer
+    sink_tokens    the share of tokens that are sinks in at least a twentieth of all heads (sinks.needed_heads); None
+                   if no attention was measured
     p_sink_given_spike, p_spike_given_sink    None where undefined
-    sequences              how many were measured; texts that are packed in one row count as what they are
+    sequences      the number of measured sequences; texts that are packed in one row count each
 
-Definitions and sources are those of metrics.py, in float32; what is not finite is None.
+Definitions and sources are those of metrics.py, in float32. Numbers that are not finite are None.
 """
 
 import contextlib
@@ -44,21 +42,21 @@ from .observe import StreamStats
 from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, needed_heads, queries_that_see, sink_alpha
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES, Usual
 
-Row = dict[str, Any]  # of a log, as said above
+Row = dict[str, Any]  # of a log, see above
 
 
 class Monitor:
-    """Looks at spikes and sinks in a model's own training passes, every so many steps, and changes nothing in them.
+    """Measures spikes and sinks in a model's own training passes, every so many steps, and changes nothing in them.
 
     `model`: a GPT of model.py, compiled by its own `compile` or not; a transformers model in eager mode, of an
     encoder-decoder its decoder; or any module whose blocks, the longest ModuleList in it, return the stream (B, T, C).
-    Wrapped by DDP, FSDP2 or PEFT, it is found inside. `streams`, {name: module}, says of any other where its stream is.
-    Attention is seen in the first two, in transformers models with sdpa or eager attention.
+    It is found inside DDP, FSDP2 and PEFT wrappers. `streams`, {name: module}, tells where the stream of any other
+    model is. Attention is measured in a GPT of model.py, and in transformers models with sdpa or eager attention.
 
-    `every`: steps between looks; 0: never. `sequences`: how many of the batch are measured, the first ones; padding,
-    where the model is given a 2-D `attention_mask`, is left out, and texts packed in one row, where it is given 2-D
-    `position_ids` that start again, are measured each by itself. `row`: what the last block saw, None if it did not
-    look. Raises UserError for a model whose stream is not found, or that is compiled as a whole.
+    `every`: steps between measurements; 0: never. `sequences`: so many of the batch's first sequences are measured.
+    Padding is left out if the model is called with a 2-D `attention_mask`. Texts packed in one row are measured each by
+    itself if it is called with 2-D `position_ids` that start again. `row`: the measurements of the last block, None if
+    there were none. Raises UserError for a model whose stream is not found, or that is compiled as a whole.
     """
 
     def __init__(
@@ -71,24 +69,24 @@ class Monitor:
 
     @contextlib.contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Looks at the first forward pass within the block, if `step` is a multiple of `every`. Raises UserError if
-        none of its streams was seen."""
+        """Measures the first forward pass within the block, if `step` is a multiple of `every`. Raises UserError if
+        that pass does not call any of the streams' modules."""
         self.row = None
         if self.view is None or step % self.every:
             yield
             return
-        look = Look(self.view, self.sequences)
-        with look.watching():
+        observer = BatchObserver(self.view, self.sequences)
+        with observer.watching():
             yield
-        self.row = self.last = look.row()
+        self.row = self.last = observer.row()
 
     def words(self) -> str:
         """The last row in a few words; empty if there was none."""
         return words(self.last) if self.last else ""
 
 
-class Look:
-    """What one forward pass shows of the first sequences of its batch. Each tap is measured when it is first called."""
+class BatchObserver:
+    """Measures the first sequences of the batch in one forward pass. Each tap is measured when it is first called."""
 
     def __init__(self, view: View, sequences: int) -> None:
         self.view, self.sequences = view, sequences
@@ -97,14 +95,14 @@ class Look:
         self.positions: torch.Tensor | None = None
         self.shape = torch.Size()  # (B, T) of the batch
         self.parts: list[Part] | None = None
-        self.layers: dict[str, Row] = {}  # name -> what a row says of it
+        self.layers: dict[str, Row] = {}  # name -> its numbers in the row
         self.attention: dict[str, Row] = {}
-        self.spikes: list[torch.Tensor] = []  # of each part, bool (sequences, T): in any layer that is attended to
-        self.sink_heads: list[torch.Tensor] = []  # in how many heads
-        self.heads = 0  # that were seen
+        self.spikes: list[torch.Tensor] = []  # each part's spikes in any attended layer, bool (sequences, T)
+        self.sink_heads: list[torch.Tensor] = []  # alike, the number of heads in which a token is a sink
+        self.heads = 0  # the number of measured heads
 
     def watching(self) -> contextlib.ExitStack:
-        """A context in which the model is looked at."""
+        """A context in which the model is measured."""
         stack = contextlib.ExitStack()
         stack.enter_context(self.view.around())
         taps = self.view.streams
@@ -115,18 +113,17 @@ class Look:
 
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.mask is None and self.parts is None:
-            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-            mask = given.get(self.view.mask, given.get("kwargs", {}).get(self.view.mask))
-            self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-            positions = given.get("position_ids", given.get("kwargs", {}).get("position_ids"))
-            self.positions = positions if isinstance(positions, torch.Tensor) and positions.dim() == 2 else None
+            arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            arguments = {**arguments.get("kwargs", {}), **arguments}
+            matrix = lambda x: x if isinstance(x, torch.Tensor) and x.dim() == 2 else None
+            self.mask, self.positions = matrix(arguments.get(self.view.mask)), matrix(arguments.get("position_ids"))
 
-    def _take_parts(self, stream: torch.Tensor) -> None:
-        """The Parts of a batch whose stream is (B, T, C): all in one where there is no padding, or nothing else, and no
-        row holds several texts, each of whose positions start again."""
+    def _find_parts(self, stream: torch.Tensor) -> None:
+        """Finds the Parts of a batch whose stream is (B, T, C). Without padding and packed rows they are all one Part.
+        A row holds several texts if its positions start again."""
         self.shape = stream.shape[:2]
-        given = self.mask if self.mask is not None and self.mask.shape == self.shape else torch.ones(self.shape)
-        mask = given[: self.sequences].cpu() != 0
+        mask = self.mask if self.mask is not None and self.mask.shape == self.shape else torch.ones(self.shape)
+        mask = mask[: self.sequences].cpu() != 0
         starts = torch.zeros_like(mask)
         if self.positions is not None and self.positions.size(1) == self.shape[1]:
             starts[:, 1:] = (self.positions.diff(dim=1) <= 0).cpu()[: len(mask)]
@@ -147,7 +144,7 @@ class Look:
             if self.parts is None:
                 if not isinstance(stream, torch.Tensor) or stream.dim() != 3:
                     raise no_stream(self.view.model)
-                self._take_parts(stream)
+                self._find_parts(stream)
             with measuring(stream):
                 self._measure_stream(name, stream.detach().view(*self.shape, -1))
 
@@ -156,7 +153,7 @@ class Look:
     def _measure_stream(self, name: str, stream: torch.Tensor) -> None:
         stats, rule = StreamStats(), SPIKE_RULES[PRIMARY_SPIKE_RULE]
         states = [stream[rows, span].float() for rows, span in self.parts or ()]
-        usual = Usual.of(torch.cat([x.flatten(0, 1) for x in states]))  # the batch is ordinary text
+        usual = Usual.from_states(torch.cat([x.flatten(0, 1) for x in states]))  # the batch is ordinary text
         for i, x in enumerate(states):
             batch = stats.add(x)
             if name in self.attended:
@@ -164,12 +161,12 @@ class Look:
                 if len(self.spikes) == i:
                     self.spikes.append(torch.zeros(B, T, dtype=torch.bool))
                 self.spikes[i].view(-1)[rule.marked(batch, usual, batch.strength(usual)) // C] = True
-        found = stats.result()
+        result = stats.result()
         self.layers[name] = {
-            "top1": found.top1,
-            "median": found.median,
-            "ratio": found.ratio if found.median else None,
-            "kurtosis": found.kurtosis,
+            "top1": result.top1,
+            "median": result.median,
+            "ratio": result.ratio if result.median else None,
+            "kurtosis": result.kurtosis,
         }
 
     def _on_attention(self, attention: Attention) -> Callable[..., None]:
@@ -185,7 +182,7 @@ class Look:
     def _measure_attention(self, attention: Attention, args: tuple, cast: bool) -> None:
         device, hits, mass = args[0].device.type, [], torch.zeros(self.shape[1])
         for i, part in enumerate(self.parts or ()):
-            # in the model's own precision; casts of weights made here, without a gradient, are not kept for its passes
+            # in the model's own precision; the cache would keep casts without a gradient for the model's passes
             with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
                 seam, q, k = attention.seam_inputs(args, part)
             later = seam.shares(q[:, :, :1].float(), k.float())[..., 1:]
@@ -207,32 +204,31 @@ class Look:
         }
 
     def row(self) -> Row:
-        """What was seen, as the row of a log has it."""
+        """The measurements, as a row of a log."""
         if not self.layers:
             raise no_stream(self.view.model)
-        parts = self.parts or []
-        together = lambda of_parts: torch.cat([of_part.flatten() for of_part in of_parts])[None] if of_parts else None
-        spike, heads = together(self.spikes), together(self.sink_heads)
+        join = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors])[None] if tensors else None
+        spike, heads = join(self.spikes), join(self.sink_heads)
         sink = None if heads is None else heads >= needed_heads(self.heads)
         both = None if spike is None or sink is None else metrics.overlap(spike, sink)
         return to_json(
             {
-                "layers": [{"name": n, **of} for n, of in self.layers.items()],
-                "attention": [{"name": n, **of} for n, of in self.attention.items()],
+                "layers": [{"name": name, **numbers} for name, numbers in self.layers.items()],
+                "attention": [{"name": name, **numbers} for name, numbers in self.attention.items()],
                 "spike_tokens": None if spike is None else spike.double().mean().item(),
                 "sink_tokens": None if sink is None else sink.double().mean().item(),
                 "p_sink_given_spike": both.p_sink_given_spike if both else None,
                 "p_spike_given_sink": both.p_spike_given_sink if both else None,
-                "sequences": sum(len(range(self.sequences)[part.rows]) for part in parts),
+                "sequences": sum(len(range(self.sequences)[part.rows]) for part in self.parts or ()),
             }
         )
 
 
 @contextlib.contextmanager
 def measuring(x: torch.Tensor) -> Iterator[None]:
-    """Within, nothing is recorded for a gradient, float32 is float32, and no algorithm is refused."""
+    """A context without gradients and autocast, in which every algorithm is allowed."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)  # the values of a median are the same by any
+    torch.use_deterministic_algorithms(False)  # all give the same medians
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             yield
@@ -240,12 +236,9 @@ def measuring(x: torch.Tensor) -> Iterator[None]:
         torch.use_deterministic_algorithms(strict, warn_only=warns)
 
 
-# ------------------------------------------------------------------------------------------------ rows, elsewhere
-
-
 def headline(row: Row) -> dict[str, float | None]:
-    """A row in four numbers, {name: number or None}: over layers the largest ratio and kurtosis, over heads the share
-    that has sinks, and the share of tokens that are spikes."""
+    """A row in four numbers, {name: number or None}: the largest ratio and kurtosis over layers, the share of heads
+    that have sinks, and the share of tokens that are spikes."""
     known = lambda key: [layer[key] for layer in row["layers"] if layer[key] is not None]
     rates = [attention["sink_rate"] for attention in row["attention"]]
     return {
@@ -257,7 +250,7 @@ def headline(row: Row) -> dict[str, float | None]:
 
 
 def flat(row: Row) -> dict[str, float]:
-    """All numbers of a row, {name: number}: 'spike/ratio/attn 0', 'sink/rate/attn 0', ..., and its headline."""
+    """All numbers of a row and its headline, {name: number}: 'spike/ratio/attn 0', 'sink/rate/attn 0', ..."""
     numbers: dict[str, float | None] = {
         **headline(row),
         "sink/tokens": row["sink_tokens"],
@@ -277,39 +270,39 @@ def words(row: Row) -> str:
     largest = max(row["layers"], key=lambda layer: layer["ratio"] or 0)
     rate = headline(row)["sink/heads"]
     ratio = "?" if largest["ratio"] is None else f"{largest['ratio']:.0f}x"
-    sinks = "attention not seen" if rate is None else f"sinks {rate:.0%} of heads"
+    sinks = "attention not measured" if rate is None else f"sinks {rate:.0%} of heads"
     return f"spike {ratio} {largest['name']}, {sinks}"
 
 
-# ------------------------------------------------------------------------------------------------ in other loops
+class MonitorCallback:
+    """A TrainerCallback with a Monitor: `trainer.add_callback(MonitorCallback(trainer))`. Needs transformers.
 
-
-def MonitorCallback(trainer: Any, every: int = 100, **how: Any) -> Any:
-    """A TrainerCallback: `trainer.add_callback(MonitorCallback(trainer))`; numbers as `flat` names them go through
-    `trainer.log`, to wherever the Trainer reports. `how` goes to Monitor. Needs transformers.
-
-    Steps count from 1, as the Trainer's do. `monitor`: the Monitor. Raises UserError as Monitor does, and where the
-    Trainer compiles.
+    The numbers, named by `flat`, go through `trainer.log` to wherever the Trainer reports. Steps count from 1, as the
+    Trainer's do. `monitor`: the Monitor, which takes `options`. Raises UserError as Monitor does, or if it compiles.
     """
-    from transformers import TrainerCallback
 
-    if trainer.args.torch_compile:  # when it trains, not yet
-        raise compiled(trainer.model)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An instance that is a TrainerCallback too; transformers is imported only here."""
+        from transformers import TrainerCallback
 
-    class Callback(TrainerCallback):
-        def __init__(self) -> None:
-            self.monitor = Monitor(trainer.model, every if trainer.is_world_process_zero() else 0, **how)
-            self.block = contextlib.ExitStack()
+        return super().__new__(type(cls.__name__, (cls, TrainerCallback), {}))
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.block.close()  # of a step that did not end
-            self.block.enter_context(self.monitor(state.global_step + 1))
+    def __init__(self, trainer: Any, every: int = 100, **options: Any) -> None:
+        if trainer.args.torch_compile:  # the Trainer compiles when it trains, not yet
+            raise compiled(trainer.model)
+        self.trainer = trainer
+        self.monitor = Monitor(trainer.model, every if trainer.is_world_process_zero() else 0, **options)
+        self.block = contextlib.ExitStack()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.block.close()
-            if self.monitor.row:
-                due = control.should_log
-                trainer.log(flat(self.monitor.row))
-                control.should_log = due  # which logging takes back, and with it the Trainer's own row
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts to watch the step's passes."""
+        self.block.close()  # of a step that did not end
+        self.block.enter_context(self.monitor(state.global_step + 1))
 
-    return Callback()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs what was measured in the step."""
+        self.block.close()
+        if self.monitor.row:
+            should_log = control.should_log
+            self.trainer.log(flat(self.monitor.row))
+            control.should_log = should_log  # logging resets it, and the Trainer would not log its own row

@@ -1,7 +1,7 @@
-"""One streaming pass over a model: every statistic is reduced inside the hook that sees the tensor.
+"""One streaming pass over a model, in which hooks reduce every tensor to its statistics as soon as they see it.
 
-Kept: running sums, per token and layer the largest magnitude, and the few entries that a rule marks. Never kept: a
-T x T map, or an activation after its sub-layer has run.
+The pass keeps running sums, the largest magnitude of every token at every layer, and the few entries that a rule marks.
+It never keeps a T x T map, nor an activation after its sub-layer has run.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from .findings import Magnitudes
 from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, eligible_keys, needed_heads, queries_that_see, sink_alpha
 from .spikes import PERCENTILE_RULES, PERCENTILES, SPIKE_RULES, SpikeRule, TapBatch, Usual, spike_entries
 
-# (rows of the map (B, H, R, keys), the first query, whether attention is causal) -> the rows that are measured instead
+# (rows of the map (B, H, R, keys), the first query, whether attention is causal) -> the rows to measure in their place
 ShuffleRows = Callable[[torch.Tensor, int, bool], torch.Tensor]
 
 
@@ -35,26 +35,25 @@ class StreamStats:
         self.sequences = self.tokens = 0
         self.sums: dict[str, torch.Tensor] = {}  # name -> sum over sequences
         self.largest = 0.0
-        self.channel_power = torch.zeros((), dtype=torch.float64)  # (C,) once there is one, sum over tokens of x^2
+        self.channel_power = torch.zeros((), dtype=torch.float64)  # later (C,): sum over tokens of x^2
 
     def add(self, x: torch.Tensor) -> TapBatch:
-        """Takes in x (B, T, C) of B sequences. Returns what the rules need of it."""
+        """Adds x (B, T, C) of B sequences. Returns x with what the spike rules need to know about it."""
         B, T, C = x.shape
         self.sequences, self.tokens = self.sequences + B, self.tokens + B * T
-        size = x.abs()
-        magnitude, channel = size.max(dim=-1)
-        counts = metrics.histogram(size.view(B, -1))
+        abs_x = x.abs()
+        magnitude, channel = abs_x.max(dim=-1)
+        counts = metrics.histogram(abs_x.view(B, -1))
         median = metrics.quantiles(counts, [0.5])[:, 0]
-        tokens = magnitude.topk(min(3, T), dim=1).indices  # of the three largest entries
-        largest = size[torch.arange(B, device=x.device)[:, None], tokens].flatten(1).topk(min(3, T * C)).values
+        tokens = magnitude.topk(min(3, T), dim=1).indices  # they have the three largest entries
+        largest = abs_x[torch.arange(B, device=x.device)[:, None], tokens].flatten(1).topk(min(3, T * C)).values
         self._sum("top", largest)
         self._sum("median", median)
         self._sum("entry kurtosis", metrics.entry_kurtosis(x).nan_to_num(0.0))
         self.largest = max(self.largest, magnitude.max().item())
-        power = torch.linalg.vector_norm(x, dim=(0, 1)).double().square().cpu()
-        self.channel_power = self.channel_power + power
+        self.channel_power = self.channel_power + torch.linalg.vector_norm(x, dim=(0, 1)).double().square().cpu()
         norm = torch.linalg.vector_norm(x, dim=-1)
-        return TapBatch(x, size, magnitude, channel, norm, counts, median, x.mean((1, 2)))
+        return TapBatch(x, abs_x, magnitude, channel, norm, counts, median, x.mean((1, 2)))
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + value.double().sum(0).cpu()
@@ -75,19 +74,19 @@ class StreamStats:
 
 
 class AttentionStats:
-    """Running statistics of one layer's attention; sums over sequences, by head."""
+    """Running statistics of one layer's attention: sums over sequences, by head."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        # (keys, queries) -> how many queries see each key, and how many of the second half
-        self.possible: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.sinks_possible = False  # a window can leave no key with enough queries
-        self.has_slot = False  # that takes attention which goes to no key
+        # (keys, queries) -> the number of queries that see each key, and the number of those in the second half
+        self.queries: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sinks_possible = False  # under a short window no key has enough queries
+        self.has_slot = False  # a slot takes attention that goes to no key
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         value = value.double().cpu()
         old = self.sums.get(name)
-        if old is not None and old.shape != value.shape:  # sequences of another length: positions count from the first
+        if old is not None and old.shape != value.shape:  # the lengths differ: aligned at the first position
             short, long = sorted((old, value), key=lambda x: x.size(-1))
             long = long.clone()
             long[..., : short.size(-1)] += short
@@ -105,29 +104,27 @@ class AttentionStats:
         causal: bool,
         shuffled: ShuffleRows,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One batch: each key's attention mass and alpha (B, H, T), and which are eligible (T,); all on the CPU."""
-        B, H, n_queries, _ = q.shape
-        T = k.size(-2)
+        """Adds a batch. Returns, on the CPU, each key's mass and alpha (B, H, T), and the eligible keys (T,)."""
+        (B, H, n_queries, _), T = q.shape, k.size(-2)
         received = q.new_zeros(B, H, T, dtype=torch.float32)
         late, distance = torch.zeros_like(received), torch.zeros_like(received)
         entropy, first_argmax = received.new_zeros(B, H), received.new_zeros(B, H)
         keys = torch.arange(T, device=q.device)
-        for first, measured in map_rows(seam, q, k, causal, bias):
-            weights = shuffled(measured, first, causal)  # (B, H, R, seen)
-            last, seen = first + weights.size(-2), weights.size(-1)
+        for first, rows in map_rows(seam, q, k, causal, bias):
+            weights = shuffled(rows, first, causal)  # (B, H, R, n_keys)
+            last, n_keys = first + weights.size(-2), weights.size(-1)
             queries = torch.arange(first, last, device=q.device)
-            received[..., :seen] += weights.sum(-2)
+            received[..., :n_keys] += weights.sum(-2)
             if last > n_queries // 2:
-                late[..., :seen] += weights[:, :, max(0, n_queries // 2 - first) :].sum(-2)
-            # strictly: where all keys are alike the first is not preferred, whatever argmax returns
-            first_argmax += (weights[..., 0] > weights[..., 1:].amax(-1)).sum(-1) if seen > 1 else weights.size(-2)
+                late[..., :n_keys] += weights[:, :, max(0, n_queries // 2 - first) :].sum(-2)
+            # not argmax, which would prefer the first of equal keys
+            first_argmax += (weights[..., 0] > weights[..., 1:].amax(-1)).sum(-1) if n_keys > 1 else weights.size(-2)
             entropy -= torch.einsum("bhrt,bhrt->bh", weights, weights.clamp_min(1e-38).log_())
-            distance[..., :seen] += weights.mul_((queries[:, None] - keys[:seen]).abs()).sum(-2)
-        if (T, n_queries) not in self.possible:
-            self.possible[T, n_queries] = queries_that_see(seam, T, n_queries, causal)
-        possible, possible_late = self.possible[T, n_queries]
-        alpha = sink_alpha(received.cpu(), possible)
-        eligible = eligible_keys(possible, n_queries)
+            distance[..., :n_keys] += weights.mul_((queries[:, None] - keys[:n_keys]).abs()).sum(-2)
+        if (T, n_queries) not in self.queries:
+            self.queries[T, n_queries] = queries_that_see(seam, T, n_queries, causal)
+        per_key, late_per_key = self.queries[T, n_queries]
+        alpha, eligible = sink_alpha(received.cpu(), per_key), eligible_keys(per_key, n_queries)
         self.sinks_possible |= bool(eligible.any())
         self.has_slot = seam.rows == "slot"
         is_sink = (alpha > PRIMARY_SINK_EPSILON) & eligible  # (B, H, T)
@@ -149,7 +146,7 @@ class AttentionStats:
             "sinks": is_sink.sum((0, -1)),
         }.items():
             self._sum(name, value)
-        late_alpha = sink_alpha(late.cpu(), possible_late)
+        late_alpha = sink_alpha(late.cpu(), late_per_key)
         for epsilon in EPSILONS:
             hit = alpha > epsilon
             self._sum(f"hits {epsilon}", hit.sum(0))
@@ -161,27 +158,27 @@ class AttentionStats:
 
 @dataclass
 class Side:
-    """What one pass saw of one side of the taps (see Subject): N sequences of up to T tokens. At padding False or 0.
+    """One side of the taps (see Subject) as observed in N sequences of up to T tokens; False or 0 at padding.
 
-    What is said of any tap is of `Subject.attended`; the last, which no attention reads, stands apart.
+    Statistics over all taps use those in `Subject.attended`. The last tap, which no attention reads, is separate.
     """
 
     usual: list[Usual | None]
     taps: Sequence[Tap | None]
     attended: slice
     stats: list[StreamStats]
-    magnitudes: torch.Tensor  # (taps, N, T), largest |h| of each token
-    channels: torch.Tensor  # (taps, N, T), and where
-    norms: torch.Tensor  # (taps, N, T), of each token
+    magnitudes: torch.Tensor  # (taps, N, T), each token's largest |h|
+    channels: torch.Tensor  # (taps, N, T), the channel of that
+    norms: torch.Tensor  # (taps, N, T), each token's norm
     strengths: torch.Tensor  # (taps, N, T), largest |h| over its threshold: the primary rule marks it from 1 on
-    ratio: torch.Tensor  # (N, T), largest |h| / median |h| of the layer, over taps
-    spikes: dict[str, torch.Tensor]  # rule -> bool (N, T)
-    spike_channels: dict[str, torch.Tensor]  # rule -> how often each channel was marked (C,)
-    percentiles: dict[float, torch.Tensor]  # percentile -> bool (N, T), above it in enough layers
+    ratio: torch.Tensor  # (N, T), largest |h| / median |h| of the layer, at the tap where that is largest
+    spikes: dict[str, torch.Tensor]  # rule -> the tokens it marks, bool (N, T)
+    spike_channels: dict[str, torch.Tensor]  # rule -> how often it marks each channel (C,)
+    percentiles: dict[float, torch.Tensor]  # percentile -> the tokens above it in enough layers, bool (N, T)
 
     @classmethod
     def empty(cls, taps: Sequence[Tap | None], usual: list[Usual | None], attended: slice, N: int, T: int) -> "Side":
-        """Before anything was seen."""
+        """A Side before the pass."""
         rows = lambda: torch.zeros(len(taps), N, T)
         none = lambda: torch.zeros(N, T, dtype=torch.bool)
         return cls(
@@ -201,7 +198,7 @@ class Side:
 
     @property
     def strength(self) -> torch.Tensor:
-        """A token's largest |h| over its threshold, over the attended taps: (N, T)."""
+        """Each token's largest |h| over its threshold, among the attended taps: (N, T)."""
         return self.strengths[self.attended].amax(0)
 
     @property
@@ -211,30 +208,30 @@ class Side:
 
     @property
     def known(self) -> list[tuple[int, Tap]]:
-        """The taps that were seen on this side, with their numbers."""
+        """The taps that were observed on this side, with their numbers."""
         return [(i, tap) for i, tap in enumerate(self.taps) if tap is not None]
 
 
 @dataclass
 class Observation:
-    """What one pass saw of N sequences of up to T tokens (registers included); L attention layers, H heads.
+    """What one pass observed of N sequences of up to T tokens (registers included); L attention layers, H heads.
 
-    At padding, which follows a shorter sequence here, ids are PADDING, and everything else is False or 0.
+    Padding follows the shorter sequences. There ids are PADDING, and everything else is False or 0.
     """
 
     ids: torch.Tensor  # (N, T)
     sum: Side  # the stream before any norm on it
-    read: Side  # what the next sub-layer reads of it
+    read: Side  # the stream as the next sub-layer reads it
     attention: list[AttentionStats]
-    share: torch.Tensor  # (N, T), of all the sequence's attention mass
-    max_alpha: torch.Tensor  # (N, T), over layers and heads
-    strong_alpha: torch.Tensor  # (N, T), which a twentieth of all heads reaches
-    sink_heads: torch.Tensor  # (N, T), heads in which the token is a sink by Gu's rule
+    share: torch.Tensor  # (N, T), each key's share of its sequence's attention mass
+    max_alpha: torch.Tensor  # (N, T), the largest alpha over layers and heads
+    strong_alpha: torch.Tensor  # (N, T), the alpha that a twentieth of all heads reaches
+    sink_heads: torch.Tensor  # (N, T), the number of heads in which the token is a sink by Gu's rule
     eligible: torch.Tensor  # bool (N, T), keys with enough queries in some layer
-    first_alpha: torch.Tensor  # (N, L, H), of the first key
-    best_alpha: torch.Tensor  # (N, L, H), of the eligible key that has most
+    first_alpha: torch.Tensor  # (N, L, H), the first key's alpha
+    best_alpha: torch.Tensor  # (N, L, H), the largest alpha of an eligible key
     loss: torch.Tensor  # (N,), mean loss per predicted token, nats
-    predicted: torch.Tensor  # (N,), how many those are
+    predicted: torch.Tensor  # (N,), the number of predicted tokens
     examples: Examples  # some sequences, token by token
 
     @property
@@ -242,7 +239,7 @@ class Observation:
         """Which entries of (N, T) are tokens: bool."""
         return self.ids != PADDING
 
-    # of the primary side, as the rules ask for it
+    # the sum's, for the rules
 
     @property
     def strength(self) -> torch.Tensor:
@@ -260,11 +257,11 @@ class Observation:
         return self.sum.percentiles
 
 
-def state_at(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
-    """What a token's state depends on, as a key: equal keys are one state, not two that are alike.
+def state_key(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
+    """A key for what a token's state depends on. Equal keys are the same state, not two similar ones.
 
-    Under causal attention registers are the same in every sequence, and so are equal first tokens after them (not in a
-    decoder that reads an encoder's text).
+    Under causal attention a register has the same state in every sequence, and so have equal first tokens after the
+    registers, except in a decoder that reads an encoder's text.
     """
     if subject.causal and subject.part != "decoder":
         if position < subject.n_register:
@@ -274,51 +271,51 @@ def state_at(subject: Subject, sequence: int, position: int, token: int) -> Hash
     return (sequence, position)
 
 
-def state_of(subject: Subject, obs: Observation, sequence: int, position: int) -> Hashable:
-    """The same of a token of an Observation."""
-    return state_at(subject, sequence, position, int(obs.ids[sequence, position]))
+def observed_state_key(subject: Subject, obs: Observation, sequence: int, position: int) -> Hashable:
+    """The `state_key` of a token of an Observation."""
+    return state_key(subject, sequence, position, int(obs.ids[sequence, position]))
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """For nulls: what is measured instead of streams and maps, while the model goes on with its own.
+    """Replaces the measured streams and maps, for nulls, while the model continues with its own.
 
-    `stream`: (x (B, T, C), numbers of the sequences (B,), side: 0 the sum or 1 what is read, tap) -> x changed. `rows`:
-    (numbers, seam, (heads, queries)) -> ShuffleRows.
+    `stream`: (x (B, T, C), numbers of the sequences (B,), side: 0 for the sum or 1 for what is read, tap) -> changed x.
+    `rows`: (numbers, seam, (heads, queries)) -> ShuffleRows.
     """
 
     stream: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor] = lambda x, numbers, side, tap: x
     rows: Callable[..., ShuffleRows] = lambda numbers, seam, shape: lambda weights, first, causal: weights
 
 
-ORDINARY_SEQUENCES, ORDINARY_TOKENS = 8, 64  # how much text says what is usual: sequences, and tokens of each
+ORDINARY_SEQUENCES, ORDINARY_TOKENS = 8, 64  # the usual magnitudes are measured on so many sequences, tokens of each
 
 
 @dataclass(frozen=True)
 class Ordinary:
-    """What is usual on ordinary text at every tap of a Subject, on both sides; None where the tap has no such side."""
+    """The usual magnitudes on ordinary text at every tap of a Subject, on both sides; None where a tap has only one."""
 
     sums: list[Usual | None]
     reads: list[Usual | None]
 
     def spikes_at(self, tap: int, x: torch.Tensor) -> torch.Tensor:
-        """Entries of the sum (B, T, C) at a tap that are spikes: bool (B, T, C)."""
+        """The entries of the sum (B, T, C) at a tap that are spikes: bool (B, T, C)."""
         usual = self.sums[tap]
         assert usual is not None
         return spike_entries(x, usual)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, subject: Subject, ids: torch.Tensor, batch_size: int = 8, shuffle: Shuffle | None = None) -> "Ordinary":
-        """From the first sequences of ids (N, T), in one pass over them."""
+    def from_ids(cls, subject: Subject, ids: torch.Tensor, batch_size: int = 8, shuffle: Shuffle | None = None) -> Self:
+        """Measures the first sequences of ids (N, T) in one pass."""
         change = (shuffle or Shuffle()).stream
         sides: tuple[Sequence[Tap | None], ...] = (subject.streams, subject.reads)
         states: list[list[list[torch.Tensor]]] = [[[] for _ in taps] for taps in sides]
 
         def keep(side: int, index: int, rows: torch.Tensor, T: int, x: torch.Tensor) -> None:
-            some = torch.linspace(0, T - 1, min(T, ORDINARY_TOKENS)).long()
+            positions = torch.linspace(0, T - 1, min(T, ORDINARY_TOKENS)).long()
             x = change(x.detach().float().view(len(rows), T, -1), rows, side, index)
-            states[side][index].append(x[:, some].flatten(0, 1))
+            states[side][index].append(x[:, positions].flatten(0, 1))
 
         for rows, batch in batches(ids[:ORDINARY_SEQUENCES], batch_size):
             T = subject.stream_ids(batch).size(1)
@@ -328,7 +325,7 @@ class Ordinary:
                     hooks = [functools.partial(keep, side, i, rows, T) for i, _ in known]
                     stack.enter_context(on_streams([tap for _, tap in known], hooks))
                 subject.logits(batch.to(subject.device))
-        return cls(*([Usual.of(torch.cat(x)) if x else None for x in of_side] for of_side in states))
+        return cls(*([Usual.from_states(torch.cat(x)) if x else None for x in taps] for taps in states))
 
 
 def observe(
@@ -341,16 +338,15 @@ def observe(
     examples: Examples | None = None,
     ordinary: Ordinary | None = None,
 ) -> Observation:
-    """Runs `subject` over token ids (N, T), PADDING where there is none, and returns an Observation.
+    """Runs `subject` over token ids (N, T), PADDING where there is no token, and returns an Observation.
 
-    `examples`: an examples.Examples to fill in. `ordinary`: what is usual on other text; by default, on this one.
-
-    Raises UserError if the model's loss is not finite.
+    `examples`: an examples.Examples to fill in. `ordinary`: the usual magnitudes on other text; by default, on this
+    text. Raises UserError if the model's states or loss are not finite.
     """
     shuffle = shuffle or Shuffle()
-    ordinary = ordinary or Ordinary.of(subject, ids, batch_size, shuffle)
-    seen = [(rows, some, subject.stream_ids(some)) for rows, some in batches(ids, batch_size)]
-    N, T = len(ids), max(s.size(1) for _, _, s in seen)
+    ordinary = ordinary or Ordinary.from_ids(subject, ids, batch_size, shuffle)
+    tokens = [(rows, batch, subject.stream_ids(batch)) for rows, batch in batches(ids, batch_size)]
+    N, T = len(ids), max(batch_tokens.size(1) for _, _, batch_tokens in tokens)
     L, H, taps = len(subject.attends), subject.n_head, len(subject.streams)
     zeros = functools.partial(torch.zeros, dtype=torch.float32)
     obs = Observation(
@@ -371,14 +367,14 @@ def observe(
     )
     bar = tqdm(total=N * max(1, taps - 1), desc=desc, unit="layer", disable=None if progress else True, leave=False)
     with bar:
-        for rows, some, tokens in seen:
-            obs.ids[rows, : tokens.size(1)] = tokens
-            _observe_batch(subject, some, rows, obs, shuffle, bar)
+        for rows, batch, batch_tokens in tokens:
+            obs.ids[rows, : batch_tokens.size(1)] = batch_tokens
+            _observe_batch(subject, batch, rows, obs, shuffle, bar)
     return obs
 
 
 class SideBatch:
-    """One batch on one side of the taps, number 0 or 1: takes in each stream, and fills in its Side at the end."""
+    """One batch on one side of the taps, number 0 or 1. It takes each stream and fills in its Side at the end."""
 
     def __init__(self, side: Side, number: int, rows: torch.Tensor, shape: torch.Size, shuffle: Shuffle) -> None:
         self.side, self.number, self.rows, self.shape, self.shuffle = side, number, rows, shape, shuffle
@@ -388,19 +384,16 @@ class SideBatch:
         self.C = 1
 
     def add(self, index: int, stream: torch.Tensor) -> TapBatch:
-        """Takes in the tensor at one tap."""
+        """Takes the tensor at one tap."""
         (B, T), side, usual = self.shape, self.side, self.side.usual[index]
         assert usual is not None
         x = self.shuffle.stream(stream.detach().float().view(B, T, -1), self.rows, self.number, index)
         batch, self.C = side.stats[index].add(x), x.size(-1)
         strength = batch.strength(usual)
-        for name, value in {
-            "magnitudes": batch.magnitude,
-            "channels": batch.channel.int(),
-            "norms": batch.norm,
-            "strengths": strength,
-        }.items():
-            getattr(side, name)[index, self.rows, :T] = value.cpu()
+        side.magnitudes[index, self.rows, :T] = batch.magnitude.cpu()
+        side.channels[index, self.rows, :T] = batch.channel.int().cpu()
+        side.norms[index, self.rows, :T] = batch.norm.cpu()
+        side.strengths[index, self.rows, :T] = strength.cpu()
         if index in side.attended_taps:
             relative = batch.magnitude / metrics.zero_is_nan(batch.median)[:, None]
             torch.maximum(self.ratio, relative.nan_to_num(0.0).cpu(), out=self.ratio)
@@ -409,24 +402,24 @@ class SideBatch:
         return batch
 
     def finish(self) -> None:
-        """Fills in what the rules mark in these sequences."""
+        """Fills in the tokens that the rules mark in these sequences."""
         (B, T), side = self.shape, self.side
         side.ratio[self.rows, :T] = self.ratio
         needed = lambda rule: max(1, math.ceil(rule.persistence * len(side.attended_taps)))
         hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in self.marked.items()}
         for name, rule in SPIKE_RULES.items():
-            side.spikes[name][self.rows, :T] = _tokens_of(hits[rule], B, T, self.C)
+            side.spikes[name][self.rows, :T] = _marked_tokens(hits[rule], B, T, self.C)
             counts = (hits[rule] % self.C).bincount(minlength=self.C)
             side.spike_channels[name] = side.spike_channels[name] + counts
         for percentile, rule in PERCENTILE_RULES.items():
-            side.percentiles[percentile][self.rows, :T] = _tokens_of(hits[rule], B, T, self.C)
+            side.percentiles[percentile][self.rows, :T] = _marked_tokens(hits[rule], B, T, self.C)
 
 
 @torch.no_grad()
 def _observe_batch(
     subject: Subject, ids: torch.Tensor, rows: torch.Tensor, obs: Observation, shuffle: Shuffle, bar: tqdm
 ) -> None:
-    """One forward pass with every tap hooked; fills in what it saw of these sequences."""
+    """Runs one forward pass with a hook at every tap, and fills in the observations of these sequences."""
     shape = subject.stream_ids(ids).shape
     T = shape[1]
     sums, reads = (SideBatch(side, number, rows, shape, shuffle) for number, side in enumerate((obs.sum, obs.read)))
@@ -450,8 +443,7 @@ def _observe_batch(
             q, k, v = args
             bias = kwargs.get("bias")
             change = shuffle.rows(rows, index, q.shape[1:3])
-            seen = obs.attention[index].add(module, q, k, v, bias, subject.causal, change)
-            received, alpha, eligible = seen
+            received, alpha, eligible = obs.attention[index].add(module, q, k, v, bias, subject.causal, change)
             obs.examples.add_attention(index, rows, alpha)
             share.add_(received.sum(1))
             alphas.append(alpha.masked_fill(~eligible, 0.0))
@@ -467,9 +459,11 @@ def _observe_batch(
     with on_streams(*zip(*taps, strict=True)), hooked(seams):
         losses = subject.losses(ids)
     loss = losses.mean(1)
-    of_loss = [loss] if subject.has_loss else []
-    if not all(numbers.isfinite().all() for numbers in (obs.sum.magnitudes[:, rows, :T], *of_loss)):
-        raise UserError(f"states or loss here are not finite: weights are broken, or overflow in {subject.dtype}")
+    losses_if_any = [loss] if subject.has_loss else []
+    if not all(numbers.isfinite().all() for numbers in (obs.sum.magnitudes[:, rows, :T], *losses_if_any)):
+        raise UserError(
+            f"the states or the loss are not finite: the weights are broken, or they overflow in {subject.dtype}"
+        )
 
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
     obs.share[rows, :T] = share / metrics.zero_is_nan(share.sum(1, keepdim=True))
@@ -482,15 +476,15 @@ def _observe_batch(
 
 
 def _marked_often(marked: list[torch.Tensor], needed: int) -> torch.Tensor:
-    """The entries (B, T, C), as indices, that are marked in at least `needed` layers."""
+    """The entries of (B, T, C), as indices, that are marked in at least `needed` layers."""
     if not marked:
         return torch.zeros(0, dtype=torch.int64)
     entries, layers = torch.cat(marked).unique(return_counts=True)
     return entries[layers >= needed]
 
 
-def _tokens_of(entries: torch.Tensor, B: int, T: int, C: int) -> torch.Tensor:
-    """Tokens that have one of the entries: bool (B, T)."""
+def _marked_tokens(entries: torch.Tensor, B: int, T: int, C: int) -> torch.Tensor:
+    """The tokens that have one of the entries: bool (B, T)."""
     tokens = torch.zeros(B * T, dtype=torch.bool)
     tokens[entries // C] = True
     return tokens.view(B, T)

@@ -1,7 +1,6 @@
-"""What every rule says of itself: tables, curves and nulls of the findings are made of these, none names a rule.
+"""Descriptions of the rules. The tables, curves and nulls of the findings are made from them alone.
 
-A rule of spikes is an entry of spikes.SPIKE_RULES, one of sinks of sinks.SINK_RULES. Shapes: N sequences, T tokens,
-L layers of attention, H heads.
+Rules are in spikes.SPIKE_RULES and sinks.SINK_RULES. Shapes: N sequences, T tokens, L layers of attention, H heads.
 """
 
 from collections.abc import Callable
@@ -14,8 +13,8 @@ BEST_HEAD = "best_head"
 SEQUENCES = "sequences"
 
 
-class Observed(Protocol):
-    """What rules and examples need of an observe.Observation, which says what each is."""
+class ObservationLike(Protocol):
+    """The part of an observe.Observation that rules and examples need; see there."""
 
     ids: torch.Tensor
     share: torch.Tensor
@@ -29,40 +28,40 @@ class Observed(Protocol):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """Which entries are tokens."""
+        """Which entries are tokens and not padding."""
 
     @property
     def strength(self) -> torch.Tensor:
-        """How many times its threshold a token's largest |h| is."""
+        """Each token's largest |h| over its threshold."""
 
     @property
     def spikes(self) -> dict[str, torch.Tensor]:
-        """What the rules mark."""
+        """The tokens that each spike rule marks."""
 
     @property
     def percentiles(self) -> dict[float, torch.Tensor]:
-        """What the percentile rules mark."""
+        """The tokens that each percentile rule marks."""
 
 
-Hits = Callable[[Observed, float], torch.Tensor]
+Hits = Callable[[ObservationLike, float], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How what a rule marks changes with its threshold."""
+    """How the number of marked tokens changes with a rule's threshold. A hit is a token, or a head, that passes it."""
 
-    name: str  # in the findings
-    title: str  # of a figure's axis
+    name: str  # its key in the findings
+    title: str  # the title of a figure's axis
     thresholds: tuple[float, ...]
-    used: float  # the rule's own
-    tokens: Hits  # which tokens have a hit: bool (N, T)
-    best_head: Hits | None = None  # which heads have one: bool (N, L, H); for rules that mark tokens head by head
-    sink_1: Hits | None = None  # in which heads the first key is one: bool (N, L, H)
-    scale: str = "linear"  # of a figure's axis: linear, log, or even: each threshold as far from the next
+    used: float  # the rule's own threshold
+    tokens: Hits  # the tokens that are hits: bool (N, T)
+    best_head: Hits | None = None  # the heads that have a hit: bool (N, L, H); for rules that mark tokens head by head
+    sink_1: Hits | None = None  # the heads in which the first key is a hit: bool (N, L, H)
+    scale: str = "linear"  # the figure's axis: linear, log, or even, where all thresholds are equally far apart
 
     @property
     def key(self) -> str:
-        """The entry of a point that verdicts and figures go by."""
+        """The field of CurvePoint by which verdicts and figures go."""
         return BEST_HEAD if self.best_head else SEQUENCES
 
 
@@ -70,8 +69,8 @@ class Curve:
 class Rule:
     """A rule that marks tokens."""
 
-    text: str  # in words
-    heading: str  # of its column among the nulls
-    compared: str | None  # what its row is called where checkpoints stand side by side; None: it has none there
-    nulls: tuple[str, ...] = ("init",)  # whose hits are false ones
+    text: str  # the rule in words
+    heading: str  # the heading of its column in the table of nulls
+    compared: str | None  # the name of its row in a comparison of checkpoints; None: it has no row there
+    nulls: tuple[str, ...] = ("init",)  # the nulls in which every hit is a false positive
     curve: Curve | None = None

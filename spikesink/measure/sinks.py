@@ -1,4 +1,4 @@
-"""What a sink is: Gu et al.'s alpha, which keys have enough queries, and the rules that mark tokens.
+"""Attention sinks: Gu et al.'s alpha, the keys that have enough queries, and the rules that mark tokens.
 
 Shapes: N sequences, T tokens, H heads. `received` is the attention mass (N, H, T) each key gets, summed over its
 queries. Positions count from 0 in code, from 1 in papers.
@@ -11,53 +11,53 @@ from dataclasses import dataclass
 import torch
 
 from ..models.subject import Seam, map_rows
-from .rules import Curve, Observed, Rule
+from .rules import Curve, ObservationLike, Rule
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)  # thresholds of Gu et al.'s sink metric; 0.3 is theirs
 SHARE = 0.2  # of all attention mass, for the share rule
 EPSILON_CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 PRIMARY_SINK_EPSILON = 0.3
-HEAD_SHARE = 0.05  # of all heads, in which a sink token is one
+HEAD_SHARE = 0.05  # a sink token is a sink in at least this share of all heads
 
 
 def queries_per_key(T: int, n_queries: int | None = None) -> torch.Tensor:
-    """How many queries see key k where nothing but the future is hidden: T - k under causal attention, else all
+    """The number of queries that see key k if only the future is hidden: T - k under causal attention, else all
     `n_queries`. (T,)"""
     return torch.arange(T, 0, -1) if n_queries is None else torch.full((T,), n_queries)
 
 
 def queries_that_see(seam: Seam, T: int, n_queries: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many queries see each key through a seam's mask (its window too), and how many of those in the second half:
-    (T,) each, on the CPU."""
-    seen = torch.zeros(2, T, dtype=torch.int64)
+    """The number of queries that see each key through a seam's mask (which may be a window), and the number of those in
+    the second half: (T,) each, on the CPU."""
+    counts = torch.zeros(2, T, dtype=torch.int64)
     for first in range(0, n_queries, 256):
         rows = seam.seen(first, min(256, n_queries - first), T).cpu()  # (R, T)
         if causal:
             rows = rows & (torch.arange(T) <= torch.arange(first, first + len(rows))[:, None])
-        seen[0] += rows.sum(0)
-        seen[1] += rows[max(0, n_queries // 2 - first) :].sum(0)
-    return seen[0], seen[1]
+        counts[0] += rows.sum(0)
+        counts[1] += rows[max(0, n_queries // 2 - first) :].sum(0)
+    return counts[0], counts[1]
 
 
 def sink_alpha(received: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """alpha_k = sum_i A[i, k] / (number of queries that see k, `queries` (T,)): (N, H, T). Gu et al. 2410.10781.
 
-    Theirs, for attention without a window, divides by the queries i >= k: the same there.
+    They divide by the number of queries i >= k, which is the same for attention without a window.
     """
     return received / queries.clamp_min(1)
 
 
 def eligible_keys(queries: torch.Tensor, n_queries: int) -> torch.Tensor:
-    """Keys that at least a quarter of all `n_queries` see: bool (T,). Others pass any threshold by ordinary local
-    attention; under a window of less than that no key can be a sink."""
+    """Keys that at least a quarter of all `n_queries` see: bool (T,). Other keys pass any threshold by ordinary local
+    attention. Under a window shorter than that, no key can be a sink."""
     return queries >= n_queries / 4
 
 
 def needed_heads(heads: int) -> int:
-    """In how many of all `heads` a token must be a sink to be called one: a twentieth, at least one.
+    """The number of heads in which a token must be a sink to be called one: a twentieth of all `heads`, at least one.
 
-    In any one of them would be a rule that large models meet by their number of heads alone.
+    If any one head were enough, large models would meet the rule by their number of heads alone.
     """
     return max(1, math.ceil(HEAD_SHARE * heads))
 
@@ -80,7 +80,7 @@ def alpha_in(
     bias: torch.Tensor | None = None,
     rows: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(alpha of every key of a seam's map (B, H, T), how many queries see it (T,)), on the CPU.
+    """Returns (alpha of every key of a seam's map (B, H, T), the number of queries that see it (T,)), on the CPU.
 
     `rows`: (rows of the map, first query) -> the rows that are used instead.
     """
@@ -92,7 +92,7 @@ def alpha_in(
 
 
 def are_sinks(alpha: torch.Tensor, queries: torch.Tensor, n_queries: int) -> torch.Tensor:
-    """Which keys are sinks, of what `alpha_in` gives: alpha > 0.3, and a quarter of the queries see it. As alpha."""
+    """Which keys are sinks: alpha > 0.3, and T/4 queries see them. Takes what `alpha_in` returns; bool, as alpha."""
     return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries, n_queries)
 
 
@@ -101,29 +101,25 @@ def sinks_in(seam: Seam, q: torch.Tensor, k: torch.Tensor, causal: bool) -> torc
     return are_sinks(*alpha_in(seam, q, k, causal), q.size(-2))
 
 
-# ------------------------------------------------------------------------------------------------------- rules
-
-
 @dataclass(frozen=True, kw_only=True)
 class SinkRule(Rule):
-    """Marks the tokens that its curve has a hit on at the threshold that is used."""
+    """Marks the tokens that its curve counts at the rule's own threshold."""
 
     curve: Curve
 
-    def tokens(self, obs: Observed) -> torch.Tensor:
-        """The tokens that are marked: bool (N, T)."""
+    def tokens(self, obs: ObservationLike) -> torch.Tensor:
+        """The marked tokens: bool (N, T)."""
         return self.curve.tokens(obs, self.curve.used)
 
 
 PRIMARY_SINK_RULE = "gu"
-WHERE_SINKS_CANNOT_BE = ("init", "shuffled_positions")
-SINK_RULES = {
-    # Gu et al. 2410.10781
+SINK_NULLS = ("init", "shuffled_positions")
+SINK_RULES = {  # the first is Gu et al.'s, 2410.10781
     PRIMARY_SINK_RULE: SinkRule(
         text=f"alpha > {PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of all heads, keys that T/4 queries see",
         heading="sinks",
         compared="sink tokens",
-        nulls=WHERE_SINKS_CANNOT_BE,
+        nulls=SINK_NULLS,
         curve=Curve(
             name="epsilon",
             title="sink: ε, best head",
@@ -138,7 +134,7 @@ SINK_RULES = {
         text=f"more than {SHARE:.0%} of all attention mass of its sequence",
         heading="share rule",
         compared=None,
-        nulls=WHERE_SINKS_CANNOT_BE,
+        nulls=SINK_NULLS,
         curve=Curve(
             name="share",
             title="sink: share of attention",

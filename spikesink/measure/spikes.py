@@ -1,10 +1,10 @@
-"""What a spike is: the rules that mark entries of a residual stream, each with its source.
+"""The rules that mark spikes in a residual stream, each with its source.
 
-A massive activation (Sun et al. 2402.17762) is an entry of one token that stands far above its layer. Two things look
-like one and are not: a channel that is large in nearly every token (an *outlier channel*: Kovaleva et al. 2105.06990,
-Dettmers et al. 2208.07339), and the tail of a layer whose every token has some large entry. So the primary rule
-compares an entry with its layer, with its channel and with other tokens, on ordinary text (see Usual), and with the
-other channels of its own token: a token that is large as a whole has no spike.
+A massive activation (Sun et al. 2402.17762) is an entry of one token that is far larger than the rest of its layer. Two
+things look similar but are not spikes: a channel that is large in nearly every token (an *outlier channel*: Kovaleva et
+al. 2105.06990, Dettmers et al. 2208.07339), and the tail of a layer in which every token has some large entry. The
+primary rule therefore compares an entry with its layer, with its channel and with other tokens of ordinary text (see
+Usual). It also compares it with the token's other channels, because a token that is large as a whole has no spike.
 
 Shapes: N sequences, T tokens, C channels. `stream` is a residual stream (N, T, C) in float32.
 """
@@ -18,24 +18,23 @@ import torch
 from . import metrics
 from .rules import Curve, Rule
 
-SPIKE_RATIO = 30.0  # of a spike, over its layer's median |h|
-PROMINENCE = 5.0  # of a spike, over a typical token's most prominent entry
-PEAKED = 6.0  # of a spike token's largest |h|, over the rms of its other channels
-OUTLIER_RATIO = 10.0  # of an outlier channel's median |h|, over its layer's
+SPIKE_RATIO = 30.0  # a spike's |h| over its layer's median |h|, at least
+PROMINENCE = 5.0  # a spike's prominence over that of a typical token's most prominent entry, at least
+PEAKED = 6.0  # a spike token's largest |h| over the rms of its other channels, at least
+OUTLIER_RATIO = 10.0  # an outlier channel's median |h| over its layer's, at least
 PERCENTILE, PERSISTENCE = 99.9, 0.5
-# what the sensitivity curves run over
+# the thresholds of the sensitivity curves
 FACTORS = (0.2, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 30)
 PERCENTILES = (99.5, 99.9, 99.95, 99.99)
 
 
 @dataclass(frozen=True)
 class Usual:
-    """What is usual at a tap on ordinary text, with which a spike is compared. Medians over tokens: spikes do not move
-    them.
+    """The usual magnitudes at a tap on ordinary text, with which spikes are compared. Spikes do not move these medians.
 
-    `layer`: the median |h| over tokens and channels, (). `channels`: of each channel over tokens, (C,). `typical`: a
-    typical token's largest prominence, (); the prominence of an entry is |h| over the usual |h| of its channel, or of
-    its layer where that is larger.
+    `layer`: the median |h| over tokens and channels, (). `channels`: the median |h| of each channel, (C,). `typical`:
+    the largest prominence of a typical token, (). The prominence of an entry is |h| over the usual |h| of its channel,
+    or over that of its layer where that is larger.
     """
 
     layer: torch.Tensor
@@ -43,16 +42,16 @@ class Usual:
     typical: torch.Tensor
 
     @classmethod
-    def of(cls, x: torch.Tensor) -> "Usual":
-        """Of the states x (K, C) of K tokens."""
-        size = x.float().abs()
-        layer, channels = size.flatten().median(), size.T.contiguous().median(-1).values
+    def from_states(cls, x: torch.Tensor) -> "Usual":
+        """Measures the states x (K, C) of K tokens."""
+        abs_x = x.float().abs()
+        layer, channels = abs_x.flatten().median(), abs_x.T.contiguous().median(-1).values
         scale = torch.maximum(channels, layer)
-        return cls(layer, channels, (size / scale).nan_to_num(0.0).amax(-1).median())
+        return cls(layer, channels, (abs_x / scale).nan_to_num(0.0).amax(-1).median())
 
     @functools.cached_property
     def thresholds(self) -> torch.Tensor:
-        """From which |h| on an entry of each channel is a spike: (C,). Infinite where the layer's median is 0."""
+        """The |h| from which an entry of each channel is a spike: (C,). Infinite where the layer's median is 0."""
         prominent = PROMINENCE * self.typical * torch.maximum(self.channels, self.layer)
         return torch.maximum(prominent, SPIKE_RATIO * self.layer).masked_fill(self.layer <= 0, torch.inf)
 
@@ -63,45 +62,47 @@ class Usual:
 
     @property
     def outlier_channels(self) -> list[int]:
-        """Channels whose median |h| over tokens is at least 10 x the layer's, the largest first."""
-        found = (self.channels >= OUTLIER_RATIO * self.layer) & (self.channels > 0)
+        """Channels whose median |h| over tokens is at least 10 times the layer's, the largest first."""
+        is_outlier = (self.channels >= OUTLIER_RATIO * self.layer) & (self.channels > 0)
         order = self.channels.argsort(descending=True)
-        return order[found[order]].tolist()
+        return order[is_outlier[order]].tolist()
 
 
 def peaked(magnitude: torch.Tensor, norm: torch.Tensor, channels: int) -> torch.Tensor:
-    """A token's largest |h|, over 6 x the rms of its other channels, from that and its norm: alike. From 1 on it is
-    large in few channels, and not as a whole, as an untrained model's first token is, whose attention averages nothing.
+    """A token's largest |h| over 6 times the rms of its other channels; from 1 on, it is large in few channels only.
+
+    An untrained model's first token is large as a whole, because its attention averages nothing. `magnitude` is the
+    token's largest |h| and `norm` its norm, of any one shape; the result has that shape.
     """
     rest = ((norm.double().square() - magnitude.double().square()).clamp_min(0) / max(1, channels - 1)).sqrt()
     return (magnitude / (PEAKED * rest).clamp_min(1e-30)).float()
 
 
 def massive_threshold(median: torch.Tensor) -> torch.Tensor:
-    """max(100, 1000 x median |h|) of each sequence: (N,). Massive activations, Sun et al. 2402.17762.
+    """The threshold max(100, 1000 x median |h|) of each sequence: (N,). Massive activations, Sun et al. 2402.17762.
 
-    Theirs is |h| > 100 and |h| >= 1000 x median; below about 1B parameters it rarely fires.
+    Their rule is |h| > 100 and |h| >= 1000 x median. It rarely fires below about 1B parameters.
     """
     return (1000 * median).clamp_min(torch.nextafter(torch.tensor(100.0), torch.tensor(torch.inf)).item())
 
 
 def sigma_threshold(std: torch.Tensor, sigmas: float = 6.0) -> torch.Tensor:
-    """6 sigma of each sequence's entries, exclusive: (N,). Bondarenko 2306.12929: |x - mu| > 6 sigma."""
+    """The exclusive threshold |x - mu| > 6 sigma of each sequence's entries: (N,). Bondarenko 2306.12929."""
     return torch.nextafter(sigmas * std, torch.full_like(std, torch.inf))
 
 
 @dataclass
 class TapBatch:
-    """One batch's stream x (B, T, C) at one tap, with what the rules need of it."""
+    """The stream x (B, T, C) of one batch at one tap, with what the rules need to know about it."""
 
     x: torch.Tensor
-    size: torch.Tensor  # |x|
-    magnitude: torch.Tensor  # (B, T), largest |x| of each token
-    channel: torch.Tensor  # (B, T), where it is
-    norm: torch.Tensor  # (B, T), of each token
+    abs_x: torch.Tensor  # |x|
+    magnitude: torch.Tensor  # (B, T), each token's largest |x|
+    channel: torch.Tensor  # (B, T), the channel of that
+    norm: torch.Tensor  # (B, T), each token's norm
     counts: torch.Tensor  # (B, bins), metrics.histogram of |x|
-    median: torch.Tensor  # (B,), of |x|
-    mean: torch.Tensor  # (B,), of x
+    median: torch.Tensor  # (B,), the median |x|
+    mean: torch.Tensor  # (B,), the mean x
 
     @functools.cached_property
     def std(self) -> torch.Tensor:
@@ -112,38 +113,39 @@ class TapBatch:
 
     @functools.cached_property
     def percentiles(self) -> dict[float, torch.Tensor]:
-        """PERCENTILES of each sequence's |x|: (B,) each."""
+        """{percentile: its value in each sequence's |x|, (B,)} for PERCENTILES."""
         limits = metrics.quantiles(self.counts, [percentile / 100 for percentile in PERCENTILES])
         return dict(zip(PERCENTILES, limits.unbind(1), strict=True))
 
     @functools.cached_property
     def top(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices into x.flatten() of what is above the lowest of these percentiles, and |x| there: (K,) each."""
-        above = (self.size > self.percentiles[PERCENTILES[0]][:, None, None]).flatten().nonzero()[:, 0]
-        return above, self.size.flatten()[above]
+        """The entries above the lowest of these percentiles: indices into x.flatten(), and |x| there, (K,) each."""
+        indices = (self.abs_x > self.percentiles[PERCENTILES[0]][:, None, None]).flatten().nonzero()[:, 0]
+        return indices, self.abs_x.flatten()[indices]
 
     def strength(self, usual: Usual) -> torch.Tensor:
-        """How many times its thresholds each token's |x| is, at the least: (B, T). A spike from 1 on."""
+        """The number of times by which each token exceeds its thresholds: (B, T). The token is a spike from 1 on."""
         return torch.minimum(
-            (self.size * usual.per_threshold).amax(-1), peaked(self.magnitude, self.norm, self.x.size(-1))
+            (self.abs_x * usual.per_threshold).amax(-1), peaked(self.magnitude, self.norm, self.x.size(-1))
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpikeRule(Rule):
-    """Marks tokens by their entries: those that are marked in at least `persistence` of the taps; 0: in any."""
+    """A rule that marks entries. A token counts if one is marked in at least `persistence` of the taps (0: in any)."""
 
     persistence: float = 0.0
 
     def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """Where it marks entries of a stream: indices into x.flatten(), on the CPU. `strength`: the batch's."""
+        """Indices into x.flatten(), on the CPU, of the entries that the rule marks. `strength`:
+        batch.strength(usual)."""
         raise NotImplementedError
 
 
 def _entries(
     batch: TapBatch, tokens: torch.Tensor, marks: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Indices into x.flatten() where marks(rows (K, C), their sequences (K,)) holds among some tokens (B, T)."""
+    """Indices into x.flatten() where marks(rows (K, C), their sequences (K,)) is true, among some tokens (B, T)."""
     rows = tokens.nonzero()  # (K, 2)
     _, T, C = batch.x.shape
     token, channel = marks(batch.x[rows[:, 0], rows[:, 1]], rows[:, 0]).nonzero().unbind(1)
@@ -152,10 +154,10 @@ def _entries(
 
 @dataclass(frozen=True, kw_only=True)
 class UsualRule(SpikeRule):
-    """Marks entries that reach the thresholds of what is usual at the tap."""
+    """Marks entries that reach the thresholds of the usual magnitudes at the tap."""
 
     def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """As of SpikeRule."""
+        """See SpikeRule."""
         return _entries(batch, strength >= 1, lambda x, sequence: x.abs() >= usual.thresholds)
 
 
@@ -163,14 +165,14 @@ class UsualRule(SpikeRule):
 class ThresholdRule(SpikeRule):
     """Marks entries with |x - centre| >= threshold."""
 
-    # (median |h|, mean, standard deviation), each (N,) of sequences -> (centre, threshold), alike
+    # (median |h|, mean, standard deviation) of each sequence -> (its centre, its threshold), all (N,)
     bounds: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
     def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """As of SpikeRule. Looks only at tokens whose largest could pass."""
+        """See SpikeRule. Only tokens whose largest entry could pass are examined."""
         centre, threshold = self.bounds(batch.median, batch.mean, batch.std)
-        could = (batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]
-        return _entries(batch, could, lambda x, n: (x - centre[n, None]).abs() >= threshold[n, None])
+        candidates = (batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]
+        return _entries(batch, candidates, lambda x, n: (x - centre[n, None]).abs() >= threshold[n, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +182,14 @@ class PercentileRule(SpikeRule):
     percentile: float
 
     def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """As of SpikeRule."""
+        """See SpikeRule."""
         _, T, C = batch.x.shape
-        (top, size), limits = batch.top, batch.percentiles[self.percentile]
-        return top[size > limits[top // (T * C)]].cpu()
+        (indices, abs_x), limits = batch.top, batch.percentiles[self.percentile]
+        return indices[abs_x > limits[indices // (T * C)]].cpu()
 
 
 PRIMARY_SPIKE_RULE = "spike"
-PERCENTILE_RULES = {  # of the curve; one of them is a rule of its own
+PERCENTILE_RULES = {  # one for each point of the curve; one of them is also in SPIKE_RULES
     percentile: PercentileRule(
         text=f"|h| above its layer's {percentile}th percentile in at least {PERSISTENCE:.0%} of the layers",
         heading="percentile",
@@ -239,8 +241,8 @@ SPIKE_RULES: dict[str, SpikeRule] = {
 
 
 def spike_entries(x: torch.Tensor, usual: Usual) -> torch.Tensor:
-    """Entries of a stream (B, T, C) that the primary spike rule marks: bool (B, T, C)."""
+    """The entries of a stream (B, T, C) that the primary spike rule marks: bool (B, T, C)."""
     x = x.float()
-    size = x.abs()
-    token = peaked(size.amax(-1), torch.linalg.vector_norm(x, dim=-1), x.size(-1)) >= 1
-    return (size >= usual.thresholds) & token[..., None]
+    abs_x = x.abs()
+    is_peaked = peaked(abs_x.amax(-1), torch.linalg.vector_norm(x, dim=-1), x.size(-1)) >= 1
+    return (abs_x >= usual.thresholds) & is_peaked[..., None]

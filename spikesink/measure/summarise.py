@@ -1,4 +1,4 @@
-"""Observation -> findings."""
+"""Turns an Observation into Findings."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ from .findings import (
     TextEntry,
     UsualEntry,
 )
-from .observe import Observation, Side, state_of
+from .observe import Observation, Side, observed_state_key
 from .rules import Rule
 from .sinks import (
     EPSILONS,
@@ -47,7 +47,7 @@ from .sinks import (
 )
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 
-SHOWN = 40  # tokens listed
+SHOWN = 40  # so many tokens are listed
 
 
 def summarise(
@@ -59,14 +59,13 @@ def summarise(
     null: Nulls | None = None,
     anatomy: Anatomy | None = None,
 ) -> Findings:
-    """The findings of one observation; `checkpoint`, `model` and `data` say what was observed, and on what.
+    """The findings of one observation; `checkpoint`, `model` and `data` describe what was observed, and on which text.
 
-    `model`: its architecture, with `parameters`, their number. `null`: calibrate.nulls of the same subject, `anatomy`:
-    anatomy.anatomy, where they were run.
+    `model`: its architecture, with `parameters`, their number. `null` and `anatomy`: the same subject's, if any.
     """
     model, null = model or {}, null or {}
     checkpoint = checkpoint or CheckpointEntry(path="in memory")
-    overlap, measures = co_occurrence(subject, obs), calibrate.measures(obs)
+    overlap, measures = co_occurrence(subject, obs), calibrate.measures_entry(obs)
     trained = model.get("parameters", 0), checkpoint.step, checkpoint.tokens
     return Findings(
         part=subject.part,
@@ -89,7 +88,7 @@ def summarise(
 
 
 def _side_stats(subject: Subject, obs: Observation, side: Side) -> list[SideStats]:
-    """The findings' entries of one side of the taps, after every sub-layer of which it was seen."""
+    """The findings' entries of one side of the taps, after every sub-layer at which it was observed."""
     tokens, rows = int(obs.tokens.sum()), []
     magnitude, norm = (x[..., subject.n_register].double() for x in (side.magnitudes, side.norms))  # first tokens'
     median_norms = _median_norms(side)
@@ -118,7 +117,7 @@ def _side_stats(subject: Subject, obs: Observation, side: Side) -> list[SideStat
 
 
 def _as_text(obs: Observation) -> TextEntry:
-    """What is known of token ids alone."""
+    """The entry for token ids without further information."""
     N, T = obs.ids.shape
     return TextEntry(name="token ids", n_seq=N, seq_len=T, tokens=int(obs.tokens.sum()), bos=False)
 
@@ -135,35 +134,35 @@ def _data(subject: Subject, obs: Observation, text: TextEntry) -> DataEntry:
 
 
 def _strongest(score: torch.Tensor, ids: torch.Tensor, among: torch.Tensor) -> list[tuple[int, int, int]]:
-    """(sequence, position, number of sequences) of the largest scores (N, T) `among` some, each (id, position) once."""
-    seen: dict[tuple[int, int], tuple[int, int, int]] = {}
+    """(sequence, position, number of sequences) of the largest scores (N, T) in a mask, each (id, position) once."""
+    entries: dict[tuple[int, int], tuple[int, int, int]] = {}
     for flat in score.masked_fill(~among, -torch.inf).flatten().argsort(descending=True).tolist():
         n, t = divmod(flat, score.size(1))
         if not among[n, t]:
             break
         key = (int(ids[n, t]), t)
-        if key not in seen:
-            if len(seen) == SHOWN:
+        if key not in entries:
+            if len(entries) == SHOWN:
                 break
-            seen[key] = (n, t, int((ids[:, t] == ids[n, t]).sum()))
-    return [*seen.values()]
+            entries[key] = (n, t, int((ids[:, t] == ids[n, t]).sum()))
+    return [*entries.values()]
 
 
 def _token(subject: Subject, obs: Observation, sequence: int, position: int, occurrences: int) -> dict[str, Any]:
-    """The entries of a TokenRow."""
-    before = obs.ids[sequence, max(0, position - 12) : position].tolist()
+    """The fields of a TokenRow."""
+    prefix_ids = obs.ids[sequence, max(0, position - 12) : position].tolist()
     return {
         "sequence": sequence,
         "position": position,
         "occurrences": occurrences,
         "id": int(obs.ids[sequence, position]),
         "text": subject.text(int(obs.ids[sequence, position])),
-        "before": "".join(subject.text(i) for i in before),
+        "before": "".join(subject.text(i) for i in prefix_ids),
     }
 
 
 def _count(obs: Observation, null: Nulls, name: str, rule: Rule, hits: torch.Tensor) -> dict[str, Any]:
-    """The entries of a RuleCount: what a rule marks, (N, T)."""
+    """The fields of a RuleCount; `hits` (N, T) are the tokens that the rule marks."""
     return {
         "threshold": rule.text,
         "tokens": int(hits.sum()),
@@ -177,8 +176,8 @@ def _spikes(subject: Subject, obs: Observation, null: Nulls) -> SpikeFindings:
     for name, rule in SPIKE_RULES.items():
         channels = obs.sum.spike_channels[name]
         order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
-        count = _count(obs, null, name, rule, obs.spikes[name])
-        rules[name] = SpikeRuleCount(**count, n_channels=len(order), channels=order[:SHOWN].tolist())
+        fields = _count(obs, null, name, rule, obs.spikes[name])
+        rules[name] = SpikeRuleCount(**fields, n_channels=len(order), channels=order[:SHOWN].tolist())
     peaks = Peaks(obs.sum)
     return SpikeFindings(
         primary=PRIMARY_SPIKE_RULE,
@@ -205,17 +204,14 @@ def _spikes(subject: Subject, obs: Observation, null: Nulls) -> SpikeFindings:
 
 
 class Peaks:
-    """Every token where, among the attended taps of a side, its |h| is most above its threshold: (N, T) each.
-
-    See findings.SpikeToken.
-    """
+    """Every token at the attended tap of a side where |h| exceeds its threshold most: (N, T) each, see SpikeToken."""
 
     def __init__(self, side: Side) -> None:
         self.strength, self.tap = side.strengths[side.attended].max(0)
-        of = lambda x: x[side.attended].gather(0, self.tap[None])[0]
-        self.magnitude, self.channel, norm = of(side.magnitudes), of(side.channels), of(side.norms)
+        at_peak = lambda x: x[side.attended].gather(0, self.tap[None])[0]
+        self.magnitude, self.channel, norm = at_peak(side.magnitudes), at_peak(side.channels), at_peak(side.norms)
         self.energy_share = self.magnitude.square() / metrics.zero_is_nan(norm.square())
-        self.norm_ratio = norm / of(_median_norms(side)[:, None, None].expand_as(side.norms))
+        self.norm_ratio = norm / at_peak(_median_norms(side)[:, None, None].expand_as(side.norms))
         known = [i for i, _ in side.known if i in side.attended_taps]
         self.persistence = (side.strengths[known] >= 1).double().mean(0)
 
@@ -227,43 +223,43 @@ def _median_norms(side: Side) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor) -> float | None:
-    """Of those that are numbers; None where none is."""
+    """The mean of the finite values; None if there are none."""
     mean = values.double().nanmean().item()
     return mean if math.isfinite(mean) else None
 
 
 def _side_spikes(subject: Subject, obs: Observation, side: Side) -> SideSpikes:
-    """What the primary rule marks on one side."""
+    """The spikes that the primary rule marks on one side."""
     marked, peaks = side.spikes[PRIMARY_SPIKE_RULE], Peaks(side)
     channels, tokens = side.spike_channels[PRIMARY_SPIKE_RULE], int(obs.tokens.sum())
     order = channels.argsort(descending=True, stable=True)[: int((channels > 0).sum())]
-    middle = lambda x: x[marked].double().median().item() if marked.any() else None
+    median = lambda x: x[marked].double().median().item() if marked.any() else None
     last = len(side.taps) - 1
-    apart = last not in side.attended_taps
+    has_last = last not in side.attended_taps and side.taps[last] is not None
     return SideSpikes(
         tokens=int(marked.sum()),
         fraction=marked.sum().item() / tokens,
         sequences=marked.any(1).double().mean().item(),
-        states=len({state_of(subject, obs, n, t) for n, t in marked.nonzero().tolist()}),
+        states=len({observed_state_key(subject, obs, n, t) for n, t in marked.nonzero().tolist()}),
         strength=peaks.strength.max().item(),
-        energy_share=middle(peaks.energy_share),
-        norm_ratio=middle(peaks.norm_ratio),
-        persistence=middle(peaks.persistence),
+        energy_share=median(peaks.energy_share),
+        norm_ratio=median(peaks.norm_ratio),
+        persistence=median(peaks.persistence),
         in_embedding=(side.strengths[0][marked] >= 1).double().mean().item() if marked.any() else None,
-        last=(side.strengths[last] >= 1).sum().item() / tokens if apart and side.taps[last] is not None else None,
+        last=(side.strengths[last] >= 1).sum().item() / tokens if has_last else None,
         channels=order[:SHOWN].tolist(),
     )
 
 
 def _outlier_channels(side: Side) -> list[OutlierChannel]:
-    """Channels that are large in nearly every token of some layer, those of most layers first."""
+    """Channels that are large in nearly every token of some layer; those of most layers come first."""
     usual = [u for i, u in enumerate(side.usual) if u is not None and i in side.attended_taps]
-    found = Counter(channel for u in usual for channel in u.outlier_channels)
-    # a layer whose median is 0, most of it being 0, has outlier channels and no ratio
+    layer_counts = Counter(channel for u in usual for channel in u.outlier_channels)
+    # a layer with a median of 0 can have outlier channels, but they have no ratio
     ratio = lambda channel: max((float(u.channels[channel] / u.layer) for u in usual if u.layer > 0), default=math.nan)
     return [
         OutlierChannel(channel=channel, layers=n / len(usual), ratio=ratio(channel))
-        for channel, n in found.most_common(SHOWN)
+        for channel, n in layer_counts.most_common(SHOWN)
     ]
 
 
@@ -274,7 +270,7 @@ def _sinks(subject: Subject, obs: Observation, null: Nulls) -> SinkFindings:
     per_layer = lambda name: (total(name) / N).tolist()
     ratio = lambda a, b: torch.where(b > 0, a / b, torch.nan).tolist()
     slot = torch.tensor([0.0 if a.has_slot else torch.nan for a in obs.attention])[:, None]
-    # in an encoder-decoder's cross-attention, positions of two texts: no distance
+    # cross-attention of an encoder-decoder is between two texts, where a distance is undefined
     same_text = torch.nan if subject.part == "cross" else 1.0
     uniform = torch.stack([_uniform(subject, int(n), T) for n in obs.tokens.sum(1)]).sum(0) / at_position
     hits = {name: rule.tokens(obs) for name, rule in SINK_RULES.items()}
@@ -319,7 +315,7 @@ def _sink_rates(
     by_position = rate.mean((0, 1))
     first = (obs.first_alpha > epsilon).double().mean((1, 2))  # (N,), share of heads
     strong = (total(f"eligible hits {epsilon}") / eligible).mean((0, 1)).nan_to_num(0.0)  # (T,)
-    among = (eligible >= N / 2) & (eligible > 0)  # positions that most sequences have
+    among = (eligible >= N / 2) & (eligible > 0)  # positions that are eligible in most sequences
     best = int(strong.masked_fill(~among, -1).argmax())
     return SinkRates(
         epsilon=epsilon,
@@ -335,34 +331,34 @@ def _sink_rates(
 
 
 def _uniform(subject: Subject, n: int, T: int) -> torch.Tensor:
-    """Each key's share of a sequence of n tokens if attention were even, padded to T: (T,)."""
+    """Each key's share in a sequence of n tokens if attention were even, padded to T: (T,)."""
     share = uniform_share(queries_per_key(n), subject.causal)
     return torch.nn.functional.pad(share, (0, T - n))
 
 
 def co_occurrence(subject: Subject, obs: Observation) -> CoOccurrence:
-    """Do the tokens that the two primary rules mark coincide?"""
+    """Compares the tokens that the two primary rules mark."""
     spike, sink = obs.spikes[PRIMARY_SPIKE_RULE], SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
-    states = lambda tokens: {state_of(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}
-    one_state = lambda tokens: len(states(tokens)) == 1 and int(tokens.sum()) > 1
+    states = lambda tokens: {observed_state_key(subject, obs, n, t) for n, t in tokens.nonzero().tolist()}
+    share_a_state = lambda tokens: len(states(tokens)) == 1 and int(tokens.sum()) > 1
     return CoOccurrence(
         **vars(_overlap(spike, sink, obs.tokens)),
         without_first=_overlap(spike[:, 1:], sink[:, 1:], obs.tokens[:, 1:]),
         read=_overlap(obs.read.spikes[PRIMARY_SPIKE_RULE], sink, obs.tokens) if obs.read.known else None,
-        by_construction=one_state(spike) or one_state(sink),
+        by_construction=share_a_state(spike) or share_a_state(sink),
     )
 
 
 def _overlap(spike: torch.Tensor, sink: torch.Tensor, tokens: torch.Tensor) -> Overlap:
-    """The overlap of spike and sink tokens (N, T), its intervals over sequences and its permutation p."""
+    """The overlap of spike and sink tokens (N, T), with its intervals over sequences and its permutation p."""
     N = len(spike)
-    found = vars(metrics.overlap(spike, sink, tokens))
+    rates = vars(metrics.overlap(spike, sink, tokens))
     weighted = lambda i: vars(metrics.overlap(spike, sink, tokens, weights=i.bincount(minlength=N)))
     intervals = metrics.bootstrap_ci(weighted, N)
-    for key, of in (("p_sink_given_spike", spike), ("p_spike_given_sink", sink), ("jaccard", spike | sink)):
-        n = int(of.any(1).sum())
-        if found[key] in (0, 1) and n:  # a bootstrap has no width there
-            intervals[key] = metrics.wilson(round(found[key] * n), n)
+    for key, marked in (("p_sink_given_spike", spike), ("p_spike_given_sink", sink), ("jaccard", spike | sink)):
+        n = int(marked.any(1).sum())
+        if rates[key] in (0, 1) and n:  # a bootstrap interval has no width there
+            intervals[key] = metrics.wilson(round(rates[key] * n), n)
     if not (spike & sink).any():
         intervals["lift"] = intervals["lift_anywhere"] = None  # nothing to resample
     return Overlap(
@@ -371,7 +367,7 @@ def _overlap(spike: torch.Tensor, sink: torch.Tensor, tokens: torch.Tensor) -> O
         spike_tokens=int(spike.sum()),
         sink_tokens=int(sink.sum()),
         both=int((spike & sink).sum()),
-        **found,
+        **rates,
         ci95=OverlapIntervals(**intervals),
         p_permutation=metrics.permutation_p(spike, sink, tokens),
     )

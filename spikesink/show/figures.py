@@ -420,7 +420,7 @@ def _prompt_received(found: PromptFindings) -> Canvas:
 def _comparison(pairs: Pairs) -> Canvas:
     figure, (top, bottom) = canvas(2, 1, height=1.9)
     shades = mpl.colormaps["viridis"]
-    many = len(pairs) > 8 or bool(history.of_findings([found for _, found in pairs]))
+    many = len(pairs) > 8 or bool(history.findings_rows([found for _, found in pairs]))
     for i, (name, found) in enumerate(pairs):
         color = shades(0.3 + 0.45 * i / max(1, len(pairs) - 1)) if many else f"C{i}"
         ratios, rates = [layer.ratio for layer in found.layers], found.sinks.at(PRIMARY_SINK_EPSILON).by_layer
@@ -498,7 +498,7 @@ PROMPT = {
         wide=True,
     ),
 }
-of_pairs = lambda pairs: history.of_findings([found for _, found in pairs])
+of_pairs = lambda pairs: history.findings_rows([found for _, found in pairs])
 COMPARISON = {
     "comparison": Figure(
         _comparison,

@@ -121,7 +121,7 @@ def comparison_page(path: str | Path, names: Sequence[str], all_findings: Sequen
         drawn=drawing.for_page(figures.COMPARISON, pairs),
         conditions=[(name, report.conditions(found.checkpoint, found.data, not differ)) for name, found in pairs],
         differ=differ,
-        history=report.history_table(history.of_findings(all_findings)),
+        history=report.history_table(history.findings_rows(all_findings)),
     )
 
 
