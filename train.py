@@ -51,6 +51,7 @@ from spikesink.models import checkpoint, convert, hf
 from spikesink.models.checkpoint import Checkpoint
 from spikesink.models.export import trained_on
 from spikesink.text.default_text import titled
+from spikesink.text.sequences import Reader
 from spikesink.text.token_files import other_ids
 from spikesink.text.tokenizers import TextTokenizer, same_tokens, tokenizer_of
 from trainer import check as contracts
@@ -964,6 +965,17 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
     )
 
 
+def in_bits(run: Run) -> str:
+    """The last validation loss in bits per byte, for a line of text; '' if the text of the tokens is not at hand."""
+    data, prefix_ids = run.val_data, (run.val_data.meta.get("bos_id"),) if run.cfg.bos else ()
+    x, y = data.read(data.windows(0, min(EVAL_WINDOWS * run.cfg.eval_iters, data.n_windows)))
+    tokenizer, config = tokenizer_of(data.meta), run.model_config
+    reader = Reader(tokenizer, data.meta, run.cfg.dataset, prefix_ids, (), config.block_size, config.vocab_size)
+    n_bytes = reader.predicted_bytes(torch.cat((x[:, :1], y), dim=1), 1)
+    bits = None if run.val_loss is None else metrics.bits_per_byte(run.val_loss * y.numel(), n_bytes)
+    return "" if bits is None else f", {bits:.4f} bits per byte"
+
+
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "") + config.describe(SCHEMAS[::-1], MODEL_CHOICES | CHOICES | {"losses": STREAM_LOSSES}))
@@ -985,6 +997,7 @@ def main() -> None:
             print_run(run, overrides)
         run.fit()
     if machine.is_rank0:
+        print(f"val_loss {run.val_loss:.4f} nats per token{in_bits(run)}")
         print(f"checkpoint: {run.path}\nnext: python detect.py {run.path}")
 
 

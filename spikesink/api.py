@@ -350,10 +350,10 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
 def detect(look: Look) -> Findings:
     """Findings of an open model; of an encoder-decoder, the decoder's, with the other `parts` beside them."""
     look.check_open(unedited=True)
-    first, *others = (_detect_part(*one, look) for one in zip(look.subjects, look.ordinary, strict=True))
+    first, *others = (_detect_part(*pair, look) for pair in zip(look.subjects, look.ordinary, strict=True))
     path, step = first.checkpoint.path, first.checkpoint.step
     rows = None if step is None else history.log_rows(folder_of(path) / "log.jsonl", step)  # of a run of train.py
-    return dataclasses.replace(first, history=rows, parts={found.part: found for found in others} or None)
+    return dataclasses.replace(first, history=rows, parts={part.part: part for part in others} or None)
 
 
 def _detect_part(subject: Subject, ordinary: Ordinary, look: Look) -> Findings:
@@ -404,7 +404,7 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True, choices: st
         )
         for subject, reference in zip(look.subjects, look.references, strict=True)
     )
-    return dataclasses.replace(first, parts={found.part: found for found in others}) if others else first
+    return dataclasses.replace(first, parts={part.part: part for part in others}) if others else first
 
 
 # ------------------------------------------------------------------------------------------------------ samples
@@ -421,8 +421,8 @@ def sample(
 ) -> Samples:
     """What a model says after a prompt; and again, with the same seeds, under the intervention `edit`.
 
-    It does not stop at a token that ends a text. What is usual, and the means that some interventions need, are of the
-    text that the model reads by default, or of Python's documentation. `on_text` is called with ("clean" or `edit`,
+    A sample ends at a token that ends a text. Spikes are compared with what is usual on the text that the model reads by
+    default, or on Python's documentation, which also gives the means that some edits need. `on_text` is called with ("clean" or `edit`,
     number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
     token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
     """
@@ -430,20 +430,20 @@ def sample(
         look.check_open(unedited=True)
         look = look.loaded
     subject, reader, options = look.subjects[0], dataclasses.replace(look.reader, suffix_ids=()), options or Sampling()
-    one = interventions.intervention_named(edit) if edit else None
-    if one and one.kind == "bos" and not reader.prefix_ids:
+    intervention = interventions.intervention_named(edit) if edit else None
+    if intervention and intervention.kind == "bos" and not reader.prefix_ids:
         raise UserError(f"{edit}: no BOS stands before the prompt; --bos puts one there")
     start = sampling.prompt_ids(subject, reader, prompt)
     draw = functools.partial(sampling.continuations, subject, reader, start, options, on_text)
-    found = Samples(prompt=prompt, clean=draw("clean")[0])
-    if edit is None or one is None:
-        return found
+    samples = Samples(prompt=prompt, clean=draw("clean")[0])
+    if edit is None or intervention is None:
+        return samples
     read = reader.ordinary(Options(), SAMPLE_REFERENCE)
     ordinary = Ordinary.from_ids(subject, read.ids)
-    reference = Reference(subject, read.ids, ordinary=ordinary) if one.needs_reference else None
-    edited, n_edited = draw(edit, functools.partial(one.edit, reference=reference), ordinary)
+    reference = Reference(subject, read.ids, ordinary=ordinary) if intervention.needs_reference else None
+    edited, n_edited = draw(edit, functools.partial(intervention.edit, reference=reference), ordinary)
     text = f"{len(read.ids)} sequences of {read.name}"
-    return dataclasses.replace(found, edit=edit, edited=edited, n_edited=n_edited, reference=text)
+    return dataclasses.replace(samples, edit=edit, edited=edited, n_edited=n_edited, reference=text)
 
 
 # -------------------------------------------------------------------------------------------------------- pages
@@ -466,25 +466,25 @@ def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = 
     """
     from .show import page
 
-    of_ablation = [(page.ablation_figures.ABLATION, ablation.all_parts)] if ablation else []
-    return page.figure_files(folder, (page.figures.DETECTION, findings.all_parts), *of_ablation)
+    more = [(page.ablation_figures.ABLATION, ablation.all_parts)] if ablation else []
+    return page.figure_files(folder, (page.figures.DETECTION, findings.all_parts), *more)
 
 
 # -------------------------------------------------------------------------------------------------------- edits
 
 
 def edited(look: Look, name: str, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
-    """Within, `look.loss` and `look.losses` are of the model under an intervention, or one of its controls.
+    """A context manager: inside it, `look.loss` and `look.losses` are those of the edited model.
 
-    `name`: of interventions.INTERVENTIONS or REMOVALS. What is edited is fixed by the clean model on each batch, so
-    edits combine in any order. Raises UserError for a name or control that there is not, where there is no BOS to
-    remove, and where an edit needs other text and there is none.
+    `name`: an intervention of interventions.INTERVENTIONS or REMOVALS. `control`: one of its controls, in its place. The
+    clean model fixes on each batch what is edited, so edits combine in any order. Raises UserError for an unknown name
+    or control, where there is no BOS to remove, and where an edit needs other text and there is none.
     """
-    one = interventions.intervention_named(name, control)
-    if one.kind == "bos" and not has_bos(look.subjects[0], look.data.bos):
+    intervention = interventions.intervention_named(name, control)
+    if intervention.kind == "bos" and not has_bos(look.subjects[0], look.data.bos):
         raise UserError(f"{name}: the sequences of {look.data.name} do not start with BOS")
-    reference = look.references[0] if one.needs_reference else None
-    return _within(look, functools.partial(one.edit, reference=reference, control=control))
+    reference = look.references[0] if intervention.needs_reference else None
+    return _within(look, functools.partial(intervention.edit, reference=reference, control=control))
 
 
 @contextlib.contextmanager
@@ -500,7 +500,7 @@ class NamedEdit(Protocol):
     """`edited` for one name."""
 
     def __call__(self, look: Look, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
-        """Within, the losses of `look` are of the model under the intervention, or one of its controls."""
+        """A context manager: inside it, the losses of `look` are those of the edited model."""
 
 
 def _edit(name: str) -> NamedEdit:
@@ -509,9 +509,11 @@ def _edit(name: str) -> NamedEdit:
     def edit(look: Look, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
         return edited(look, name, control)
 
-    one = interventions.intervention_named(name)
+    intervention = interventions.intervention_named(name)
     edit.__name__ = edit.__qualname__ = name
-    edit.__doc__ = f"{inspect.getdoc(one.edit)}\n\n`control`: {' or '.join(one.controls)}. See `edited`."
+    edit.__doc__ = (
+        f"{inspect.getdoc(intervention.edit)}\n\n`control`: {' or '.join(intervention.controls)}. See `edited`."
+    )
     return edit
 
 

@@ -1,6 +1,6 @@
-"""The commands: what a terminal says to the library, and what it is told.
+"""The commands detect, ablate, sample and export: they parse flags, call the library, print and write files.
 
-A clone's detect.py and ablate.py are these with the clone's own model and datasets.
+The scripts of a clone run the same commands with the clone's own model and datasets.
 """
 
 import argparse
@@ -78,9 +78,11 @@ def detect(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.compare:
         raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")
-    asked = [name for name in ("prompt", "compare", "revisions", "vocab") if getattr(args, name) not in (None, False)]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]} are two questions: ask one at a time")
+    questions = [
+        name for name in ("prompt", "compare", "revisions", "vocab") if getattr(args, name) not in (None, False)
+    ]
+    if len(questions) > 1:
+        raise UserError(f"--{questions[0]} and --{questions[1]} are two questions: ask one at a time")
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
     if args.prompt is not None:
         paths = _prompt(args.checkpoint, args.prompt, options, outputs, lab)
@@ -115,44 +117,51 @@ def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: L
     page = pages(outputs)
     with api.open(target, options, lab=lab) as look:
         json_path, html_path = outputs.paths(look.loaded.checkpoint.path, "detect.json", "detect.html")
-        found = api.detect(look)
+        findings = api.detect(look)
         if vocab:
             encoder = next((subject for subject in look.subjects if subject.part == "encoder"), look.subjects[0])
-            of_part = dict(found.all_parts)[encoder.part]
-            probed = prompt.vocabulary(encoder, of_part, look.ids, look.vocab_size)
-            found = dataclasses.replace(found, vocabulary=probed)
-    found.save(json_path)
+            part = dict(findings.all_parts)[encoder.part]
+            vocabulary = prompt.vocabulary(encoder, part, look.ids, look.vocab_size)
+            findings = dataclasses.replace(findings, vocabulary=vocabulary)
+    findings.save(json_path)
     if page:
-        page.detection_page(html_path, found)
-    print(report.terminal(found))
-    if found.vocabulary:
-        print(f"\n{report.vocabulary_terminal(found.vocabulary)}")
+        page.detection_page(html_path, findings)
+    print(report.terminal(findings))
+    if findings.vocabulary:
+        print(f"\n{report.vocabulary_terminal(findings.vocabulary)}")
     if page and outputs.figures:
-        print(f"\n{page.figure_files(outputs.figures, (page.figures.DETECTION, found.all_parts))}")
+        print(f"\n{page.figure_files(outputs.figures, (page.figures.DETECTION, findings.all_parts))}")
     return json_path, html_path if page else None
 
 
 def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
     """--prompt: one text, token by token."""
     page = pages(outputs)
-    given = [flag for flag in ("data", "text", "tokens") if getattr(options, flag) is not None]
-    if given:
-        raise UserError(f"--prompt is the text; --{given[0]} is another")
+    other_text = next((flag for flag in ("data", "text", "tokens") if getattr(options, flag) is not None), None)
+    if other_text:
+        raise UserError(f"--prompt is the text; --{other_text} is another")
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
     json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
     ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES).ids
     first, *others = (
-        prompt.inspect(subject, ids, loaded.checkpoint, loaded.model, Ordinary.from_ids(subject, ordinary_ids))
+        prompt.inspect(
+            subject,
+            ids,
+            loaded.checkpoint,
+            loaded.model,
+            Ordinary.from_ids(subject, ordinary_ids),
+            loaded.reader.predicted_bytes(ids, subject.shift),
+        )
         for subject in loaded.subjects
     )
-    found = dataclasses.replace(first, parts={part.part: part for part in others} or None)
-    schema.save(json_path, found)
+    findings = dataclasses.replace(first, parts={part.part: part for part in others} or None)
+    schema.save(json_path, findings)
     if page:
-        page.prompt_page(html_path, found)
-    print(report.prompt_terminal(found))
+        page.prompt_page(html_path, findings)
+    print(report.prompt_terminal(findings))
     if page and outputs.figures:
-        print(f"\n{page.figure_files(outputs.figures, (page.figures.PROMPT, found.all_parts))}")
+        print(f"\n{page.figure_files(outputs.figures, (page.figures.PROMPT, findings.all_parts))}")
     return json_path, html_path if page else None
 
 
@@ -170,22 +179,22 @@ def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | No
     """--compare, --revisions: several checkpoints side by side, each on the text that its flags give."""
     page = pages(outputs)
     json_path, html_path = outputs.paths("", "compare.json", "compare.html")
-    found = []
+    findings = []
     for target, options in tqdm(targets, desc="checkpoints", disable=None, leave=False):
         with api.open(target, options, lab=lab) as look:
-            found.append(dataclasses.replace(api.detect(look), examples=None))  # of one checkpoint, for its own page
+            findings.append(dataclasses.replace(api.detect(look), examples=None))  # a page of one checkpoint has them
     names = short_names([str(Path(target, options.revision or "")) for target, options in targets])
-    schema.save(json_path, Comparison(names=names, findings=found))
+    schema.save(json_path, Comparison(names=names, findings=findings))
     if page:
-        page.comparison_page(html_path, names, found)
-    print(grid(*report.comparison_table(names, found)))
-    if differ := report.tokens_differ(found):
-        print(f"\n{differ}")
-    differs = report.architecture_table(names, found)
-    if differs.rows:
-        print("\nwhat differs in their architecture\n" + grid(*differs))
+        page.comparison_page(html_path, names, findings)
+    print(grid(*report.comparison_table(names, findings)))
+    if warning := report.tokens_differ(findings):
+        print(f"\n{warning}")
+    differences = report.architecture_table(names, findings)
+    if differences.rows:
+        print("\nwhat differs in their architecture\n" + grid(*differences))
     if page and outputs.figures:
-        pairs = list(zip(names, found, strict=True))
+        pairs = list(zip(names, findings, strict=True))
         print(f"\n{page.figure_files(outputs.figures, (page.figures.COMPARISON, [('', pairs)]))}")
     return json_path, html_path if page else None
 
@@ -225,16 +234,16 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
             choices.questions(args.choices)
         if json_path.name == "detect.json":
             raise UserError(f"--json {json_path}: what detect finds on the same text goes there; name another file")
-        found = api.detect(look)
+        findings = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes, args.choices)
     ablation.save(json_path)
-    found.save(json_path.with_name("detect.json"))
+    findings.save(json_path.with_name("detect.json"))
     if page:
-        page.detection_page(html_path, found, ablation)
-    conditions = report.conditions(found.checkpoint, found.data)
+        page.detection_page(html_path, findings, ablation)
+    conditions = report.conditions(findings.checkpoint, findings.data)
     print(f"measured on {conditions}\n\n{report.ablation_terminal(ablation)}")
     if page and outputs.figures:
-        drawn = (page.figures.DETECTION, found.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
+        drawn = (page.figures.DETECTION, findings.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
         print(f"\n{page.figure_files(outputs.figures, *drawn)}")
     print(written(json_path, html_path if page else None))
 
@@ -265,8 +274,8 @@ def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         print(printable(piece), end="", flush=True)
 
     loaded = api.load(args.checkpoint, options, lab=lab)
-    found = api.sample(loaded, args.prompt, drawing, args.edit, show)
-    print(f"\n\n{what_broke(found)}" if found.edit else "")
+    samples = api.sample(loaded, args.prompt, drawing, args.edit, show)
+    print(f"\n\n{what_broke(samples)}" if samples.edit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- export

@@ -82,7 +82,7 @@ class Options:
 class Sampling:
     """How tokens are drawn: from softmax(logits / temperature). Raises UserError for what cannot be."""
 
-    n_tokens: int = option("tokens of a sample (default: 64)", 64, metavar="N")
+    n_tokens: int = option("tokens of a sample, at most (default: 64)", 64, metavar="N")
     n_samples: int = option("samples, with seeds one after the other (default: 1)", 1, metavar="N")
     temperature: float = option("below 1 likely tokens get likelier; 0: the likeliest (default: 1)", 1.0, metavar="X")
     top_k: int = option("draws from so many likeliest tokens alone (default: 0, all)", 0, metavar="K", least=0)
@@ -126,8 +126,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, only: Collection[str]
             flag["action"] = argparse.BooleanOptionalAction
         else:
             kinds: dict[type, Any] = {int: functools.partial(whole, least=about["least"]), float: float}
-            kind_of = next((kinds[one] for one in types if one in kinds), str)
-            flag |= {"metavar": about["metavar"], "type": kind_of}
+            convert = next((kinds[kind] for kind in types if kind in kinds), str)
+            flag |= {"metavar": about["metavar"], "type": convert}
         groups[heading].add_argument(f"--{field.name}", **flag)
 
 

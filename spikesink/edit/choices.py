@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
 
 def questions(path: str | Path) -> list[Question]:
-    """The questions of a JSONL file, as they stand there. Raises UserError naming the file and the line."""
+    """Reads the questions of a JSONL file, in its order. Raises UserError naming the file and the line."""
     read = [_question(line, f"{path}, line {n}") for n, line in enumerate(read_lines(Path(path)), 1) if line.strip()]
     if not read:
         raise UserError(f"{path} holds no question")
@@ -39,23 +39,23 @@ def questions(path: str | Path) -> list[Question]:
 
 
 def _question(line: str, where: str) -> Question:
-    wanted = 'is no question: {"ctx": TEXT, "endings": [TEXT, TEXT, ...], "label": 0}'
+    problem = 'is no question: {"ctx": TEXT, "endings": [TEXT, TEXT, ...], "label": 0}'
     try:
         row = json.loads(line)
         context, endings = next(row[key] for key in CONTEXTS if key in row), row["endings"]
         label = int(row["label"]) if isinstance(row["label"], str) else row["label"]  # the hub's has "3"
     except (ValueError, KeyError, TypeError, StopIteration):
-        raise UserError(f"{where} {wanted}") from None
+        raise UserError(f"{where} {problem}") from None
     texts = [context, *endings] if isinstance(endings, list) else []
     if not (len(texts) > 2 and all(isinstance(text, str) and text.strip() for text in texts) and type(label) is int):
-        raise UserError(f"{where} {wanted}")
+        raise UserError(f"{where} {problem}")
     if not 0 <= label < len(endings):
         raise UserError(f"{where} has the label {label}, and endings 0 to {len(endings) - 1}")
     return Question(context, endings, label)
 
 
 def multiple_choice(
-    subject: Subject, reader: Reader, asked: list[Question], conditions: TextConditions, batch_size: int = 64
+    subject: Subject, reader: Reader, posed: list[Question], conditions: TextConditions, batch_size: int = 64
 ) -> Choices:
     """Accuracy under every condition, the clean model's first.
 
@@ -67,19 +67,19 @@ def multiple_choice(
         raise UserError(
             "multiple choice needs the probability of an ending, which only a model of the next token gives"
         )
-    encoded = spans_of(reader.tokenizer, [f"{q.context} {ending}" for q in asked for ending in q.endings])
+    encoded = spans_of(reader.tokenizer, [f"{q.context} {ending}" for q in posed for ending in q.endings])
     room = reader.block_size - len(reader.prefix_ids)
-    kept, rows, n_ending, cropped = [], [], [], 0
-    for question in asked:
+    fitting, rows, n_ending, cropped = [], [], [], 0
+    for question in posed:
         ends = len(question.context.rstrip())
-        of = [encoded.pop(0) for _ in question.endings]
-        sizes = [sum(end > ends for _, end in spans) for _, spans in of]
+        tokens = [encoded.pop(0) for _ in question.endings]
+        sizes = [sum(end > ends for _, end in spans) for _, spans in tokens]
         if max(sizes) < room + len(reader.prefix_ids):
-            kept.append(question)
+            fitting.append(question)
             n_ending += sizes
-            cropped += max(len(ids) for ids, _ in of) > room
-            rows += [[*reader.prefix_ids, *ids[-int(min(room, len(ids))) :]] for ids, _ in of]
-    if not kept:
+            cropped += max(len(ids) for ids, _ in tokens) > room
+            rows += [[*reader.prefix_ids, *ids[-int(min(room, len(ids))) :]] for ids, _ in tokens]
+    if not fitting:
         raise UserError(f"no ending fits into the model's {reader.block_size} tokens")
     scores = {name: torch.zeros(len(rows), dtype=torch.float64) for name in conditions}
     for numbers, batch in tqdm([*batches(padded(rows), batch_size)], desc="choices", disable=None, leave=False):
@@ -88,14 +88,14 @@ def multiple_choice(
                 losses = subject.losses(batch).double()
             for number, loss in zip(numbers.tolist(), losses, strict=True):
                 scores[name][number] = -loss[len(loss) - n_ending[number] :].sum()
-    length = torch.tensor([len(ending) for q in kept for ending in q.endings])
-    right = {name: (_right(kept, score), _right(kept, score / length)) for name, score in scores.items()}
+    length = torch.tensor([len(ending) for q in fitting for ending in q.endings])
+    right = {name: (_right(fitting, score), _right(fitting, score / length)) for name, score in scores.items()}
     clean = next(iter(right.values()))
     return Choices(
-        questions=len(kept),
-        left_out=len(asked) - len(kept),
+        questions=len(fitting),
+        left_out=len(posed) - len(fitting),
         cropped=cropped,
-        chance=sum(1 / len(q.endings) for q in kept) / len(kept),
+        chance=sum(1 / len(q.endings) for q in fitting) / len(fitting),
         conditions=[
             ChoicesCondition(name=name, **vars(accuracy_of(acc, clean[0])), normalised=accuracy_of(norm, clean[1]))
             for name, (acc, norm) in right.items()
@@ -103,7 +103,7 @@ def multiple_choice(
     )
 
 
-def _right(asked: list[Question], scores: torch.Tensor) -> torch.Tensor:
-    """Which questions (N,) are answered rightly, 1 or 0, by scores of all endings in a row."""
-    parts = scores.split([len(question.endings) for question in asked])
-    return torch.tensor([float(part.argmax() == q.label) for part, q in zip(parts, asked, strict=True)]).double()
+def _right(posed: list[Question], scores: torch.Tensor) -> torch.Tensor:
+    """1 for each question (N,) whose right ending has the highest score, else 0; `scores`: all endings in a row."""
+    parts = scores.split([len(question.endings) for question in posed])
+    return torch.tensor([float(part.argmax() == q.label) for part, q in zip(parts, posed, strict=True)]).double()

@@ -23,8 +23,8 @@ OnText = Callable[[str, int, str], None]  # (clean or the intervention, number o
 def next_logits(
     subject: Subject, ids: Tensor, condition: Condition | None, ordinary: Ordinary | None
 ) -> tuple[Tensor, int]:
-    """(logits (V,) of what comes after ids (1, T), how much was edited) by one pass, under an edit that the clean model
-    fixes anew for these very ids, or none."""
+    """(logits (V,) of the token after ids (1, T), how much was edited), from one pass. The clean model fixes for these
+    very ids what an edit changes."""
     with contextlib.ExitStack() as stack:
         edited = 0
         if condition:
@@ -83,20 +83,24 @@ def continuations(
     condition: Condition | None = None,
     ordinary: Ordinary | None = None,
 ) -> tuple[list[Continuation], int]:
-    """(samples after the ids `start` (T,), how much was edited for them). `on_text` gets the text of each piece by
-    piece, whole characters only."""
-    found, n_edited = [], 0
-    known = reader.meta.get("vocab_size")  # beyond it: padding of the vocabulary
+    """(samples after the ids `start` (T,), how much was edited for them). A sample ends after n_tokens, or at a token
+    that ends a text. `on_text` gets the text of each piece by piece, whole characters only."""
+    samples, n_edited = [], 0
+    known = reader.meta.get("vocab_size")  # ids from here on pad the vocabulary
     for number in range(sampling.n_samples):
         generator, ids = torch.Generator().manual_seed(sampling.seed + number), [*start]
-        before = text = shown = text_of(reader.tokenizer, start)
-        for left in tqdm(range(sampling.n_tokens)[::-1], desc=name, disable=True if on_text else None, leave=False):
+        prompt = text = shown = text_of(reader.tokenizer, start)
+        for remaining in tqdm(range(sampling.n_tokens)[::-1], name, disable=True if on_text else None, leave=False):
             logits, edited = next_logits(subject, window(reader, ids), condition, ordinary)
             ids.append(drawn(logits[:known], sampling, generator))
-            text, n_edited = text_of(reader.tokenizer, ids), n_edited + edited
-            if on_text and not (left and text.endswith("\ufffd")):
+            n_edited += edited
+            ends = ids[-1] in reader.end_ids
+            text = text if ends else text_of(reader.tokenizer, ids)
+            if on_text and not (remaining and not ends and text.endswith("\ufffd")):
                 on_text(name, number, text[len(shown) :])
                 shown = text
-        losses = subject.losses(window(reader, ids))[0, -sampling.n_tokens :]
-        found.append(Continuation(ids=ids[len(start) :], text=text[len(before) :], loss=losses.mean().item()))
-    return found, n_edited
+            if ends:
+                break
+        losses = subject.losses(window(reader, ids))[0, len(start) - len(ids) :]
+        samples.append(Continuation(ids=ids[len(start) :], text=text[len(prompt) :], loss=losses.mean().item()))
+    return samples, n_edited

@@ -794,6 +794,7 @@ class PromptFindings(Record):
     checkpoint: CheckpointEntry
     model: dict[str, Any]
     loss: float
+    bits_per_byte: float | None = sometimes()
     tokens: list[PromptToken]
     layers: list[str]
     magnitudes: list[list[float]]

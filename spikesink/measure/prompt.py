@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..hooks import hooked, on_streams
 from ..models.subject import Subject, map_rows
+from . import metrics
 from .examples import TOKENS, Examples, unpacked
 from .findings import (
     CheckpointEntry,
@@ -35,12 +36,17 @@ SHOWN = 40  # tokens of the vocabulary, and channels, that are listed
 
 
 def inspect(
-    subject: Subject, ids: torch.Tensor, checkpoint: CheckpointEntry, model: dict[str, Any], ordinary: Ordinary
+    subject: Subject,
+    ids: torch.Tensor,
+    checkpoint: CheckpointEntry,
+    model: dict[str, Any],
+    ordinary: Ordinary,
+    predicted_bytes: int | None = None,
 ) -> PromptFindings:
     """Findings of one sequence, ids (1, T): per token, and per head where each query looks.
 
-    `ordinary`: what is usual on ordinary text, with which its few tokens are compared.
-    Memory is O(T) per head: of each row of a map only the key that gets most is kept.
+    `ordinary`: what is usual on ordinary text; a prompt has too few tokens to say. `predicted_bytes`: of the predicted
+    tokens' text. Memory is O(T) per head, since only the key that gets most is kept of each row of a map.
     """
     looks: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: the key that gets most, and how much (H, T)
     whole = Examples(sequences=1, tokens=subject.stream_ids(ids).size(1), shown=4 * TOKENS)
@@ -55,6 +61,7 @@ def inspect(
         checkpoint=checkpoint,
         model=model,
         loss=obs.loss.mean().item(),
+        bits_per_byte=metrics.bits_per_byte((obs.loss * obs.predicted).sum().item(), predicted_bytes),
         tokens=[_token(subject, obs, peaks, t, alpha, targets) for t in range(T)],
         layers=[tap.name for tap in subject.streams],
         magnitudes=obs.sum.magnitudes[:, 0].tolist(),
@@ -120,26 +127,27 @@ class Enough(Exception):
 
 @torch.no_grad()
 def vocabulary(
-    subject: Subject, found: Findings, ids: torch.Tensor, vocab_size: int, batch_size: int = 512
+    subject: Subject, findings: Findings, ids: torch.Tensor, vocab_size: int, batch_size: int = 512
 ) -> Vocabulary:
     """For every token of the vocabulary, how far above its threshold its |h| is when it stands first, and second.
 
-    Thresholds are those of `found`, the findings on ordinary text: a lone token has none worth the name. What stands
-    before it in second place is the first token of the first sequence of `ids`.
+    The thresholds are those of the `findings` on ordinary text, since a lone token has none worth the name. In second
+    place it follows the first token of the first sequence of `ids`.
     """
     before = ids[:1, :1]
     with tqdm(total=2 * vocab_size, desc="vocabulary", disable=None, leave=False) as bar:
         places = [
-            _vocabulary_place(subject, found, context, vocab_size, batch_size, bar) for context in (ids[:1, :0], before)
+            _vocabulary_place(subject, findings, context, vocab_size, batch_size, bar)
+            for context in (ids[:1, :0], before)
         ]
     return Vocabulary(vocab_size=vocab_size, before=subject.text(int(before)), first=places[0], second=places[1])
 
 
 def _vocabulary_place(
-    subject: Subject, found: Findings, context: torch.Tensor, vocab_size: int, batch_size: int, bar: tqdm
+    subject: Subject, findings: Findings, context: torch.Tensor, vocab_size: int, batch_size: int, bar: tqdm
 ) -> VocabularyPlace:
     """Every token after the `context` (1, T)."""
-    entries = [layer.usual for layer in found.layers[: subject.attended.stop]]
+    entries = [layer.usual for layer in findings.layers[: subject.attended.stop]]
     usual = [
         Usual(torch.tensor(u.layer), torch.from_numpy(unpacked(u.channels)), torch.tensor(u.typical)) for u in entries
     ]
@@ -164,8 +172,8 @@ def _vocabulary_place(
                 text=subject.text(i),
                 ratio=ratio[i].item(),
                 strength=strength[i].item(),
-                after=found.layers[int(layer[i])].kind,
-                layer=found.layers[int(layer[i])].layer,
+                after=findings.layers[int(layer[i])].kind,
+                layer=findings.layers[int(layer[i])].layer,
                 channel=int(channel[i]),
             )
             for i in strength.argsort(descending=True)[:SHOWN].tolist()
@@ -179,11 +187,11 @@ def _peaks(subject: Subject, ids: torch.Tensor, usual: list[Usual]) -> tuple[tor
     rows: list[torch.Tensor] = []
 
     def last_token(x: torch.Tensor) -> None:
-        state, of = x.float().view(*subject.stream_ids(ids).shape, -1)[:, -1].cpu(), usual[len(rows)]
-        size = state.abs()
-        strength, channel = (size * of.per_threshold).max(-1)
-        strength = torch.minimum(strength, peaked(size.amax(-1), state.norm(dim=-1), state.size(-1)))
-        ratio = size.gather(1, channel[:, None])[:, 0] / of.layer.clamp_min(1e-30)
+        state, here = x.float().view(*subject.stream_ids(ids).shape, -1)[:, -1].cpu(), usual[len(rows)]
+        magnitude = state.abs()
+        strength, channel = (magnitude * here.per_threshold).max(-1)
+        strength = torch.minimum(strength, peaked(magnitude.amax(-1), state.norm(dim=-1), state.size(-1)))
+        ratio = magnitude.gather(1, channel[:, None])[:, 0] / here.layer.clamp_min(1e-30)
         rows.append(torch.stack((strength, ratio, channel.float())))
         if len(rows) == len(usual):
             raise Enough

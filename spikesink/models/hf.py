@@ -660,8 +660,8 @@ class Tokenizer:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special_ids = {str(token): number for number, token in added.items() if getattr(token, "special", False)}
         self.prefix_ids, self.suffix_ids = self._frame()
-        eos_id = getattr(tokenizer, "eos_token_id", None)
-        self.separator_id = eos_id if self.bos_id is None else self.bos_id  # a chat model's EOS ends turns
+        self.eos_id = getattr(tokenizer, "eos_token_id", None)
+        self.separator_id = self.eos_id if self.bos_id is None else self.bos_id  # a chat model's EOS ends turns
         if END in getattr(tokenizer, "all_special_tokens", ()):
             self.separator_id = tokenizer.convert_tokens_to_ids(END)
 

@@ -238,6 +238,11 @@ class Reader:
         return framed
 
     @property
+    def end_ids(self) -> set[int | None]:
+        """The ids that end a text: what stands between documents, and the tokenizer's end-of-text token."""
+        return {self.separator_id, getattr(self.tokenizer, "eos_id", None)} - {None}
+
+    @property
     def fingerprint(self) -> str | None:
         """A hash of how the tokenizer splits FINGERPRINT; None if it cannot encode text."""
         with contextlib.suppress(UserError):

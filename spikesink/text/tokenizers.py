@@ -134,11 +134,23 @@ class NoTokenizer:
         return f"<{token}>"
 
 
-class CharTokenizer(NoTokenizer):
+class CharTokenizer:
     """One id per character, as listed in meta.json or nanoGPT's meta.pkl. Synthetic data uses it."""
 
     def __init__(self, chars: str, bos_id: int | None = None) -> None:
         self.chars, self.bos_id = chars, bos_id
+        self.ids = {char: i for i, char in enumerate(chars)}
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Texts -> arrays of ids. Raises UserError naming a character that the alphabet lacks."""
+        unknown = next((char for text in texts for char in text if char not in self.ids), None)
+        if unknown is not None:
+            raise UserError(f"the model's alphabet of {len(self.chars)} characters has no {unknown!r}")
+        return [np.array([self.ids[char] for char in text], dtype=np.int64) for text in texts]
+
+    def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
+        """See `spans_of`."""
+        return [(ids.tolist(), [(i, i + 1) for i in range(len(ids))]) for ids in self.encode(texts)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
