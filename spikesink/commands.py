@@ -24,7 +24,7 @@ from .models import checkpoint, hf
 from .models.lab import Lab, open_lab
 from .options import Options, Sampling, add_flags, from_flags, option
 from .show import report
-from .show.ablation_text import what_broke
+from .show.ablation_text import samples_in_words
 from .show.text import grid, printable
 
 NO_PAGE = "none: it needs pip install 'spikesink[pages]'"
@@ -179,7 +179,7 @@ def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | No
     if page:
         page.comparison_page(html_path, names, found)
     print(grid(*report.comparison_table(names, found)))
-    if differ := report.tokens_differ(found):
+    if differ := report.nats_note(found):
         print(f"\n{differ}")
     differs = report.architecture_table(names, found)
     if differs.rows:
@@ -266,7 +266,7 @@ def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
 
     loaded = api.load(args.checkpoint, options, lab=lab)
     found = api.sample(loaded, args.prompt, drawing, args.edit, show)
-    print(f"\n\n{what_broke(found)}" if found.edit else "")
+    print(f"\n\n{samples_in_words(found)}" if found.edit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- export
