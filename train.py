@@ -967,7 +967,7 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
 
 def in_bits(run: Run) -> str:
     """The last validation loss in bits per byte, for a line of text; '' if the text of the tokens is not at hand."""
-    data, prefix_ids = run.val_data, (run.val_data.meta.get("bos_id"),) if run.cfg.bos else ()
+    data, prefix_ids = run.val_data, (run.val_data.meta["bos_id"],) if run.cfg.bos else ()
     x, y = data.read(data.windows(0, min(EVAL_WINDOWS * run.cfg.eval_iters, data.n_windows)))
     tokenizer, config = tokenizer_of(data.meta), run.model_config
     reader = Reader(tokenizer, data.meta, run.cfg.dataset, prefix_ids, (), config.block_size, config.vocab_size)

@@ -26,7 +26,7 @@ from spikesink.errors import Flags, UserError, cli
 from spikesink.files import save_text
 from spikesink.measure.findings import Findings, Interval, Measures
 from spikesink.show.ablation_text import cause_in_words
-from spikesink.show.text import interval, number, visible
+from spikesink.show.text import format_interval, number, visible
 from studies.tables import markdown_table
 from train import provenance
 
@@ -268,7 +268,7 @@ def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long
 
 def with_interval(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
     """A number with its interval, as text."""
-    return " ".join(filter(None, (number(x, form), interval(ci, form))))
+    return " ".join(filter(None, (number(x, form), format_interval(ci, form))))
 
 
 def first_cells(row: Row) -> list[str]:

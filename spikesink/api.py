@@ -421,8 +421,8 @@ def sample(
 ) -> Samples:
     """What a model says after a prompt; and again, with the same seeds, under the intervention `edit`.
 
-    A sample ends at a token that ends a text. Spikes are compared with what is usual on the text that the model reads by
-    default, or on Python's documentation, which also gives the means that some edits need. `on_text` is called with ("clean" or `edit`,
+    A sample ends at a token that ends a text. The text that the model reads by default, or Python's documentation, says
+    what is usual, and gives the means that some edits need. `on_text` is called with ("clean" or `edit`,
     number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
     token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
     """
@@ -476,9 +476,9 @@ def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = 
 def edited(look: Look, name: str, control: str | None = None) -> contextlib.AbstractContextManager[Look]:
     """A context manager: inside it, `look.loss` and `look.losses` are those of the edited model.
 
-    `name`: an intervention of interventions.INTERVENTIONS or REMOVALS. `control`: one of its controls, in its place. The
-    clean model fixes on each batch what is edited, so edits combine in any order. Raises UserError for an unknown name
-    or control, where there is no BOS to remove, and where an edit needs other text and there is none.
+    `name`: of interventions.INTERVENTIONS or REMOVALS; `control`: one of its controls, in its place. The clean model
+    fixes on each batch what is edited, so edits combine in any order. Raises UserError for an unknown name or control,
+    where there is no BOS to remove, and where an edit needs other text and there is none.
     """
     intervention = interventions.intervention_named(name, control)
     if intervention.kind == "bos" and not has_bos(look.subjects[0], look.data.bos):

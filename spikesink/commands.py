@@ -24,7 +24,7 @@ from .models import checkpoint, hf
 from .models.lab import Lab, open_lab
 from .options import Options, Sampling, add_flags, from_flags, option
 from .show import report
-from .show.ablation_text import what_broke
+from .show.ablation_text import samples_in_words
 from .show.text import grid, printable
 
 NO_PAGE = "none: it needs pip install 'spikesink[pages]'"
@@ -188,7 +188,7 @@ def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | No
     if page:
         page.comparison_page(html_path, names, findings)
     print(grid(*report.comparison_table(names, findings)))
-    if warning := report.tokens_differ(findings):
+    if warning := report.nats_note(findings):
         print(f"\n{warning}")
     differences = report.architecture_table(names, findings)
     if differences.rows:
@@ -275,7 +275,7 @@ def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
 
     loaded = api.load(args.checkpoint, options, lab=lab)
     samples = api.sample(loaded, args.prompt, drawing, args.edit, show)
-    print(f"\n\n{what_broke(samples)}" if samples.edit else "")
+    print(f"\n\n{samples_in_words(samples)}" if samples.edit else "")
 
 
 # ------------------------------------------------------------------------------------------------------- export

@@ -104,12 +104,12 @@ STUDY = {
             + _conditions(table)
         ),
         wide=True,
-        needs=_done_arms,
+        is_drawable=_done_arms,
     ),
     "course": Figure(
         _course,
         lambda table: "The course over training, with a line for each seed." + _conditions(table),
-        needs=_done_arms,
+        is_drawable=_done_arms,
     ),
     "plane": Figure(
         _plane,
@@ -117,6 +117,6 @@ STUDY = {
             "Do spikes and sinks come together? Each point is a run. Dashed: the spike rule. Best head: the share of "
             "sequences in which one and the same head has a sink." + _conditions(table)
         ),
-        needs=_done_arms,
+        is_drawable=_done_arms,
     ),
 }

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from spikesink.show.text import interval as format_interval
-from spikesink.show.text import number
+from spikesink.show.text import format_interval, number
 from studies.aggregate import MIN_SEEDS, Estimate, estimate, known
 from studies.runs.measures import measure_of
 from studies.table import Arm, Contrast, Table

@@ -16,7 +16,7 @@ def study_page(folder: str | Path, table: Table) -> None:
         folder / "index.html",
         "study.html",
         templates=PAGES,
-        found=table,
+        study=table,
         counts=tables.counts(table),
         moving=tables.still_moving(table),
         judged=hypotheses.judge(table),

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from spikesink.measure.findings import SCHEMA
 from spikesink.measure.spikes import SPIKE_RATIO
-from spikesink.show.text import grid, number
-from spikesink.show.text import interval as format_interval
+from spikesink.show.text import format_interval, grid, number
 from studies import aggregate
 from studies.aggregate import MIN_SEEDS, Change, Estimate, estimate, last_tenth, moves, onset
 from studies.hypotheses import judge

@@ -53,7 +53,9 @@ def test_where_windows_leave_no_key_enough_queries(tmp_path):
     assert narrow.sinks.possible == [False, False] and narrow.sinks.at().best_eligible is None
     assert narrow.sinks.primary_rule.tokens == 0
     terminal = " ".join(report.terminal(narrow).split())
-    assert "with at least T/4 queries is none" in terminal and "In attn 0, attn 1 the window is too short" in terminal
+    assert (
+        "No key is seen by at least T/4 queries" in terminal and "In attn 0, attn 1 the window is too short" in terminal
+    )
     with spikesink.open(tiny(window=8), tokens=many(8), nulls=0) as look:  # a quarter of 32 queries see it
         assert spikesink.detect(look).sinks.possible == [True, True]
 

@@ -15,7 +15,7 @@ from spikesink.errors import UserError
 from spikesink.measure.observe import Ordinary
 from spikesink.options import Options, Sampling
 from spikesink.show import report
-from spikesink.show.ablation_text import what_broke
+from spikesink.show.ablation_text import samples_in_words
 from spikesink.text.sequences import Reader
 from spikesink.text.tokenizers import ByteTokenizer, NoTokenizer, n_bytes
 
@@ -111,7 +111,7 @@ def test_an_edit_is_made_anew_for_every_token():
         ids = torch.cat((ids, torch.multinomial(p, 1, generator=generator)), 1)
     assert found.edited[0].ids == ids[0, 7:].tolist() != found.clean[0].ids and found.n_edited > 6
     assert "".join(piece for name, _, piece in pieces if name == "sink_mask") == found.edited[0].text
-    assert "stdlib of Python" in what_broke(found)
+    assert "stdlib of Python" in samples_in_words(found)
 
 
 def test_text_comes_in_whole_characters(monkeypatch):
@@ -130,11 +130,13 @@ def test_text_comes_in_whole_characters(monkeypatch):
 def test_what_broke_counts_what_a_reader_sees():
     clean = [Continuation(ids=[1, 2, 3, 4, 5, 6, 7, 8], text="", loss=2.0)]
     edited = [Continuation(ids=[1, 2, 9, 9, 9, 9, 9, 8], text="", loss=5.0)]
-    words = what_broke(Samples(prompt="", clean=clean, edit="spike_zero", edited=edited, n_edited=3, reference="some"))
+    words = samples_in_words(
+        Samples(prompt="", clean=clean, edit="spike_zero", edited=edited, n_edited=3, reference="some")
+    )
     assert "first 2 of 8 tokens" in words and "2.00 nats per token on its own text, 5.00" in words
     assert "0% repeat an earlier one in the clean text, 20%" in words
     same = Samples(prompt="", clean=clean, edit="spike_zero", edited=clean, n_edited=3, reference="some")
-    assert "first 8 of 8" in what_broke(same)
+    assert "first 8 of 8" in samples_in_words(same)
 
 
 def test_a_long_prompt_loses_its_start_and_this_is_said(capsys):
@@ -210,8 +212,8 @@ def test_nats_of_different_tokenizers_do_not_stand_side_by_side():
             (b if isinstance(tokenizer, NoTokenizer) else a).append(spikesink.detect(look))
     same, differ = report.comparison_table(["a", "b"], a), report.comparison_table(["a", "b"], [a[0], b[0]])
     rows = lambda table: {row[0]: row[1:] for row in table.rows}
-    assert rows(same)["loss, nats per token"][0] == f"{a[0].data.loss:.4f}" and report.tokens_differ(a) is None
-    assert "loss, nats per token" not in rows(differ) and "different tokenizers" in report.tokens_differ([a[0], b[0]])
+    assert rows(same)["loss, nats per token"][0] == f"{a[0].data.loss:.4f}" and report.nats_note(a) is None
+    assert "loss, nats per token" not in rows(differ) and "different tokenizers" in report.nats_note([a[0], b[0]])
     assert rows(differ)["bits per byte"] == [f"{a[0].data.bits_per_byte:.4f}", "–"]
     assert "not at hand" in report.conditions(b[0].checkpoint, b[0].data)
 

@@ -169,7 +169,7 @@ def test_ablate_probes_a_model_that_reads_text(cli, tmp_path, monkeypatch):
         assert names == ["none", "bos_remove", "bos_remove/second_token"]  # the model has no spikes
     assert "BLiMP under" in text and "linear probe under" in text
     page = (tmp_path / "report.html").read_text()
-    assert "selectivity by layer" in page and "Change of BLiMP accuracy" in page
+    assert "selectivity by layer" in page and "How the accuracy on BLiMP changes" in page
     code, text, _ = cli("ablate.py", tmp_path / "ckpt.pt", *out, "--only", "bos_remove", "--no-probes")
     assert code == 0 and "BLiMP" not in text and "Not probed" not in text
     assert cli("ablate.py", tmp_path / "ckpt.pt", "--only", "spike_zap")[0] == 2

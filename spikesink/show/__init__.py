@@ -1,1 +1,1 @@
-"""Findings as text, figures and pages. Reads findings, never a model."""
+"""Turns findings into text, figures and pages. Nothing here reads a model."""

@@ -1,4 +1,4 @@
-"""The figures of what ablate finds."""
+"""Figures of ablate's findings."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,31 +11,31 @@ from ..edit.causes import MARGIN, NEEDED
 from ..edit.findings import Ablation, Blimp, Cause, Effect, Linear, Lost
 from ..measure.findings import Place
 from .drawing import GREY, INK, SINK, SPIKE, Figure, canvas, name_ticks, thinned
-from .text import on_text
+from .figures import measured_on
 
-KIND_COLORS = {"spike": SPIKE, "sink": SINK}  # of an intervention that has a kind of its own: INK
-
-
-def _shown(found: Ablation) -> list[tuple[str, Effect, str]]:
-    """(label, effect, colour) of every intervention that edited something, each followed by its controls."""
-    shown: list[tuple[str, Effect, str]] = []
-    for entry in found.entries:
-        shown.append((entry.name, entry, KIND_COLORS.get(entry.kind, INK)))
-        shown += [(f"control: {control.name}", control, GREY) for control in entry.control]
-    return [one for one in shown if one[1].edited]
+KIND_COLORS = {"spike": SPIKE, "sink": SINK}  # any other kind of intervention: INK
 
 
-def _deltas(found: Ablation) -> Canvas:
-    shown = _shown(found)
-    figure, axes = canvas(lines=0.95 * len(shown))
-    smallest = min((abs(e.delta_loss) for _, e, _ in shown if abs(e.delta_loss) > 1e-3), default=1e-3)
+def _effects(ablation: Ablation) -> list[tuple[str, Effect, str]]:
+    """Returns (label, effect, colour) of each intervention that edited something, followed by its controls."""
+    effects: list[tuple[str, Effect, str]] = []
+    for entry in ablation.entries:
+        effects.append((entry.name, entry, KIND_COLORS.get(entry.kind, INK)))
+        effects += [(f"control: {control.name}", control, GREY) for control in entry.control]
+    return [row for row in effects if row[1].edited]
+
+
+def _deltas(ablation: Ablation) -> Canvas:
+    effects = _effects(ablation)
+    figure, axes = canvas(lines=0.95 * len(effects))
+    smallest = min((abs(e.delta_loss) for _, e, _ in effects if abs(e.delta_loss) > 1e-3), default=1e-3)
     axes.set_xscale("symlog", linthresh=smallest)
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest))
-    for i, (_, effect, color) in enumerate(shown):
+    for i, (_, effect, color) in enumerate(effects):
         if effect.ci95:
             axes.plot(effect.ci95, [i, i], color=color, lw=2)
         axes.plot(effect.delta_loss, i, "o", color=color, markersize=4)
-    axes.set_yticks(range(len(shown)), [label for label, _, _ in shown])
+    axes.set_yticks(range(len(effects)), [label for label, _, _ in effects])
     axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, lw=0.8)
@@ -43,67 +43,67 @@ def _deltas(found: Ablation) -> Canvas:
     return figure
 
 
-def _causes(found: Ablation) -> Canvas:
-    shown: list[tuple[str, Lost, str]] = []
-    for cause in _judged(found):
+def _causes(ablation: Ablation) -> Canvas:
+    losses: list[tuple[str, Lost, str]] = []
+    for cause in _judged_causes(ablation):
         color = {"sinks": SINK, "spikes": SPIKE}[cause.asked]
-        shown.append((f"{cause.asked} without {cause.removed}: {cause.by}, {cause.verdict}", cause.lost, color))
-        shown += [(f"control: {control.name}", control.lost, GREY) for control in cause.control]
-    figure, axes = canvas(lines=0.95 * len(shown))
-    for i, (_, lost, color) in enumerate(shown):
+        losses.append((f"{cause.asked} without {cause.removed}: {cause.by}, {cause.verdict}", cause.lost, color))
+        losses += [(f"control: {control.name}", control.lost, GREY) for control in cause.control]
+    figure, axes = canvas(lines=0.95 * len(losses))
+    for i, (_, lost, color) in enumerate(losses):
         if lost.ci95:
             axes.plot(lost.ci95, [i, i], color=color, lw=2)
         if lost.share is not None:
             axes.plot(lost.share, i, "o", color=color, markersize=4)
-    axes.set_yticks(range(len(shown)), [label for label, _, _ in shown])
+    axes.set_yticks(range(len(losses)), [label for label, _, _ in losses])
     axes.margins(y=0.02)
     axes.invert_yaxis()
     for bound in (MARGIN, NEEDED):
         axes.axvline(bound, color=GREY, lw=0.8, ls=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlim(left=max(-1.05, axes.get_xlim()[0]))  # sinks may grow many times
-    axes.set_xlabel("share lost (dotted: bounds)")
+    axes.set_xlabel("share that is lost (dotted: bounds)")
     return figure
 
 
-def _judged(found: Ablation) -> list[Cause]:
-    return [cause for cause in found.causes if cause.judged]
+def _judged_causes(ablation: Ablation) -> list[Cause]:
+    return [cause for cause in ablation.causes if cause.judged]
 
 
-def _loss_by_position(found: Ablation) -> Canvas:
+def _loss_by_position(ablation: Ablation) -> Canvas:
     figure, (top, bottom) = canvas(2, 1, height=1.5, sharex=True)
-    top.plot(*thinned(found.baseline.by_position), color=INK)
+    top.plot(*thinned(ablation.baseline.by_position), color=INK)
     top.set(ylabel="loss, clean model")
-    wanted = {
+    drawn = {
         "spike_zero": (SPIKE, "-"),
         "spike_mean": (SPIKE, ":"),
         "sink_mask": (SINK, "-"),
         "bos_remove": (INK, "--"),
     }
-    for entry in found.interventions:
-        if entry.name in wanted and entry.edited:
-            color, style = wanted[entry.name]
+    for entry in ablation.interventions:
+        if entry.name in drawn and entry.edited:
+            color, style = drawn[entry.name]
             bottom.plot(*thinned(entry.by_position), style, color=color, lw=1.2, label=entry.name)
     bottom.axhline(0, color=GREY, lw=0.8)
-    bottom.set(ylabel="its change", xlabel="position at which the prediction is made")
+    bottom.set(ylabel="change of the loss", xlabel="position at which the prediction is made")
     if bottom.get_legend_handles_labels()[1]:
         bottom.legend()
     return figure
 
 
-def _state_change(found: Ablation) -> Canvas:
+def _state_change(ablation: Ablation) -> Canvas:
     figure, panels = canvas(1, 2, sharey=True)
-    wanted = {"spike_zero": SPIKE, "spike_constant": INK, "sink_mask": SINK}
-    entries = [entry for entry in found.entries if entry.name in wanted and entry.edited]
+    drawn = {"spike_zero": SPIKE, "spike_constant": INK, "sink_mask": SINK}
+    entries = [entry for entry in ablation.entries if entry.name in drawn and entry.edited]
     curves = {
         "spike tokens": {entry.name: [tap.spike_tokens for tap in entry.state_change] for entry in entries},
         "other tokens": {entry.name: [tap.others for tap in entry.state_change] for entry in entries},
     }
-    for axes, (title, of) in zip(panels, curves.items(), strict=True):
-        for name, values in of.items():
+    for axes, (title, values_by_name) in zip(panels, curves.items(), strict=True):
+        for name, values in values_by_name.items():
             if None not in values:
-                axes.plot(values, "-o", markersize=3, color=wanted[name], label=name)
-        _name_taps(axes, found.taps)
+                axes.plot(values, "-o", markersize=3, color=drawn[name], label=name)
+        _name_taps(axes, ablation.taps)
         axes.set_title(title)
     panels[0].set_ylabel("|h' - h| / |h|")
     handles = {h.get_label(): h for axes in panels for h in axes.get_lines()}
@@ -116,16 +116,16 @@ def _name_taps(axes: Axes, taps: Iterable[Place]) -> None:
     name_ticks(axes.xaxis, [tap.name for tap in taps], 8)
 
 
-def _selectivity(found: Ablation) -> Canvas:
-    assert isinstance(found.probes.linear, Linear)
-    conditions = found.probes.linear.conditions
+def _selectivity(ablation: Ablation) -> Canvas:
+    assert isinstance(ablation.probes.linear, Linear)
+    conditions = ablation.probes.linear.conditions
     tasks = conditions[0].tasks
     figure, panels = canvas(1, len(tasks), sharey=True)
-    wanted = {"none": (INK, "-"), "spike_zero": (SPIKE, "-"), "spike_mean": (SPIKE, ":"), "sink_mask": (SINK, "-")}
+    drawn = {"none": (INK, "-"), "spike_zero": (SPIKE, "-"), "spike_mean": (SPIKE, ":"), "sink_mask": (SINK, "-")}
     for axes, (task, clean) in zip(panels, tasks.items(), strict=True):
         for row in conditions:
-            if row.name in wanted:
-                color, style = wanted[row.name]
+            if row.name in drawn:
+                color, style = drawn[row.name]
                 taps = row.tasks[task]
                 axes.plot([tap.selectivity for tap in taps], style, color=color, label=row.name, lw=1.4)
         low, high = zip(*(tap.selectivity_ci95 for tap in clean), strict=True)
@@ -138,13 +138,13 @@ def _selectivity(found: Ablation) -> Canvas:
     return figure
 
 
-def _blimp(found: Ablation) -> Canvas:
-    assert isinstance(found.probes.blimp, Blimp)
-    rows = found.probes.blimp.conditions[1:]
+def _blimp(ablation: Ablation) -> Canvas:
+    assert isinstance(ablation.probes.blimp, Blimp)
+    rows = ablation.probes.blimp.conditions[1:]
     fields = list(rows[0].by_field)
     figure, panels = canvas(1, len(fields), lines=len(rows), sharey=True)
-    kinds = {entry.name: entry.kind for entry in found.entries}
-    color_of = lambda name: GREY if "/" in name else KIND_COLORS.get(kinds[name], SINK)
+    kinds = {entry.name: entry.kind for entry in ablation.entries}
+    color_of = lambda name: GREY if "/" in name else KIND_COLORS.get(kinds[name], SINK)  # "/": a control
     for axes, name in zip(panels, fields, strict=True):
         for i, row in enumerate(rows):
             part, color = row.by_field[name], color_of(row.name)
@@ -159,62 +159,59 @@ def _blimp(found: Ablation) -> Canvas:
     return figure
 
 
-def _on_this(found: Ablation) -> str:
-    return f" Measured on {on_text(found.data)}."
+def _has_effects(ablation: Ablation) -> bool:
+    return bool(_effects(ablation))
 
 
-def _edits(found: Ablation) -> bool:
-    return bool(_shown(found))
+def _has_probe(kind: type[Blimp] | type[Linear]) -> Callable[[Ablation], bool]:
+    """Returns whether a probe of an ablation was run under more conditions than the clean model."""
 
+    def is_drawable(ablation: Ablation) -> bool:
+        probes = [p for p in (ablation.probes.blimp, ablation.probes.linear) if isinstance(p, kind)]
+        return _has_effects(ablation) and any(len(probe.conditions) > 1 for probe in probes)
 
-def _probed(kind: type[Blimp] | type[Linear]) -> Callable[[Ablation], bool]:
-    """Whether a probe was run under more conditions than the clean model."""
-
-    def needs(found: Ablation) -> bool:
-        run = [of for of in (found.probes.blimp, found.probes.linear) if isinstance(of, kind)]
-        return _edits(found) and any(len(of.conditions) > 1 for of in run)
-
-    return needs
+    return is_drawable
 
 
 ABLATION = {
     "deltas": Figure(
         _deltas,
-        lambda found: (
-            "Change of the loss under each intervention (orange: on spikes, blue: on sinks) and, in grey, under its "
-            "matched controls; 95% intervals. The axis is linear near 0, then logarithmic." + _on_this(found)
+        lambda ablation: (
+            "How the loss changes under each intervention (orange: on spikes, blue: on sinks) and under its matched "
+            "controls (grey), with 95% intervals. The axis is linear near 0 and logarithmic beyond."
+            + measured_on(ablation)
         ),
-        needs=_edits,
+        is_drawable=_has_effects,
     ),
     "causes": Figure(
         _causes,
-        lambda found: (
-            "Do sinks need spikes, do spikes need sinks? How much of the attention of sinks, or of |h| of spikes, that "
-            "lie downstream is lost when the other is removed, and, in grey, under the controls; and the verdicts."
-            + _on_this(found)
+        lambda ablation: (
+            "Do sinks need spikes, and do spikes need sinks? The share of their attention that sinks lose when spikes "
+            "are removed upstream of them, or the share of |h| that spikes lose when sinks are (grey: under controls). "
+            f"Dotted: the bounds of the verdicts, {MARGIN:.0%} and {NEEDED:.0%}." + measured_on(ablation)
         ),
-        needs=lambda found: bool(_judged(found)),
+        is_drawable=lambda ablation: bool(_judged_causes(ablation)),
     ),
     "loss_by_position": Figure(
         _loss_by_position,
-        lambda found: "The loss by position, nats, and how the main interventions change it." + _on_this(found),
-        needs=_edits,
+        lambda f: "The loss by position, in nats, and how the main interventions change it." + measured_on(f),
+        is_drawable=_has_effects,
     ),
     "state_change": Figure(
         _state_change,
-        lambda found: "How far states move under the main interventions, |h' - h| / |h| by layer." + _on_this(found),
-        needs=lambda found: _edits(found) and any(e.kind == "spike" and e.edited for e in found.interventions),
+        lambda f: "How far the main interventions move hidden states: |h' - h| / |h| by layer." + measured_on(f),
+        is_drawable=lambda f: _has_effects(f) and any(e.kind == "spike" and e.edited for e in f.interventions),
     ),
     "linear": Figure(
         _selectivity,
-        lambda found: "Linear probes: selectivity by layer, accuracy minus that of the control task; band: 95%.",
+        lambda _: "Linear probes: selectivity by layer (accuracy minus that of the control task); band: 95%.",
         wide=True,
-        needs=_probed(Linear),
+        is_drawable=_has_probe(Linear),
     ),
     "blimp": Figure(
         _blimp,
-        lambda found: "Change of BLiMP accuracy under each intervention and, in grey, its first control; 95%.",
+        lambda _: "How the accuracy on BLiMP changes under each intervention and its first control (grey); 95%.",
         wide=True,
-        needs=_probed(Blimp),
+        is_drawable=_has_probe(Blimp),
     ),
 }

@@ -1,4 +1,4 @@
-"""How figures are drawn: one table entry each, the page's style and the paper's, SVG that follows a page's colours."""
+"""Draws figures in the style of a page, as SVG that takes the page's colours, or of a paper. Each is a `Figure`."""
 
 import contextlib
 import io
@@ -38,16 +38,16 @@ STYLE: dict[str, Any] = {
 
 
 def _sizes(font: float, width: float, height: float, wide: float) -> dict[bool, dict[str, Any]]:
-    """rc entries: the font, and the size of a canvas of one or of two columns, in inches."""
+    """Returns {is the figure wide: matplotlib's rc entries}; the font is in points, the rest in inches."""
     sizes = dict.fromkeys(("axes.titlesize", "axes.labelsize", "legend.fontsize"), font)
     ticks = dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), font - 0.5)
     return {
-        at: {**STYLE, "font.size": font, **sizes, **ticks, "figure.figsize": (inches, height)}
-        for at, inches in ((False, width), (True, wide))
+        is_wide: {**STYLE, "font.size": font, **sizes, **ticks, "figure.figsize": (inches, height)}
+        for is_wide, inches in ((False, width), (True, wide))
     }
 
 
-# a page's figures are as wide as a phone, at its scale; a paper's have a journal's columns
+# a page's figures are as wide as a phone's screen, a paper's as one or two columns of a journal
 STYLES = {"page": _sizes(9, 5.2, 2.9, 10.4), "paper": _sizes(8, 3.35, 2.1, 6.9)}
 
 
@@ -57,16 +57,16 @@ def _style(kind: str, wide: bool) -> contextlib.AbstractContextManager[None]:
 
 
 class Figure(NamedTuple):
-    """A figure: how it is drawn from what was found, what its caption says, and whether there is anything to draw."""
+    """How to draw a figure of some findings, how to caption it, and whether they have anything to draw."""
 
     draw: Callable[[Any], Canvas]
     caption: Callable[[Any], str]
     wide: bool = False
-    needs: Callable[[Any], Any] = lambda found: True
+    is_drawable: Callable[[Any], Any] = lambda findings: True
 
 
 class Drawn(NamedTuple):
-    """A figure on a page."""
+    """A figure that was drawn for a page."""
 
     name: str
     svg: str
@@ -77,9 +77,10 @@ class Drawn(NamedTuple):
 def canvas(
     rows: int = 1, columns: int = 1, height: float = 1.0, lines: float = 0, **options: Any
 ) -> tuple[Canvas, Any]:
-    """`subplots` on a canvas of the style's width; `height` in its usual heights, or enough for `lines` of text."""
-    width, usual = mpl.rcParams["figure.figsize"]
-    inches = (lines + 4) * 1.45 * mpl.rcParams["font.size"] / 72 if lines else height * usual
+    """Returns a canvas of the style's width, and its subplots. It is `height` times as high as the style says, or high
+    enough for so many `lines` of text."""
+    width, style_height = mpl.rcParams["figure.figsize"]
+    inches = (lines + 4) * 1.45 * mpl.rcParams["font.size"] / 72 if lines else height * style_height
     figure = Canvas(figsize=(width, inches))
     return figure, figure.subplots(rows, columns, **options)
 
@@ -91,66 +92,66 @@ def _svg(figure: Canvas, **options: Any) -> str:
 
 
 def page_svg(figure: Canvas) -> str:
-    """SVG to stand in a page, whose colours it takes."""
+    """Returns SVG that takes the colours of the page around it."""
     svg = _svg(figure, transparent=True)
     for color, name in PAGE_COLOURS.items():
         svg = svg.replace(color, name)
     return svg[svg.index("<svg") :]
 
 
-def for_page(table: Mapping[str, Figure], found: Any) -> dict[str, Drawn]:
-    """{name: Drawn} of those figures of a {name: Figure} that there is something to draw of."""
+def for_page(table: Mapping[str, Figure], findings: Any) -> dict[str, Drawn]:
+    """Returns {name: Drawn} of the figures in a {name: Figure} for which the findings have anything to draw."""
     drawn = {}
-    for name, of in table.items():
-        if of.needs(found):
-            with _style("page", of.wide):
-                figure = of.draw(found)
-                drawn[name] = Drawn(name, page_svg(figure), of.caption(found), of.wide)
+    for name, figure in table.items():
+        if figure.is_drawable(findings):
+            with _style("page", figure.wide):
+                svg = page_svg(figure.draw(findings))
+                drawn[name] = Drawn(name, svg, figure.caption(findings), figure.wide)
     return drawn
 
 
-def for_paper(table: Mapping[str, Figure], found: Any) -> Iterator[tuple[str, str, bytes, str]]:
-    """Yields (name, SVG text, PNG bytes, caption) of the same figures in a paper's style."""
-    for name, of in table.items():
-        if of.needs(found):
-            with _style("paper", of.wide):
-                figure, png = of.draw(found), io.BytesIO()
-                figure.savefig(png, format="png")
-                yield name, _svg(figure), png.getvalue(), of.caption(found)
+def for_paper(table: Mapping[str, Figure], findings: Any) -> Iterator[tuple[str, str, bytes, str]]:
+    """Yields (name, SVG text, PNG bytes, caption) of the same figures in the style of a paper."""
+    for name, figure in table.items():
+        if figure.is_drawable(findings):
+            with _style("paper", figure.wide):
+                drawing, png = figure.draw(findings), io.BytesIO()
+                drawing.savefig(png, format="png")
+                yield name, _svg(drawing), png.getvalue(), figure.caption(findings)
 
 
 # ------------------------------------------------------------------------------------------- parts of figures
 
 
 def label(text: str, longest: int = 12) -> str:
-    """A token's text as a label: visible, short, and not read as mathematics."""
+    """Returns a token's text as a label: visible, short, and with $ escaped, which would start mathematics."""
     shown = visible(text)
     return (shown if len(shown) <= longest else shown[: longest - 1] + "…").replace("$", r"\$")
 
 
-def columns_of(text: str) -> int:
-    """How many columns a monospaced text takes."""
+def display_width(text: str) -> int:
+    """Returns how many columns a text takes in a monospaced font."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def name_ticks(axis: Axis, names: Sequence[Any], at_most: int = 14, turn: int = 40) -> None:
-    """Names along an axis, evenly thinned."""
+    """Puts names along an axis, `at_most` so many of them, evenly spaced, at an angle of `turn` degrees."""
     step = -(-len(names) // at_most)
-    turned: dict[str, Any] = {"rotation": turn, "ha": "right" if turn < 90 else "center"} if turn else {}
-    axis.set_ticks(range(0, len(names), step), names[::step], **turned)
+    rotation: dict[str, Any] = {"rotation": turn, "ha": "right" if turn < 90 else "center"} if turn else {}
+    axis.set_ticks(range(0, len(names), step), names[::step], **rotation)
 
 
 def log_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers, in more places where the values span little."""
+    """Puts plain numbers on a logarithmic axis, and more of them if the values span a small range."""
     positive = [x for x in values if x > 0]
-    near = positive and max(positive) < 50 * min(positive)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
+    is_narrow = positive and max(positive) < 50 * min(positive)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def thinned(values: Sequence[float], at_most: int = 600) -> tuple[list[int], list[float]]:
-    """(x, y) of a long curve: its start as it is, then the largest of as many neighbours as needed."""
+    """Returns (x, y) of a long curve: all of its start, then the largest of every few neighbours."""
     start, rest = values[: at_most // 4], values[at_most // 4 :]
     n = max(1, -(-len(rest) // at_most))
     x = [*range(len(start)), *range(len(start), len(values), n)]
@@ -158,7 +159,7 @@ def thinned(values: Sequence[float], at_most: int = 600) -> tuple[list[int], lis
 
 
 def shade_bar(figure: Canvas, image: Any, axes: Axes, text: str | None = None) -> Any:
-    """A colour bar for a shaded image."""
+    """Draws the colour bar of a shaded image."""
     bar = figure.colorbar(image, ax=axes, label=text)
     bar.outline.set_visible(False)
     assert bar.solids
@@ -174,7 +175,7 @@ def heat(
     color: str,
     vmax: float | None = None,
 ) -> Canvas:
-    """A heat map of tokens (columns) against layers or heads (rows)."""
+    """Draws a heat map of tokens (columns) against layers or heads (rows)."""
     figure, axes = canvas(lines=min(len(rows), 60) * 0.8 + 5)
     image = axes.imshow(values, aspect="auto", cmap=SHADES[color], vmin=0, vmax=vmax, interpolation="nearest")
     name_ticks(axes.xaxis, columns, 60, 90)

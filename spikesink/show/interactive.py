@@ -1,4 +1,4 @@
-"""What the scripts of a page work on: the examples of a part as they are shown, and plotly, once, compressed."""
+"""Prepares what the scripts of a page read: the examples of each part, and plotly, once and compressed."""
 
 import base64
 import functools
@@ -14,21 +14,21 @@ from ..schema import to_json
 from .figures import best_layer, largest_matrix
 from .text import visible
 
-CAPTIONS = {  # of the figures that answer; the still ones have their own
+CAPTIONS = {  # of the interactive figures; the still ones have captions of their own
     "text": (
-        "The text, token by token. Choose what colours it; point at a token, tap it, or go through them with the arrow "
-        "keys for its numbers. ␣ is a space, ⏎ a new line. Colour on a log scale for magnitudes, linear for attention."
+        "The text, token by token. You choose what the colour shows: magnitudes, on a log scale, or attention, on a "
+        "linear one. Point at a token, tap it or use the arrow keys to read its numbers. ␣ is a space, ⏎ a new line."
     ),
     "matrix": (
-        "|h| of every token and channel of the first sequence, after the layer that you choose; drag to turn it. Where "
-        "there are many channels, neighbouring ones are shown by their largest, and the most extreme stand alone. "
-        "Colour: |h| over the layer's median, on a log scale."
+        "|h| of every token and channel in the first sequence, after the layer that you choose. Drag to turn it. In a "
+        "model of many channels, neighbouring channels share a column, which shows the largest of them; the most "
+        "extreme channels have columns of their own. Colour: |h| divided by the layer's median, on a log scale."
     ),
 }
 
 
 def live(name: str, examples: ExamplesEntry | None) -> dict[str, Any] | None:
-    """What a page needs to make the figures of one part answer; None where nothing was kept of its text."""
+    """Returns what the interactive figures of one part need; None if the findings hold no text of it."""
     if examples is None:
         return None
     matrices = examples.matrices
@@ -48,5 +48,5 @@ def live(name: str, examples: ExamplesEntry | None) -> dict[str, Any] | None:
 
 @functools.cache
 def plotly() -> str:
-    """plotly.js, gzip in base64: a page inflates it when the 3-D figure comes into view."""
+    """Returns plotly.js as gzip in base64. A page inflates it when its 3-D figure comes into view."""
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

@@ -1,5 +1,5 @@
-"""Findings -> self-contained HTML pages, and figures as files. Needs the extra `pages`: importing this raises UserError
-where it is missing."""
+"""Writes findings as self-contained HTML pages, and figures as files. It needs the extra `pages`: without it, importing
+this module raises UserError."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +30,8 @@ def write_page(
     templates: Path = PAGES,
     **values: Any,
 ) -> None:
-    """Writes a page; `alive`: interactive.live of the parts whose figures answer; `templates`: the folder it is in.
-    Raises UserError."""
+    """Writes a page from a template, with `values` as its variables. `alive` holds what interactive.live returns for
+    each part; `templates` is the folder of the template. Raises UserError."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([templates, PAGES]), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -42,8 +42,8 @@ def write_page(
 
 
 def detection_page(path: str | Path, findings: Findings, ablation: Ablation | None = None) -> None:
-    """Writes the page of a checkpoint: the findings, and the ablation if there is one. Raises UserError."""
-    parts = [_detection_part(name, found) for name, found in findings.all_parts]
+    """Writes the page of a checkpoint, with its ablation if there is one. Raises UserError."""
+    parts = [_detection_part(name, part) for name, part in findings.all_parts]
     write_page(
         path,
         "detect.html",
@@ -56,61 +56,60 @@ def detection_page(path: str | Path, findings: Findings, ablation: Ablation | No
     )
 
 
-def _detection_part(name: str, found: Findings) -> dict[str, Any]:
-    """What the page shows of a part of the findings."""
-    anatomy = found.anatomy
+def _detection_part(name: str, findings: Findings) -> dict[str, Any]:
+    """Returns the variables of the page for one part of the findings."""
+    anatomy = findings.anatomy
     return {
         "name": name,
-        "findings": found,
-        "figures": drawing.for_page(figures.DETECTION, found),
-        "live": interactive.live(name, found.examples),
-        "summary": report.summary(found) + report.anatomy_lines(anatomy),
-        "layers": report.layer_table(found),
+        "findings": findings,
+        "figures": drawing.for_page(figures.DETECTION, findings),
+        "live": interactive.live(name, findings.examples),
+        "summary": report.summary(findings) + report.anatomy_lines(anatomy),
+        "layers": report.layer_table(findings),
         "inner": report.inner_table(anatomy) if anatomy else None,
         "places": report.places_sentence(anatomy) if anatomy else "",
-        "heads": report.head_table(found),
-        "nulls": report.null_table(found) if found.nulls else None,
-        "history": report.history_table(found.history or ()),
+        "heads": report.head_table(findings),
+        "nulls": report.null_table(findings) if findings.nulls else None,
+        "history": report.history_table(findings.history or ()),
     }
 
 
 def ablation_parts(ablation: Ablation) -> list[dict[str, Any]]:
-    """What the page shows of each part of an ablation."""
+    """Returns the variables of the page for each part of an ablation."""
     return [
         {
             "name": name,
-            "found": found,
-            "answers": ablation_text.answers(found),
-            "table": ablation_text.rows(found),
-            "classes": ablation_text.class_rows(found),
-            "probes": ablation_text.probe_tables(found),
-            "figures": drawing.for_page(ablation_figures.ABLATION, found),
+            "note": part.note,
+            "answers": ablation_text.answers(part),
+            "table": ablation_text.intervention_table(part),
+            "classes": ablation_text.class_table(part),
+            "probes": ablation_text.probe_tables(part),
+            "figures": drawing.for_page(ablation_figures.ABLATION, part),
         }
-        for name, found in ablation.all_parts
+        for name, part in ablation.all_parts
     ]
 
 
-def prompt_page(path: str | Path, found: PromptFindings) -> None:
+def prompt_page(path: str | Path, findings: PromptFindings) -> None:
     """Writes the page of a prompt. Raises UserError."""
     parts: list[dict[str, Any]] = [
         {
             "name": name,
-            "found": part,
             "sentence": report.prompt_sentence(part),
             "figures": drawing.for_page(figures.PROMPT, part),
             "live": interactive.live(name, part.examples),
             "rows": report.prompt_table(part),
             "heads": report.prompt_head_table(part),
         }
-        for name, part in found.all_parts
+        for name, part in findings.all_parts
     ]
     alive = [part["live"] for part in parts]
-    write_page(path, "prompt.html", alive=alive, found=found, parts=parts, note=report.PROMPT_NOTE)
+    write_page(path, "prompt.html", alive=alive, findings=findings, parts=parts, note=report.PROMPT_NOTE)
 
 
 def comparison_page(path: str | Path, names: Sequence[str], all_findings: Sequence[Findings]) -> None:
-    """Writes the page that puts checkpoints side by side. Raises UserError."""
-    pairs, differ = list(zip(names, all_findings, strict=True)), report.tokens_differ(all_findings)
+    """Writes the page that compares checkpoints side by side. Raises UserError."""
+    pairs, nats_note = list(zip(names, all_findings, strict=True)), report.nats_note(all_findings)
     write_page(
         path,
         "compare.html",
@@ -119,19 +118,19 @@ def comparison_page(path: str | Path, names: Sequence[str], all_findings: Sequen
         rows=report.comparison_table(names, all_findings),
         architecture=report.architecture_table(names, all_findings),
         drawn=drawing.for_page(figures.COMPARISON, pairs),
-        conditions=[(name, report.conditions(found.checkpoint, found.data, not differ)) for name, found in pairs],
-        differ=differ,
+        conditions=[(name, report.conditions(f.checkpoint, f.data, not nats_note)) for name, f in pairs],
+        nats_note=nats_note,
         history=report.history_table(history.findings_rows(all_findings)),
     )
 
 
 def figure_files(folder: str | Path, *drawn: tuple[Mapping[str, drawing.Figure], Iterable[tuple[str, Any]]]) -> str:
-    """Writes NAME.svg and NAME.png of every figure of (table, parts) pairs, a part being (its name, what was found),
-    and captions.txt. Returns a line that says so. Raises UserError."""
+    """Writes every figure as NAME.svg and NAME.png, and captions.txt. Each of `drawn` is a table of figures with the
+    (name, findings) of every part. Returns a line that lists the files. Raises UserError."""
     folder, captions = Path(folder), []
     for table, parts in drawn:
-        for part, found in parts:
-            for name, svg, png, caption in drawing.for_paper(table, found):
+        for part, findings in parts:
+            for name, svg, png, caption in drawing.for_paper(table, findings):
                 stem = f"{part}-{name}" if part else name
                 save_text(folder / f"{stem}.svg", svg)
                 save_bytes(folder / f"{stem}.png", png)

@@ -1,4 +1,4 @@
-"""Findings -> words and tables for a terminal; pages and figures, which need more packages, are made by page.py."""
+"""Turns findings into words and tables for a terminal. page.py makes pages and figures, which need more packages."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ from ..measure.rules import BEST_HEAD, Rule
 from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES, needed_heads
 from ..measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 from . import ablation_text
-from .text import Column, Table, grid, interval, number, table, turned, visible
+from .text import Column, Table, format_interval, grid, number, table, transposed_table, visible
 
 T = TypeVar("T")
 
@@ -37,44 +37,48 @@ T = TypeVar("T")
 
 
 def conditions(checkpoint: CheckpointEntry, data: DataEntry, nats: bool = True) -> str:
-    """Under what conditions every number of findings was measured; without `nats`, the loss in bits per byte alone."""
+    """Returns on what findings were measured, and the loss; without `nats`, the loss in bits per byte alone."""
     digest = (checkpoint.sha256 or "unknown")[:12]
-    ragged = "up to " if data.tokens < data.n_seq * data.seq_len else ""
+    up_to = "up to " if data.tokens < data.n_seq * data.seq_len else ""
     step = "" if checkpoint.step is None else f"step {checkpoint.step}, "
-    start = "each starting with BOS" if data.bos else "no BOS"
+    start = "each of which starts with BOS" if data.bos else "without BOS"
     if data.n_register:
-        start += f", after {data.n_register} registers (positions count from the first register)"
+        start += f", after {data.n_register} registers (position 0 is the first register)"
     losses = [f"{data.loss:.3f} nats per token"] if nats else []
     if data.bits_per_byte is not None:
         losses.append(f"{data.bits_per_byte:.3f} bits per byte")
     elif data.predicted_bytes == 0:
-        losses.append("no bits per byte, as the text of its tokens is not at hand")
+        losses.append("no bits per byte, since the text of its tokens is not at hand")
     loss = f"loss {', '.join(losses)}" + ("" if data.loss_of == "the next token" else f" (of {data.loss_of})")
     if math.isnan(data.loss):
-        loss = "no language-model head: no loss"
+        loss = "no loss, since the model has no language-model head"
     return (
-        f"{data.n_seq} sequences of {ragged}{data.seq_len} tokens of {data.name}, {start}, {data.dtype}; "
+        f"{data.n_seq} sequences of {up_to}{data.seq_len} tokens of {data.name}, {start}, {data.dtype}; "
         f"{step}sha256 {digest}; {loss}"
     )
 
 
 def verdict_lines(findings: Findings) -> list[str]:
-    """A line per phenomenon: present, absent or underpowered, and why."""
-    return [f"{name}: {of.verdict.upper()}. {of.reason}." for name, of in findings.verdicts.by_name.items()]
+    """Returns a line per phenomenon: present, absent or underpowered, and why."""
+    return [f"{name}: {v.verdict.upper()}. {v.reason}." for name, v in findings.verdicts.by_name.items()]
 
 
 def summary(findings: Findings) -> list[str]:
-    """What was found, a sentence each for spikes, sinks and co-occurrence, with the numbers."""
+    """Returns what the numbers say about spikes, sinks and co-occurrence: a paragraph each."""
     sinks = findings.sinks
     gu = sinks.at(PRIMARY_SINK_EPSILON)
     best = gu.best_eligible
-    strongest = f"is position {best.position}, {best.rate:.1%}" if best else "is none: no key has as many"
+    strongest = "No key is seen by at least T/4 queries"
+    if best:
+        strongest = (
+            f"Among keys that at least T/4 queries see, the strongest is position {best.position} ({best.rate:.1%})"
+        )
     return [
         _spike_sentences(findings),
-        f"Sinks: Gu et al.'s Sink_1 at epsilon {gu.epsilon} is {gu.first:.1%} {interval(gu.first_ci95, '.1%')} of "
-        f"heads; the strongest key with at least T/4 queries {strongest}. Position 0 holds "
-        f"{sinks.share[0]:.1%} of all attention; {sinks.share_uniform[0]:.1%} if every query spread it evenly over "
-        f"all that it may see. A token is called a sink if it is one in at least {sinks.heads_needed} of the "
+        f"Sinks: the first token is a sink in {gu.first:.1%} {format_interval(gu.first_ci95, '.1%')} of heads (Gu et "
+        f"al.'s Sink_1 at epsilon {gu.epsilon}). {strongest}. Position 0 gets "
+        f"{sinks.share[0]:.1%} of all attention; it would get {sinks.share_uniform[0]:.1%} if every query spread "
+        f"its attention evenly. A token is called a sink if it is one in at least {sinks.heads_needed} of the "
         f"{sum(map(len, sinks.alpha_first))} heads." + _windows(sinks),
         _overlap_sentence(findings.co_occurrence),
     ]
@@ -82,138 +86,127 @@ def summary(findings: Findings) -> list[str]:
 
 def _spike_sentences(findings: Findings) -> str:
     spikes, top = findings.spikes, findings.spikes.tokens[0]
-    here, layer = spikes.sum, findings.layers[top.index]
-    usual = layer.usual.layer  # 0 where most of the stream is
+    total, read, layer = spikes.sum, spikes.read, findings.layers[top.index]
+    median = layer.usual.layer  # 0 if most of the stream is
+    states = "the same state every time" if total.states == 1 else f"in {total.states} different states"
     lines = [
-        f"Spikes: {here.tokens} tokens ({here.fraction:.2%}) are spikes, in {here.sequences:.0%} of sequences; they "
-        f"are {here.states} different {'state' if here.states == 1 else 'states'}.",
+        f"Spikes: {total.tokens} tokens ({total.fraction:.2%}) are spikes{f', {states}' if total.tokens else ''}; "
+        f"{total.sequences:.0%} of sequences have one.",
         f"The rule: {spikes.primary_rule.threshold}.",
-        f"The strongest is {visible(top.text)} at position {top.position}: |h| {top.magnitude:.4g} in channel "
-        f"{top.channel} after {layer.name}, {number(top.magnitude / usual if usual else None, '.0f')} x the median "
-        f"there and {top.strength:.1f} x the threshold, with {number(top.energy_share, '.0%')} of the token's energy "
-        f"and {number(top.norm_ratio)} x a typical token's norm.",
+        f"The strongest token is {visible(top.text)} at position {top.position}. Its |h| is {top.magnitude:.4g} in "
+        f"channel {top.channel} after {layer.name}, {number(top.magnitude / median if median else None, '.0f')} x the "
+        f"median there and {top.strength:.1f} x the threshold. That entry is {number(top.energy_share, '.0%')} of the "
+        f"token's energy, and the token's norm is {number(top.norm_ratio)} x a typical one.",
     ]
-    if here.in_embedding:
+    if total.in_embedding:
+        lines.append(f"{total.in_embedding:.0%} of them are spikes in the embedding already: they are parameters.")
+    if read:
         lines.append(
-            f"{here.in_embedding:.0%} of them are spikes in the embedding already: there a spike is a parameter."
+            f"Behind the norms, as the sub-layers read the stream, {read.tokens} tokens ({read.fraction:.2%}) are "
+            f"spikes, in {read.sequences:.0%} of sequences."
         )
-    if spikes.read:
-        read = spikes.read
-        lines.append(
-            f"Behind the norms, as sub-layers read the stream, {read.tokens} tokens ({read.fraction:.2%}) are, in "
-            f"{read.sequences:.0%} of sequences."
-        )
-    if here.last is not None:
-        lines.append(f"At the last tap, which no attention reads, {here.last:.2%} of tokens are.")
-    outliers = ", ".join(
-        f"{of.channel} ({of.ratio:.0f}x, {of.layers:.0%} of layers)" for of in spikes.outlier_channels[:5]
-    )
+    if total.last is not None:
+        lines.append(f"After the last sub-layer, which no attention reads, {total.last:.2%} of tokens are spikes.")
+    outliers = ", ".join(f"{c.channel} ({c.ratio:.0f}x, {c.layers:.0%} of layers)" for c in spikes.outlier_channels[:5])
     if outliers:
-        lines.append(f"Outlier channels, large in nearly every token and so no spikes: {outliers}.")
-    lines.append(f"The absolute rule of Sun et al. marks {spikes.rules['massive'].tokens} tokens.")
+        lines.append(f"Outlier channels are large in nearly every token, so they are no spikes: {outliers}.")
+    lines.append(f"By the absolute rule of Sun et al., {spikes.rules['massive'].tokens} tokens are massive.")
     return " ".join(lines)
 
 
 def _windows(sinks: SinkFindings) -> str:
-    """Which layers cannot have a sink."""
+    """Returns a sentence on the layers that cannot have a sink."""
     names = [seam.name for seam, possible in zip(sinks.seams, sinks.possible, strict=True) if not possible]
-    return (
-        f" In {', '.join(names)} the window is too short for a sink: fewer than T/4 queries see a key." if names else ""
-    )
+    return f" In {', '.join(names)} the window is too short for sinks: too few queries see a key." if names else ""
 
 
-def _overlap_sentence(both: CoOccurrence) -> str:
-    if not (both.spike_tokens and both.sink_tokens):
+def _overlap_sentence(overlap: CoOccurrence) -> str:
+    if not (overlap.spike_tokens and overlap.sink_tokens):
+        return f"Co-occurrence: undefined, with {overlap.spike_tokens} spike and {overlap.sink_tokens} sink tokens."
+    ci, sink_given, spike_given = overlap.ci95, overlap.p_sink_given_spike, overlap.p_spike_given_sink
+    rest = _without_first(overlap.without_first)
+    if overlap.by_construction:
         return (
-            f"Co-occurrence: undefined, with {both.spike_tokens} spike tokens and {both.sink_tokens} sink tokens "
-            "by these rules."
+            f"Co-occurrence: P(sink | spike) is {sink_given:.0%}, P(spike | sink) {spike_given:.0%}. But the spikes or "
+            "the sinks are the same state in every sequence, so this is a single observation, which position explains "
+            f"by construction. {rest}"
         )
-    ci = both.ci95
-    if both.by_construction:
-        return (
-            f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%}, P(spike | sink) "
-            f"{both.p_spike_given_sink:.0%}; the spikes or the sinks are one state, the same in every sequence, so "
-            "this is one observation, and that position explains it is so by construction. "
-            + _without_first(both.without_first)
-        )
+    lift = f"{number(overlap.lift, '.2f')} {format_interval(ci.lift, '.2f')}".strip()
     return (
-        f"Co-occurrence: P(sink | spike) {both.p_sink_given_spike:.0%} {interval(ci.p_sink_given_spike, '.0%')}, "
-        f"P(spike | sink) {both.p_spike_given_sink:.0%} {interval(ci.p_spike_given_sink, '.0%')}, lift over what "
-        f"position alone explains {' '.join((number(both.lift, '.2f'), interval(ci.lift, '.2f'))).strip()}, p "
-        f"{both.p_permutation:.3g}. {_without_first(both.without_first)}"
+        f"Co-occurrence: P(sink | spike) is {sink_given:.0%} {format_interval(ci.p_sink_given_spike, '.0%')}, "
+        f"P(spike | sink) {spike_given:.0%} {format_interval(ci.p_spike_given_sink, '.0%')}. The lift over what "
+        f"position alone explains is {lift}, p {overlap.p_permutation:.3g}. {rest}"
     )
 
 
 def _without_first(rest: Overlap) -> str:
     if not (rest.spike_tokens and rest.sink_tokens):
-        return f"Without position 0: {rest.spike_tokens} spike tokens, {rest.sink_tokens} sink tokens."
+        return f"Without position 0 there are {rest.spike_tokens} spike tokens and {rest.sink_tokens} sink tokens."
     return (
-        f"Without position 0: P(sink | spike) {rest.p_sink_given_spike:.0%}, "
-        f"lift {number(rest.lift, '.2f')}, p {rest.p_permutation:.3g}."
+        f"Without position 0, P(sink | spike) is {rest.p_sink_given_spike:.0%}, and the lift is "
+        f"{number(rest.lift, '.2f')}, p {rest.p_permutation:.3g}."
     )
 
 
-def anatomy_lines(of: Anatomy | None) -> list[str]:
-    """How the spike is made, and what the sinks' keys look like, in sentences."""
-    if of is None:
+def anatomy_lines(anatomy: Anatomy | None) -> list[str]:
+    """Returns sentences on how the spike is made, and on what the sinks' keys look like."""
+    if anatomy is None:
         return []
-    up, down = of.step_up, of.step_down
+    up, down = anatomy.step_up, anatomy.step_down
+    ends = "no step-down (none loses a tenth of its peak)."
+    if down:
+        ends = f"a step-down at {down.name} for {down.tokens:.0%} ({down.part_of_peak:+.0%} of the peak)."
+    channels = ", ".join(
+        f"{c.channel} ({c.value:+.4g}, {c.ratio:+.2f} +- {c.ratio_std:.2f} of the first)" for c in anatomy.channels[:4]
+    )
     lines = [
-        f"Anatomy ({of.of}: {of.tokens} in {of.n_seq} sequences, {of.distinct_tokens} distinct). Step-up "
-        f"at {up.name} for {up.tokens:.0%} of them ({up.part_of_peak:.0%} of the peak); "
-        + (
-            f"step-down at {down.name} for {down.tokens:.0%} ({down.part_of_peak:+.0%} of the peak)."
-            if down
-            else "no step-down (none loses a tenth of its peak)."
-        ),
-        "Shared channels: "
-        + ", ".join(
-            f"{c.channel} ({c.value:+.4g}, {c.ratio:+.2f} +- {c.ratio_std:.2f} of the first)" for c in of.channels[:4]
-        )
-        + ".",
+        f"Anatomy ({anatomy.of}): {anatomy.tokens} tokens in {anatomy.n_seq} sequences, {anatomy.distinct_tokens} "
+        f"distinct. There is a step-up at {up.name} for {up.tokens:.0%} of them ({up.part_of_peak:.0%} of the peak), "
+        f"and {ends}",
+        f"They share channels: {channels}.",
     ]
-    if of.episodes:
-        lines.append("Episodes: " + "; ".join(map(_episode, of.episodes)) + ".")
-    cosines = [(row.spikes, row) for row in of.normed_cosine if row.spikes is not None]
+    if anatomy.episodes:
+        lines.append(f"The spikes last from {'; from '.join(map(_episode, anatomy.episodes))}.")
+    cosines = [(row.spikes, row) for row in anatomy.normed_cosine if row.spikes is not None]
     if cosines:
-        cosine, most = max(cosines, key=lambda pair: pair[0])
+        cosine, row = max(cosines, key=lambda pair: pair[0])
         lines.append(
-            f"Normalised, these tokens are most alike at the input of {most.name}: mean cosine "
-            f"{cosine:.2f}, {number(most.others, '.2f')} between other tokens."
+            f"Once normalised, these tokens are most alike at the input of {row.name}: their mean cosine is "
+            f"{cosine:.2f}, against {number(row.others, '.2f')} between other tokens."
         )
-    heads = [head for row in of.key_subspace for head in row.heads if head.dims95]
-    return lines + ([_key_sentence(heads)] if heads else []) + _form_lines(of)
+    heads = [head for row in anatomy.key_subspace for head in row.heads if head.dims95]
+    return lines + ([_key_sentence(heads)] if heads else []) + _form_lines(anatomy)
 
 
-def _episode(of: Episode) -> str:
+def _episode(episode: Episode) -> str:
     return (
-        f"{of.start.name} to {of.end.name} ({of.tokens:.0%} of the spike tokens; |h| {of.magnitude:.4g} at its "
-        f"largest, {of.ratio:.0f} x the median, most often in channel {of.channel})"
+        f"{episode.start.name} to {episode.end.name} ({episode.tokens:.0%} of the spike tokens; |h| is "
+        f"{episode.magnitude:.4g} at most, {episode.ratio:.0f} x the median, most often in channel {episode.channel})"
     )
 
 
 def _key_sentence(heads: list[KeyDimensions]) -> str:
     mean = lambda counts: sum(count or 0 for count in counts) / len(heads)
     return (
-        f"Sink keys: 95% of their energy in {mean(head.dims95 for head in heads):.1f} dimensions on average over "
-        f"{len(heads)} heads, {mean(head.others_dims95 for head in heads):.1f} for as many other keys."
+        f"Sink keys have 95% of their energy in {mean(head.dims95 for head in heads):.1f} dimensions, as many other "
+        f"keys in {mean(head.others_dims95 for head in heads):.1f} (means over {len(heads)} heads)."
     )
 
 
-def _form_lines(of: Anatomy) -> list[str]:
-    form = of.quadratic_form
+def _form_lines(anatomy: Anatomy) -> list[str]:
+    form = anatomy.quadratic_form
     if form is None:
         return []
-    listed = lambda channels: ", ".join(f"{c.channel} ({c.norm:.2f}x, {c.dominance:.2f})" for c in channels)
+    in_words = lambda channels: ", ".join(f"{c.channel} ({c.norm:.2f}x, {c.dominance:.2f})" for c in channels)
     return [
-        f"Quadratic form of ffn {form.layer} (norm over the median channel's, part held by one direction): "
-        f"shared channels {listed(form.channels)}; random channels {listed(form.others)}."
+        f"The quadratic form of ffn {form.layer}, by channel (its norm over the median channel's; the part of it in "
+        f"one direction): shared channels {in_words(form.channels)}; random channels {in_words(form.others)}."
     ]
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
-Sides = tuple[SideStats, SideStats | None]  # a tap's sum, and what is read of it
+Sides = tuple[SideStats, SideStats | None]  # a tap's sum, and what the next sub-layer reads of it
 _of_sum = lambda key: lambda sides: attrgetter(key)(sides[0])
 _of_read = lambda key: lambda sides: None if sides[1] is None else attrgetter(key)(sides[1])
 LAYER = (
@@ -228,7 +221,7 @@ LAYER = (
     Column("as read: top1/median", _of_read("ratio"), ".1f"),
     Column("spike tokens", _of_read("spike_tokens"), ".2%"),
 )
-# title -> of the sinks, numbers by layer and head (L, H)
+# title -> numbers by layer and head (L, H)
 HEAD: dict[str, Callable[[SinkFindings], list[list[float]]]] = {
     f"Sink_1 ({PRIMARY_SINK_EPSILON})": lambda sinks: sinks.at(PRIMARY_SINK_EPSILON).by_head,
     "alpha_1": attrgetter("alpha_first"),
@@ -268,26 +261,25 @@ VOCABULARY_TOKEN = (
 
 
 def layer_table(findings: Findings) -> Table:
-    """A row per tap of the residual stream: its sum, and behind the norm, as the next sub-layer reads it."""
+    """Returns a row per tap of the residual stream: its sum, and what the next sub-layer reads behind the norm."""
     reads = {row.index: row for row in findings.reads}
     return table(LAYER, [(row, reads.get(row.index)) for row in findings.layers])
 
 
 def head_table(findings: Findings, strongest: int | None = None) -> Table:
-    """A row per head, in order; or so many rows, those with the most attention on the first key, first."""
+    """Returns a row per head; with `strongest`, only so many, those with the most attention on the first key first."""
     sinks = findings.sinks
-    numbers = {title: of(sinks) for title, of in HEAD.items()}
     at = lambda by_head: lambda head: by_head[head[0]][head[1]]
     name = lambda head: f"{sinks.seams[head[0]].name.removeprefix('attn ')}.{head[1]}"
     heads = [(layer, head) for layer, row in enumerate(sinks.alpha_first) for head in range(len(row))]
     if strongest is not None:
         heads = sorted(heads, key=at(sinks.alpha_first), reverse=True)[:strongest]
-    return table([Column("head", name), *(Column(title, at(by_head)) for title, by_head in numbers.items())], heads)
+    return table([Column("head", name), *(Column(title, at(values(sinks))) for title, values in HEAD.items())], heads)
 
 
 def null_table(findings: Findings) -> Table:
-    """The model beside its nulls; percentages of tokens, but of sequences where it says so."""
-    measured = lambda of: lambda row: "" if isinstance(row[1], Skipped) else of(row[1])
+    """Returns a row for the model and for each null. Percentages are of tokens unless a heading says otherwise."""
+    measured = lambda value: lambda row: "" if isinstance(row[1], Skipped) else value(row[1])
     rate = lambda name, key: measured(lambda measures: getattr(measures.rules[name], key))
     columns = [
         Column("measured on", _null_name),
@@ -305,49 +297,46 @@ def null_table(findings: Findings) -> Table:
 
 
 def _null_name(row: tuple[str, Measures | Skipped]) -> str:
-    name, of = row
-    return f"{name} (skipped: {of.skipped})" if isinstance(of, Skipped) else name.replace("_", " ")
+    name, null = row
+    return f"{name} (skipped: {null.skipped})" if isinstance(null, Skipped) else name.replace("_", " ")
 
 
-def inner_table(of: Anatomy) -> Table:
-    """The tensors off the stream, sub-layer by sub-layer."""
-    by_name = {place: {row.name: row for row in rows} for place, rows in of.inner.items()}
+def inner_table(anatomy: Anatomy) -> Table:
+    """Returns a row per sub-layer: the sizes of the tensors inside it, off the stream."""
+    by_name = {place: {row.name: row for row in rows} for place, rows in anatomy.inner.items()}
     number_of = lambda place, key: lambda name: getattr(by_name[place][name], key) if name in by_name[place] else None
-    columns = [Column("of", str)]
-    for place in of.inner:
+    columns = [Column("sub-layer", str)]
+    for place in anatomy.inner:
         columns.append(Column(f"{place} top1", number_of(place, "top1"), ".4g"))
         columns.append(Column(f"{place} top1/median", number_of(place, "ratio"), ".1f"))
     columns.append(Column("update kurtosis", number_of("update", "kurtosis")))
     return table(columns, by_name.get("update", ()))
 
 
-def places_sentence(of: Anatomy) -> str:
-    """What the columns of `inner_table` are, in words."""
-    places = "; ".join(f"{place}: {text}" for place, text in of.places.items())
-    return f"On the {of.n_seq} sequences that were dissected. {places}."
+def places_sentence(anatomy: Anatomy) -> str:
+    """Returns what the columns of `inner_table` are, in words."""
+    places = "; ".join(f"{place}: {text}" for place, text in anatomy.places.items())
+    return f"Measured on the {anatomy.n_seq} sequences of the anatomy. {places}."
 
 
 def history_table(rows: Iterable[HistoryRow]) -> Table:
-    """What happened over training."""
+    """Returns a row per step of training."""
     return table(HISTORY, rows)
 
 
-# ----------------------------------------------------------------------------------------------- terminal
-
-
 def by_part(parts: Sequence[tuple[str, T]], text: Callable[[T], str]) -> str:
-    """The text of each part, under its name where there are several."""
+    """Returns the texts of the parts; if there are several, each under its name."""
     title = lambda name: f"== {name} ==\n\n" if len(parts) > 1 else ""
-    return "\n\n".join(title(name) + text(of) for name, of in parts)
+    return "\n\n".join(title(name) + text(part) for name, part in parts)
 
 
 def terminal(findings: Findings) -> str:
-    """The findings as text, part by part."""
+    """Returns the findings as text, part by part."""
     return by_part(findings.all_parts, _terminal_part)
 
 
 def _terminal_part(findings: Findings, heads: int = 16) -> str:
-    """One part; the `heads` heads with the most attention on the first key."""
+    """Returns one part as text, with the `heads` heads that pay the most attention to the first key."""
     n_heads = sum(map(len, findings.sinks.alpha_first))
     more = f"\n({n_heads - heads} more heads in the JSON and the page)" if n_heads > heads else ""
     return "\n\n".join(
@@ -364,19 +353,16 @@ def _terminal_part(findings: Findings, heads: int = 16) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------- a prompt
-
 PROMPT_NOTE = (
-    "|h|: the token's magnitude in the residual stream where it is most above the spike rule's threshold, after which "
-    "sub-layer, and against that layer's median and the threshold on ordinary text. share: of all attention. alpha: "
-    "mean attention from the queries that can see the token, in the head that gives it most; * fewer than T/4 queries, "
-    "where ordinary local attention is large too."
+    "|h|: the token's largest magnitude in the residual stream, after the sub-layer where it is most above the "
+    "threshold of the spike rule; x median and x threshold compare it with ordinary text. share: the token's share of "
+    "all attention. alpha: the mean attention from the queries that can see the token, in the head that gives it the "
+    "most. * marks tokens that fewer than T/4 queries see: there even ordinary local attention is large."
 )
 
 
-def prompt_table(found: PromptFindings) -> Table:
-    """A row per token."""
-    named = lambda at: f"{visible(found.tokens[at].text)} @{at}"
+def prompt_table(findings: PromptFindings) -> Table:
+    """Returns a row per token of a prompt."""
     columns = (
         Column("token", lambda token: visible(token.text)),
         Column("position", attrgetter("position"), "d"),
@@ -390,87 +376,83 @@ def prompt_table(found: PromptFindings) -> Table:
         Column("alpha", lambda token: number(token.alpha) + ("*" if token.few_queries else "")),
         Column("head", attrgetter("head")),
         Column("sink in", lambda token: f"{token.sink_heads} heads"),
-        Column("most heads look at", lambda token: f"{named(token.looks_at.position)} ({token.looks_at.heads})"),
+        Column("most heads look at", lambda t: f"{_token_at(findings, t.looks_at.position)} ({t.looks_at.heads})"),
     )
-    return table(columns, found.tokens)
+    return table(columns, findings.tokens)
 
 
-def prompt_head_table(found: PromptFindings, strongest: int | None = None) -> Table:
-    """The token each head attends to most, heads with the strongest such token first."""
-    named = lambda at: f"{visible(found.tokens[at].text)} @{at}"
+def _token_at(findings: PromptFindings, position: int) -> str:
+    return f"{visible(findings.tokens[position].text)} @{position}"
+
+
+def prompt_head_table(findings: PromptFindings, strongest: int | None = None) -> Table:
+    """Returns the token that each head attends to most, the heads with the most attention on it first."""
     alpha = lambda head: head.alpha[head.most_at]
     columns = (
         Column("head", attrgetter("head")),
-        Column("attends most to", lambda head: named(head.most_at)),
+        Column("attends most to", lambda head: _token_at(findings, head.most_at)),
         Column("alpha", alpha),
         Column(
             "queries with their maximum there",
-            lambda head: f"{sum(to == head.most_at for to in head.looks_at)} of {len(found.tokens)}",
+            lambda head: f"{sum(to == head.most_at for to in head.looks_at)} of {len(findings.tokens)}",
         ),
     )
-    return table(columns, sorted(found.heads, key=alpha, reverse=True)[:strongest])
+    return table(columns, sorted(findings.heads, key=alpha, reverse=True)[:strongest])
 
 
-def prompt_sentence(found: PromptFindings) -> str:
-    """What stands out in a prompt."""
-    tokens = found.tokens
+def prompt_sentence(findings: PromptFindings) -> str:
+    """Returns what stands out in a prompt."""
+    tokens = findings.tokens
     place = lambda token: f"{visible(token.text)} at position {token.position}"
-    peak, most = max(tokens, key=attrgetter("strength")), max(tokens, key=attrgetter("share"))
+    peak, target = max(tokens, key=attrgetter("strength")), max(tokens, key=attrgetter("share"))
     spikes = sum(PRIMARY_SPIKE_RULE in token.rules for token in tokens)
-    needed = needed_heads(len(found.heads))
+    needed = needed_heads(len(findings.heads))
     sinks = sum(token.sink_heads >= needed for token in tokens)
     return (
-        f"Of {len(tokens)} tokens {spikes} {'is a spike' if spikes == 1 else 'are spikes'}, compared with what "
-        f"is usual on ordinary text, and {sinks} {'a sink' if sinks == 1 else 'sinks'} (alpha > "
-        f"{PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of heads). Strongest: {place(peak)}, {peak.ratio:.1f} x "
-        f"the median and {peak.strength:.2f} x the spike threshold. Most attention over all heads: {place(most)}, "
-        f"{most.share:.1%}."
+        f"Of {len(tokens)} tokens {spikes} {'is a spike' if spikes == 1 else 'are spikes'}, compared with ordinary "
+        f"text, and {sinks} {'is a sink' if sinks == 1 else 'are sinks'} (alpha > {PRIMARY_SINK_EPSILON} in at least "
+        f"{HEAD_SHARE:.0%} of heads). The strongest token is {place(peak)}: its |h| is {peak.ratio:.1f} x the median "
+        f"and {peak.strength:.2f} x the spike threshold. Most attention goes to {place(target)}: {target.share:.1%}."
     )
 
 
-def prompt_terminal(found: PromptFindings) -> str:
-    """A prompt's findings as text, part by part."""
+def prompt_terminal(findings: PromptFindings) -> str:
+    """Returns a prompt's findings as text, part by part."""
     text = lambda part: f"{grid(*prompt_table(part))}\n\n{grid(*prompt_head_table(part, 12))}"
-    return f"{by_part(found.all_parts, text)}\n\n{PROMPT_NOTE}"
+    return f"{by_part(findings.all_parts, text)}\n\n{PROMPT_NOTE}"
 
 
-# ------------------------------------------------------------------------------------------- the vocabulary
-
-
-def vocabulary_tables(found: Vocabulary) -> list[tuple[str, Table]]:
-    """A sentence and a table for each place that a token stood in."""
-    places = {"Standing first": found.first, f"Second, after {visible(found.before)}": found.second}
+def vocabulary_tables(vocabulary: Vocabulary) -> list[tuple[str, Table]]:
+    """Returns a sentence and a table for each place in which the tokens were tried."""
+    places = {"first": vocabulary.first, f"second, after {visible(vocabulary.before)}": vocabulary.second}
     return [
         (
-            f"{words}: {of.spiking:,} of {found.vocab_size:,} tokens spike ({of.fraction:.2%}).",
-            table(VOCABULARY_TOKEN, of.tokens[:12]),
+            f"Placed {words}, {place.spiking:,} of {vocabulary.vocab_size:,} tokens are spikes ({place.fraction:.2%}).",
+            table(VOCABULARY_TOKEN, place.tokens[:12]),
         )
-        for words, of in places.items()
+        for words, place in places.items()
     ]
 
 
-def vocabulary_terminal(found: Vocabulary) -> str:
-    """The vocabulary probe as text."""
-    return "\n\n".join(f"{sentence}\n\n{grid(*of)}" for sentence, of in vocabulary_tables(found))
+def vocabulary_terminal(vocabulary: Vocabulary) -> str:
+    """Returns the findings on the vocabulary as text."""
+    return "\n\n".join(f"{sentence}\n\n{grid(*rows)}" for sentence, rows in vocabulary_tables(vocabulary))
 
 
-# --------------------------------------------------------------------------------------------- side by side
-
-
-def tokens_differ(all_findings: Sequence[Findings]) -> str | None:
-    """Why losses in nats per token do not stand side by side; None where all models have one tokenizer."""
+def nats_note(all_findings: Sequence[Findings]) -> str | None:
+    """Returns why losses in nats per token cannot be compared; None if all models have the same tokenizer."""
     kinds = {f.data.tokenizer or f"unknown, of {f.model.get('vocab_size')} ids" for f in all_findings}
     if len(kinds) == 1:
         return None
     return (
-        "Nats per token are left out, as the models have different tokenizers: a token of one is more text than one of "
-        "another. Bits per byte compare them, on the same text."
+        "The models have different tokenizers, so a token is more text in some of them than in others, and losses in "
+        "nats per token are left out. Bits per byte can be compared, on the same text."
     )
 
 
 def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
-    """Checkpoints side by side: a column each, so that many measures fit."""
-    sink_1 = lambda rates: f"{rates.first:.1%} {interval(rates.first_ci95, '.1%')}"
+    """Returns a table with a column per checkpoint and a row per measure."""
+    sink_1 = lambda rates: f"{rates.first:.1%} {format_interval(rates.first_ci95, '.1%')}"
     measures = [
         Column("part", lambda f: f.part or "–"),
         Column("step", attrgetter("checkpoint.step"), "d"),
@@ -478,8 +460,8 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("text", attrgetter("data.name")),
         Column("sequences x tokens", lambda f: f"{f.data.n_seq} x {f.data.seq_len}"),
         Column("bits per byte", attrgetter("data.bits_per_byte"), ".4f"),
-        *([] if tokens_differ(all_findings) else [Column("loss, nats per token", attrgetter("data.loss"), ".4f")]),
-        Column("of", attrgetter("data.loss_of")),
+        *([] if nats_note(all_findings) else [Column("loss, nats per token", attrgetter("data.loss"), ".4f")]),
+        Column("the loss is of", attrgetter("data.loss_of")),
         Column("spike", attrgetter("verdicts.spike.verdict")),
         Column("sink", attrgetter("verdicts.sink.verdict")),
         Column("co-occurrence", attrgetter("verdicts.co_occurrence.verdict")),
@@ -500,33 +482,30 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("P(spike | sink)", attrgetter("co_occurrence.p_spike_given_sink"), ".0%"),
         Column("step-up", lambda f: f.anatomy.step_up.name if f.anatomy and f.spikes.primary_rule.tokens else "–"),
     ]
-    return turned(names, measures, all_findings)
+    return transposed_table(names, measures, all_findings)
 
 
 def _compared_rules(table: Mapping[str, Rule]) -> list[Column]:
-    """The share of tokens that each rule marks."""
+    """Returns columns with the share of tokens that each rule marks."""
     fraction = lambda name: lambda f: {**f.spikes.rules, **f.sinks.rules}[name].fraction
     return [Column(rule.compared, fraction(name), ".2%") for name, rule in table.items() if rule.compared]
 
 
 def architecture_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
-    """The architecture's entries that differ between checkpoints."""
+    """Returns the entries of the architecture that differ between checkpoints."""
     keys = dict.fromkeys(key for f in all_findings for key in f.model if key != "parameters")
     entry = lambda key: lambda f: str(f.model.get(key, "–"))
     columns = [Column(key, entry(key)) for key in keys]
-    header, rows = turned(names, columns, all_findings)
+    header, rows = transposed_table(names, columns, all_findings)
     return Table(header, [row for row in rows if len(set(row[1:])) > 1])
 
 
-# ------------------------------------------------------------------------------------------------- ablation
-
-
 def ablation_terminal(ablation: Ablation) -> str:
-    """The answers, then the table of interventions, for a terminal."""
+    """Returns the answers and the table of interventions for a terminal."""
     lines = []
-    for name, found in ablation.all_parts:
+    for name, part in ablation.all_parts:
         lines += [f"== {name} =="] if name else []
-        lines += [*ablation_text.answers(found), grid(*ablation_text.rows(found))]
-        for sentence, probe in ablation_text.probe_tables(found):
+        lines += [*ablation_text.answers(part), grid(*ablation_text.intervention_table(part))]
+        for sentence, probe in ablation_text.probe_tables(part):
             lines.append(f"{sentence}\n{grid(*probe)}" if probe else sentence)
     return "\n\n".join([*lines, ablation.note])

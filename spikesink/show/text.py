@@ -1,4 +1,4 @@
-"""Numbers and tokens as text, and text in columns."""
+"""Writes numbers and tokens as text, and text in columns."""
 
 import math
 import unicodedata
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..measure.findings import TextEntry
-from ..text.tokenizers import visible  # noqa: F401  # where a token is shown, its text is
+from ..text.tokenizers import visible  # noqa: F401  # whoever shows a token imports it from here
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """A number for a table; a dash for one that is undefined."""
+    """Returns a number as a table shows it: a dash if it is undefined (None or NaN)."""
     return "–" if value is None or math.isnan(value) else format(value, form)
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters are shown, not sent."""
+    """Returns text that is safe to print: control characters become escapes such as \\x1b."""
     return "".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-def interval(ci: Sequence[float] | None, form: str = ".3g") -> str:
-    """A 95% interval for a table; empty if it is undefined."""
+def format_interval(ci: Sequence[float] | None, form: str = ".3g") -> str:
+    """Returns an interval as a table shows it, "[low, high]"; an empty string if it is undefined."""
     return "" if ci is None else f"[{ci[0]:{form}}, {ci[1]:{form}}]"
 
 
@@ -34,32 +34,32 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, what stands in it of each thing that has a row, and how a number is written."""
+    """A column of a table: its title, how to get a cell's value from an item, and the format of a number."""
 
     title: str
-    of: Callable[[Any], Any]  # text, or a number
+    value: Callable[[Any], Any]  # item -> text, or a number
     form: str = ".3g"
 
-    def cell(self, thing: Any) -> str:
-        """The text of a row."""
-        value = self.of(thing)
+    def cell(self, item: Any) -> str:
+        """Returns the text of an item's cell."""
+        value = self.value(item)
         return value if isinstance(value, str) else number(value, self.form)
 
 
-def table(columns: Iterable[Column], things: Iterable[Any]) -> Table:
-    """A row per thing."""
+def table(columns: Iterable[Column], items: Iterable[Any]) -> Table:
+    """Returns a table with one row per item."""
     columns = [*columns]
-    return Table([column.title for column in columns], [[column.cell(thing) for column in columns] for thing in things])
+    return Table([column.title for column in columns], [[column.cell(item) for column in columns] for item in items])
 
 
-def turned(names: Iterable[str], columns: Iterable[Column], things: Iterable[Any]) -> Table:
-    """The table of few things and many columns, on its side: a column per thing, under its name."""
-    things = [*things]
-    return Table(["", *names], [[row.title, *map(row.cell, things)] for row in columns])
+def transposed_table(names: Iterable[str], columns: Iterable[Column], items: Iterable[Any]) -> Table:
+    """Returns the table transposed, with one column per item under its name: for few items and many columns."""
+    items = [*items]
+    return Table(["", *names], [[row.title, *map(row.cell, items)] for row in columns])
 
 
 def grid(header: list[str], rows: list[list[str]]) -> str:
-    """Rows of text in aligned columns, the first to the left."""
+    """Returns rows of text in aligned columns; the first column is aligned to the left."""
     rows = [header, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     align = lambda row: "  ".join(
@@ -69,5 +69,5 @@ def grid(header: list[str], rows: list[list[str]]) -> str:
 
 
 def on_text(text: TextEntry) -> str:
-    """Which sequences findings are about, in short."""
+    """Returns a short description of the sequences that findings are about."""
     return f"{text.n_seq} sequences of {text.seq_len} tokens of {text.name}, {text.dtype}"
