@@ -13,9 +13,9 @@ from ..edit.findings import (
     Effect,
     Entry,
     Int8,
-    Left,
     Linear,
     LossChange,
+    RemainingShare,
     Samples,
     Unavailable,
 )
@@ -147,7 +147,7 @@ def rows(found: Ablation) -> Table:
         "sinks left",
     ]
     base = found.baseline
-    share: Callable[[Left], str] = lambda left: number(left.same, ".0%")
+    share: Callable[[RemainingShare], str] = lambda left: number(left.same, ".0%")
     table = [
         ["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", number(base.bits_per_byte, ".4f"), *[""] * 4]
     ]
