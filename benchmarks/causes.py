@@ -163,7 +163,7 @@ def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
     """The true answer to an intervention's question: from the wiring if it has none, else from the second model."""
     asked = causes.ASKED[TABLE[name].kind]
     subject = subject_of(model, wiring)
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     if wiring.spike == "again" and name == "spike_zero":
         return "not removed"
     if name == "bos_ffn" and not wiring.first:
@@ -176,11 +176,11 @@ def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
     if name == "spike_scale":
         return "yes" if wiring.size else "no"
     judged = causes.Judged(clean, INTERVENTIONS["spike_zero" if asked == "sinks" else name].edit(clean, None), asked)
-    other = CleanPass.of(Subject.from_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
+    other = CleanPass.run(Subject.from_gpt(without(model, "spikes" if asked == "sinks" else "sinks"), str), ids)
     at, full, reduced = (
         (judged.sinks, clean.alpha, other.alpha)
         if asked == "sinks"
-        else (judged.spikes, [tap.entry for tap in clean.at], [x[..., SPIKE].abs() for x in other.streams])
+        else (judged.spikes, [tap.entry for tap in clean.tap_states], [x[..., SPIKE].abs() for x in other.streams])
     )
     shares = [(y / x)[mask] for mask, x, y in zip(at, full, reduced, strict=True)]
     lost = 1 - float(torch.cat(shares).clamp_max(causes.MOST).mean())
@@ -198,7 +198,7 @@ def try_model(i: int) -> list[dict[str, Any]]:
     model, ids = planted(wiring, C, size, logit, outlier, i), sequences(2 * n, i, wiring.first)
     subject = subject_of(model, wiring)
     reference = Reference(subject, ids[n:])
-    measured = outcomes.measure(subject, ids[:n], outcomes.conditions_of(TABLE, reference), 8, "causes")
+    measured = outcomes.measure_outcomes(subject, ids[:n], outcomes.conditions_of(TABLE, reference), 8, "causes")
     drawn = {"spike": size, "logit": logit, "outlier": outlier, "late": wiring.late, "sequences": n}
     return [
         {

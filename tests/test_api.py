@@ -47,7 +47,7 @@ def look():
 def under(look, *made):
     """The mean loss of each sequence, all in one batch, under edits of one clean pass."""
     subject = look.subjects[0]
-    clean = CleanPass.of(subject, look.ids)
+    clean = CleanPass.run(subject, look.ids)
     for edit in (edits := [make(clean) for make in made]):
         edit.__enter__()
     losses = subject.losses(look.ids).double().mean(1)

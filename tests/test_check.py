@@ -207,14 +207,14 @@ def losses_of(model, ids, *names):
     subject = subject_of(model)
     taps = {"embedding": subject.streams[0], "later": subject.inner["update"][1]}
     conditions = {name: lambda clean, name=name: interventions.remove_sub_layer(clean, taps[name]) for name in names}
-    return subject, outcomes.measure(subject, ids, conditions, 3).by_name["later"].losses
+    return subject, outcomes.measure_outcomes(subject, ids, conditions, 3).by_name["later"].losses
 
 
 def test_ablate_makes_whole_passes_where_a_replay_is_none(monkeypatch, ids, capsys):
     monkeypatch.setitem(model_module.VALUES, "residual", stale_values())
     model = tiny(value="residual", n_layer=3)
     subject, guarded = losses_of(model, ids, "embedding", "later")
-    assert "Passes are made whole: replayed, attn 1 reads" in subject.whole_passes[0]
+    assert "Every pass runs the whole model: in a replay, attn 1 reads" in subject.whole_passes[0]
     assert subject.whole_passes[0] in capsys.readouterr().err
     with monkeypatch.context() as whole:
         whole.setattr(CleanPass, "prefix", lambda self, stage: contextlib.nullcontext())
@@ -226,8 +226,8 @@ def test_ablate_makes_whole_passes_where_a_replay_is_none(monkeypatch, ids, caps
     with spikesink.open(model, tokens=ids, calibration=True, n_seq=3) as look:
         note = spikesink.ablate(look, only=["sink_mask", "remove_step_up"], probe=False).note
         whole = spikesink.open(tiny(value="own"), tokens=ids, calibration=True, n_seq=3)
-        assert "Passes are made whole" not in spikesink.ablate(whole, only=["sink_mask"], probe=False).note
-        assert ("Passes are made whole" in note) == any(look.subjects[0].whole_passes)
+        assert "Every pass runs the whole model" not in spikesink.ablate(whole, only=["sink_mask"], probe=False).note
+        assert ("Every pass runs the whole model" in note) == any(look.subjects[0].whole_passes)
 
 
 def test_a_model_that_replays_is_replayed(ids):

@@ -208,7 +208,7 @@ def test_updates_add_up_to_the_stream(family):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
     subject = hf.subject_of(build(family), str)
-    clean = CleanPass.of(subject, IDS)
+    clean = CleanPass.run(subject, IDS)
     received = []
 
     def look(module, args, kwargs, output):
@@ -222,7 +222,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 
 
 def test_an_encoders_row_that_loses_all_its_keys_is_no_nan():
-    clean = CleanPass.of(hf.subject_of(build("bert"), str), IDS)
+    clean = CleanPass.run(hf.subject_of(build("bert"), str), IDS)
     clean.sinks = [torch.ones_like(keys) for keys in clean.sinks]
     with interventions.sink_mask(clean):
         assert clean.subject.losses(IDS).isfinite().all()
@@ -231,7 +231,7 @@ def test_an_encoders_row_that_loses_all_its_keys_is_no_nan():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_edit_is_the_same_on_the_shared_prefix(family):
     for subject in hf.subjects_of(build(family), str):
-        clean = CleanPass.of(subject, IDS)
+        clean = CleanPass.run(subject, IDS)
         for stage in range(len(subject.stages) + 1):
             with clean.prefix(stage):
                 assert torch.equal(subject.losses(IDS), clean.losses)

@@ -24,7 +24,7 @@ SPIKE = (ROWS, ROWS * 3)  # where token 63 stands; its spike is in channel 7, fr
 def both(marked_ids):  # noqa: F811
     """(subject with a planted spike and a planted sink, CleanPass, Reference)."""
     subject = subject_of(planted(size=300.0, sink_logit=10.0))
-    return subject, CleanPass.of(subject, marked_ids), Reference(subject, marked_ids)
+    return subject, CleanPass.run(subject, marked_ids), Reference(subject, marked_ids)
 
 
 def streams_under(clean, *edits):
@@ -53,7 +53,7 @@ def output_under(clean, layer, edit):
 
 def test_nothing_and_what_finds_nothing_are_bit_identical(ids):
     subject = subject_of(tiny())  # has no spikes
-    clean, reference = CleanPass.of(subject, ids), Reference(subject, ids)
+    clean, reference = CleanPass.run(subject, ids), Reference(subject, ids)
     assert torch.equal(clean.losses, subject.losses(ids))
     for name in ("spike_zero", "spike_mean", "spike_clip", "spike_stepup", "spike_project", "spike_constant"):
         edit = EVERY[name].edit(clean, reference)
@@ -67,7 +67,7 @@ def test_nothing_and_what_finds_nothing_are_bit_identical(ids):
 @pytest.mark.parametrize("changes", [{}, {"norm_place": "post"}, {"n_register": 2, "position": "rope"}])
 def test_the_shared_prefix_is_bit_identical_and_not_computed(ids, changes):
     subject = subject_of(tiny(n_layer=3, **changes))
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     calls = []
     counted = [(tap.module, lambda m, a, k, out: calls.append(1)) for tap in subject.attends]
     for stage in range(len(subject.stages) + 1):
@@ -145,7 +145,7 @@ def test_the_step_up_is_where_spikes_first_stand_not_where_most_are(both):
         return last[-1]
 
     with on_streams(subject.streams[3:5], [more, lambda x: last[-1]]):
-        assert [int(marked.sum()) for marked in CleanPass.of(subject, clean.ids).spikes] == [0, 0, 6, 9, 9]
+        assert [int(marked.sum()) for marked in CleanPass.run(subject, clean.ids).spikes] == [0, 0, 6, 9, 9]
         assert Reference(subject, clean.ids).step_up == 2  # only three are new at tap 3
 
 
@@ -209,7 +209,7 @@ def test_sink_edits_are_their_formulas(both):
 @pytest.mark.parametrize("attention", ["softmax1", "kv_bias", "clipped", "sigmoid", "relu"])
 def test_relocation_moves_the_weights_that_are_used(ids, attention):
     subject = subject_of(tiny(attention=attention, n_kv_head=1))
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     clean.sinks = [torch.zeros(6, 2, 32, dtype=torch.bool) for _ in range(2)]
     clean.sinks[0][2, 1, [4, 5]] = True
     module = subject.attends[0].module
@@ -231,14 +231,14 @@ def test_destinations():
 @pytest.mark.parametrize("changes", [{}, {"attention": "relu"}, {"attention": "softmax1", "n_kv_head": 1}])
 def test_bos_remove_is_the_model_without_bos(ids, changes):
     subject = subject_of(tiny(position="rope", **changes))  # positions count only relative to each other
-    with interventions.bos_remove(CleanPass.of(subject, ids)):
+    with interventions.bos_remove(CleanPass.run(subject, ids)):
         without = subject.losses(ids)[:, 1:]
     torch.testing.assert_close(without, subject.losses(ids[:, 1:]), atol=1e-4, rtol=1e-4)
 
 
 def test_bos_stands_after_the_registers(ids):
     subject = subject_of(tiny(n_register=2))
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     received = []
     look = lambda module, args, kwargs, output: received.append(module.shares(*args[:2], 0, kwargs["bias"]))
     with interventions.bos_remove(clean), hooked([(tap.module, look) for tap in subject.attends]):
@@ -260,7 +260,7 @@ def test_the_control_of_the_same_energy_moves_states_as_far(both, name):
     streams = {edit: streams_under(clean, edit) for edit in (one, other)}
     for i in one.tokens:  # the edit is the same at every tap here, as nothing adds to a spike
         away = {edit: (of[i] - clean.streams[i]) for edit, of in streams.items()}
-        assert torch.equal(other.tokens[i], clean.at[i].marked)
+        assert torch.equal(other.tokens[i], clean.tap_states[i].marked)
         torch.testing.assert_close(away[other][SPIKE].norm(dim=-1), away[one][SPIKE].norm(dim=-1), atol=1, rtol=0.02)
         assert away[other][SPIKE][:, 7].abs().max() < 1e-3  # off the spike's channel
     assert one.dose > 0 or name == "spike_mean"
@@ -316,7 +316,7 @@ def test_the_ffn_of_the_step_up_gives_the_first_token_nothing(both):
 
 def test_controls_do_not_depend_on_the_batch(both):
     subject, clean, _ = both
-    part = CleanPass.of(subject, clean.ids[2:5], torch.arange(2, 5))
+    part = CleanPass.run(subject, clean.ids[2:5], torch.arange(2, 5))
     pairs = zip(*(interventions.entries_of(of, "random_channels") for of in (part, clean)), strict=True)
     assert all(torch.equal(a, b[2:5]) for a, b in pairs)
     assert torch.equal(interventions.direction_of(part, 1), interventions.direction_of(clean, 1)[2:5])

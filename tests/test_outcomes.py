@@ -73,7 +73,7 @@ def spike_needs_sink():
 def causes_in(model, ids):
     """{intervention: Cause}, and what was measured."""
     subject = subject_of(model)
-    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 5)
+    measured = outcomes.measure_outcomes(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 5)
     return {cause.by: cause for cause in outcomes.causes_of(TABLE, measured)}, measured
 
 
@@ -98,9 +98,9 @@ def test_causes_in_models_whose_answer_is_known(model, sinks_need_spikes, spikes
 
 def test_what_is_lost_is_what_a_pass_under_the_edit_shows():
     subject, ids = subject_of(sink_needs_spike()), many()
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     with interventions.spike_zero(clean):
-        edited = CleanPass.of(subject, ids, ordinary=clean.ordinary)
+        edited = CleanPass.run(subject, ids, ordinary=clean.ordinary)
     left = (edited.alpha[1] / clean.alpha[1])[clean.sinks[1]]
     cause = causes_in(sink_needs_spike(), ids)[0]["spike_zero"]
     assert cause.lost.share == pytest.approx(1 - left.mean().item(), abs=1e-6)
@@ -143,10 +143,10 @@ def test_where_a_spike_begins_is_what_counts():
     """One that goes on from before the edit, and is a little too small at a tap, is not judged."""
     none = torch.zeros(1, 2, dtype=torch.bool)
     on = torch.tensor([[True, False]])
-    tap = lambda marked, held: types.SimpleNamespace(marked=marked, held=held)
+    tap = lambda marked, half_spike: types.SimpleNamespace(marked=marked, half_spike=half_spike)
     clean = types.SimpleNamespace(
         subject=types.SimpleNamespace(streams=[0] * 4, attends=[], attended_taps=range(4)),
-        at=[tap(on, on), tap(none, on), tap(on, on), tap(on, on)],
+        tap_states=[tap(on, on), tap(none, on), tap(on, on), tap(on, on)],
         sinks=[],
     )
     edit = types.SimpleNamespace(keys={}, tokens={})
@@ -161,7 +161,9 @@ def test_verdicts_by_their_rule():
     lost = lambda low, high: Lost(share=(low + high) / 2, ci95=[low, high])
     control = lambda low, high: CauseControl(name="random_keys", lost=lost(0, 0.1), beyond=lost(low, high))
     sums = dict.fromkeys(causes.SUMS, 100.0) | {"still": 0.0}
-    said = lambda of, *beyond, n=20, edited=5, **change: causes.needs(edited, sums | change, n, of, beyond, "sinks")[0]
+    said = lambda of, *beyond, n=20, edited=5, **change: causes.needs_verdict(
+        edited, sums | change, n, of, beyond, "sinks"
+    )[0]
     assert said(lost(0.6, 0.9), control(0.5, 0.8)) == "yes"
     assert said(lost(0.6, 0.9), control(0.5, 0.8), control(-0.1, 0.2)) == "cannot tell"  # one control does it as well
     assert said(lost(0.4, 0.9), control(0.3, 0.8)) == "cannot tell"
@@ -178,22 +180,22 @@ def test_verdicts_by_their_rule():
         == "cannot tell"
     )
     undecided = causes.undecided
-    assert undecided(20, [0.05, 0.25], {"c": [0.05, 0.25]}) == (
-        "an interval holds a bound of the rule: about 80 sequences would decide"  # twice as narrow, four times as many
+    assert undecided(20, [0.05, 0.25], {"c": [0.05, 0.25]}) == (  # twice as narrow, four times as many
+        "an interval contains a bound of the rule: about 80 sequences would decide"
     )
-    assert undecided(20, [0.6, 0.8], {"a": [-0.05, 0.05], "b": [0.4, 0.6]}) == "a takes about as much"
-    assert undecided(20, [-0.05, 0.02], {"a": [0.25, 0.4]}) == "little is lost, but under a there is a gain"
+    assert undecided(20, [0.6, 0.8], {"a": [-0.05, 0.05], "b": [0.4, 0.6]}) == "about as much is lost under a"
+    assert undecided(20, [-0.05, 0.02], {"a": [0.25, 0.4]}) == "little is lost, but there is a gain under a"
 
 
 def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
     subject, ids = subject_of(independent()), many()
     ids[3, 20:] = PADDING
     reference = Reference(subject, ids)
-    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), 4)
+    measured = outcomes.measure_outcomes(subject, ids, outcomes.conditions_of(TABLE, reference), 4)
     delta = torch.full((16, 31), torch.nan)
     for n in range(16):
         row = ids[n][ids[n] != PADDING][None]
-        clean = CleanPass.of(subject, row)
+        clean = CleanPass.run(subject, row)
         with interventions.spike_zero(clean):
             delta[n, : row.size(1) - 1] = (subject.losses(row) - clean.losses)[0]
     entry = outcomes.table_entries(TABLE, measured)[0]
@@ -209,7 +211,7 @@ def test_losses_classes_and_positions_are_those_of_a_run_by_hand():
 def test_the_batch_does_not_matter():
     subject, ids = subject_of(sink_needs_spike()), many()
     reference = Reference(subject, ids)
-    one, two = (outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, reference), n) for n in (3, 16))
+    one, two = (outcomes.measure_outcomes(subject, ids, outcomes.conditions_of(TABLE, reference), n) for n in (3, 16))
     for name, outcome in one.by_name.items():
         torch.testing.assert_close(outcome.losses, two.by_name[name].losses, atol=1e-4, rtol=1e-4)
         assert torch.equal(outcome.sinks, two.by_name[name].sinks)
@@ -222,7 +224,7 @@ def test_spread_is_that_of_explicit_maps():
     with torch.no_grad():
         model.transformer.h[1].attn.f.c_attn.weight[48] = 0  # head 1 has no sink, and does not count
     subject = subject_of(model)
-    measured = outcomes.measure(subject, ids, {}, 4)
+    measured = outcomes.measure_outcomes(subject, ids, {}, 4)
     maps = explicit_maps(model, ids)[0][1][:, :1]  # the sink is in head 0 of block 1: (N, 1, T, T)
     distance = (torch.arange(32)[:, None] - torch.arange(32)).abs()
     without = maps.clone()
@@ -241,7 +243,7 @@ def test_spread_is_that_of_explicit_maps():
 
 def test_a_model_without_spikes_or_sinks_says_so(ids):
     subject = subject_of(tiny())
-    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
+    measured = outcomes.measure_outcomes(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
     entries = outcomes.table_entries({"spike_zero": TABLE["spike_zero"]}, measured)
     assert entries[0].edited == 0 and entries[0].delta_loss == 0
     said = {cause.by: cause.verdict for cause in outcomes.causes_of(TABLE, measured)}
@@ -252,7 +254,7 @@ def test_what_stands_before_an_edit_is_still_there():
     """A sink in block 0 and a spike at its FFN, then an edit of the last tap alone: all of both are left."""
     subject, ids = subject_of(spike_needs_sink()), many()
     last = lambda clean: interventions.remove_sub_layer(clean, subject.inner["update"][-1])
-    measured = outcomes.measure(subject, ids, {"last": last}, 4)
+    measured = outcomes.measure_outcomes(subject, ids, {"last": last}, 4)
     clean, edited = measured.by_name["none"], measured.by_name["last"]
     assert clean.spikes.sum() > 0 and clean.sinks.sum() > 0
     assert torch.equal(edited.spikes, clean.spikes) and torch.equal(edited.sinks, clean.sinks)
@@ -260,7 +262,7 @@ def test_what_stands_before_an_edit_is_still_there():
 
 def test_states_of_the_edited_tokens_move_and_those_before_the_edit_do_not():
     subject, ids = subject_of(independent()), many()
-    measured = outcomes.measure(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
+    measured = outcomes.measure_outcomes(subject, ids, outcomes.conditions_of(TABLE, Reference(subject, ids)), 4)
     change = outcomes.table_entries(TABLE, measured)[0].state_change
     assert [tap.spike_tokens for tap in change[:2]] == [0, 0]
     assert all(tap.spike_tokens > 0.9 and tap.others < 0.01 for tap in change[2:])
@@ -279,10 +281,10 @@ def spikes_last():
 def test_what_no_attention_reads_is_no_spike_token():
     """Spikes at the last tap alone are edited there, but no token is called a spike for them, before and after."""
     subject, ids = subject_of(spikes_last()), many()
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     assert clean.spikes[-1].sum() == 16 and not clean.spike_tokens.any()
     attn = subject.inner["update"][0]
     edits = {"last": interventions.spike_zero, "first": lambda c: interventions.remove_sub_layer(c, attn)}
-    measured = outcomes.measure(subject, ids, edits, 4)
+    measured = outcomes.measure_outcomes(subject, ids, edits, 4)
     assert measured.by_name["last"].edited == 16
     assert all(outcome.spikes.sum() == 0 for outcome in measured.by_name.values())

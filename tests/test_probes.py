@@ -194,7 +194,7 @@ def test_sentences_are_encoded_whole_and_no_word_gets_anothers_tokens(style):
     tokenizer = fast(style)
     reader = Reader(hf.Tokenizer(tokenizer), {}, "", (), (), 64, 700)
     found = probes.words_of(reader, [probes.Sentence(WORDS, [], [], [])])
-    ids, of = found.ids[0].tolist(), found.of_token[0].tolist()
+    ids, of = found.ids[0].tolist(), found.numbers[0].tolist()
     assert ids == tokenizer("".join(WORDS), add_special_tokens=False)["input_ids"]
     assert of == sorted(of) and found.index.tolist() == [*range(len(WORDS))]
     for i, word in enumerate(WORDS):
@@ -203,7 +203,7 @@ def test_sentences_are_encoded_whole_and_no_word_gets_anothers_tokens(style):
 
 def test_a_token_is_of_the_word_that_has_most_of_it():
     words = ["can", "not", " I", " go", "nna", "."]
-    of = lambda *spans: probes.word_of_tokens(words, list(spans))
+    of = lambda *spans: probes.token_words(words, list(spans))
     assert of((0, 6), (0, 4), (2, 6), (6, 8), (6, 7), (7, 8)) == [0, 0, 1, 2, 2, 2]
     assert of((8, 14), (7, 11), (8, 9), (9, 9), (14, 15), (15, 15)) == [4, 3, 3, 3, 5, -1]  # 2 of "go", 3 of "nna"
 
@@ -227,7 +227,7 @@ def test_only_whole_words_are_kept_and_a_tokenizer_that_tells_nothing_is_refused
         reader = Reader(ByteTokenizer(), {}, "", (256,), (256,), room + 2, 257)
         found = probes.words_of(reader, [sentence])
         assert (len(found.index), found.ids.size(1)) == (words, length + 2)
-        assert found.of_token[0, [0, -1]].tolist() == [-1, -1]
+        assert found.numbers[0, [0, -1]].tolist() == [-1, -1]
     with pytest.raises(UserError, match="no word of the treebank fits"):
         probes.words_of(Reader(ByteTokenizer(), {}, "", (256,), (), 2, 257), [sentence])
     silent = fast("t5")

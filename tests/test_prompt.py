@@ -64,7 +64,7 @@ def test_vocabulary_in_second_place_sees_the_first():
     found = summarise(of, observe(of, ids, progress=False, ordinary=ordinary))
     probe = prompt.vocabulary(of, found, ids, 64)
     pair = torch.tensor([[int(ids[0, 0]), 17]])
-    streams = CleanPass.of(of, pair, ordinary=ordinary).streams
+    streams = CleanPass.run(of, pair, ordinary=ordinary).streams
     strengths = []
     for x, usual in zip(streams[:-1], ordinary.sums[:-1], strict=True):
         scale = torch.maximum(usual.channels, usual.layer)

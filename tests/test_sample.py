@@ -106,7 +106,7 @@ def test_an_edit_is_made_anew_for_every_token():
     ids, ordinary = torch.tensor([prompt]), Ordinary.from_ids(subject, look.loaded.reader.ordinary(Options(), 24).ids)
     generator = torch.Generator().manual_seed(2)
     for _ in range(6):
-        with interventions.sink_mask(CleanPass.of(subject, ids, ordinary=ordinary)):
+        with interventions.sink_mask(CleanPass.run(subject, ids, ordinary=ordinary)):
             p = (subject.logits(ids)[:, -1] / 0.01).softmax(-1)
         ids = torch.cat((ids, torch.multinomial(p, 1, generator=generator)), 1)
     assert found.edited[0].ids == ids[0, 7:].tolist() != found.clean[0].ids and found.n_edited > 6

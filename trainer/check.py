@@ -235,7 +235,7 @@ def state(copy: Copy) -> Iterator[str]:
 def replay(copy: Copy) -> Iterator[str]:
     """A pass that is replayed from some stage on gives the same result as the whole pass; ablate.py relies on it."""
     model = copy.model()
-    clean = CleanPass.of(Subject.from_gpt(model, str), copy.ids)
+    clean = CleanPass.run(Subject.from_gpt(model, str), copy.ids)
     if taps := clean.broken_replay(at_most=sys.maxsize):
         start, first = (copy.place(model, tap) for tap in taps)
         yield (

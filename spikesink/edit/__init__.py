@@ -1,1 +1,1 @@
-"""What changes without it: interventions with matched controls, their outcomes, probes, int8."""
+"""Interventions on spikes and sinks with matched controls, their outcomes, probes of the edited model, and int8."""

@@ -1,7 +1,7 @@
-"""What ablate finds, as dataclasses; written as JSON of the same names, and read back with a check of the schema.
+"""What ablate finds, as dataclasses. They are written as JSON of the same names, and read back with a schema check.
 
-None: undefined, as the mean over spike tokens where there are none. Losses: nats per token. `ci95`: the 95% interval
-[low, high] of what stands before it, by bootstrap over sequences; None where undefined, as for one sequence.
+None stands for undefined values, such as a mean over spike tokens where there are none. Losses are in nats per token.
+`ci95` is the 95% interval [low, high] of the value before it, by bootstrap over sequences; None for one sequence.
 """
 
 from pathlib import Path
@@ -15,19 +15,19 @@ SCHEMA = "spikesink-ablation-2"
 
 
 class Named(Record):
-    """What has a name."""
+    """A record with a name."""
 
     name: str
 
 
 class Unavailable(Record):
-    """What could not be measured, and why."""
+    """Stands for a measurement that could not be made; `reason` says why."""
 
     reason: str
 
 
 class LossChange(Record):
-    """The loss after a change, its exponential, and its difference from the clean model's, paired by sequence."""
+    """The loss after a change, its perplexity, and its difference from the clean model's, paired by sequence."""
 
     loss: float
     ppl: float
@@ -39,15 +39,15 @@ class LossChange(Record):
 
 
 class ClassLoss(Record):
-    """The clean model's loss of predictions made at a class of tokens, and how many tokens that are."""
+    """The clean model's loss of predictions made at a class of tokens, and the number of these tokens."""
 
     loss: float | None
     tokens: int
 
 
 class Baseline(Record):
-    """The clean model: its loss, by class of tokens (outcomes.CLASSES), and by position. `bits_per_byte`: None where
-    the text of the tokens is not at hand."""
+    """The clean model's loss, also by class of tokens (outcomes.CLASSES) and by position. `bits_per_byte` is None if
+    the text of the tokens is not known."""
 
     loss: float
     ppl: float
@@ -65,15 +65,15 @@ class ClassChange(Record):
 
 
 class ShareIntervals(Record):
-    """The intervals of a Left."""
+    """The intervals of a RemainingShare."""
 
     same: Interval | None
     all: Interval | None
 
 
-class Left(Record):
-    """Which part of the spikes or sinks is left, in the `sequences` that had any: the `same`, the very ones, over
-    those that were there; `all`: those there now over those that were there."""
+class RemainingShare(Record):
+    """The share of spikes or sinks that remain, in the `sequences` that had any. `same` counts the very same ones,
+    `all` also counts new ones; both are divided by the number in the clean model."""
 
     sequences: int
     same: float | None
@@ -82,8 +82,8 @@ class Left(Record):
 
 
 class Exposed(Record):
-    """Of the sinks that lie downstream of a spike that was edited: how many there are, the share that still are sinks,
-    and the share of their alpha that is lost, in the mean over them (a gain counts as 100% at most)."""
+    """The number of `sinks` downstream of edited spikes, the share that still are sinks (`left`), and the mean share of
+    their alpha that is `lost` (a gain counts as 100% at most)."""
 
     sinks: int
     left: float
@@ -91,7 +91,7 @@ class Exposed(Record):
 
 
 class StateChange(Record):
-    """The mean |h' - h| / |h| of the states at a tap, of spike tokens and of the others."""
+    """The mean |h' - h| / |h| of the states at a tap, over spike tokens and over the others."""
 
     spike_tokens: float | None
     others: float | None
@@ -100,10 +100,10 @@ class StateChange(Record):
 class Effect(LossChange, Named):
     """What an intervention changes.
 
-    `edited`: entries, tokens, keys, heads or sub-layers, over all sequences. `dose`: the squared distance
-    from the clean states of what was written, or the attention of the keys; None where that is not known. `by_class`:
-    by outcomes.CLASSES. `by_position`: the change of the loss. `exposed`: of causes.EXPOSING, and of their controls;
-    None where there are no such sinks. `state_change`: one per tap.
+    `edited`: how many entries, tokens, keys, heads or sub-layers were edited, over all sequences. `dose`: the squared
+    distance of the written states from the clean ones, or the attention of the keys; None if not known. `by_class`: by
+    outcomes.CLASSES. `by_position`: the change of the loss. `exposed`: for causes.EXPOSING and their controls; None if
+    there are no such sinks. `state_change`: one per tap.
     """
 
     edited: int
@@ -111,8 +111,8 @@ class Effect(LossChange, Named):
     bits_per_byte: float | None = sometimes()
     by_class: dict[str, ClassChange]
     by_position: list[float]
-    spikes_left: Left
-    sinks_left: Left
+    spikes_left: RemainingShare
+    sinks_left: RemainingShare
     exposed: Exposed | None = sometimes()
     state_change: list[StateChange]
 
@@ -143,19 +143,19 @@ class Lost(Record):
 
 
 class CauseControl(Named):
-    """What is lost under a control, and how much more than that under the intervention."""
+    """What is lost under a control, and how much more is lost under the intervention (`beyond`)."""
 
     lost: Lost
     beyond: Lost
 
 
 class Cause(Record):
-    """Does what is `asked` for need what was `removed`? "sinks" or "spikes", either. See causes.py for the rules.
+    """Whether the `asked` need the `removed`, each "sinks" or "spikes". See causes.py for the rules.
 
-    `by`: an intervention. `edited`: spikes (tokens at taps) or sinks (keys of heads) that it was to remove; `still`:
-    of these, how many are there. `there`: how many there are of what is asked for; `judged`: of these, those downstream
-    of the edit, in so many `sequences` and on tokens of so many different `states`; `left`: of the judged ones, by the
-    rule. `verdict`: yes, partly, no, cannot tell, not removed, out of reach.
+    `by`: the intervention. `edited`: how many spikes (tokens at taps) or sinks (keys of heads) it was to remove, of
+    which `still` many remain. `there`: how many of the `asked` the clean model has. `judged`: how many of these lie
+    downstream of the edit, in `sequences` sequences, on tokens with `states` different states; `left` of them remain
+    by the rule. `verdict`: yes, partly, no, cannot tell, not removed, out of reach.
     """
 
     by: str
@@ -185,7 +185,7 @@ class ControlChange(Named):
 
 
 class MapChange(Record):
-    """A property of the maps of heads that have sinks: as they are, and without their sink keys."""
+    """A property of the attention maps of heads that have sinks, with and without their sink keys."""
 
     with_sink: float | None
     without_sink: float | None
@@ -203,8 +203,8 @@ class AttentionChange(Record):
 
 
 class Int8(LossChange):
-    """What 8 or 4 bits cost: weights and activations, and either alone; None where activations stay in float.
-    `weights`, `activations`: which of their entries share a scale."""
+    """The loss with weights and activations in 8 or 4 bits, and with either alone. What concerns activations is None
+    if they stay in float. `weights`, `activations`: which of their entries share a scale."""
 
     weight_bits: int
     weights: str
@@ -218,7 +218,7 @@ class Int8(LossChange):
 
 
 class Accuracy(Record):
-    """The accuracy on `n` minimal pairs, and its change against the clean model, paired."""
+    """The accuracy on `n` items, and its change from the clean model's, paired."""
 
     n: int
     accuracy: float
@@ -228,7 +228,7 @@ class Accuracy(Record):
 
 
 class BlimpCondition(Accuracy, Named):
-    """BLiMP under one condition. `accuracy_per_token`: scores are means over tokens instead of sums."""
+    """BLiMP under one condition. For `accuracy_per_token`, scores are means over tokens instead of sums."""
 
     accuracy_per_token: float
     by_field: dict[str, Accuracy]
@@ -236,7 +236,7 @@ class BlimpCondition(Accuracy, Named):
 
 
 class Blimp(Record):
-    """BLiMP under every condition, the clean model ("none") first. `left_out`: pairs too long for the model."""
+    """BLiMP under every condition, the clean model ("none") first. `left_out`: number of pairs too long for it."""
 
     normalisation: str
     pairs: int
@@ -245,15 +245,15 @@ class Blimp(Record):
 
 
 class WordCounts(Record):
-    """How many words probes were trained and tested on."""
+    """The number of words that probes were trained and tested on."""
 
     train: int
     test: int
 
 
 class Selectivity(Place):
-    """A probe on the states at a tap: accuracy, that of its control task, their difference (`selectivity`), and how
-    selectivity (`change`) and accuracy differ from the clean model's."""
+    """A probe on the states at a tap: its accuracy, its control task's, and their difference (`selectivity`). `change`
+    is selectivity minus the clean model's, `accuracy_change` is the same for accuracy."""
 
     index: int
     accuracy: float
@@ -268,17 +268,14 @@ class Selectivity(Place):
 
 
 class LinearCondition(Named):
-    """Linear probes under one condition: of every task one per tap."""
+    """Linear probes under one condition: one per task and tap."""
 
     tasks: dict[str, list[Selectivity]]
 
 
 class Linear(Record):
-    """Linear probes under every condition, the clean model ("none") first. `left_out`: words too many for the model, or
-    without a token of their own.
-
-    `majority`: of each task the accuracy of the commonest answer.
-    """
+    """Linear probes under every condition, the clean model ("none") first. `left_out`: number of words that do not fit
+    into the model or have no token of their own. `majority`: task -> accuracy of the commonest answer."""
 
     pooling: str
     features: str
@@ -290,14 +287,14 @@ class Linear(Record):
 
 
 class ChoicesCondition(Accuracy, Named):
-    """Multiple choice under one condition: acc; `normalised`: acc_norm."""
+    """Multiple choice under one condition: acc, and acc_norm as `normalised`."""
 
     normalised: Accuracy
 
 
 class Choices(Record):
-    """Multiple choice under every condition, the clean model ("none") first. `cropped`: questions too long for the
-    model, of which the start is not read; `left_out`: those with an ending that is; `chance`: of a guess."""
+    """Multiple choice under every condition, the clean model ("none") first. `cropped`: number of questions whose start
+    the model cannot read; `left_out`: number with too long an ending; `chance`: the accuracy of guessing."""
 
     questions: int
     left_out: int
@@ -307,7 +304,7 @@ class Choices(Record):
 
 
 class Probes(Record):
-    """What grammar, the states and multiple choice say under every condition; None where it was not asked for."""
+    """Grammar, linear probes and multiple choice under every condition; None if not asked for."""
 
     blimp: Blimp | Unavailable | None = sometimes()
     linear: Linear | Unavailable | None = sometimes()
@@ -318,8 +315,8 @@ class Probes(Record):
 
 
 class Continuation(Record):
-    """What a model said after a prompt: its ids (n_tokens,), their text, and the clean model's loss on those of them
-    that it can read at once, in nats per token."""
+    """What a model wrote after a prompt: ids (n_tokens,), their text, and the clean model's loss on as many of the last
+    ones as fit into it, in nats per token."""
 
     ids: list[int]
     text: str
@@ -327,16 +324,16 @@ class Continuation(Record):
 
     @property
     def repeated(self) -> float:
-        """The share of its runs of four tokens that stand in it earlier."""
+        """The share of runs of four tokens that occurred earlier in the continuation."""
         runs = [*zip(*(self.ids[i:] for i in range(4)), strict=False)]
         return 1 - len({*runs}) / len(runs) if runs else 0.0
 
 
 class Samples(Record):
-    """Continuations of a prompt by the model left alone, and with the same seeds under an `edit`.
+    """Continuations of a prompt by the clean model, and with the same seeds under an `edit`.
 
-    `n_edited`: entries, tokens, keys, heads or sub-layers that it changed, over all passes. `reference`: the text that
-    says what is usual, and from which an edit that needs them has its means.
+    `n_edited`: how many entries, tokens, keys, heads or sub-layers it edited, over all passes. `reference`: the text
+    that gives usual magnitudes, and means where the edit needs them.
     """
 
     prompt: str
@@ -351,7 +348,7 @@ class Samples(Record):
 
 
 class Calibration(Record):
-    """The other text, from which means, directions, the step-up and int8's ranges are taken."""
+    """The other text, which gives means, directions, the step-up and int8's ranges."""
 
     n_seq: int
 
@@ -359,8 +356,8 @@ class Calibration(Record):
 class Ablation(Record):
     """What changes in a model, or in a part of an encoder-decoder, under every intervention.
 
-    `checkpoint`, `model`, `data`: as in detect's findings. `int8`: by quantise.SCHEMES. `causes`: whether sinks need
-    spikes, and spikes sinks, by intervention. `parts`: the other parts of an encoder-decoder, by name.
+    `checkpoint`, `model` and `data` are as in detect's findings. `int8`: by quantise.SCHEMES. `causes`: whether sinks
+    need spikes, and spikes sinks, by intervention. `parts`: the other parts of an encoder-decoder, by name.
     """
 
     schema: str = SCHEMA
@@ -382,12 +379,12 @@ class Ablation(Record):
 
     @property
     def entries(self) -> list[Entry]:
-        """All interventions: on single entries and keys, then on whole tokens, heads and sub-layers."""
+        """All interventions: those on single entries and keys, then those on whole tokens, heads and sub-layers."""
         return self.interventions + self.removals
 
     @property
     def all_parts(self) -> "list[tuple[str, Ablation]]":
-        """(name, findings) of this part and of the others; the name of the only one is empty."""
+        """(name, findings) of this part and of the others; the name is empty if there is one part."""
         return [(self.part, self), *(self.parts or {}).items()]
 
     def save(self, path: str | Path) -> None:
@@ -396,5 +393,5 @@ class Ablation(Record):
 
     @classmethod
     def load(cls, path: str | Path) -> "Ablation":
-        """What `save` wrote. Raises UserError where it cannot be read or is of another schema."""
+        """Reads what `save` wrote. Raises UserError if it cannot be read or has another schema."""
         return schema.load(cls, path, "ablate")

@@ -1,18 +1,18 @@
 """Interventions on spikes and sinks, as context managers, each with its matched controls.
 
-    clean = CleanPass.of(subject, ids)
+    clean = CleanPass.run(subject, ids)
     with interventions.spike_zero(clean), interventions.sink_mask(clean):
         losses = subject.losses(ids)
 
-What is edited is fixed by the clean model on the same ids: a spike is an entry of the residual stream that the
-primary rule marks, at whatever tap it stands; a sink is a key with alpha > 0.3 that at least T/4 queries see, head by
-head. So an intervention and its controls edit alike, and interventions can be combined in any order.
+The clean model on the same ids determines what is edited: a spike is an entry of the residual stream that the primary
+rule marks, at any tap; a sink is a key with alpha > 0.3 that at least T/4 queries see, in one head. So an intervention
+and its controls start from the same spikes and sinks, and interventions can be combined in any order.
 
-A control is matched in number (as many other entries, tokens, keys) or in size: as far from the clean state (the
-squared distance is the energy of an edit), or as much attention. `dose` says how much of either an edit moves.
+A control is matched in number (as many other entries, tokens or keys) or in size: it moves states as far (the squared
+distance is the energy of an edit), or moves as much attention. `dose` says how much of either an edit moves.
 
-Every intervention is called as (clean, reference=None, control=None): `reference` holds what other text says, `control`
-names one of its CONTROLS, whose draws depend on the number of a sequence and on nothing else.
+Every intervention is called as (clean, reference=None, control=None). `reference` has means and directions from other
+text. `control` names one of its CONTROLS, whose random draws depend on the number of a sequence and on nothing else.
 """
 
 import contextlib
@@ -34,50 +34,41 @@ from .clean_pass import CleanPass, Reference
 
 
 def as_many(marked: Tensor, scores: Tensor, free: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Along `dim`, as many unmarked (and `free`) entries as are marked, those of the highest scores: bool."""
+    """Chooses, along `dim`, as many unmarked (and `free`) entries as are marked, by highest score: bool."""
     marked, scores = marked.movedim(dim, -1), scores.to(marked.device).movedim(dim, -1)
     free = ~marked if free is None else free.expand(marked.movedim(-1, dim).shape).movedim(dim, -1) & ~marked
-    chosen, some = torch.zeros_like(marked), marked.any(-1)  # in most rows there is nothing to choose
-    ranks = scores[some].masked_fill(~free[some], -torch.inf).argsort(-1, descending=True).argsort(-1)
-    chosen[some] = (ranks < marked[some].sum(-1, keepdim=True)) & free[some]
+    chosen, rows = torch.zeros_like(marked), marked.any(-1)  # in most rows there is nothing to choose
+    ranks = scores[rows].masked_fill(~free[rows], -torch.inf).argsort(-1, descending=True).argsort(-1)
+    chosen[rows] = (ranks < marked[rows].sum(-1, keepdim=True)) & free[rows]
     return chosen.movedim(-1, dim)
 
 
-def _random_channels(clean: CleanPass, i: int) -> Tensor:
-    return as_many(clean.spikes[i], metrics.uniform(clean.numbers, clean.spikes[i].shape[1:], i))
-
-
 def direction_of(clean: CleanPass, seed: int) -> Tensor:
-    """A random unit direction for each sequence, off every channel in which it has a spike: (B, 1, C), float32."""
+    """Returns a random unit direction for each sequence, 0 in its spike channels: (B, 1, C), float32."""
     draws = metrics.uniform(clean.numbers, (1, clean.streams[0].size(-1)), seed)
     normal = torch.erfinv(2 * draws.clamp(1e-6, 1 - 1e-6) - 1).to(clean.streams[0].device)
-    spiking = torch.stack([entries.any(1, keepdim=True).to(normal.device) for entries in clean.spikes]).any(0)
+    spiking = torch.stack([spikes.any(1, keepdim=True).to(normal.device) for spikes in clean.spikes]).any(0)
     return torch.nn.functional.normalize(normal.masked_fill(spiking, 0), dim=-1)
 
 
-def displaced(x: Tensor, clean: Tensor, u: Tensor, size: Tensor) -> Tensor:
-    """The state x moved along u until it is `size` away from the `clean` one in that direction: as x."""
-    return x + (size - ((x - clean) * u).sum(-1, keepdim=True)) * u
+def displaced(x: Tensor, clean: Tensor, u: Tensor, distance: Tensor) -> Tensor:
+    """Moves the state x along u until it is `distance` away from the `clean` one in that direction: as x."""
+    return x + (distance - ((x - clean) * u).sum(-1, keepdim=True)) * u
 
 
-def _other_tokens(clean: CleanPass, i: int) -> Tensor:
-    tokens = clean.spikes[i].any(-1)
-    return as_many(tokens, metrics.uniform(clean.numbers, tokens.shape[1:], i))
-
-
-def _random_keys(clean: CleanPass) -> list[Tensor]:
-    draws = [metrics.uniform(clean.numbers, found.shape[1:], i) for i, found in enumerate(clean.sinks)]
-    return [as_many(f, d, e) for f, d, e in zip(clean.sinks, draws, clean.eligible, strict=True)]
+def _random_others(clean: CleanPass, i: int, marked: Tensor, free: Tensor | None = None) -> Tensor:
+    """Draws as many other (and `free`) entries as are marked, at tap or seam i: bool, as `marked` (B, ...)."""
+    return as_many(marked, metrics.uniform(clean.numbers, marked.shape[1:], i), free)
 
 
 def _same_mass(clean: CleanPass) -> list[Tensor]:
-    """At each seam random other keys of all heads, until they would have more attention than the sinks there."""
+    """Draws other keys of all heads at random, at each seam, until they would get more attention than its sinks."""
     chosen = []
     for i, (sinks, mass) in enumerate(zip(clean.sinks, clean.mass, strict=True)):
-        wanted = (mass * sinks).sum((1, 2))[:, None]
+        sink_mass = (mass * sinks).sum((1, 2))[:, None]
         order = metrics.uniform(clean.numbers, sinks.shape[1:], i).masked_fill(sinks, 2).flatten(1).argsort(-1)
         free = mass.masked_fill(sinks, 0).flatten(1).gather(-1, order)
-        taken = (free.cumsum(-1) <= wanted) & (free > 0)
+        taken = (free.cumsum(-1) <= sink_mass) & (free > 0)
         chosen.append(torch.zeros_like(taken).scatter(-1, order, taken).view_as(sinks))
     return chosen
 
@@ -95,22 +86,24 @@ CONTROLS = {
 
 
 def entries_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
-    """Per tap the entries to edit: the spikes, or as many random channels. bool (B, T, C)."""
+    """Returns the entries to edit at each tap: the spikes, or as many random channels; bool (B, T, C)."""
     random = control == "random_channels"
-    return [_random_channels(clean, i) if random and found.any() else found for i, found in enumerate(clean.spikes)]
+    return [_random_others(clean, i, mask) if random and mask.any() else mask for i, mask in enumerate(clean.spikes)]
 
 
 def tokens_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
-    """Per tap the tokens to edit: those with a spike there, or a control's. bool (B, T, 1)."""
+    """Returns the tokens to edit at each tap: those with a spike there, or the control's; bool (B, T, 1)."""
+    tokens = [spikes.any(-1) for spikes in clean.spikes]
     if control == "other_tokens":
-        return [_other_tokens(clean, i)[..., None] for i in range(len(clean.spikes))]
-    return [marked.any(-1, keepdim=True) for marked in clean.spikes]
+        tokens = [_random_others(clean, i, mask) for i, mask in enumerate(tokens)]
+    return [mask[..., None] for mask in tokens]
 
 
 def keys_of(clean: CleanPass, control: str | None = None) -> list[Tensor]:
-    """Per seam the keys to edit: the sinks, or a control's. bool (B, H, T)."""
-    choose = {"random_keys": _random_keys, "same_mass": _same_mass}
-    return choose[control](clean) if control else clean.sinks
+    """Returns the keys to edit at each seam: the sinks, or the control's; bool (B, H, T)."""
+    if control == "random_keys":
+        return [_random_others(clean, i, *pair) for i, pair in enumerate(zip(clean.sinks, clean.eligible, strict=True))]
+    return _same_mass(clean) if control else clean.sinks
 
 
 # -------------------------------------------------------------------------------------------- the edits
@@ -120,14 +113,14 @@ Rows = Callable[[Tensor, int], Tensor]  # (rows of a map (B, H, R, keys), the fi
 
 
 class Edit:
-    """An intervention, to be entered as often as needed. Hooks go when the block is left, whatever happens in it.
+    """An intervention on one batch: a context manager that can be entered often. Leaving it always removes its hooks.
 
-    `edited`: how many entries, tokens, keys, heads or sub-layers, over the sequences. `stage`: the first that it
-    touches; all before are as in the clean model. `tokens`: by tap of the stream, whose states it writes, bool (B, T);
-    `keys`: by seam, whose attention it changes, bool (B, H, T). `rows`: per seam whose map it changes in a way that
-    cannot be seen in (q, k, bias), the function (rows of the map, first query) -> rows. `dose`: of keys the attention
-    that they get; of an edit of the stream, after it has run, the squared distance of what it wrote from the clean
-    states, summed over tokens and taps; else 0.
+    `edited`: how many entries, tokens, keys, heads or sub-layers it edits, over all sequences. `stage`: the first stage
+    that it touches; earlier ones are as in the clean model. `tokens`: tap -> the tokens whose states it writes, bool
+    (B, T). `keys`: seam -> the keys whose attention it changes, bool (B, H, T). `rows`: seam -> a function (rows of the
+    map, first query) -> rows, for an edit of the map that (q, k, bias) do not show. `dose`: for keys, the attention
+    that they get; for the stream, after a pass, the squared distance of the written from the clean states, summed over
+    tokens and taps; else 0.
     """
 
     def __init__(
@@ -135,7 +128,7 @@ class Edit:
         clean: CleanPass,
         taps: Sequence[Tap],
         edited: int,
-        hooks: Callable[[Any], contextlib.AbstractContextManager[Any]],  # of the Edit
+        hooks: Callable[[Any], contextlib.AbstractContextManager[Any]],  # called with the Edit
         *,
         tokens: dict[int, Tensor] | None = None,
         keys: dict[int, Tensor] | None = None,
@@ -144,7 +137,7 @@ class Edit:
         subject = clean.subject
         self.stage = min(map(subject.stage_of, taps), default=len(subject.stages))
         self.edited, self.hooks, self.tokens, self.keys, self.rows = edited, hooks, tokens or {}, keys or {}, rows or {}
-        self.dose = sum(float((clean.mass[i] * found).sum()) for i, found in self.keys.items())
+        self.dose = sum(float((clean.mass[s] * mask).sum()) for s, mask in self.keys.items())
         self._entered: list[contextlib.AbstractContextManager[None]] = []
 
     def __enter__(self) -> "Edit":
@@ -171,25 +164,23 @@ def _on_streams(
     control: str | None = None,
     only: int | None = None,
 ) -> Edit:
-    """An Edit: at each writable tap i, `where[i]` (bool (B, T, C) or (B, T, 1)) of x become function(i, x)'s.
+    """Returns an Edit that replaces x by function(i, x) at each writable tap i, where `where[i]` is true.
 
-    Under the control same_energy the same tokens are moved as far from their clean state, in a random direction.
+    `where[i]`: bool (B, T, C) or (B, T, 1). `only`: the single tap to edit. The control same_energy moves the same
+    tokens as far from their clean state, in a random direction.
     """
     subject = clean.subject
-    chosen = [
-        i
-        for i, tap in enumerate(subject.streams)
-        if tap.writable and bool(where[i].any()) and (only is None or i == only)
-    ]
+    writable = (i for i, tap in enumerate(subject.streams) if tap.writable and only in (None, i))
+    chosen = [i for i in writable if bool(where[i].any())]
     written = {i: where[i].any(-1) for i in chosen}
     edit_of = lambda i, x: torch.where(where[i], function(i, x), x)
     if control == "same_energy":
-        u, real = direction_of(clean, SEED_OF_ENERGY), edit_of
+        u, matched_edit = direction_of(clean, ENERGY_SEED), edit_of
 
         def edit_of(i: int, x: Tensor) -> Tensor:
-            before = clean.streams[i]
-            size = torch.linalg.vector_norm((real(i, before) - before).float(), dim=-1, keepdim=True)
-            return torch.where(written[i][..., None], displaced(x, before, u.to(x), size.to(x)), x)
+            state = clean.streams[i]
+            distance = torch.linalg.vector_norm((matched_edit(i, state) - state).float(), dim=-1, keepdim=True)
+            return torch.where(written[i][..., None], displaced(x, state, u.to(x), distance.to(x)), x)
 
     def write(edit: Edit, i: int) -> Callable[[Tensor], Tensor]:
         def on_stream(x: Tensor) -> Tensor:
@@ -202,24 +193,25 @@ def _on_streams(
 
     taps = [subject.streams[i] for i in chosen]
     hooks = lambda edit: on_streams(taps, [write(edit, i) for i in chosen])
-    tokens = {i: found.cpu() for i, found in written.items()}
+    tokens = {i: mask.cpu() for i, mask in written.items()}
     return Edit(clean, taps, sum(int(where[i].sum()) for i in chosen), hooks, tokens=tokens)
 
 
 # ------------------------------------------------------------------------------------------------- spikes
 
 
-CLIP_RATIO = 10.0  # well below the spike rule's
-SEED_OF_ENERGY, SEED_OF_DIRECTION = 10_001, 10_002  # of random directions; those below are taps'
+CLIP_RATIO = 10.0  # well below the spike rule's ratio
+ENERGY_SEED, DIRECTION_SEED = 10_001, 10_002  # seeds of random directions; lower seeds are the numbers of taps
 
 
 def spike_zero(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """h = 0 at every spike entry of every tap."""
+    """Sets h = 0 at every spike entry of every tap."""
     return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x), control)
 
 
 def spike_mean(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """h = the mean of its channel over spike entries of other text (Sun et al. 2024); a control's, over the others."""
+    """Sets spike entries to their channel's mean over spike entries (a control: the others) of other text (Sun et al.
+    2024)."""
     mean = lambda i, x: reference.entries[i][control == "random_channels"].to(x).expand_as(x)
     return _on_streams(clean, entries_of(clean, control), mean, control)
 
@@ -227,7 +219,7 @@ def spike_mean(clean: CleanPass, reference: Reference, control: str | None = Non
 def spike_clip(
     clean: CleanPass, reference: Reference | None = None, control: str | None = None, ratio: float = CLIP_RATIO
 ) -> Edit:
-    """|h| cut down to `ratio` x the layer's median |h|; random channels shrink by their token's mean factor."""
+    """Clips |h| to `ratio` x the layer's median |h|; random channels shrink by their token's mean factor."""
 
     def clip(i: int, x: Tensor) -> Tensor:
         threshold = ratio * metrics.median_magnitude(x.float())[:, None, None]
@@ -241,40 +233,38 @@ def spike_clip(
 
 
 def spike_stepup(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """h = 0 at the spike entries of the step-up tap alone: later sub-layers may raise them again."""
+    """Sets h = 0 at the spike entries of the step-up tap alone; later sub-layers may raise them again."""
     only = -1 if reference.step_up is None else reference.step_up
     return _on_streams(clean, entries_of(clean, control), lambda i, x: torch.zeros_like(x), control, only)
 
 
 def spike_scale(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """The whole state of every spike token, at every tap, scaled to its sequence's median norm: its size goes, its
-    direction stays."""
+    """Scales the state of every spike token, at every tap, to its sequence's median norm; the direction stays."""
 
     def scale(i: int, x: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(clean.streams[i].float(), dim=-1)
-        usual = norms.median(1).values[:, None, None]
-        return x * (usual / torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp_min(1e-30)).to(x)
+        median = norms.median(1).values[:, None, None]
+        return x * (median / torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp_min(1e-30)).to(x)
 
     return _on_streams(clean, tokens_of(clean), scale, control)
 
 
 def spike_direction(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """The spike entries' energy goes into a random direction off all spike channels, the norm stays: a state as large
-    as the spike token's, that points elsewhere."""
-    u = direction_of(clean, SEED_OF_DIRECTION)
+    """Moves the spike entries' energy into a random direction off all spike channels; the norm of the state stays."""
+    u = direction_of(clean, DIRECTION_SEED)
 
     def turn(i: int, x: Tensor) -> Tensor:
-        before, marked = clean.streams[i].float(), clean.spikes[i]
-        size = torch.linalg.vector_norm(before * marked, dim=-1, keepdim=True)
-        turned = displaced(x.float() * ~marked, before, u, size)
-        norm = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
+        state, marked = clean.streams[i].float(), clean.spikes[i]
+        distance = torch.linalg.vector_norm(state * marked, dim=-1, keepdim=True)
+        turned = displaced(x.float() * ~marked, state, u, distance)
+        norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
         return (torch.nn.functional.normalize(turned, dim=-1) * norm).to(x)
 
     return _on_streams(clean, tokens_of(clean), turn, control)
 
 
 def spike_project(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """h - (h u) u at every spike token of every tap, u the direction of other text's mean spike token there."""
+    """Sets h to h - (h u) u at every spike token of every tap, with u other text's mean spike direction there."""
 
     def project(i: int, x: Tensor) -> Tensor:
         u = reference.direction[i].to(x)
@@ -284,9 +274,9 @@ def spike_project(clean: CleanPass, reference: Reference, control: str | None = 
 
 
 def spike_constant(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """The whole state of every spike token, at every tap, is the mean state of other text's spike tokens there.
+    """Sets the whole state of every spike token, at every tap, to the mean state of other text's spike tokens there.
 
-    Sun et al. 2026: spikes act as near-constant, implicit parameters. Other tokens get the others' mean state.
+    Sun et al. 2026 say that spikes act as near-constant, implicit parameters. The control uses tokens without a spike.
     """
     constant = lambda i, x: reference.states[i][control == "other_tokens"].to(x).expand_as(x)
     return _on_streams(clean, tokens_of(clean, control), constant, control)
@@ -298,59 +288,64 @@ def spike_constant(clean: CleanPass, reference: Reference, control: str | None =
 def _on_seams(
     clean: CleanPass,
     keys: list[Tensor],
-    hooks_of: Callable[[Tensor], dict[str, Callable[..., Any]]],
-    rows_of: Callable[[Tensor], Rows] | None = None,
+    make_hooks: Callable[[Tensor], dict[str, Callable[..., Any]]],
+    make_rows: Callable[[Tensor], Rows] | None = None,
 ) -> Edit:
-    """An Edit of the seams where keys (per seam bool (B, H, T)) has any; hooks_of(its keys) -> arguments of hooked."""
-    chosen = [(tap, found) for tap, found in zip(clean.subject.attends, keys, strict=True) if found.any()]
+    """Returns an Edit of the seams at which `keys` (bool (B, H, T) for each seam) has any.
+
+    make_hooks(keys of a seam) returns arguments of `hooked`, make_rows(keys of a seam) a function for `Edit.rows`.
+    """
+    masks = {s: mask for s, mask in enumerate(keys) if mask.any()}
+    taps = [clean.subject.attends[s] for s in masks]
 
     def hooks(_: Edit) -> contextlib.AbstractContextManager[None]:
-        found = [{kind: (tap.module, hook) for kind, hook in hooks_of(at).items()} for tap, at in chosen]
-        return hooked(**{kind: [of[kind] for of in found] for kind in (found[0] if found else ())})
+        by_kind: dict[str, list[tuple[Any, Any]]] = {}
+        for tap, mask in zip(taps, masks.values(), strict=True):
+            for kind, hook in make_hooks(mask).items():
+                by_kind.setdefault(kind, []).append((tap.module, hook))
+        return hooked(**by_kind)
 
-    of_seam = {i: found for i, found in enumerate(keys) if found.any()}
-    rows = {i: rows_of(found) for i, found in of_seam.items()} if rows_of else None
-    edited = sum(int(found.sum()) for _, found in chosen)
-    return Edit(clean, [tap for tap, _ in chosen], edited, hooks, keys=of_seam, rows=rows)
+    rows = {s: make_rows(mask) for s, mask in masks.items()} if make_rows else None
+    return Edit(clean, taps, sum(int(mask.sum()) for mask in masks.values()), hooks, keys=masks, rows=rows)
 
 
-def masked(clean: CleanPass) -> float:
-    """What takes a key its attention when it is added to its logit. Where a row can lose all its keys, as in encoders,
-    a finite number, whose exp is 0: such a row stays as it is, and is no NaN."""
+def mask_bias(clean: CleanPass) -> float:
+    """Returns the number that takes a key's attention away when it is added to its logit. It is finite in encoders,
+    where a row can lose all its keys and must not become NaN; its exp still is 0."""
     return -math.inf if clean.subject.causal else -1e4
 
 
-def biased(clean: CleanPass, keys: list[Tensor], value: float) -> Edit:
-    """An Edit: `value` is added to the logit of each key for every query, under causal attention but for the one at its
-    own position."""
+def bias_keys(clean: CleanPass, keys: list[Tensor], value: float) -> Edit:
+    """Returns an Edit that adds `value` to the logit of each key for every query, under causal attention except for the
+    query at the key's own position."""
 
-    def hooks_of(found: Tensor) -> dict[str, Callable[..., Any]]:
+    def make_hooks(mask: Tensor) -> dict[str, Callable[..., Any]]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
             q = args[0]
-            bias = torch.zeros(found.shape, dtype=q.dtype, device=q.device).masked_fill(found.to(q.device), value)
+            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask.to(q.device), value)
             others = kwargs.get("bias")
             return args, {**kwargs, "bias": bias[:, :, None] if others is None else others + bias[:, :, None]}
 
         return {"before": hook}
 
-    return _on_seams(clean, keys, hooks_of)
+    return _on_seams(clean, keys, make_hooks)
 
 
 def sink_mask(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """Sink keys get no attention, under causal attention but for each key's own query; a softmax renormalises the
-    rest."""
-    return biased(clean, keys_of(clean, control), masked(clean))
+    """Takes all attention from sink keys, under causal attention except that of each key's own query. The softmax
+    renormalises the rest."""
+    return bias_keys(clean, keys_of(clean, control), mask_bias(clean))
 
 
 def sink_damp(
     clean: CleanPass, reference: Reference | None = None, control: str | None = None, factor: float = 0.5
 ) -> Edit:
-    """exp(logit) of sink keys times `factor`: A becomes factor A / (1 - (1 - factor) A) where a row has one sink."""
-    return biased(clean, keys_of(clean, control), math.log(factor))
+    """Multiplies exp(logit) of sink keys by `factor`: with one sink in a row A is factor A / (1 - (1 - factor) A)."""
+    return bias_keys(clean, keys_of(clean, control), math.log(factor))
 
 
 def _destinations(keys: Tensor) -> Tensor:
-    """Per key of (B, H, T) the nearest later key that is not among them, or else the nearest earlier one: int64."""
+    """Returns the nearest later position that is not in `keys` (B, H, T), or else the nearest earlier one: int64."""
     T = keys.size(-1)
     place = torch.arange(T).expand(keys.shape)
     later = torch.where(keys, T, place).flip(-1).cummin(-1).values.flip(-1)
@@ -359,16 +354,16 @@ def _destinations(keys: Tensor) -> Tensor:
 
 
 def sink_relocate(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """A sink key's attention goes to the nearest later key that is no sink, for every query that sees both."""
+    """Moves a sink key's attention to the nearest later key that is no sink, for every query that sees both."""
     causal = clean.subject.causal
 
-    def rows_of(found: Tensor) -> Rows:
-        targets = _destinations(found)
+    def make_rows(mask: Tensor) -> Rows:
+        targets = _destinations(mask)
 
         def rows(weights: Tensor, first: int) -> Tensor:
             _, _, R, S = weights.shape
             target = targets[..., :S].to(weights.device)[:, :, None].expand_as(weights)
-            moves = found[..., :S].to(weights.device)[:, :, None]
+            moves = mask[..., :S].to(weights.device)[:, :, None]
             if causal:
                 moves = moves & (target <= torch.arange(first, first + R, device=weights.device)[:, None])
             mass = weights * moves
@@ -376,8 +371,8 @@ def sink_relocate(clean: CleanPass, reference: Reference | None = None, control:
 
         return rows
 
-    def hooks_of(found: Tensor) -> dict[str, Callable[..., Any]]:
-        rows = rows_of(found)
+    def make_hooks(mask: Tensor) -> dict[str, Callable[..., Any]]:
+        rows = make_rows(mask)
 
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             q, k, v = args
@@ -389,51 +384,51 @@ def sink_relocate(clean: CleanPass, reference: Reference | None = None, control:
 
         return {"forward": hook}
 
-    return _on_seams(clean, keys_of(clean, control), hooks_of, rows_of)
+    return _on_seams(clean, keys_of(clean, control), make_hooks, make_rows)
 
 
 def sink_null(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """Each sink key becomes a null slot, of zero key (so zero logit, but for what depends on positions) and zero value.
+    """Turns each sink key into a null slot: its key and its value are zero, and so is its logit, up to position terms.
 
     The query at a sink's own position stays as it was.
     """
 
-    def hooks_of(found: Tensor) -> dict[str, Callable[..., Any]]:
-        whole = []
+    def make_hooks(mask: Tensor) -> dict[str, Callable[..., Any]]:
+        calls = []
 
-        def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        def zero_keys(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
             q, k, v = args
-            whole.append((args, kwargs))
-            kept = ~found.to(q.device)[..., None]
-            return (q, for_heads(k, q.size(1)) * kept, for_heads(v, q.size(1)) * kept), kwargs
+            calls.append((args, kwargs))
+            others = ~mask.to(q.device)[..., None]
+            return (q, for_heads(k, q.size(1)) * others, for_heads(v, q.size(1)) * others), kwargs
 
-        def own(module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            args, kwargs = whole.pop()
+        def restore_own(module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            args, kwargs = calls.pop()
             if not clean.subject.causal:
                 return None
-            return torch.where(found.to(output.device)[..., None], module.forward(*args, **kwargs), output)
+            return torch.where(mask.to(output.device)[..., None], module.forward(*args, **kwargs), output)
 
-        return {"before": before, "first": own}
+        return {"before": zero_keys, "first": restore_own}
 
-    return _on_seams(clean, keys_of(clean, control), hooks_of)
+    return _on_seams(clean, keys_of(clean, control), make_hooks)
 
 
 def bos_remove(clean: CleanPass, reference: Reference | None = None, control: str | None = None) -> Edit:
-    """No token sees BOS, the first token after any registers, in any head: as if it were not there, all positions kept.
+    """Hides BOS, the first token after any registers, from all tokens in all heads; positions stay as they are.
 
-    For models whose sequences start with one (an encoder's [CLS], a decoder's start token).
+    This is for models whose sequences start with one (an encoder's [CLS], a decoder's start token).
     """
-    keys = [torch.zeros_like(found) for found in clean.sinks]
-    for found in keys:
-        found[..., clean.subject.n_register + (control is not None)] = True
-    return biased(clean, keys, masked(clean))
+    keys = [torch.zeros_like(sinks) for sinks in clean.sinks]
+    for mask in keys:
+        mask[..., clean.subject.n_register + (control is not None)] = True
+    return bias_keys(clean, keys, mask_bias(clean))
 
 
 # -------------------------------------------------------------------------------------- heads, sub-layers
 
 
 def remove_heads(clean: CleanPass, heads: Tensor) -> Edit:
-    """The output of heads is zero; `heads`: bool (L, H)."""
+    """Sets the output of `heads` to zero: bool (L, H)."""
     chosen = [(tap, off) for tap, off in zip(clean.subject.attends, heads, strict=True) if off.any()]
 
     def hook_of(off: Tensor) -> Callable[..., Tensor]:
@@ -444,55 +439,55 @@ def remove_heads(clean: CleanPass, heads: Tensor) -> Edit:
 
 
 def remove_sub_layer(clean: CleanPass, tap: Tap | None) -> Edit:
-    """A sub-layer adds nothing to the stream; `tap`: one of subject.inner["update"], or None for none."""
+    """Lets a sub-layer add nothing to the stream; `tap`: one of subject.inner["update"], or None for no sub-layer."""
     taps = [] if tap is None else [tap]
     return Edit(clean, taps, len(clean.ids) * len(taps), lambda _: on_streams(taps, [torch.zeros_like] * len(taps)))
 
 
 def sink_heads(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """The heads that have a sink in at least half of the sequences of other text give nothing."""
+    """Sets the output of heads to zero that have a sink in at least half of the sequences of other text."""
     heads = reference.sink_rate >= 0.5
     if control:
         draw = torch.rand(heads.numel(), generator=torch.Generator().manual_seed(0))
-        # as many as there are elsewhere, over all layers
-        heads = as_many(heads.flatten(), draw).view_as(heads)
+        heads = as_many(heads.flatten(), draw).view_as(heads)  # as far as there are so many others, over all layers
     return remove_heads(clean, heads)
 
 
-def _of_step_up(clean: CleanPass, reference: Reference, other: bool) -> tuple[int, Tap] | None:
-    """(the tap after it, the Tap of its update) of the sub-layer at which spikes first stand, or of an `other` of its
-    kind, drawn at random; None where there is none."""
+def _step_up_update(clean: CleanPass, reference: Reference, other: bool) -> tuple[int, Tap] | None:
+    """Returns (the tap after it, the Tap of its update) of the sub-layer at which spikes begin, or of an `other` of its
+    kind that is drawn at random; None if there is none."""
     if reference.step_up is None:
         return None
-    subject, at = clean.subject, clean.subject.streams[reference.step_up]
-    after = {(tap.layer, tap.kind): i for i, tap in enumerate(subject.streams)}
-    known = {(tap.layer, tap.kind): tap for tap in subject.inner["update"] if (tap.layer, tap.kind) in after}
-    if (at.layer, at.kind) not in known:
+    subject, tap = clean.subject, clean.subject.streams[reference.step_up]
+    indices = {(stream.layer, stream.kind): i for i, stream in enumerate(subject.streams)}
+    updates = {(update.layer, update.kind): update for update in subject.inner["update"]}
+    updates = {place: update for place, update in updates.items() if place in indices}
+    place = (tap.layer, tap.kind)
+    if place not in updates:
         return None
-    place = (at.layer, at.kind)
     if other:
-        others = [one for one in known if one[1] == at.kind and one != place]
+        others = [(layer, kind) for layer, kind in updates if kind == tap.kind and layer != tap.layer]
         if not others:
             return None
         place = others[int(torch.randint(len(others), (), generator=torch.Generator().manual_seed(0)))]
-    return after[place], known[place]
+    return indices[place], updates[place]
 
 
 def step_up(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """The sub-layer at which spikes first stand adds nothing to the stream."""
-    found = _of_step_up(clean, reference, control is not None)
-    return remove_sub_layer(clean, found and found[1])
+    """Lets the sub-layer at which spikes begin add nothing to the stream."""
+    step = _step_up_update(clean, reference, control is not None)
+    return remove_sub_layer(clean, step and step[1])
 
 
 def bos_ffn(clean: CleanPass, reference: Reference, control: str | None = None) -> Edit:
-    """The FFN at which spikes first stand adds nothing to the first token, BOS where there is one.
+    """Lets the FFN at which spikes begin add nothing to the first token, which is BOS if there is one.
 
-    Queipo-de-Llano et al. 2025 (2510.06477), who say that the spike on BOS goes, and the sinks with it.
+    Queipo-de-Llano et al. 2025 (2510.06477) say that the spike on BOS goes, and the sinks with it.
     """
-    found = _of_step_up(clean, reference, control == "other_sub_layer")
-    if found is None or found[1].kind != "ffn":
+    step = _step_up_update(clean, reference, control == "other_sub_layer")
+    if step is None or step[1].kind != "ffn":
         return nothing(clean)
-    index, update = found
+    index, update = step
     token, shape = clean.subject.n_register + (control == "second_token"), clean.streams[index].shape
 
     def write(edit: Edit, x: Tensor) -> Tensor:
@@ -511,18 +506,18 @@ def bos_ffn(clean: CleanPass, reference: Reference, control: str | None = None) 
 
 
 class EditFunction(Protocol):
-    """What makes an intervention."""
+    """A function that makes an Edit."""
 
     def __call__(self, clean: CleanPass, reference: Any, control: str | None = None) -> Edit:
-        """The Edit of one batch, or that of a control; `reference`: a Reference, or None where none is needed."""
+        """Returns the Edit of one batch, or that of a control; `reference`: a Reference, or None if not needed."""
 
 
 class Intervention(NamedTuple):
-    """One row of the tables: what the terminal, the pages, the findings and `import spikesink` know it by."""
+    """One row of the tables below, from which the commands, the pages and `import spikesink` take interventions."""
 
     kind: str  # what it edits: spike, sink, bos
     edit: EditFunction
-    controls: tuple[str, ...]  # of CONTROLS
+    controls: tuple[str, ...]  # names in CONTROLS
     needs_reference: bool = False  # whether it takes anything from other text
 
 
@@ -542,7 +537,7 @@ INTERVENTIONS = {
     "bos_remove": Intervention("bos", bos_remove, ("second_token",)),
     "bos_ffn": Intervention("bos", bos_ffn, ("second_token", "other_sub_layer"), needs_reference=True),
 }
-# on whole tokens, heads and sub-layers
+# interventions on whole tokens, heads and sub-layers
 REMOVALS = {
     "spike_constant": Intervention("spike", spike_constant, ("same_energy", "other_tokens"), needs_reference=True),
     "remove_sink_heads": Intervention("sink", sink_heads, ("random_heads",), needs_reference=True),
@@ -551,7 +546,7 @@ REMOVALS = {
 
 
 def intervention_named(name: str, control: str | None = None) -> Intervention:
-    """A row of the two tables. Raises UserError for a name that neither has, or a control that the row lacks."""
+    """Returns a row of the two tables. Raises UserError for an unknown name, or a control that the row lacks."""
     table = INTERVENTIONS | REMOVALS
     if name not in table:
         raise UserError(f"there is no intervention {name!r}; known: {', '.join(table)}")

@@ -1,13 +1,13 @@
-"""Simulated int8 and int4: matrices of the blocks, and what they read, rounded to few levels; arithmetic in float.
+"""Simulated int8 and int4: the blocks' matrices and their inputs are rounded to few levels; arithmetic stays in float.
 
-    ranges, (of_weights, of_activations) = quantise.Ranges(subject, other_ids), quantise.SCHEMES["per_tensor"]
-    with quantise.weights(subject, of_weights), quantise.activations(subject, ranges, of_activations):
+    ranges, (for_weights, for_activations) = quantise.Ranges(subject, other_ids), quantise.SCHEMES["per_tensor"]
+    with quantise.weights(subject, for_weights), quantise.activations(subject, ranges, for_activations):
         losses = subject.losses(ids)
 
-Outliers are what breaks it (Dettmers et al. 2208.07339; Bondarenko et al. 2306.12929): one scale must reach the largest
-|x|, and what is a few hundred times smaller rounds to nothing. With static scales the residual stream at every writable
-tap is rounded too, as Bondarenko et al. do; with scales per token it is not, as in LLM.int8 and its successors. See
-NOTE. Experts in one 3-D tensor stay as they are. Of an encoder-decoder: both stacks' matrices, the part's stream.
+Outliers break quantisation (Dettmers et al. 2208.07339; Bondarenko et al. 2306.12929): one scale must reach the largest
+|x|, so values a few hundred times smaller round to zero. With static scales we also round the residual stream at every
+writable tap, as Bondarenko et al. do. With scales per token we do not, as in LLM.int8 and its successors. See NOTE.
+Experts in one 3-D tensor are not rounded. In an encoder-decoder we round both stacks' matrices and the part's stream.
 """
 
 import contextlib
@@ -24,13 +24,14 @@ from ..measure import metrics
 from ..models.subject import Subject, Tap, batches
 from .findings import Int8, LossChange
 
-# inputs that share a scale, of weights alone: as in GPTQ (Frantar et al. 2210.17323) and AWQ (Lin et al. 2306.00978)
+# number of inputs whose weights share a scale, as in GPTQ (Frantar et al. 2210.17323) and AWQ (Lin et al. 2306.00978)
 GROUP = 128
 
 
 class Rounding(NamedTuple):
-    """How many bits, which entries share a scale in words, and the range (absmax) of each entry, which broadcasts: of a
-    weight (out, in), or of an activation (..., C) and its static absmax per channel (C,), not asked if `dynamic`."""
+    """A way to round. `text` says in words which entries share a scale. `range_of` returns the range (absmax) of each
+    entry, which broadcasts: of a weight (out, in), or of an activation (..., C) and its static absmax per channel (C,).
+    A `dynamic` one ignores the static absmax."""
 
     bits: int
     text: str
@@ -38,74 +39,72 @@ class Rounding(NamedTuple):
     dynamic: bool = False
 
 
-def _of_groups(weight: Tensor) -> Tensor:
+def _group_ranges(weight: Tensor) -> Tensor:
     return torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in weight.split(GROUP, 1)], dim=1)
 
 
 MATRIX = Rounding(8, "one scale for a matrix", lambda weight: weight.abs().amax())
 OUTPUT = Rounding(8, "a scale per output channel", lambda weight: weight.abs().amax(1, keepdim=True))
-INPUTS = Rounding(4, f"a scale per {GROUP} inputs of an output channel", _of_groups)
+INPUTS = Rounding(4, f"a scale per {GROUP} inputs of an output channel", _group_ranges)
 TENSOR = Rounding(8, "one static scale", lambda x, largest: largest.amax())
 CHANNEL = Rounding(8, "a static scale per channel", lambda x, largest: largest)
 TOKEN = Rounding(8, "a dynamic scale per token", lambda x, largest: x.abs().amax(-1, keepdim=True), dynamic=True)
-SCHEMES: dict[str, tuple[Rounding, Rounding | None]] = {  # of weights and of activations
+SCHEMES: dict[str, tuple[Rounding, Rounding | None]] = {  # for weights and for activations
     "per_tensor": (MATRIX, TENSOR),
-    # What integer arithmetic cannot do as it is (the input's scales do not leave the sum) and SmoothQuant (Xiao et al.
-    # 2211.10438) comes near to by moving scales into the weights.
+    # Integer arithmetic cannot do this directly, because the input's scales stay inside the sum. SmoothQuant (Xiao et
+    # al. 2211.10438) approximates it by moving scales into the weights.
     "per_channel": (OUTPUT, CHANNEL),
-    # LLM.int8's "vector-wise" (Dettmers et al. 2208.07339) without its outliers in 16 bits; the tokens' scales as in
-    # ZeroQuant (Yao et al. 2206.01861) and SmoothQuant-O1.
+    # LLM.int8's "vector-wise" (Dettmers et al. 2208.07339) without its outliers in 16 bits. The tokens' scales are as
+    # in ZeroQuant (Yao et al. 2206.01861) and SmoothQuant-O1.
     "per_token": (OUTPUT, TOKEN),
-    # The W4A4 that QuaRot (Ashkboos et al. 2404.00456) starts from, without its rotations and its clipping.
+    # W4A4 as in QuaRot (Ashkboos et al. 2404.00456), but without its rotations and its clipping.
     "int4_per_token": (OUTPUT._replace(bits=4), TOKEN._replace(bits=4)),
-    # W4A16, what GPTQ and AWQ call round-to-nearest at g128; theirs has zero points.
+    # W4A16, which GPTQ and AWQ call round-to-nearest at g128; theirs has zero points.
     "int4_per_group": (INPUTS, None),
 }
 NOTE = (
-    "int8, int4: simulated, symmetric, absmax, round to nearest, levels -127 ... 127 and -7 ... 7. The weight and the "
-    "input of every matrix inside the blocks; with static scales also the residual stream after the embedding and "
-    "every sub-layer; not the embeddings, the unembedding, norms, biases, and queries, keys, values and attention "
-    "weights as such. Static ranges are the largest |x| on other text, as in post-training quantisation; a scale per "
-    "token is of the largest |x| of that token."
+    "int8 and int4 are simulated: symmetric, absmax, round to nearest, levels -127 ... 127 and -7 ... 7. The weight "
+    "and the input of every matrix inside the blocks are rounded; with static scales also the residual stream after "
+    "the embedding and every sub-layer. Embeddings, the unembedding, norms, biases, and queries, keys, values and "
+    "attention weights as such are not. Static ranges are the largest |x| on other text, as in post-training "
+    "quantisation; a scale per token comes from the largest |x| of that token."
 )
 
 
 def rounded(x: Tensor, largest: Tensor, bits: int = 8) -> Tensor:
-    """x to the nearest of the 2^bits - 1 levels, multiples of one step, from -`largest` to `largest`, which broadcasts;
-    0 where that is 0."""
+    """Rounds x to the nearest of 2^bits - 1 equally spaced levels from -`largest` to `largest`, which broadcasts; to 0
+    where `largest` is 0."""
     levels = 2 ** (bits - 1) - 1  # the same number on both sides of 0
     scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny)
     return ((x.float() / scale).round().clamp(-levels, levels) * scale).to(x.dtype)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' Conv1D, whose weight is (in, out)."""
+    """Whether a module is transformers' Conv1D, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def matrices(subject: Subject) -> list[nn.Module]:
-    """The modules inside the blocks that are a matrix, each once."""
+    """Returns the modules inside the blocks that are a matrix, each once."""
     inside = (module for stage in subject.stages for module in stage.modules())
     return list(dict.fromkeys(m for m in inside if isinstance(m, nn.Linear) or is_conv1d(m)))
 
 
 def sites(subject: Subject) -> list[Tap]:
-    """Taps on every activation that is quantised: the stream, and the inputs of the matrices."""
+    """Returns taps on every activation that is quantised: the stream, and the inputs of the matrices."""
     return [*subject.writable, *(Tap(0, "matrix", module, "input") for module in matrices(subject))]
 
 
 class Ranges:
-    """The static range of every activation: absmax per channel over token ids (N, T), which should be other text.
-
-    `largest`: a (C,) per site, None at one that no token reached (an idle expert), which then is not quantised.
-    """
+    """The static range of every activation: absmax per channel over ids (N, T), which should be other text. `largest`:
+    one (C,) per site; None at a site that no token reached (an idle expert), which then is not quantised."""
 
     def __init__(self, subject: Subject, ids: Tensor, batch_size: int = 8) -> None:
         taps = sites(subject)
         self.largest: list[Tensor | None] = [None] * len(taps)
 
         def record(index: int, x: Tensor) -> None:
-            if not x.numel():  # of an expert that no token of this batch went to
+            if not x.numel():  # no token of this batch went to this expert
                 return
             new, old = x.float().abs().reshape(-1, x.size(-1)).amax(0), self.largest[index]
             self.largest[index] = new if old is None else torch.maximum(old, new)
@@ -117,19 +116,19 @@ class Ranges:
 
 @contextlib.contextmanager
 def weights(subject: Subject, rounding: Rounding) -> Iterator[None]:
-    """The matrices' weights are rounded within the block, and bit by bit what they were after it.
+    """Rounds the matrices' weights within the block, and restores them bit by bit after it.
 
     Raises UserError for a model that is read from disk as it runs.
     """
-    held = {m.get_parameter("weight"): is_conv1d(m) for m in matrices(subject)}  # a shared weight once
-    if any(weight.is_meta for weight in held):
+    transposed = {m.get_parameter("weight"): is_conv1d(m) for m in matrices(subject)}  # a shared weight once
+    if any(weight.is_meta for weight in transposed):
         raise UserError("int8 needs the weights in memory; this model is read from disk as it runs (--max_memory)")
-    original = {weight: weight.data for weight in held}
+    original = {weight: weight.data for weight in transposed}
     try:
-        for weight, transposed in held.items():
-            turned = weight.data.T if transposed else weight.data  # (out, in)
-            new = rounded(turned, rounding.range_of(turned.float()), rounding.bits)
-            weight.data = new.T if transposed else new
+        for weight, turn in transposed.items():
+            matrix = weight.data.T if turn else weight.data  # (out, in)
+            new = rounded(matrix, rounding.range_of(matrix.float()), rounding.bits)
+            weight.data = new.T if turn else new
         yield
     finally:
         for weight, data in original.items():
@@ -137,9 +136,9 @@ def weights(subject: Subject, rounding: Rounding) -> Iterator[None]:
 
 
 def activations(subject: Subject, ranges: Ranges, rounding: Rounding) -> contextlib.AbstractContextManager[None]:
-    """A context manager in which the matrices' inputs are rounded, and the stream too unless scales are dynamic."""
-    known = zip(sites(subject), ranges.largest, strict=True)
-    chosen = [(tap, largest) for tap, largest in known if not (rounding.dynamic and tap in subject.writable)]
+    """Rounds the matrices' inputs within the block, and the stream too unless scales are dynamic."""
+    pairs = zip(sites(subject), ranges.largest, strict=True)
+    chosen = [(tap, largest) for tap, largest in pairs if not (rounding.dynamic and tap in subject.writable)]
 
     def function_of(largest: Tensor | None) -> Callable[[Tensor], Tensor | None]:
         return lambda x: None if largest is None else rounded(x, rounding.range_of(x, largest), rounding.bits)
@@ -148,7 +147,7 @@ def activations(subject: Subject, ranges: Ranges, rounding: Rounding) -> context
 
 
 def sequence_losses(subject: Subject, ids: Tensor, batch_size: int = 8) -> Tensor:
-    """The mean loss of each sequence of ids (N, T), in nats: (N,), float64."""
+    """Returns the mean loss of each sequence of ids (N, T), in nats: (N,), float64."""
     losses = torch.empty(len(ids), dtype=torch.float64)
     for rows, batch in batches(ids, batch_size):
         losses[rows] = subject.losses(batch).double().mean(1)
@@ -156,32 +155,32 @@ def sequence_losses(subject: Subject, ids: Tensor, batch_size: int = 8) -> Tenso
 
 
 def quantised_losses(subject: Subject, ids: Tensor, other_ids: Tensor, batch_size: int = 8) -> dict[str, Int8]:
-    """By name of SCHEMES, the loss of ids (N, T) in few bits against that in float, paired by sequence.
+    """Returns, by name in SCHEMES, the loss of ids (N, T) in few bits against that in float, paired by sequence.
 
-    Static ranges are those of `other_ids` (N', T). 13 passes over ids, one over other_ids. Raises UserError where the
-    weights are not in memory.
+    Static ranges come from `other_ids` (N', T). This takes 13 passes over ids and one over other_ids. Raises UserError
+    if the weights are not in memory.
     """
     clean = sequence_losses(subject, ids, batch_size)
     ranges = Ranges(subject, other_ids, batch_size)
 
     @functools.cache  # two schemes round weights alike
-    def change(of_weights: Rounding | None, of_activations: Rounding | None) -> LossChange:
+    def change(for_weights: Rounding | None, for_activations: Rounding | None) -> LossChange:
         with contextlib.ExitStack() as stack:
-            if of_weights:
-                stack.enter_context(weights(subject, of_weights))
-            if of_activations:
-                stack.enter_context(activations(subject, ranges, of_activations))
+            if for_weights:
+                stack.enter_context(weights(subject, for_weights))
+            if for_activations:
+                stack.enter_context(activations(subject, ranges, for_activations))
             return LossChange(**metrics.paired_effect(clean, sequence_losses(subject, ids, batch_size)))
 
     return {
         name: Int8(
-            **vars(change(of_weights, of_activations)),
-            weight_bits=of_weights.bits,
-            weights=of_weights.text,
-            activation_bits=of_activations and of_activations.bits,
-            activations=of_activations and of_activations.text,
-            weights_only=change(of_weights, None) if of_activations else None,
-            activations_only=change(None, of_activations) if of_activations else None,
+            **vars(change(for_weights, for_activations)),
+            weight_bits=for_weights.bits,
+            weights=for_weights.text,
+            activation_bits=for_activations and for_activations.bits,
+            activations=for_activations and for_activations.text,
+            weights_only=change(for_weights, None) if for_activations else None,
+            activations_only=change(None, for_activations) if for_activations else None,
         )
-        for name, (of_weights, of_activations) in SCHEMES.items()
+        for name, (for_weights, for_activations) in SCHEMES.items()
     }

@@ -28,7 +28,7 @@ def next_logits(
     with contextlib.ExitStack() as stack:
         edited = 0
         if condition:
-            clean = CleanPass.of(subject, ids, ordinary=ordinary)
+            clean = CleanPass.run(subject, ids, ordinary=ordinary)
             edit = condition(clean)
             edited = edit.edited
             stack.enter_context(clean.prefix(edit.stage))
