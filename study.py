@@ -4,21 +4,23 @@
   python study.py configs/studies/norm.py --dry    prints the plan and its cost
   python study.py configs/studies/norm.py --seeds=1,2 --max_iters=500 --name=try
   torchrun --nproc_per_node=8 study.py configs/studies/norm.py     one run per GPU
-  python study.py mitigate --init_from=ckpt.pt     fine-tunes a checkpoint against its spikes
+  python study.py mitigate --init_from=ckpt.pt     fine-tunes against its spikes
 
 --key value (or --key=value) changes a key that all arms have in common (the
 arm's own keys come after it), or a key of the study file: --seeds=1,2
---arms=pre,post --scale=scale/tiny --points=20 (checkpoints measured of each run)
---n_seq=100 --seq_len=64 --ablations=spike_zero,sink_mask --probes --hypotheses=H1,H2.
+--arms=pre,post --scale=scale/tiny --points=20 (checkpoints measured of each
+run) --n_seq=100 --seq_len=64 --ablations=spike_zero,sink_mask --probes
+--hypotheses=H1,H2.
 
-The command trains, detects and ablates every arm with every seed, and writes one
-table to results/NAME, which has intervals from six seeds on. The runs, a page and
-figures go to out/studies/NAME. If the command is killed, run it again and it goes
-on. A finished run is not repeated unless its config, its data, what is measured
-or the code has changed. With --keep_code, finished runs of other code are kept,
-and the table says which code made them. A run that two studies share is done once.
-With --extend, runs that the table in results already holds are not repeated. Use
-it to add seeds or arms to a table that came with the clone, or to draw its page.
+The command trains, detects and ablates every arm with every seed. It writes
+one table to results/NAME, which has intervals from six seeds on. The runs, a
+page and figures go to out/studies/NAME. If the command is killed, run it again
+and it goes on. A finished run is not repeated unless its config, its data,
+what is measured or the code has changed. With --keep_code, finished runs of
+other code are kept, and the table says which code made them. A run that two
+studies share is done once. With --extend, runs that the table in results
+already holds are not repeated. Use it to add seeds or arms to a table that
+came with the clone, or to draw its page.
 """
 
 import dataclasses

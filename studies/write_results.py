@@ -12,9 +12,11 @@ table.md again from the rows of its table.json, so that today's statistics and v
 {STUDY; matched}                the number of pairs of runs that match at equal loss, over all arms
 {STUDY; moving}                 a sentence on what still moves at the end
 {STUDY; KEY}                    a field of the table, or a key of the baseline's config
-{trials}                        the whole of results/trials.json
+{STUDY; ARM; MEASURE; p}        a planned contrast's p, by Holm's correction
+{FILE.json; KEY; KEY ...; FORM}   a number of a file in results/, printed by FORM
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -55,11 +57,14 @@ def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str
 
 def filled(field: str, tables: Mapping[str, Table]) -> str:
     """The text that replaces one {field}. Raises UserError."""
-    if field == "trials":
-        return trials_table()
+    study, *path = (" ".join(part.split()) for part in field.split(";"))
     try:
-        study, *path = (" ".join(part.split()) for part in field.split(";"))
+        if study.endswith(".json"):
+            content = json.loads((TEMPLATE.parent / study).read_text())
+            return number(functools.reduce(lambda entry, key: entry[key], path[:-1], content), path[-1])
         table = tables[study]
+        if path[-1] == "p":
+            return next(f"{c.p_holm:.3g}" for c in table.contrasts if [c.arm, c.measure] == path[:2])
         if path[0] in HYPOTHESES:
             verdict = judge(table)[path[0]]
             return verdict.verdict if len(path) == 1 else f"{verdict.verdict}: {verdict.reason}".replace("|", "\\|")
@@ -78,15 +83,8 @@ def filled(field: str, tables: Mapping[str, Table]) -> str:
         measures = measure.split(", ")
         rows = [[name, *(cell_text(table, name, m) for m in measures)] for name in arm_names]
         return "\n".join(markdown_table(["arm", *measures], rows))
-    except (KeyError, StopIteration, ValueError, AttributeError) as error:
+    except (KeyError, StopIteration, ValueError, AttributeError, OSError, TypeError) as error:
         raise UserError(f"{TEMPLATE.name}: {{{field}}} names nothing in results/*/table.json ({error})") from None
-
-
-def trials_table() -> str:
-    """The table of the single runs by which the scales were chosen."""
-    rows = json.loads((ROOT / "results" / "trials.json").read_text())
-    text = lambda value: "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-    return "\n".join(markdown_table(list(rows[0]), [list(map(text, row.values())) for row in rows]))
 
 
 def render() -> str:

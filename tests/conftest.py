@@ -23,7 +23,7 @@ from spikesink.models.subject import Subject  # noqa: E402
 # Each takes 20 seconds or more, all its cases together: `bash run.sh slow` runs them, `bash run.sh test` the rest.
 SLOW = [
     "test_the_tutorial_does_what_it_says",
-    "test_the_api_example_runs",
+    "test_the_tour_runs_and_its_stored_outputs_say_the_same",
     "test_every_step_is_rehearsed",
     "test_fault",
     "test_no_verdict_on_a_planted_cause_is_wrong",

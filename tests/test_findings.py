@@ -150,3 +150,19 @@ def test_the_last_tap_stands_apart_only_where_no_attention_reads_it():
         one = dataclasses.replace(subject, part=part)
         of = summarise(one, observe(one, many(8), progress=False))
         assert of.spikes.sum.last == (None if part else 8 / (8 * 32))
+
+
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_the_first_tokens_energy_and_norm_are_those_of_the_sum(place):
+    model, ids = tiny(norm_place=place, norm="rmsnorm"), many(8)
+    of = summarise(subject_of(model), observe(subject_of(model), ids, progress=False))
+    block, kept = model.transformer.h[1], []
+    hook = block.mlp.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    outputs = block.mlp.f.register_forward_hook(lambda module, args, output: kept.append(output))
+    model(ids)
+    hook.remove(), outputs.remove()
+    x = (kept[0] + kept[1]).double()  # x + f(x), before a norm behind it
+    first, norm = x[:, 0].square(), x.norm(dim=-1)
+    layer = next(layer for layer in of.layers if layer.name == "ffn 1")
+    assert layer.first_energy == pytest.approx((first.amax(-1) / first.sum(-1)).mean().item(), rel=1e-4)
+    assert layer.first_norm == pytest.approx((norm[:, 0] / norm.flatten().median()).mean().item(), rel=1e-3)

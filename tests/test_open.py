@@ -190,5 +190,5 @@ def test_a_clone_is_found_from_within_and_said(trained, monkeypatch, capsys):
 def test_a_fork_whose_attention_is_older_is_told_what_it_lacks(monkeypatch):
     model = tiny()
     monkeypatch.delattr(type(model.transformer.h[0].attn.f.attend), "seen")
-    with pytest.raises(UserError, match="has no seen, which instruments"):
+    with pytest.raises(UserError, match="has no seen, which this version needs"):
         subject_of(model)

@@ -96,6 +96,19 @@ def test_causes_in_models_whose_answer_is_known(model, sinks_need_spikes, spikes
     assert entries["sink_relocate"].sinks_left.all > 0.5  # it is elsewhere now
 
 
+def test_exposed_sinks_are_those_that_a_cause_is_judged_by():
+    found, measured = causes_in(sink_needs_spike(), many())
+    cause, entries = found["spike_zero"], {entry.name: entry for entry in outcomes.table_entries(TABLE, measured)}
+    exposed = entries["spike_zero"].exposed
+    assert (exposed.sinks, exposed.left) == (cause.judged, cause.left / cause.judged)
+    assert exposed.lost == pytest.approx(cause.lost.share) and exposed.lost > 0.5
+    beside = {control.name: control.exposed.lost for control in entries["spike_zero"].control}
+    assert beside == pytest.approx({control.name: control.lost.share for control in cause.control})
+    assert entries["sink_mask"].exposed is None  # it edits no spike
+    nothing = {entry.name: entry for entry in outcomes.table_entries(TABLE, causes_in(spike_needs_sink(), many())[1])}
+    assert nothing["spike_zero"].edited and nothing["spike_zero"].exposed is None  # no sink lies downstream
+
+
 def test_what_is_lost_is_what_a_pass_under_the_edit_shows():
     subject, ids = subject_of(sink_needs_spike()), many()
     clean = CleanPass.run(subject, ids)

@@ -123,7 +123,7 @@ def test_compare_and_vocab_commands(cli, bytes_run, trained, tmp_path):
     code, out, err = cli("detect.py", bytes_run, "--vocab", "--n_seq=8", *files)
     assert code == 0, err
     probe = json.loads((tmp_path / "c.json").read_text())["vocabulary"]
-    assert probe["vocab_size"] == 257 and "of 257 tokens spike" in out
+    assert probe["vocab_size"] == 257 and "of 257 tokens are spikes" in out
     for wrong in ([], ["--compare", bytes_run, "nowhere"], [bytes_run, "--vocab", "--prompt", "a"]):
         code, _, err = cli("detect.py", *wrong, "--n_seq=8", *files)
         assert code == 2 and err.count("\n") == 1, err

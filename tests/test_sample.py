@@ -17,7 +17,7 @@ from spikesink.options import Options, Sampling
 from spikesink.show import report
 from spikesink.show.ablation_text import samples_in_words
 from spikesink.text.sequences import Reader
-from spikesink.text.tokenizers import ByteTokenizer, NoTokenizer, n_bytes
+from spikesink.text.tokenizers import ByteTokenizer, CharTokenizer, NoTokenizer, n_bytes
 
 from .conftest import subject_of, tiny
 from .test_api import both_matter
@@ -82,6 +82,24 @@ def test_the_librarys_sample_is_generates(changes):
     assert found.ids == whole[0, 7:].tolist()
     logits = model(whole[:, :-1])[0][0, 6:].double().log_softmax(-1)
     assert found.loss == pytest.approx(-logits.gather(1, whole[0, 7:, None]).mean().item(), rel=1e-5)
+
+
+def test_a_sample_ends_where_a_text_ends(monkeypatch):
+    ids = iter([97, 98, 256, 99])
+    monkeypatch.setattr("spikesink.edit.sampling.drawn", lambda *_: next(ids))
+    look = spikesink.open(tiny(**BYTES), tokenizer=ByteTokenizer(), tokens=torch.randint(256, (9, 32)))
+    pieces = []
+    sample = spikesink.sample(look, "è", Sampling(n_tokens=9), on_text=lambda name, number, piece: pieces.append(piece))
+    assert (sample.clean[0].ids, sample.clean[0].text, "".join(pieces)) == ([97, 98, 256], "ab", "ab")
+
+
+def test_an_alphabet_encodes_or_names_what_it_lacks():
+    tokenizer = CharTokenizer("\n abc", bos_id=5)
+    (ids,) = tokenizer.encode(["cab a\n"])
+    assert "".join(map(tokenizer.decode, ids)) == "cab a\n" and ids.tolist() == [4, 2, 3, 1, 2, 0]
+    assert tokenizer.spans(["ca"]) == [([4, 2], [(0, 1), (1, 2)])]
+    with pytest.raises(UserError, match="alphabet of 5 characters has no 'd'"):
+        tokenizer.encode(["abd"])
 
 
 class Alphabet:

@@ -205,7 +205,7 @@ MISTAKES = {
     "pickled tokens": (["{ckpt}", "--tokens={pickled}"], "cannot read --tokens"),
     "tokens out of vocabulary": (["{ckpt}", "--tokens={large}"], "token 64, outside the vocabulary of 64"),
     "padding between tokens": (["{ckpt}", "--tokens={holed}"], "between tokens"),
-    "nothing but padding": (["{ckpt}", "--tokens={padding}"], "sequence of 0 tokens"),
+    "nothing but padding": (["{ckpt}", "--tokens={padding}"], "sequence of only 0 tokens"),
     "no such device": (["{ckpt}", "--device=tpu"], "tpu"),
     "two sources": (["{ckpt}", "--text=a", "--data=b"], "--data and --text are two texts"),
     "unwritable": (["{ckpt}", "--seq_len=16", "--json=/proc/nowhere/f.json"], "cannot write /proc/nowhere/f.json"),

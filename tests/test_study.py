@@ -527,7 +527,7 @@ def test_what_is_not_matched_is_in_no_number():
     arm = [run_of(1, 1.5, (None, 1.5), kurtosis=90.0), run_of(2, 1.8, (2.0, 1.8), kurtosis=20.0)]
     table = planted_of({"pre": arm_of({}, base), "post": arm_of({"norm_place": "post"}, arm)})
     found = table.equal_loss["post"]
-    assert (found.matched, found.of, found.measures["kurtosis"].values) == (1, 2, pytest.approx((2.0,)))
+    assert (found.matched, found.pairs, found.measures["kurtosis"].values) == (1, 2, pytest.approx((2.0,)))
     assert tables.equal_loss_rows(table)[1][0][:4] == ["post", "1 of 2", "15", "20"]
     table = planted_of({"pre": arm_of({}, base[:1]), "post": arm_of({"norm_place": "post"}, arm[:1])})
     assert set(tables.equal_loss_rows(table)[1][0][4:]) == {"not matched"}
