@@ -90,8 +90,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, list):
             raise Misfit(f"{where} is not a list")
-        item = inner[0] if inner else Any
-        return origin(_read(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        kinds = inner if origin is tuple and Ellipsis not in inner else (inner[:1] or (Any,)) * len(value)
+        if len(kinds) != len(value):
+            raise Misfit(f"{where} has {len(value)} entries, not {len(kinds)}")
+        return origin(_read(kinds[i], entry, f"{where}[{i}]") for i, entry in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise Misfit(f"{where} is not an object")

@@ -61,3 +61,12 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
     (tmp_path / "f.json").write_text(json.dumps(schema.to_json(WHOLE) | change))
     with pytest.raises(UserError, match=words):
         schema.load(Found, tmp_path / "f.json", "detect.py")
+
+
+def test_a_tuple_is_read_place_by_place():
+    kind = tuple[float, list[float] | None, dict[str, float]]
+    assert schema.from_json(kind, [1, None, {"a": 2}]) == (1.0, None, {"a": 2.0})
+    assert schema.from_json(tuple[float, ...], [1, 2, 3]) == (1.0, 2.0, 3.0)
+    for wrong in ([1, None], [1, 2.0, {}], [1, None, {}, 4]):
+        with pytest.raises(schema.Misfit):
+            schema.from_json(kind, wrong)
