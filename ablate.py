@@ -4,7 +4,7 @@
   python ablate.py out/quickstart --only spike_zero      one, with its controls
   python ablate.py gpt2 --only sink_mask --no-probes     of the Hugging Face hub
 
-Spikes and sinks removed in 13 ways, each beside matched controls: what they
+Spikes and sinks removed in 16 ways, each beside matched controls: what they
 do to the loss, where, whether one needs the other, what int8 costs; with
 data/blimp and data/ud_ewt prepared, also what they do to grammar and to what
 can be read off the states. Writes ablate.json, detect.json (what there is on

@@ -18,13 +18,16 @@ from pathlib import Path
 from data.loader import Tokens
 from model import CONTRACT, GPT
 from spikesink import commands
-from spikesink.errors import cli
+from spikesink.errors import UserError, cli
 from spikesink.models.lab import Lab
 
 
 def split(name: str, block_size: int, bos: bool = False) -> Tokens:
-    """The validation split of a dataset of data/, or of a folder."""
-    return Tokens(name, "val", block_size, bos)
+    """The validation split of a dataset of data/, or of a folder. Raises UserError."""
+    try:
+        return Tokens(name, "val", block_size, bos)
+    except UserError as error:
+        raise UserError(f"{error}. Another text: --data=FOLDER, or --text=FILE") from None
 
 
 LAB = Lab(GPT.from_checkpoint, split, Path(__file__).resolve().parent / "data", CONTRACT)

@@ -418,12 +418,13 @@ def sample(
     options: Sampling | None = None,
     edit: str | None = None,
     on_text: sampling.OnText | None = None,
+    reference_text: Options | None = None,
 ) -> Samples:
     """What a model says after a prompt; and again, with the same seeds, under the intervention `edit`.
 
-    A sample ends at a token that ends a text. The text that the model reads by default, or Python's documentation, says
-    what is usual, and gives the means that some edits need. `on_text` is called with ("clean" or `edit`,
-    number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
+    A sample ends at a token that ends a text. The text of `reference_text` says what is usual, and gives the means that
+    some edits need; by default it is what the model reads, else Python's documentation. `on_text` is called with
+    ("clean" or `edit`, number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
     token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
     """
     if isinstance(look, Look):
@@ -434,11 +435,11 @@ def sample(
     if intervention and intervention.kind == "bos" and not reader.prefix_ids:
         raise UserError(f"{edit}: no BOS stands before the prompt; --bos puts one there")
     start = sampling.prompt_ids(subject, reader, prompt)
+    read = reader.reference(reference_text or Options(), SAMPLE_REFERENCE) if intervention else None
     draw = functools.partial(sampling.continuations, subject, reader, start, options, on_text)
     samples = Samples(prompt=prompt, clean=draw("clean")[0])
-    if edit is None or intervention is None:
+    if edit is None or intervention is None or read is None:
         return samples
-    read = reader.ordinary(Options(), SAMPLE_REFERENCE)
     ordinary = Ordinary.from_ids(subject, read.ids)
     reference = Reference(subject, read.ids, ordinary=ordinary) if intervention.needs_reference else None
     edited, n_edited = draw(edit, functools.partial(intervention.edit, reference=reference), ordinary)

@@ -261,7 +261,7 @@ def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         "--with", dest="edit", choices=names, metavar="NAME", help=f"again under one of {', '.join(names)}"
     )
     add_flags(parser, Sampling)
-    add_flags(parser, Options, ("bos", "special", "bpe", "device", "revision", "max_memory", "model"))
+    add_flags(parser, Options, ("data", "text", "bos", "special", "bpe", "device", "revision", "max_memory", "model"))
     args = parser.parse_args(argv)
     options, drawing = from_flags(Options, args), from_flags(Sampling, args)
     last: list[tuple[str, int]] = []
@@ -274,7 +274,7 @@ def sample(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
         print(printable(piece), end="", flush=True)
 
     loaded = api.load(args.checkpoint, options, lab=lab)
-    samples = api.sample(loaded, args.prompt, drawing, args.edit, show)
+    samples = api.sample(loaded, args.prompt, drawing, args.edit, show, options)
     print(f"\n\n{samples_in_words(samples)}" if samples.edit else "")
 
 

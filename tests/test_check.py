@@ -423,7 +423,7 @@ def test_noise_of_its_own_is_not_resumed(monkeypatch):
 
 def test_an_export_is_right_or_refused_and_does_not_crash(monkeypatch):
     ours, refused = (next(train.check(fork, only=["export"])) for fork in (GPTConfig(activation="relu"), SMALL))
-    assert str(ours) == "export: ok." and "refused: GPT-2 does not compute ffn=linear" in refused.notes[0]
+    assert str(ours) == "export: ok." and "not exported: GPT-2 does not compute ffn=linear" in refused.notes[0]
     monkeypatch.setattr("spikesink.models.convert.to_hf", lambda args, state: args["of a fork"] + None)
     assert not broken("export")  # KeyError: refused
     monkeypatch.setattr("spikesink.models.convert.to_hf", lambda args, state: 1 + "")

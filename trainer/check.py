@@ -425,7 +425,7 @@ def export(copy: Copy) -> Iterator[str]:
         try:
             to_folder(content, Path(folder) / "hf", build=copy.model_class.from_checkpoint)
         except UserError as error:
-            copy.notes.append(f"refused: {str(error).removeprefix('cannot export: ')}")
+            copy.notes.append(f"not exported: {str(error).removeprefix('cannot export: ')}")
     yield from ()
 
 

@@ -45,6 +45,7 @@ N_SEQ, TOKENS = 16, 2**14  # at most so many sequences and tokens in each null (
 POWERED_PARAMETERS, POWERED_TOKENS, POWERED_SEQUENCES = 50e6, 1e9, 60  # below these, absence is "underpowered"
 MAJORITY = 0.5  # a phenomenon is present if most sequences have it
 ATTENTION = 2  # the key of draws for attention; those for the stream have the side, 0 or 1
+NULL_WORDS = {"init": "new random weights", "shuffled_positions": "shuffled positions"}
 UNRELATED = 2.0  # co-occurrence is absent only if the interval of its lift over chance lies below this
 
 
@@ -295,10 +296,11 @@ def _verdict(
     if null_rate is None:
         reason += "; no null was run"
     else:
-        reason += f", {null_rate.rate:.0%} [{null_rate.ci95[0]:.0%}, {null_rate.ci95[1]:.0%}] in its nulls"
+        changes = " or ".join(NULL_WORDS.get(null, null) for null in null_rate.nulls)
+        reason += f", {null_rate.rate:.0%} [{null_rate.ci95[0]:.0%}, {null_rate.ci95[1]:.0%}] with {changes}"
     if ci[0] > MAJORITY and (null_rate is None or null_rate.ci95[1] < ci[0]):
         verdict = "present"
-        reason += f"; so for every {knob} tried from {min(holds):g} to {max(holds):g} ({used:g} is used)"
+        reason += f"; this holds for every {knob} tried from {min(holds):g} to {max(holds):g} (the rule takes {used:g})"
     elif ci[0] > MAJORITY:
         verdict = "underpowered"
         reason += "; the nulls have it as often, or are too few to tell"

@@ -136,6 +136,11 @@ class Reader:
         except UserError:
             return self.sequences(dataclasses.replace(plain, data=default_text.NAME), max_sequences)
 
+    def reference(self, options: Options, max_sequences: int) -> Sequences:
+        """Up to `max_sequences` of the text that the options name, else `ordinary` ones. Raises UserError."""
+        named = options.data is not None or options.text is not None
+        return self.sequences(options, max_sequences) if named else self.ordinary(options, max_sequences)
+
     def dataset_sequences(self, name: str, seq_len: int, max_sequences: int) -> torch.Tensor:
         """Reads up to `max_sequences`, evenly spaced in the val split: its windows, or their text encoded again.
         Raises UserError if the dataset has another vocabulary and there is no tokenizer to translate it."""
