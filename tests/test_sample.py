@@ -84,6 +84,14 @@ def test_the_librarys_sample_is_generates(changes):
     assert found.loss == pytest.approx(-logits.gather(1, whole[0, 7:, None]).mean().item(), rel=1e-5)
 
 
+def test_what_is_usual_comes_from_the_text_that_is_named(tmp_path):
+    (tmp_path / "mine.txt").write_text("A line of text, and another one. " * 200)
+    look = spikesink.open(both_matter(), tokenizer=Alphabet(), tokens=torch.randint(62, (9, 32)))
+    named = Options(text=tmp_path / "mine.txt", seq_len=32)
+    sample = spikesink.sample(look, "abc", Sampling(n_tokens=2), "sink_mask", reference_text=named)
+    assert "mine.txt" in sample.reference
+
+
 def test_a_sample_ends_where_a_text_ends(monkeypatch):
     ids = iter([97, 98, 256, 99])
     monkeypatch.setattr("spikesink.edit.sampling.drawn", lambda *_: next(ids))

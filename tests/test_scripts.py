@@ -197,7 +197,7 @@ MISTAKES = {
     "too long": (["{ckpt}", "--seq_len=17"], "17 tokens is longer than the model's block_size=16"),
     "too short": (["{ckpt}", "--seq_len=2"], "too short"),
     "too many": (["{ckpt}", "--n_seq=100000", "--seq_len=16"], "fewer than the 100000 needed"),
-    "unknown data": (["{ckpt}", "--data=nothing"], "no dataset 'nothing'"),
+    "unknown data": (["{ckpt}", "--data=nothing"], "no dataset 'nothing'.*--text=FILE"),
     "other vocabulary": (["{ckpt}", "--data=backcopy_like"], "no dataset"),
     "missing text": (["{ckpt}", "--text=nowhere.txt"], "nowhere.txt"),
     "missing tokens": (["{ckpt}", "--tokens=nowhere.npy"], "nowhere.npy"),
