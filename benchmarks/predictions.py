@@ -105,8 +105,8 @@ def markdown(rows: dict[str, Any], text: str) -> str:
     shown = [[name, *(number(row[key], form) for key, (_, form) in COLUMNS.items())] for name, row in rows.items()]
     about = f"""# Part 1 of the plan: two public models on English Wikipedia
 
-`python -m benchmarks.predictions`, commit {provenance()["git_commit"][:7]}, float32, {N_SEQ} sequences of {T} tokens of
-{text}. The predictions were committed in studies/PLAN.md before these rows were measured. SmolLM2 is
+`python -m benchmarks.predictions`, commit {", ".join({row["commit"] for row in rows.values()})}, float32,
+{N_SEQ} sequences of {T} tokens of {text}. The predictions were committed in studies/PLAN.md before these rows were measured. SmolLM2 is
 SmolLM2-135M-Instruct with 4-bit weights (Q4_1), MiniLM is all-MiniLM-L6-v2, which has no loss. *As read*: behind the
 norms, as sub-layers read the stream. *Long-lived*: a spike that stands in half of the layers or more.
 """
@@ -128,7 +128,7 @@ def main() -> None:
         MINILM: (args.minilm, True),
     }.items():
         if name not in rows:
-            rows[name] = measure(target, args.text, bos)
+            rows[name] = {"commit": provenance()["git_commit"][:7], **measure(target, args.text, bos)}
             schema.save(path, rows)
     save_text(path.with_suffix(".md"), markdown(rows, Path(args.text).name))
     print(markdown(rows, Path(args.text).name))

@@ -424,8 +424,8 @@ def sample(
 
     A sample ends at a token that ends a text. The text of `reference_text` says what is usual, and gives the means that
     some edits need; by default it is what the model reads, else Python's documentation. `on_text` is called with
-    ("clean" or `edit`, number of the sample, a piece of its text) as it comes. Raises UserError for a model that does not predict the next
-    token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
+    ("clean" or `edit`, number of the sample, a piece of its text) as it comes. Raises UserError for a model that does
+    not predict the next token, an empty prompt, an unknown `edit`, and where there is no BOS to remove.
     """
     if isinstance(look, Look):
         look.check_open(unedited=True)
