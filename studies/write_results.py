@@ -7,6 +7,7 @@ table.md again from the rows of its table.json, so that today's statistics and v
 {STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens; with = in place of -, at equal loss
 {STUDY; ARM SEED; MEASURE}      the number of one run; also its status, step and lr
 {STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * stands for all arms
+{STUDY; ARM; exposed left EDIT CONTROL}  the share of the sinks downstream that stay; without CONTROL, the edit's own
 {STUDY; ARM; KIND present}      the number of its runs whose verdict on KIND (spike, sink, co_occurrence) is present
 {STUDY; HYPOTHESIS}             the verdict; {STUDY; HYPOTHESIS; reason} adds the numbers behind it
 {STUDY; matched}                the number of pairs of runs that match at equal loss, over all arms
@@ -28,7 +29,7 @@ from spikesink.show.text import number
 from studies.hypotheses import HYPOTHESES, judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import Done
-from studies.table import Table, load_table
+from studies.table import Arm, Table, load_table
 from studies.tables import cell, markdown, markdown_table, shared_seeds, still_moving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,8 @@ TEMPLATE = ROOT / "results" / "RESULTS.in.md"
 def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str:
     """The text for an arm, for its difference from the baseline, or for one run. Raises KeyError."""
     arms = table.arms
+    if arm in arms and measure.startswith("exposed left "):
+        return separator.join(f"{share:.0%}" for share in exposed_left(arms[arm], *measure.split()[2:])) or "–"
     if arm in arms and measure.endswith(" present"):
         return f"{arms[arm].present(measure.removesuffix(' present'))} of {arms[arm].done}"
     if arm in arms:
@@ -53,6 +56,13 @@ def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str
     if not isinstance(row, Done):
         raise KeyError(f"{arm} is {row.status}")
     return number(row.measures[measure], measure_of(measure).form)
+
+
+def exposed_left(arm: Arm, edit: str, control: str = "") -> list[float]:
+    """The share of the sinks downstream of an edit, or of its control, that stay: of each run that has such sinks."""
+    effects = [row.ablations.interventions[edit] for row in arm.ended.values() if row.ablations.interventions]
+    entries = [next(c for c in effect.control if c.name == control) for effect in effects] if control else effects
+    return [entry.exposed.left for entry in entries if entry.exposed]
 
 
 def filled(field: str, tables: Mapping[str, Table]) -> str:
