@@ -1,9 +1,9 @@
 """Trains and compares arms over seeds.    python study.py STUDY [--key value ...]
 
-  python study.py configs/studies/ci.py            takes seconds; an example of a study file
+  python study.py configs/studies/ci.py            takes seconds; an example
   python study.py configs/studies/norm.py --dry    prints the plan and its cost
   python study.py configs/studies/norm.py --seeds=1,2 --max_iters=500 --name=try
-  torchrun --nproc_per_node=8 study.py configs/studies/norm.py     one run per GPU
+  torchrun --nproc_per_node=8 study.py norm        one run per GPU
   python study.py mitigate --init_from=ckpt.pt     fine-tunes against its spikes
 
 --key value (or --key=value) changes a key that all arms have in common (the

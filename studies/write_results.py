@@ -7,7 +7,7 @@ table.md again from the rows of its table.json, so that today's statistics and v
 {STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens; with = in place of -, at equal loss
 {STUDY; ARM SEED; MEASURE}      the number of one run; also its status, step and lr
 {STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * stands for all arms
-{STUDY; ARM; exposed left EDIT CONTROL}  the share of the sinks downstream that stay; without CONTROL, the edit's own
+{STUDY; ARM; exposed left EDIT CONTROL}  see `values_of`; {STUDY; ARM, ...; range MEASURE}  the least to the largest share
 {STUDY; ARM; KIND present}      the number of its runs whose verdict on KIND (spike, sink, co_occurrence) is present
 {STUDY; HYPOTHESIS}             the verdict; {STUDY; HYPOTHESIS; reason} adds the numbers behind it
 {STUDY; matched}                the number of pairs of runs that match at equal loss, over all arms
@@ -26,6 +26,7 @@ from pathlib import Path
 from spikesink import files
 from spikesink.errors import UserError, cli
 from spikesink.show.text import number
+from studies.aggregate import known
 from studies.hypotheses import HYPOTHESES, judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import Done
@@ -40,7 +41,7 @@ def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str
     """The text for an arm, for its difference from the baseline, or for one run. Raises KeyError."""
     arms = table.arms
     if arm in arms and measure.startswith("exposed left "):
-        return separator.join(f"{share:.0%}" for share in exposed_left(arms[arm], *measure.split()[2:])) or "–"
+        return separator.join(f"{share:.0%}" for share in values_of(arms[arm], measure)) or "–"
     if arm in arms and measure.endswith(" present"):
         return f"{arms[arm].present(measure.removesuffix(' present'))} of {arms[arm].done}"
     if arm in arms:
@@ -58,8 +59,15 @@ def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str
     return number(row.measures[measure], measure_of(measure).form)
 
 
-def exposed_left(arm: Arm, edit: str, control: str = "") -> list[float]:
-    """The share of the sinks downstream of an edit, or of its control, that stay: of each run that has such sinks."""
+def values_of(arm: Arm, measure: str) -> list[float]:
+    """A measure of the runs that have it. `exposed left EDIT CONTROL`: the share of the sinks downstream that stay;
+    `first is sink`: the share of sequences whose first token is one."""
+    if measure == "first is sink":
+        rows = [(row.measures["sink tokens"], row.measures["sinks first"]) for row in arm.ended.values()]
+        return [(tokens or 0) * (first or 0) * 64 for tokens, first in rows]
+    if not measure.startswith("exposed left "):
+        return known(arm.measures[measure].values)
+    edit, control = [*measure.split()[2:], ""][:2]
     effects = [row.ablations.interventions[edit] for row in arm.ended.values() if row.ablations.interventions]
     entries = [next(c for c in effect.control if c.name == control) for effect in effects] if control else effects
     return [entry.exposed.left for entry in entries if entry.exposed]
@@ -87,6 +95,11 @@ def filled(field: str, tables: Mapping[str, Table]) -> str:
             value = (table.config | vars(table))[path[0]]
             return f"{value:,}" if isinstance(value, int) else str(value)
         arm, measure = path
+        if measure.startswith("range "):
+            values = [
+                x for name in arm.split(", ") for x in values_of(table.arms[name], measure.removeprefix("range "))
+            ]
+            return f"{min(values):.0%} to {max(values):.0%}"
         arm_names = list(table.arms) if arm == "*" else arm.split(", ")
         if arm != "*" and len(arm_names) == 1 and ", " not in measure:
             return cell_text(table, arm, measure, ", ")
