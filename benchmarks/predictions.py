@@ -107,8 +107,8 @@ def markdown(rows: dict[str, Any], text: str) -> str:
 
 `python -m benchmarks.predictions`, commit {", ".join({row["commit"] for row in rows.values()})}, float32,
 {N_SEQ} sequences of {T} tokens of {text}. The predictions were committed in studies/PLAN.md
-before these rows were measured. SmolLM2 is SmolLM2-135M-Instruct with 4-bit weights (Q4_1); MiniLM, all-MiniLM-L6-v2,
-has no loss. *As read*: behind the norms, as sub-layers read the stream. *Long-lived*: a spike that stands in half of the
+before these rows were measured. SmolLM2 is SmolLM2-135M-Instruct with 4-bit weights (Q4_1); all-MiniLM-L6-v2 has
+no loss. *As read*: behind the norms, as sub-layers read the stream. *Long-lived*: a spike that stands in half of the
 layers or more.
 """
     outcomes = [prediction.cells(rows) for prediction in PREDICTIONS]
