@@ -7,7 +7,8 @@ table.md again from the rows of its table.json, so that today's statistics and v
 {STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens; with = in place of -, at equal loss
 {STUDY; ARM SEED; MEASURE}      the number of one run; also its status, step and lr
 {STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * stands for all arms
-{STUDY; ARM; exposed left EDIT CONTROL}  see `values_of`; {STUDY; ARM, ...; range MEASURE}  the least to the largest share
+{STUDY; ARM; exposed left EDIT CONTROL}  see `values_of`
+{STUDY; ARM, ARM ...; range MEASURE}     the least to the largest share
 {STUDY; ARM; KIND present}      the number of its runs whose verdict on KIND (spike, sink, co_occurrence) is present
 {STUDY; HYPOTHESIS}             the verdict; {STUDY; HYPOTHESIS; reason} adds the numbers behind it
 {STUDY; matched}                the number of pairs of runs that match at equal loss, over all arms
