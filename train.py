@@ -8,10 +8,11 @@
   python train.py postnorm --check                         tests a fork
 
 CONFIG names a file of configs/: an arm (configs/README.md lists them) or a
-size (scale/toy, scale/micro, scale/nano, scale/tiny, scale/gpt2). Without one,
-the model is GPT-2 small. Keys override config files. They are written
---key value or --key=value, --flag and --no-flag, and are listed below with
-their defaults. docs/tutorial.md explains a first ablation step by step.
+size (scale/toy, scale/micro, scale/octave, scale/nano, scale/tiny,
+scale/gpt2). Without one, the model is GPT-2 small. Keys override config files.
+They are written --key value or --key=value, --flag and --no-flag, and are
+listed below with their defaults. docs/tutorial.md explains a first ablation
+step by step.
 
 Writes OUT_DIR/ckpt.pt (a link to the newest ckpt-STEP.pt), best.pt, log.jsonl,
 loss_spikes.jsonl and config.json.
