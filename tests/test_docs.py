@@ -246,7 +246,7 @@ TRAINING = {
     "nano": "did you mean scale/nano",
     "pre-norm": "did you mean prenorm",
     "arms/rmsnorm.py": "did you mean rmsnorm",
-    "help": "sizes: scale/gpt2, scale/micro, scale/nano, scale/octave, scale/tiny, scale/toy; keys are written --key=value",
+    "help": "scale/gpt2, scale/micro, scale/nano, scale/octave, scale/tiny, scale/toy; keys are written --key=value",
     "configs": "is a folder; name a config in it, as in: prenorm",
     "configs/scale": "scale/gpt2, scale/micro, scale/nano, scale/octave, scale/tiny, scale/toy",
     "README.md": "a config|is no config: that is a .py file of lines",
