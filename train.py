@@ -275,6 +275,11 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
+def validation_windows(data: Tokens, cfg: TrainConfig) -> list[int]:
+    """The fixed windows of the validation split on which the loss is measured."""
+    return data.windows(0, min(EVAL_WINDOWS * cfg.eval_iters, data.n_windows))
+
+
 @torch.no_grad()
 def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: Machine) -> float:
     """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all windows if there are fewer.
@@ -283,7 +288,7 @@ def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: M
     count, so that every rank runs the model equally often; sharded models need that.
     """
     model.eval()
-    windows = data.windows(0, min(EVAL_WINDOWS * cfg.eval_iters, data.n_windows))
+    windows = validation_windows(data, cfg)
     size, total = min(cfg.batch_size, len(windows)), torch.zeros((), device=machine.device)
     for first in range(0, len(windows), size * machine.world):
         mine = windows[first + machine.rank * size :][:size]
@@ -969,7 +974,7 @@ def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
 def in_bits(run: Run) -> str:
     """The last validation loss in bits per byte, for a line of text; '' if the text of the tokens is not at hand."""
     data, prefix_ids = run.val_data, (run.val_data.meta["bos_id"],) if run.cfg.bos else ()
-    x, y = data.read(data.windows(0, min(EVAL_WINDOWS * run.cfg.eval_iters, data.n_windows)))
+    x, y = data.read(validation_windows(data, run.cfg))
     tokenizer, config = tokenizer_of(data.meta), run.model_config
     reader = Reader(tokenizer, data.meta, run.cfg.dataset, prefix_ids, (), config.block_size, config.vocab_size)
     n_bytes = reader.predicted_bytes(torch.cat((x[:, :1], y), dim=1), 1)

@@ -31,7 +31,7 @@ from studies.aggregate import known
 from studies.hypotheses import HYPOTHESES, judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import Done
-from studies.table import Arm, Table, load_table
+from studies.table import Table, load_table
 from studies.tables import cell, markdown, markdown_table, shared_seeds, still_moving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str
     """The text for an arm, for its difference from the baseline, or for one run. Raises KeyError."""
     arms = table.arms
     if arm in arms and measure.startswith("exposed left "):
-        return separator.join(f"{share:.0%}" for share in values_of(arms[arm], measure)) or "–"
+        return separator.join(f"{share:.0%}" for share in values_of(table, arm, measure)) or "–"
     if arm in arms and measure.endswith(" present"):
         return f"{arms[arm].present(measure.removesuffix(' present'))} of {arms[arm].done}"
     if arm in arms:
@@ -60,12 +60,13 @@ def cell_text(table: Table, arm: str, measure: str, separator: str = " ") -> str
     return number(row.measures[measure], measure_of(measure).form)
 
 
-def values_of(arm: Arm, measure: str) -> list[float]:
+def values_of(table: Table, name: str, measure: str) -> list[float]:
     """A measure of the runs that have it. `exposed left EDIT CONTROL`: the share of the sinks downstream that stay;
     `first is sink`: the share of sequences whose first token is one."""
+    arm = table.arms[name]
     if measure == "first is sink":
         rows = [(row.measures["sink tokens"], row.measures["sinks first"]) for row in arm.ended.values()]
-        return [(tokens or 0) * (first or 0) * 64 for tokens, first in rows]
+        return [(tokens or 0) * (first or 0) * table.measured.seq_len for tokens, first in rows]
     if not measure.startswith("exposed left "):
         return known(arm.measures[measure].values)
     edit, control = [*measure.split()[2:], ""][:2]
@@ -97,9 +98,7 @@ def filled(field: str, tables: Mapping[str, Table]) -> str:
             return f"{value:,}" if isinstance(value, int) else str(value)
         arm, measure = path
         if measure.startswith("range "):
-            values = [
-                x for name in arm.split(", ") for x in values_of(table.arms[name], measure.removeprefix("range "))
-            ]
+            values = [x for name in arm.split(", ") for x in values_of(table, name, measure.removeprefix("range "))]
             return f"{min(values):.0%} to {max(values):.0%}"
         arm_names = list(table.arms) if arm == "*" else arm.split(", ")
         if arm != "*" and len(arm_names) == 1 and ", " not in measure:
