@@ -281,8 +281,8 @@ class Look:
         """Raises UserError if the model has no language-model head."""
         if not self.subjects[0].has_loss:
             raise UserError(
-                f"{self.loaded.checkpoint.path} has no language-model head, so no loss that ablate could compare: "
-                "detect measures it"
+                f"{self.loaded.checkpoint.path} has no language-model head, so no loss: detect and ablate measure it "
+                "without one"
             )
 
     def close(self) -> None:
@@ -385,7 +385,6 @@ def ablate(look: Look, only: Iterable[str] = (), probe: bool = True, choices: st
     is no other text to take means from.
     """
     look.check_open(unedited=True)
-    look.check_loss()
     files = dict.fromkeys(("blimp", "linear"), look.loaded.probe_data) if probe else {}
     if choices is not None:
         questions(choices)  # a mistake in it is said at once

@@ -227,7 +227,6 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
     page = pages(outputs)
     with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
-        look.check_loss()
         path = look.loaded.checkpoint.path
         json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
         if args.choices:

@@ -268,8 +268,11 @@ def test_a_model_without_a_head_is_measured_without_a_loss(kind, tmp_path):
         found = spikesink.detect(look)
         with pytest.raises(UserError, match="no language-model head"):
             look.loss()
-        with pytest.raises(UserError, match="no language-model head"):
-            spikesink.ablate(look)
+    with spikesink.open(tmp_path, **HOW, n_seq=2) as look:
+        edits = spikesink.ablate(look, only=["sink_mask", "remove_sink_heads"], probe=False)
+    assert not edits.has_loss and edits.baseline.bits_per_byte is None and edits.baseline.by_position == []
+    as_json = schema.to_json(edits)
+    assert schema.to_json(schema.from_json(type(edits), json.loads(json.dumps(as_json)))) == as_json
     states = model(IDS, output_hidden_states=True).hidden_states
     side = found.reads if found.model["model_type"] == "bert" else found.layers  # a post-norm block ends on its norm
     tops = [layer.top1 for layer in side if layer.kind in ("embedding", "ffn")]
@@ -300,8 +303,38 @@ def test_the_commands_say_that_there_is_no_loss(tmp_path, cli):
     assert code == 0 and "no loss, since the model has no language-model head" in out and "nan" not in out, err
     assert "unused pooler.dense.bias, pooler.dense.weight" in err and err.count("no language-model head") == 1
     assert cli("detect.py", tmp_path, "--prompt=the cat the cat the cat")[0] == 0
-    code, _, err = cli("ablate.py", tmp_path, f"--text={tmp_path / 't.txt'}", "--seq_len=16", "--n_seq=4")
-    assert code == 2 and "no loss that ablate could compare" in err
+    code, out, err = cli("ablate.py", tmp_path, f"--text={tmp_path / 't.txt'}", "--seq_len=16", "--n_seq=4")
+    assert code == 0 and "output moves" in out and "so there is no loss" in out and "nan" not in out, err
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Which output states move?" in page and "change of the output states" in page and "nan" not in page.split()
+
+
+def test_without_a_head_an_edit_is_judged_by_the_output_states():
+    """A spike on a BERT's first position is zeroed: ablate's numbers against a hook on transformers' own model."""
+    torch.manual_seed(0)
+    model = shaken(HEADLESS["bert"]()).eval()
+    start, channel = model.embeddings, 5
+
+    def zeroed(x):
+        return torch.where((torch.arange(24)[:, None] == 0) & (torch.arange(32) == channel), 0, x)
+
+    with torch.no_grad():
+        for embedding in (start.word_embeddings, start.position_embeddings, start.token_type_embeddings):
+            embedding.weight[:, channel] = 0
+        start.position_embeddings.weight[0, channel], start.LayerNorm.weight[channel] = 500, 60
+        start.LayerNorm.bias[channel] = 0
+        old = model(IDS[:2])[0]
+        with spikesink.open(model, tokens=IDS, n_seq=2, nulls=0) as look:
+            entry, *_ = spikesink.ablate(look, only=["spike_zero"], probe=False).interventions
+        start.LayerNorm.register_forward_hook(lambda _, args, x: zeroed(x))
+        new = model(IDS[:2])[0]
+    moved = (new - old).norm(dim=-1) / old.norm(dim=-1)
+    assert entry.edited == 2 and moved[:, 0].mean() > 0.1
+    assert entry.output.change == pytest.approx(moved.mean().item(), rel=1e-4)
+    assert entry.output.by_class["spike"] == pytest.approx(moved[:, 0].mean().item(), rel=1e-4)
+    pooled = [1 - torch.cosine_similarity(a.mean(0), b.mean(0), dim=0) for a, b in zip(new, old, strict=True)]
+    assert entry.output.pooled == pytest.approx(sum(pooled).item() / len(pooled), rel=1e-3)
+    assert math.isnan(entry.delta_loss) and entry.ci95 is None
 
 
 def test_a_block_that_is_missing_is_refused_without_a_head_too(tmp_path):

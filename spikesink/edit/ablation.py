@@ -28,6 +28,10 @@ NOTE = (
     "much attention its keys get, relative to its intervention. Intervals: 95%, paired bootstrap over sequences. "
     + quantise.NOTE
 )
+NOTE_HEADLESS = (
+    "The model has no language-model head, so there is no loss. Instead we measure how far its output states o move: "
+    "the mean |o' - o| / |o| over tokens, and 1 - cos between the mean output state of a sequence before and after."
+)
 # with these sizes an interval is about +- 3% wide, and all probes take a minute for the quickstart's model
 PAIRS, SENTENCES = 12, {"train": 600, "test": 300}  # pairs of each paradigm; sentences
 
@@ -60,7 +64,7 @@ def ablate_subject(
         **about,
         part=subject.part,
         calibration=Calibration(n_seq=len(other_ids)),
-        note=" ".join((NOTE, *subject.whole_passes)).strip(),
+        note=" ".join((NOTE, *([] if subject.has_loss else [NOTE_HEADLESS]), *subject.whole_passes)).strip(),
         taps=[Place(layer=tap.layer, kind=tap.kind) for tap in subject.streams],
         baseline=outcomes.baseline(results),
         interventions=entries,
@@ -97,6 +101,8 @@ def has_bos(subject: Subject, bos: bool) -> bool:
 
 def int8(subject: Subject, ids: Tensor, other_ids: Tensor, batch_size: int) -> dict[str, Int8] | Unavailable:
     """Returns the loss in 8 and 4 bits by quantise.SCHEMES, or why it cannot be measured."""
+    if not subject.has_loss:
+        return Unavailable(reason="the model has no language-model head, so there is no loss")
     try:
         return quantise.quantised_losses(subject, ids, other_ids, batch_size)
     except UserError as error:

@@ -55,6 +55,7 @@ class CleanPass:
     numbers: torch.Tensor  # (B,), numbers of the sequences, which seed random controls
     ordinary: Ordinary  # the usual magnitudes that spikes are compared with
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B, T - shift), nats
+    output: torch.Tensor | None = None  # without a language-model head, the output states (B, T, C)
     streams: list[torch.Tensor] = field(default_factory=list)  # at each tap (B, T, C)
     spikes: list[torch.Tensor] = field(default_factory=list)  # at each tap bool (B, T, C)
     calls: list[Call] = field(default_factory=list)  # of each seam
@@ -96,7 +97,7 @@ class CleanPass:
         hooks: list[tuple[nn.Module, Any]] = [(tap.module, on_attention) for tap in subject.attends]
         hooks += [(stage, on_stage) for stage in subject.stages]
         with on_streams(subject.streams, [on_stream] * len(subject.streams)), hooked(hooks):
-            clean.losses = subject.losses(ids)
+            clean.losses, clean.output = subject.losses_and_states(ids)
         return clean
 
     @functools.cached_property
@@ -179,14 +180,15 @@ class CleanPass:
         return ()
 
     def _with_noise(self, noisy: Tap) -> list[tuple[Tap, torch.Tensor]]:
-        """Returns the stream at a tap with noise on it and at every later tap, then the losses."""
+        """Returns the stream at a tap with noise on it and at every later tap, then the losses or
+        the output states."""
         noise = lambda x: x + x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         streams: list[tuple[Tap, torch.Tensor]] = []
         later = [tap for tap in self.subject.streams if self.subject.stage_of(tap) >= self.subject.stage_of(noisy)]
         record = [functools.partial(lambda tap, x: streams.append((tap, x)), tap) for tap in later]
         with on_streams([noisy], [noise]), on_streams(later, record):
-            losses = self.subject.losses(self.ids)
-        return [*streams, (later[-1], losses)]
+            losses, output = self.subject.losses_and_states(self.ids)
+        return [*streams, (later[-1], losses if output is None else output)]
 
     @contextlib.contextmanager
     def prefix(self, stage: int, sure: bool = False) -> Iterator[None]:

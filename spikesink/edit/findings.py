@@ -4,6 +4,7 @@ None stands for undefined values, such as a mean over spike tokens where there a
 `ci95` is the 95% interval [low, high] of the value before it, by bootstrap over sequences; None for one sequence.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class Unavailable(Record):
 
 
 class LossChange(Record):
-    """The loss after a change, its perplexity, and its difference from the clean model's, paired by sequence."""
+    """The loss after a change, its perplexity, and its difference from the clean model's, paired by sequence; nan
+    without a language-model head."""
 
     loss: float
     ppl: float
@@ -46,8 +48,8 @@ class ClassLoss(Record):
 
 
 class Baseline(Record):
-    """The clean model's loss, also by class of tokens (outcomes.CLASSES) and by position. `bits_per_byte` is None if
-    the text of the tokens is not known."""
+    """The clean model's loss, also by class of tokens (outcomes.CLASSES) and by position; without a language-model head
+    nan, None and []. `bits_per_byte` is None if the text of the tokens is not known."""
 
     loss: float
     ppl: float
@@ -90,6 +92,20 @@ class Exposed(Record):
     lost: float
 
 
+class OutputChange(Record):
+    """How far the output states o of a model without a language-model head move.
+
+    `change`: the mean |o' - o| / |o| over tokens; `by_class`: by outcomes.CLASSES, None without such a token. `pooled`:
+    the mean of 1 - cos between a sequence's mean output state before and after, as embeddings of text are compared.
+    """
+
+    change: float
+    ci95: Interval | None
+    by_class: dict[str, float | None]
+    pooled: float
+    pooled_ci95: Interval | None
+
+
 class StateChange(Record):
     """The mean |h' - h| / |h| of the states at a tap, over spike tokens and over the others."""
 
@@ -102,8 +118,8 @@ class Effect(LossChange, Named):
 
     `edited`: how many entries, tokens, keys, heads or sub-layers were edited, over all sequences. `dose`: the squared
     distance of the written states from the clean ones, or the attention of the keys; None if not known. `by_class`: by
-    outcomes.CLASSES. `by_position`: the change of the loss. `exposed`: for causes.EXPOSING and their controls; None if
-    there are no such sinks. `state_change`: one per tap.
+    outcomes.CLASSES. `by_position`: the change of the loss. `output`: None with a language-model head. `exposed`: for
+    causes.EXPOSING and their controls; None if there are no such sinks. `state_change`: one per tap.
     """
 
     edited: int
@@ -113,8 +129,14 @@ class Effect(LossChange, Named):
     by_position: list[float]
     spikes_left: RemainingShare
     sinks_left: RemainingShare
+    output: OutputChange | None = sometimes()
     exposed: Exposed | None = sometimes()
     state_change: list[StateChange]
+
+    @property
+    def change(self) -> tuple[float, Interval | None]:
+        """The change of the loss, or without a language-model head of the output states; and its interval."""
+        return (self.output.change, self.output.ci95) if self.output else (self.delta_loss, self.ci95)
 
 
 class ControlEffect(Effect):
@@ -376,6 +398,11 @@ class Ablation(Record):
     int8: Unavailable | dict[str, Int8]
     probes: Probes
     parts: "dict[str, Ablation] | None" = sometimes()
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether there is a loss; without a language-model head, edits have an `output` in its place."""
+        return not math.isnan(self.baseline.loss)
 
     @property
     def entries(self) -> list[Entry]:

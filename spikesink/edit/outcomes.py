@@ -34,6 +34,7 @@ from .findings import (
     Exposed,
     Interval,
     MapChange,
+    OutputChange,
     RemainingShare,
     ShareIntervals,
     StateChange,
@@ -56,6 +57,8 @@ class Outcome:
     sinks: Tensor  # (N, 2): the same counts of (head, key) pairs
     moved: Tensor  # (taps, N, 2): mean |h' - h| / |h| of spike tokens and of the others; nan without any
     sums: Tensor  # (N, 5): causes.SUMS
+    output: Tensor  # (N, T): |o' - o| / |o| of the output states of a model without a head; nan with one
+    pooled: Tensor  # (N,): 1 - cos between the sequence's mean output states o' and o; nan with a head
     edited: int = 0
     dose: float = 0.0
 
@@ -65,7 +68,8 @@ class Outcome:
         losses = torch.full((n, length), nan, dtype=torch.float64)
         counts = torch.zeros(n, 2), torch.zeros(n, 2)
         sums = torch.zeros(n, len(causes.SUMS), dtype=torch.float64)
-        return cls(losses, *counts, torch.full((taps, n, 2), nan), sums)
+        output, pooled = torch.full((n, length), nan), torch.full((n,), nan)
+        return cls(losses, *counts, torch.full((taps, n, 2), nan), sums, output, pooled)
 
 
 @dataclass
@@ -81,8 +85,15 @@ class Outcomes:
     spread: dict[str, Tensor] = field(default_factory=dict)  # name -> `spread_of` (N, 2), nan without sinks
     predicted_bytes: int | None = None  # length of the predicted text
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether the model has a language-model head."""
+        return not self.by_name["none"].losses.isnan().all()
+
     def bits_per_byte(self, name: str) -> float | None:
-        """Returns the loss under a condition in bits per byte; None if the text is not known."""
+        """Returns the loss under a condition in bits per byte; None if the text is not known, or there is no loss."""
+        if not self.has_loss:
+            return None
         return metrics.bits_per_byte(self.by_name[name].losses.nansum().item(), self.predicted_bytes)
 
 
@@ -251,8 +262,12 @@ def _edited_pass(edit: Edit, clean: CleanPass, rows: Tensor, outcome: Outcome, j
     """Makes one pass under an edit, replaying the stages before it; fills in the outcome of these sequences."""
     watch = _Watch(edit, clean, rows, outcome, judged)
     with clean.prefix(edit.stage), edit, watch.hooks():  # the edit's hooks come first, so we watch edited states
-        losses = clean.subject.losses(clean.ids)
+        losses, output = clean.subject.losses_and_states(clean.ids)
     outcome.losses[rows, : losses.size(1)] = losses.double()
+    if output is not None and clean.output is not None:
+        new, old = output.float(), clean.output.float()
+        outcome.output[rows, : old.size(1)] = ((new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).cpu()
+        outcome.pooled[rows] = 1 - torch.cosine_similarity(new.mean(1), old.mean(1)).cpu()
     outcome.edited, outcome.dose = outcome.edited + edit.edited, outcome.dose + edit.dose
     spikes = torch.stack(((watch.spike_tokens & watch.tokens).sum(1), watch.spike_tokens.sum(1)), dim=1)
     outcome.spikes[rows], outcome.sinks[rows] = spikes.float(), watch.sinks
@@ -337,8 +352,8 @@ def mean_of_class(losses: Tensor, chosen: Tensor) -> Tensor:
 
 
 def mean_by_position(losses: Tensor) -> list[float]:
-    """Returns means over sequences of losses (N, T'), rounded to six places."""
-    return [round(x, 6) for x in losses.nanmean(0).tolist()]
+    """Returns means over sequences of losses (N, T'), rounded to six places; nothing where there is no loss."""
+    return [] if losses.isnan().all() else [round(x, 6) for x in losses.nanmean(0).tolist()]
 
 
 def _class_change(delta: Tensor, chosen: Tensor) -> ClassChange:
@@ -360,6 +375,7 @@ def effect_entry(name: str, kind: str, outcomes: Outcomes) -> dict[str, Any]:
         "dose": outcome.dose or None,
         "bits_per_byte": outcomes.bits_per_byte(name),
         **metrics.paired_effect(clean.losses.nanmean(1), outcome.losses.nanmean(1)),
+        "output": None if outcomes.has_loss else _output_change(outcome, outcomes.classes),
         "by_class": {kind: _class_change(delta, mask) for kind, mask in zip(CLASSES, outcomes.classes, strict=True)},
         "by_position": mean_by_position(delta),
         "spikes_left": remaining_share(outcome.spikes[eligible], outcomes.spikes[eligible]),
@@ -367,6 +383,20 @@ def effect_entry(name: str, kind: str, outcomes: Outcomes) -> dict[str, Any]:
         "exposed": exposed(outcome) if name.partition("/")[0] in causes.EXPOSING else None,
         "state_change": [StateChange(spike_tokens=spike_tokens, others=others) for spike_tokens, others in moved],
     }
+
+
+def _output_change(outcome: Outcome, classes: Tensor) -> OutputChange:
+    """Returns how far the output states move; `classes` as in Outcomes."""
+    change, ci95 = mean_of_sequences(outcome.output.nanmean(1))
+    pooled, pooled_ci95 = mean_of_sequences(outcome.pooled)
+    by_class = [mean_of_sequences(mean_of_class(outcome.output, mask))[0] for mask in classes]
+    return OutputChange(
+        change=nan if change is None else change,
+        ci95=ci95,
+        by_class=dict(zip(CLASSES, by_class, strict=True)),
+        pooled=nan if pooled is None else pooled,
+        pooled_ci95=pooled_ci95,
+    )
 
 
 def exposed(outcome: Outcome) -> Exposed | None:

@@ -53,7 +53,7 @@ def prompt_ids(subject: Subject, reader: Reader, prompt: str) -> list[int]:
 
     Raises UserError where it is empty, and for a model that does not predict the next token of a text.
     """
-    if subject.shift != 1 or not subject.has_loss:
+    if subject.shift != 1:
         raise UserError("this model does not predict the next token of a text, so it cannot continue one")
     if isinstance(reader.tokenizer, NoTokenizer):
         raise UserError("the model has no tokenizer at hand, so a prompt cannot be read")

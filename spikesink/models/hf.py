@@ -611,7 +611,7 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
             raise UserError(f"{kind} cannot be observed: its layers have different numbers of heads")
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
-        shift = int(part["causal"] and not two_stacks)
+        shift = int(part["causal"] and has_loss and not two_stacks)
         new = functools.partial(rebuild, name)
         subjects.append(Subject(model, **part, **shared, part=name, n_head=heads.pop(), shift=shift, rebuild=new))
     return subjects

@@ -130,9 +130,10 @@ class Subject:
     `n_register`: how many learned tokens come before every sequence, in the streams and the maps. Where token ids are
     shown they have the numbers -1, -2, ... `decode`: one token id -> text.
 
-    `logits`: token ids (B, T) -> (B, T, V); without a language-model head (`has_loss` is False), any output. `shift`:
-    1 if the logits predict the next token (a causal model); 0 if they predict the token itself (a masked model, or the
-    decoder of an encoder-decoder, whose input is already shifted). `causal`: a query sees no later key. An
+    `logits`: token ids (B, T) -> (B, T, V); without a language-model head (`has_loss` is False), the output states
+    (B, T, C). `shift`: 1 if the logits predict the next token (a causal model); 0 if they predict the token itself (a
+    masked model, or the decoder of an encoder-decoder, whose input is already shifted) or nothing. `causal`: a query
+    sees no later key. An
     encoder-decoder is three subjects: `part` is encoder, decoder or cross (the decoder's attention to the encoder's
     tokens, with the encoder's streams). `start`: the decoder's first token.
     `stages`: the sub-layers or blocks that pass the stream on, in order; in an encoder-decoder the encoder's, then the
@@ -259,14 +260,18 @@ class Subject:
         """Text to show for an id of `stream_ids`."""
         return f"<register {-1 - token}>" if token < 0 else self.decode(token)
 
-    @torch.no_grad()
     def losses(self, ids: torch.Tensor) -> torch.Tensor:
         """Runs one forward pass. Returns the loss of each predicted token in nats: float32 (B, T - shift) on the CPU.
         They are nan without a language-model head."""
+        return self.losses_and_states(ids)[0]
+
+    @torch.no_grad()
+    def losses_and_states(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs one forward pass. Returns `losses`, and without a language-model head the output states (B, T, C)."""
         ids = ids.to(self.device)
         logits = self.logits(ids)
         if not self.has_loss:
-            return torch.full((len(ids), ids.size(1) - self.shift), torch.nan)
+            return torch.full((len(ids), ids.size(1) - self.shift), torch.nan), logits
         losses = logits.new_empty(len(ids), ids.size(1) - self.shift, dtype=torch.float32)
         for n in range(len(losses)):
             for first in range(0, losses.size(1), 128):  # few rows at a time, as the logits are the largest tensor
@@ -274,7 +279,7 @@ class Subject:
                 targets = ids[n, self.shift + first : self.shift + last].to(logits.device)
                 x = logits[n, first:last].float()
                 losses[n, first:last] = nn.functional.cross_entropy(x, targets, reduction="none")
-        return losses.cpu()
+        return losses.cpu(), None
 
 
 def gpt_in(model: nn.Module) -> Any:

@@ -28,18 +28,21 @@ def _effects(ablation: Ablation) -> list[tuple[str, Effect, str]]:
 def _deltas(ablation: Ablation) -> Canvas:
     effects = _effects(ablation)
     figure, axes = canvas(lines=0.95 * len(effects))
-    smallest = min((abs(e.delta_loss) for _, e, _ in effects if abs(e.delta_loss) > 1e-3), default=1e-3)
+    smallest = min((abs(e.change[0]) for _, e, _ in effects if abs(e.change[0]) > 1e-3), default=1e-3)
     axes.set_xscale("symlog", linthresh=smallest)
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest))
     for i, (_, effect, color) in enumerate(effects):
-        if effect.ci95:
-            axes.plot(effect.ci95, [i, i], color=color, lw=2)
-        axes.plot(effect.delta_loss, i, "o", color=color, markersize=4)
+        change, ci95 = effect.change
+        if ci95:
+            axes.plot(ci95, [i, i], color=color, lw=2)
+        axes.plot(change, i, "o", color=color, markersize=4)
     axes.set_yticks(range(len(effects)), [label for label, _, _ in effects])
     axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.axvline(0, color=GREY, lw=0.8)
-    axes.set_xlabel("change of the loss, nats per token")
+    axes.set_xlabel(
+        "change of the loss, nats per token" if ablation.has_loss else "change of the output states, |o' - o| / |o|"
+    )
     return figure
 
 
@@ -177,9 +180,9 @@ ABLATION = {
     "deltas": Figure(
         _deltas,
         lambda ablation: (
-            "How the loss changes under each intervention (orange: on spikes, blue: on sinks) and under its matched "
-            "controls (grey), with 95% intervals. The axis is linear near 0 and logarithmic beyond."
-            + measured_on(ablation)
+            f"How {'the loss changes' if ablation.has_loss else 'far the output states move'} under each intervention "
+            "(orange: on spikes, blue: on sinks) and under its matched controls (grey), with 95% intervals. The axis "
+            "is linear near 0 and logarithmic beyond." + measured_on(ablation)
         ),
         is_drawable=_has_effects,
     ),
@@ -195,7 +198,7 @@ ABLATION = {
     "loss_by_position": Figure(
         _loss_by_position,
         lambda f: "The loss by position, in nats, and how the main interventions change it." + measured_on(f),
-        is_drawable=_has_effects,
+        is_drawable=lambda ablation: ablation.has_loss and _has_effects(ablation),
     ),
     "state_change": Figure(
         _state_change,

@@ -29,25 +29,33 @@ def _format_change(change: LossChange) -> str:
     return f"{change.delta_loss:+.4f} {format_interval(change.ci95, '+.4f')}".strip()
 
 
+def _format_effect(effect: Effect) -> str:
+    """Returns a change of the loss or of the output states with its interval, such as '34.1% [32.0%, 36.3%]'."""
+    form = ".1%" if effect.output else "+.4f"
+    return f"{effect.change[0]:{form}} {format_interval(effect.change[1], form)}".strip()
+
+
 def _in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
 def _with_controls(entry: Entry) -> str:
-    """Returns the change of the loss under an intervention and under its controls, in words."""
+    """Returns what an intervention and its controls do to the loss, or to the output states, in words."""
     controls = "; ".join(
-        f"{_in_words(control.name)} {_format_change(control)}" for control in entry.controls_that_edited
+        f"{_in_words(control.name)} {_format_effect(control)}" for control in entry.controls_that_edited
     )
-    return f"{_format_change(entry)} nats per token" + (f" (controls: {controls})" if controls else "")
+    change = _format_effect(entry)
+    words = f"moves the output states by {change}" if entry.output else f"changes the loss by {change} nats per token"
+    return words + (f" (controls: {controls})" if controls else "")
 
 
 QUESTIONS = {
-    "spike_zero": "What are the spikes for? Zeroing them changes the loss by {}.",
-    "spike_scale": "Does the size of spikes matter? Scaling the tokens to the median norm changes the loss by {}.",
-    "spike_direction": "Does the direction of spikes matter? Turning the tokens at equal norm changes the loss by {}.",
-    "spike_mean": "Do the values of spikes matter? Setting each to its mean on other text changes the loss by {}.",
-    "spike_constant": "Are spikes constants? Giving the tokens one constant state per layer changes the loss by {}.",
-    "sink_mask": "What are the sinks for? Masking them changes the loss by {}.",
+    "spike_zero": "What are the spikes for? Zeroing them {}.",
+    "spike_scale": "Does the size of spikes matter? Scaling the tokens to the median norm {}.",
+    "spike_direction": "Does the direction of spikes matter? Turning the tokens at equal norm {}.",
+    "spike_mean": "Do the values of spikes matter? Setting each to its mean on other text {}.",
+    "spike_constant": "Are spikes constants? Giving the tokens one constant state per layer {}.",
+    "sink_mask": "What are the sinks for? Masking them {}.",
 }
 
 
@@ -132,32 +140,38 @@ def _effects(ablation: Ablation) -> Iterable[tuple[str, Effect, str]]:
 
 def intervention_table(ablation: Ablation) -> Table:
     """Returns a table with a row per intervention, each followed by its controls."""
-    losses = ["loss", "ppl", "bits/byte", "delta loss", "95% interval"]
-    header = ["intervention", "edited", "dose", *losses, "spikes left", "sinks left"]
-    base = ablation.baseline
-    rows = [
-        ["none (baseline)", "", "", f"{base.loss:.4f}", f"{base.ppl:.3f}", number(base.bits_per_byte, ".4f"), *[""] * 4]
-    ]
+    level = lambda e: [f"{e.loss:.4f}", f"{e.ppl:.3f}", number(e.bits_per_byte, ".4f")]
+    change = lambda e: [f"{e.delta_loss:+.4f}", format_interval(e.ci95, "+.4f")]
+    header, rows = ["loss", "ppl", "bits/byte", "delta loss", "95% interval"], []
+    if ablation.has_loss:
+        rows.append(["none (baseline)", "", "", *level(ablation.baseline), *[""] * 4])
+    else:
+        header, level = ["output moves", "95% interval", "pooled: 1 - cos"], lambda e: []
+        change = lambda e: [
+            *(f"{e.output.change:.1%}", format_interval(e.output.ci95, ".1%")),
+            f"{e.output.pooled:z.3f} {format_interval(e.output.pooled_ci95, 'z.3f')}",
+        ]
     for label, effect, dose in _effects(ablation):
-        change = [NOTHING, "", "", ""]
-        if effect.edited:
-            shares = [number(part.same, ".0%") for part in (effect.spikes_left, effect.sinks_left)]
-            change = [f"{effect.delta_loss:+.4f}", format_interval(effect.ci95, "+.4f"), *shares]
-        loss = [f"{effect.loss:.4f}", f"{effect.ppl:.3f}", number(effect.bits_per_byte, ".4f")]
-        rows.append([label, f"{effect.edited:,}", dose, *loss, *change])
-    return Table(header, rows)
+        shares = [number(part.same, ".0%") for part in (effect.spikes_left, effect.sinks_left)]
+        cells = [*change(effect), *shares] if effect.edited else [NOTHING, *[""] * (len(change(effect)) + 1)]
+        rows.append([label, f"{effect.edited:,}", dose, *level(effect), *cells])
+    return Table(["intervention", "edited", "dose", *header, "spikes left", "sinks left"], rows)
 
 
 def class_table(ablation: Ablation) -> Table:
-    """Returns how the loss changes when the model predicts at tokens of each class."""
+    """Returns how the loss changes when the model predicts at tokens of each class, or how far their outputs move."""
     classes = ablation.baseline.by_class
     header = ["intervention", *(f"at {name} ({loss.tokens:,})" for name, loss in classes.items())]
+    edited = [entry for entry in ablation.entries if entry.edited]
+    if not ablation.has_loss:
+        moved = ([number(x, ".1%") for x in e.output.by_class.values()] for e in edited if e.output)
+        return Table(header, [[entry.name, *cells] for entry, cells in zip(edited, moved, strict=True)])
 
     def cell(change: ClassChange) -> str:
         return "–" if change.delta_loss is None else f"{change.delta_loss:+.4f} {format_interval(change.ci95, '+.3f')}"
 
     rows = [["none (the loss itself)", *(number(loss.loss, ".4f") for loss in classes.values())]]
-    rows += [[entry.name, *map(cell, entry.by_class.values())] for entry in ablation.entries if entry.edited]
+    rows += [[entry.name, *map(cell, entry.by_class.values())] for entry in edited]
     return Table(header, rows)
 
 

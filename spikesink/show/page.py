@@ -80,6 +80,7 @@ def ablation_parts(ablation: Ablation) -> list[dict[str, Any]]:
         {
             "name": name,
             "note": part.note,
+            "has_loss": part.has_loss,
             "answers": ablation_text.answers(part),
             "table": ablation_text.intervention_table(part),
             "classes": ablation_text.class_table(part),
