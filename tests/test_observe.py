@@ -156,10 +156,10 @@ def test_step_0_model_has_neither(ids):
 MARK = 0.1  # how the planted token's embedding differs: too little for a spike of its own
 
 
-def planted(token=63, channel=7, size=None, sink_logit=None):
+def planted(token=63, channel=7, size=None, sink_logit=None, **changes):
     """A tiny model whose FFN of block 0 writes `size` into one channel for one token, and whose heads of block 1 add
     `sink_logit` to every logit of that token as a key."""
-    model = tiny(norm_place="none", position="none", bias=True, activation="relu")
+    model = tiny(**{"norm_place": "none", "position": "none", "bias": True, "activation": "relu", **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.1)

@@ -8,7 +8,9 @@ at tokens that see the sink's key, and in the layers after them.
 1. Did the removal work? Of what was edited, at most REMOVED may remain; else the verdict is "not removed". A sink
    remains if the rule still calls it one. A spike remains if its entry is as large as the rule asks, or if its token
    has a spike anywhere from the edit on, with a tenth of the old |h| or more. After an edit of the size of states
-   (SIZES), a spike remains if the norm of its token is more than twice the usual one.
+   (SIZES), a spike remains if the norm of its token is more than twice the usual one. Such an edit cannot tell anything
+   if a norm undoes it, as in post-norm models: if what the model computes moves by less than UNDONE of what it moves by
+   under the control of the same size.
 2. How much was lost? `lost` is the share of its alpha that a judged sink loses, or of its |h| that a judged spike
    loses, averaged over all of them; a gain counts as 100% at most. We also compute how much more that is than under
    each control (paired, bootstrap over sequences).
@@ -38,7 +40,7 @@ CAUSES = ("spike_zero", "spike_scale", "bos_ffn", "sink_mask")
 EXPOSING = ("spike_zero", "spike_scale", "spike_mean", "spike_direction", "bos_ffn")
 SIZES = ("spike_scale",)
 SIZED, FACTOR = ("same_energy", "same_mass"), 2.0  # controls of the same size, and how far off their dose may be
-REMOVED, SMALL = 0.1, 0.1
+REMOVED, SMALL, UNDONE = 0.1, 0.1, 1e-3
 NEEDED, MARGIN = 0.5, 0.1
 ENOUGH = 10  # sequences with something to judge; with fewer, we do not trust an interval over sequences
 MOST = 2.0  # a gain counts as at most this multiple of the old value
@@ -157,11 +159,19 @@ def matches(control: str, dose: float, target: float) -> bool:
 
 
 def cause(
-    name: str, asked: str, edited: int, states: int, sums: Tensor, controls: Mapping[str, Tensor], present: Tensor
+    name: str,
+    asked: str,
+    edited: int,
+    states: int,
+    sums: Tensor,
+    controls: Mapping[str, Tensor],
+    present: Tensor,
+    undone: bool = False,
 ) -> Cause:
     """Returns the verdict from SUMS (N, 5) under an intervention that `edited` something, and under its controls.
 
-    `present` (N,): how many of the `asked` there are; `states`: how many different states the judged tokens have.
+    `present` (N,): how many of the `asked` there are; `states`: how many different states the judged tokens have;
+    `undone`: whether a norm undoes the edit.
     """
     totals = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
     judged = sums[:, SUMS.index("judged")] > 0
@@ -173,6 +183,8 @@ def cause(
     verdict, reason = needs_verdict(edited, totals, n, lost, compared, asked)
     if not present.any():
         verdict, reason = "cannot tell", f"there are no {asked}"
+    elif undone and verdict == "no":
+        verdict, reason = "cannot tell", "a norm undoes this edit, so what follows stays as it was"
     return Cause(
         by=name,
         removed="spikes" if asked == "sinks" else "sinks",

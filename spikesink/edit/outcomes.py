@@ -464,8 +464,16 @@ def causes_of(table: Mapping[str, Intervention], outcomes: Outcomes) -> list[Cau
             if other.edited and causes.matches(control, other.dose, outcome.dose)
         }
         states = len(outcomes.states.get(name, ()))
-        verdicts.append(causes.cause(name, asked, outcome.edited, states, outcome.sums, sums, present[asked]))
+        undone = name in causes.SIZES and _is_undone(outcome, controls.get("same_energy"), outcomes)
+        verdicts.append(causes.cause(name, asked, outcome.edited, states, outcome.sums, sums, present[asked], undone))
     return verdicts
+
+
+def _is_undone(outcome: Outcome, control: Outcome | None, outcomes: Outcomes) -> bool:
+    """Whether an edit moves the losses, or the output states, by less than causes.UNDONE of what its control does."""
+    clean = outcomes.by_name["none"].losses
+    moved = lambda edited: ((edited.losses - clean).abs() if outcomes.has_loss else edited.output).nanmean()
+    return control is not None and bool(moved(outcome) < causes.UNDONE * moved(control))
 
 
 def attention_change(outcomes: Outcomes) -> AttentionChange:
