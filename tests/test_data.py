@@ -424,9 +424,11 @@ def test_wikitext_documents_are_articles(tmp_path, ranks):
     assert json.loads((tmp_path / "w" / "meta.json").read_text())["documents"] == 8
 
 
-def test_without_the_hub_it_is_one_line():
+def test_without_the_hub_it_is_one_line(tmp_path, ranks):
     with pytest.raises(UserError, match="--parquet"):
-        prepare_module("openwebtext").shards()
+        prepare_module("openwebtext").prepare(tmp_path / "o", GPT2Tokenizer(ranks))
+    with pytest.raises(UserError, match="--parquet"):
+        prepare_module("wikitext103").prepare(tmp_path / "w", GPT2Tokenizer(ranks))
 
 
 def test_backcopy_copies_after_triggers_and_follows_the_bigrams_elsewhere():

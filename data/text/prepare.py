@@ -79,15 +79,14 @@ def pieces(documents: Iterable[str]) -> Iterator[str]:
         if len(document) <= PIECE:
             yield document
             continue
-        lines, size = [], 0
+        piece = ""
         for line in document.splitlines(keepends=True):
-            lines.append(line)
-            size += len(line)
-            if size >= PIECE:
-                yield "".join(lines)
-                lines, size = [], 0
-        if lines:
-            yield "".join(lines)
+            piece += line
+            if len(piece) >= PIECE:
+                yield piece
+                piece = ""
+        if piece:
+            yield piece
 
 
 def prepare(
@@ -117,13 +116,8 @@ def main() -> None:
     flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
     flags.add_argument("--column", default="text", help="the key of the text in the JSON objects of .jsonl")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, if tiktoken cannot download them")
-    flags.add_argument(
-        "--vocab",
-        type=int,
-        default=GPT2_SIZE,
-        metavar="N",
-        help="take only the first N ids of GPT-2's BPE (the last is the end)",
-    )
+    vocab = "take only the first N ids of GPT-2's BPE (the last is the end)"
+    flags.add_argument("--vocab", type=int, default=GPT2_SIZE, metavar="N", help=vocab)
     flags.add_argument("--val_every", type=int, default=200, help="every n-th document is validation")
     flags.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     args = flags.parse_args()
