@@ -578,7 +578,8 @@ def test_two_preparations_of_a_dataset_do_not_spoil_each_other(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; from pathlib import Path\n"
         "from spikesink.errors import cli; from spikesink.text.tokenizers import ByteTokenizer\n"
         f"prepare = runpy.run_path({str(ROOT / 'data/text/prepare.py')!r})['prepare']\n"
-        f"cli(lambda: prepare([{str(tmp_path / 'other.txt')!r}], Path({str(tmp_path / 'd')!r}), ByteTokenizer(), 2))"
+        f"files = [Path({str(tmp_path / 'other.txt')!r})]\n"
+        f"cli(lambda: prepare(files, Path({str(tmp_path / 'd')!r}), ByteTokenizer(), 2))"
     )
     with DatasetWriter(tmp_path / "d", ByteTokenizer(), 2) as writer:
         writer.add(["one", "two"])
