@@ -8,7 +8,6 @@ command prints configs/README.md.
 
 import ast
 import tempfile
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -20,11 +19,10 @@ from spikesink.models.subject import Subject
 from spikesink.show.text import grid
 from studies.jobs import params_and_flops
 from studies.tables import markdown_table
-from train import SCHEMAS, Run
+from train import ROOT, SCHEMAS, Run
 from trainer import config
 from trainer.machine import Machine
 
-ROOT = Path(__file__).resolve().parents[1]
 NOT_ARMS = ("quickstart", "backcopy")
 MARKDOWN = """# Arms
 

@@ -54,7 +54,11 @@ from trainer import config
 from trainer.machine import Machine
 
 CUDA = torch.cuda.is_available()
+Job = dict[str, Any]  # a key of JOBS as "job", and the arguments of its function
+Prepare = Callable[..., Callable[[], dict[str, Any] | None]]  # a job's function: returns what is timed
 Answer = dict[str, Any]  # a worker's answer to one call: seconds, mb (None where unknown), and facts of its job
+Answers = dict[str, list[Answer]]  # by the name of the job
+Worker = Callable[[], Answer]
 Row = dict[str, Any]  # a table's row, as in the JSON
 Tables = dict[str, list[Row]]
 
@@ -87,7 +91,7 @@ class Memory:
         return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
-def work(job: dict[str, Any]) -> None:
+def work(job: Job) -> None:
     """The main loop of a worker: it prepares and warms up, then answers each line of stdin with one timed call."""
     memory = Memory()
     warm = job.pop("warm", True)
@@ -96,54 +100,50 @@ def work(job: dict[str, Any]) -> None:
         call()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        facts = call() or {}
-        if CUDA:
-            torch.cuda.synchronize()
-        took = time.perf_counter() - start
-        print(json.dumps({"seconds": took, "mb": memory.peak(), **facts}), flush=True)
+        seconds, facts = timed(call)
+        print(json.dumps({"seconds": seconds, "mb": memory.peak(), **(facts or {})}), flush=True)
 
 
-class Worker:
-    """A process that runs one job each time it is called."""
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, including the GPU's work, and result) of a call."""
+    start = time.perf_counter()
+    result = call()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        command = [sys.executable, "-m", "benchmarks.bench", "--worker", json.dumps(job)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
 
-    def call(self) -> Answer:
-        """{seconds, mb, ...} of one call."""
-        print(file=self.process.stdin, flush=True)
-        return self._answer()
+@contextlib.contextmanager
+def worker(job: Job) -> Iterator[Worker]:
+    """Starts a process that runs a job each time it is called."""
+    command = [sys.executable, "-m", "benchmarks.bench", "--worker", json.dumps(job)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def _answer(self) -> Answer:
-        assert self.process.stdout
-        for line in self.process.stdout:
+    def answer() -> Answer:
+        for line in process.stdout or ():
             if line.startswith("{"):  # other lines are output of libraries
                 return json.loads(line)
-        raise UserError(f"a worker of bench.py ended with exit code {self.process.wait()}; its output is above")
+        raise UserError(f"a worker of bench.py ended with exit code {process.wait()}; its output is above")
 
-    def __enter__(self) -> "Worker":
-        return self
+    def call() -> Answer:
+        print(file=process.stdin, flush=True)
+        return answer()
 
-    def __exit__(self, *error: object) -> None:
-        self.process.communicate()
+    answer()  # it is ready
+    try:
+        yield call
+    finally:
+        process.communicate()
 
 
-def measure_jobs(
-    jobs: Mapping[str, Mapping[str, Any]], rounds: int, text: str, running: Mapping[str, Worker] | None = None
-) -> dict[str, list[Answer]]:
-    """{name: answers} of {name: job}. Every round calls each job once, in a worker that is started for it.
-
-    `running`: workers that run already. They are called first in each round, and keep running.
-    """
+def measure_jobs(jobs: Mapping[str, Job], rounds: int, text: str, running: Mapping[str, Worker] = {}) -> Answers:
+    """Every round calls the workers that are `running`, then each job once, in a worker that is started for it."""
     with contextlib.ExitStack() as stack:
-        workers = dict(running or {}) | {name: stack.enter_context(Worker(job)) for name, job in jobs.items()}
-        answers: dict[str, list[Answer]] = {name: [] for name in workers}
+        workers = {**running, **{name: stack.enter_context(worker(job)) for name, job in jobs.items()}}
+        answers: Answers = {name: [] for name in workers}
         for _ in trange(rounds, desc=text, unit="round", disable=None, leave=False):
-            for name, worker in workers.items():
-                answers[name].append(worker.call())
+            for name, call in workers.items():
+                answers[name].append(call())
     return answers
 
 
@@ -198,12 +198,8 @@ def recipe_job(memory: Memory, shape: dict[str, int], batch_size: int, data: str
     def call() -> None:
         tokens = np.memmap(Path(data) / "train.bin", dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - T, (batch_size,)).tolist()
-        x, y = (
-            torch.stack([torch.from_numpy(tokens[i + shift : i + shift + T].astype(np.int64)) for i in starts]).to(
-                device
-            )
-            for shift in (0, 1)
-        )
+        window = lambda i: torch.from_numpy(tokens[i : i + T].astype(np.int64))
+        x, y = (torch.stack([window(i + shift) for i in starts]).to(device) for shift in (0, 1))
         recipe.step([(x, y)])
 
     return call
@@ -231,15 +227,8 @@ def matmul_job(memory: Memory, dtype: str) -> Callable[[], dict[str, Any]]:
     """A call measures the highest FLOPs per second of a square matrix product."""
     machine = Machine.find().with_dtype(dtype)
     matrices = {n: torch.randn(n, n, device=machine.device, dtype=machine.dtype) for n in SIZES}
-
-    def timed(matrix: torch.Tensor) -> float:
-        start = time.perf_counter()
-        matrix @ matrix
-        if CUDA:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return lambda: {"flops_per_s": max(2 * n**3 / min(timed(m) for _ in range(5)) for n, m in matrices.items())}
+    best = lambda matrix: min(timed(lambda: matrix @ matrix)[0] for _ in range(5))
+    return lambda: {"flops_per_s": max(2 * n**3 / best(matrix) for n, matrix in matrices.items())}
 
 
 def arguments(shape: dict[str, int], batch_size: int, **more: Any) -> list[str]:
@@ -257,7 +246,7 @@ def bench_train(args: argparse.Namespace) -> Tables:
             random_tokens(data, shape["vocab_size"])
             run = {"job": "run", "data": data}
             recipe = {"job": "recipe", "shape": shape, "batch_size": batch_size, "data": data}
-            jobs: dict[str, dict[str, Any]] = {
+            jobs: dict[str, Job] = {
                 OURS: {**run, "argv": arguments(shape, batch_size, monitor=0)},
                 **{method: {**recipe, "fast": fast} for method, fast in RECIPES.items()},
                 "watched": {**run, "argv": arguments(shape, batch_size, monitor=1)},
@@ -293,7 +282,7 @@ def bench_arms(args: argparse.Namespace) -> Tables:
     with tempfile.TemporaryDirectory() as data:
         random_tokens(data, SHAPES["10M"]["vocab_size"])
         job = lambda name: {"job": "run", "argv": [name, "scale/tiny", "--compile=True", "--monitor=0"], "data": data}
-        with Worker(job(first)) as baseline:
+        with worker(job(first)) as baseline:
             for name in args.arms or names:
                 rounds = 1 if args.quick else ARM_ROUNDS
                 answers = measure_jobs({name: job(name)}, rounds, f"arm {name}", {first: baseline})
@@ -406,16 +395,10 @@ def bench_command(name: str, args: argparse.Namespace) -> Tables:
 
 # --------------------------------------------------------------------------------------------------- main
 
-JOBS: dict[str, Callable[..., Callable[[], dict[str, Any] | None]]] = {
-    "recipe": recipe_job,
-    "run": run_job,
-    "matmul": matmul_job,
-    "command": command_job,
-}
+JOBS: dict[str, Prepare] = {"recipe": recipe_job, "run": run_job, "matmul": matmul_job, "command": command_job}
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Tables]] = {
     "train": bench_train,
-    "detect": functools.partial(bench_command, "detect"),
-    "ablate": functools.partial(bench_command, "ablate"),
+    **{name: functools.partial(bench_command, name) for name in COMMANDS},
     "arms": bench_arms,
 }
 

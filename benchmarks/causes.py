@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from benchmarks.report import Part, document
 from model import GPT, GPTConfig
 from spikesink import schema
 from spikesink.edit import causes, outcomes
@@ -29,10 +30,9 @@ from spikesink.edit.interventions import INTERVENTIONS
 from spikesink.errors import Flags, cli
 from spikesink.files import save_text
 from spikesink.models.subject import Subject
-from studies.tables import markdown_table
-from train import provenance
+from spikesink.show.text import Table
+from train import ROOT, provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 T, VOCAB, HEADS = 32, 64, 4
 # channels: the marks of A and B, what A's value brings, the spike, the large channel, what layer 1 adds
 MARK_A, MARK_B, FROM_A, SPIKE, OUTLIER, ADDED = SPECIAL = range(6)
@@ -70,10 +70,9 @@ WIRINGS: dict[str, Callable[[torch.Generator], Wiring]] = {
 def planted(wiring: Wiring, C: int, size: float, logit: float, outlier: float, seed: int) -> GPT:
     """A model with this wiring, a spike of about `size`, and sinks with logits of about `logit`."""
     torch.manual_seed(seed)
-    config = GPTConfig(
-        n_layer=3, n_head=HEADS, n_embd=C, block_size=T, vocab_size=VOCAB, norm="rmsnorm", position="none"
-    )
-    model = GPT(dataclasses.replace(config, bias=True, activation="relu", init_scale="one")).eval()
+    shape: Any = {"n_layer": 3, "n_head": HEADS, "n_embd": C, "block_size": T, "vocab_size": VOCAB}
+    parts: Any = {"norm": "rmsnorm", "position": "none", "activation": "relu"}
+    model = GPT(GPTConfig(**shape, **parts, bias=True, init_scale="one")).eval()
     stream: Any = model.transformer
     embedding, D = stream.wte.weight, C // HEADS
     with torch.no_grad():
@@ -162,8 +161,7 @@ def subject_of(model: GPT, wiring: Wiring) -> Subject:
 def truth(model: GPT, wiring: Wiring, name: str, ids: torch.Tensor) -> str:
     """The true answer to an intervention's question: from the wiring if it has none, else from the second model."""
     asked = causes.ASKED[TABLE[name].kind]
-    subject = subject_of(model, wiring)
-    clean = CleanPass.run(subject, ids)
+    clean = CleanPass.run(subject_of(model, wiring), ids)
     if wiring.spike == "again" and name == "spike_zero":
         return "not removed"
     if name == "bos_ffn" and not wiring.first:
@@ -199,25 +197,19 @@ def try_model(i: int) -> list[dict[str, Any]]:
     subject = subject_of(model, wiring)
     reference = Reference(subject, ids[n:])
     measured = outcomes.measure_outcomes(subject, ids[:n], outcomes.conditions_of(TABLE, reference), 8, "causes")
-    drawn = {"spike": size, "logit": logit, "outlier": outlier, "late": wiring.late, "sequences": n}
-    return [
-        {
-            "wiring": name,
-            "model": {"seed": i, "width": C, **drawn},
-            "truth": truth(model, wiring, cause.by, ids[:n]),
-            **schema.to_json(cause),
-        }
-        for cause in outcomes.causes_of(TABLE, measured)
-    ]
+    drawn = {"seed": i, "width": C, "spike": size, "logit": logit, "outlier": outlier, "late": wiring.late}
+    start = {"wiring": name, "model": {**drawn, "sequences": n}}
+    judged = [(truth(model, wiring, cause.by, ids[:n]), cause) for cause in outcomes.causes_of(TABLE, measured)]
+    return [{**start, "truth": true, **schema.to_json(cause)} for true, cause in judged]
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table that counts rows by truth and verdict."""
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Counts rows by truth and verdict."""
     verdicts = ["yes", "partly", "no", "cannot tell", "not removed", "out of reach"]
     counts = Counter((row["truth"], row["verdict"]) for row in rows)
     header = ["truth", *(f"said: {verdict}" for verdict in verdicts)]
     truths = [verdict for verdict in verdicts if verdict != "cannot tell"]
-    return markdown_table(header, [[true, *(str(counts[true, v] or "–") for v in verdicts)] for true in truths])
+    return Table(header, [[true, *(str(counts[true, v] or "–") for v in verdicts)] for true in truths])
 
 
 def wrong(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,21 +224,20 @@ def main() -> None:
     options = flags.parse_args()
     rows = [row for i in tqdm(range(options.n), desc="causes", disable=None) for row in try_model(i)]
     answers = [row for row in rows if row["verdict"] in ("yes", "partly", "no")]
-    lines = [
+    sections: list[Part] = []
+    for name in TABLE:
+        sections += [f"## {name}", table([row for row in rows if row["by"] == name])]
+    text = document(
         "# Are the verdicts on causes right?",
-        "",
         f"`python -m benchmarks.causes` made {options.n} models with planted wiring and {len(rows)} verdicts on them. "
         f"{len(answers)} verdicts are answers (yes, partly, no), and {len(wrong(rows))} of these are wrong "
         f"({len(wrong(rows)) / max(1, len(answers)):.1%}). Commit {provenance()['git_commit'][:12]}.",
-        "",
-        " ".join((__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].split()),
-        "",
-    ]
-    for name in TABLE:
-        lines += [f"## {name}", "", *table([row for row in rows if row["by"] == name]), ""]
+        " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
+        *sections,
+    )
     schema.save(options.out / "causes.json", {**provenance(), "rows": rows})
-    save_text(options.out / "causes.md", "\n".join(lines))
-    print("\n".join(lines))
+    save_text(options.out / "causes.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from scipy import stats
 
+from benchmarks.report import Part, document
 from spikesink import schema
 from spikesink.edit.causes import SUMS, lost_of
 from spikesink.files import save_text
 from spikesink.measure import metrics
 from studies import aggregate
-from studies.tables import markdown_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 Hits = Iterator[tuple[str, bool | None]]  # of one trial: (interval or test, hit or miss); None: it gives no answer
@@ -33,11 +33,6 @@ class Truth(NamedTuple):
 
     kind: str
     draw: Callable[[np.random.Generator, int], np.ndarray]
-
-    def middles(self) -> tuple[float, float]:
-        """(median, mean)."""
-        many = self.draw(np.random.default_rng(1), 200_001)
-        return float(np.median(many)), float(many.mean())
 
 
 TRUTHS = {
@@ -100,27 +95,25 @@ def sequence_checks(truth: Truth, rng: np.random.Generator, n: int, trial: int, 
 GROUPS = {"Over seeds": (seed_checks, (3, 6, 8, 10)), "Over sequences": (sequence_checks, (10, 24, 100))}
 
 
-def simulate(
-    group: str, trials: int, numbers: Sequence[int] = ()
-) -> dict[str, dict[str, dict[int, list[float | None]]]]:
+Rates = dict[str, dict[str, dict[int, list[float | None]]]]
+
+
+def simulate(group: str, trials: int, numbers: Sequence[int] = ()) -> Rates:
     """{check: {truth: {n: [rate of hits, share of the trials with an answer]}}}; the rate is None without answers."""
     run_checks, default_numbers = GROUPS[group]
-    hits: dict[str, dict[str, dict[int, list[bool | None]]]] = {}
+    rates: Rates = {}
     for name, truth in TRUTHS.items():
-        middles = truth.middles()
+        many = truth.draw(np.random.default_rng(1), 200_001)
+        middles = float(np.median(many)), float(many.mean())
         for n in numbers or default_numbers:
-            rng = np.random.default_rng(n)
+            rng, hits = np.random.default_rng(n), dict[str, list[bool | None]]()
             for check, hit in (result for i in range(trials) for result in run_checks(truth, rng, n, i, *middles)):
-                hits.setdefault(check, {}).setdefault(name, {}).setdefault(n, []).append(hit)
-
-    def rates(trial_hits: list[bool | None]) -> list[float | None]:
-        answers = [hit for hit in trial_hits if hit is not None]
-        return [float(np.mean(answers)) if answers else None, len(answers) / len(trial_hits)]
-
-    return {
-        check: {truth: {n: rates(x) for n, x in by_n.items()} for truth, by_n in by_truth.items()}
-        for check, by_truth in hits.items()
-    }
+                hits.setdefault(check, []).append(hit)
+            for check, trial_hits in hits.items():
+                answers = [hit for hit in trial_hits if hit is not None]
+                rate = float(np.mean(answers)) if answers else None
+                rates.setdefault(check, {}).setdefault(name, {})[n] = [rate, len(answers) / len(trial_hits)]
+    return rates
 
 
 def main() -> None:
@@ -128,8 +121,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
     results = {group: simulate(group, trials) for group in GROUPS}
-    lines = ["# Coverage of intervals, size of tests", "", " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
-    lines += [f"`python -m benchmarks.coverage --trials={trials}`; –: no answer; (60%): share of trials with one.", ""]
+    parts: list[Part] = ["# Coverage of intervals, size of tests", " ".join((__doc__ or "").split("\n\n")[2].split())]
+    parts += [f"`python -m benchmarks.coverage --trials={trials}`; –: no answer; (60%): share of trials with one."]
     cell = lambda rate, share: "–" if rate is None else f"{rate:.1%}" + (f" ({share:.0%})" if share < 1 else "")
     for group, (_, numbers) in GROUPS.items():
         rows = [
@@ -137,9 +130,9 @@ def main() -> None:
             for check in sorted(results[group])
             for truth, by_n in results[group][check].items()
         ]
-        lines += [f"## {group}", "", *markdown_table(["", "truth", *(f"n = {n}" for n in numbers)], rows), ""]
+        parts += [f"## {group}", (["", "truth", *(f"n = {n}" for n in numbers)], rows)]
     schema.save(RESULTS / "coverage.json", {"trials": trials, **results})
-    save_text(RESULTS / "coverage.md", "\n".join(lines))
+    save_text(RESULTS / "coverage.md", document(*parts))
 
 
 if __name__ == "__main__":

@@ -232,13 +232,8 @@ ARM_STEPS = {name: (functools.partial(arm, name=name), 7.5) for name in ARMS}
 # name -> (step, estimated minutes on an H100)
 STEPS: dict[str, tuple[Callable[[Day], Facts], float]] = {
     **{"correct": (correct, 2.5), "speed": (speed, 4), "attention": (attention, 1.5)},
-    **{
-        "pre": ARM_STEPS["pre"],
-        "post": ARM_STEPS["post"],
-        "together": (together, 1.5),
-        **ARM_STEPS,
-        "table": (draw, 0.5),
-    },
+    **{name: ARM_STEPS[name] for name in ("pre", "post")},
+    **{"together": (together, 1.5), **ARM_STEPS, "table": (draw, 0.5)},
 }
 TABLE_PACKAGES = ("scipy", "matplotlib", "jinja2")  # the step table needs these
 

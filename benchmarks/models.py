@@ -12,7 +12,7 @@ numbers are of other texts. Each model runs at T = 64 and 1,024 (or its longest)
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,15 @@ import torch
 from tqdm import tqdm
 
 import spikesink
+from benchmarks.report import Part, document
 from spikesink import schema
 from spikesink.edit.findings import Ablation
 from spikesink.errors import Flags, UserError, cli
 from spikesink.files import save_text
 from spikesink.measure.findings import Findings, Interval, Measures
 from spikesink.show.ablation_text import cause_in_words
-from spikesink.show.text import format_interval, number, visible
-from studies.tables import markdown_table
-from train import provenance
-
-ROOT = Path(__file__).resolve().parents[1]
+from spikesink.show.text import Column, format_interval, number, table, visible
+from train import ROOT, provenance
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Model:
 
 BLUORION = "bluorion, refine_massive_activations"
 GU = "Gu et al. 2410.10781, quoted"
-AUDIT, PYTHIA_AUDIT = "Rahulrayy's audit", "Pythia audit"
+AUDIT, PYTHIA_AUDIT, BERT = "Rahulrayy's audit", "Pythia audit", "Bondarenko, quoted"
 MODELS = (
     Model(
         "gpt2",
@@ -76,13 +74,7 @@ MODELS = (
     Model("pythia-410m", "EleutherAI/pythia-410m", "heads with BOS score >= .5: 45%", PYTHIA_AUDIT),
     Model("pythia-2.8b", "EleutherAI/pythia-2.8b", "heads with BOS score >= .5: 66%", PYTHIA_AUDIT),
     Model("opt-125m", "facebook/opt-125m", "inf norm 340, kurtosis 1778", "Bondarenko 2306.12929, quoted"),
-    Model(
-        "bert-base",
-        "google-bert/bert-base-uncased",
-        "inf norm 735, kurtosis 3076, trained anew",
-        "Bondarenko, quoted",
-        (True,),
-    ),
+    Model("bert-base", "google-bert/bert-base-uncased", "inf norm 735, kurtosis 3076, trained anew", BERT, (True,)),
     Model("roberta-base", "FacebookAI/roberta-base", bos=(True,)),
     Model("gated-1b-baseline", "QwQZh/gated_attention/1B_baseline", "sink mass .439, residual 370x", AUDIT),
     Model("gated-1b-headwise", "QwQZh/gated_attention/1B_gate_headwise", "sink mass .057, residual 4.1x", AUDIT),
@@ -140,7 +132,6 @@ def row_of(model: Model, asked_len: int, bos: bool, findings: Findings, commit: 
     spikes, overlap, verdict = findings.spikes, findings.co_occurrence, findings.verdicts.spike
     top, steps, sink_1 = spikes.tokens[0], findings.anatomy if spikes.sum.tokens else None, findings.sinks.at()
     shares = lambda null: [null.rules["spike"].tokens, null.rules["gu"].tokens]
-    finite = lambda x: None if math.isnan(x) else x
     return Row(
         model.name,
         asked_len,
@@ -149,7 +140,7 @@ def row_of(model: Model, asked_len: int, bos: bool, findings: Findings, commit: 
         commit=commit,
         n_seq=findings.data.n_seq,
         weights=findings.model.get("weights"),
-        loss=finite(findings.data.loss),
+        loss=findings.data.loss,
         spike_verdict=verdict.verdict,
         spike_tokens=spikes.sum.fraction,
         spike_sequences=verdict.rate,
@@ -174,7 +165,7 @@ def row_of(model: Model, asked_len: int, bos: bool, findings: Findings, commit: 
         sink_1=sink_1.first,
         sink_1_ci95=sink_1.first_ci95,
         sink_tokens=findings.sinks.primary_rule.fraction,
-        p_sink_given_spike=finite(overlap.p_sink_given_spike),
+        p_sink_given_spike=overlap.p_sink_given_spike,
         p_sink_given_spike_ci95=overlap.ci95.p_sink_given_spike,
         nulls={name: shares(null) for name, null in findings.nulls.items() if isinstance(null, Measures)},
     )
@@ -206,8 +197,8 @@ class Edited:
         name = Path(ablation.checkpoint.path).stem
         return cls(name, data.n_seq, data.seq_len, data.bos, commit, ablation.baseline.loss, changes, causes)
 
-    def lines(self) -> list[str]:
-        """The model's lines in results/models.md."""
+    def parts(self) -> list[Part]:
+        """What results/models.md says of the model."""
         header = ["intervention", "change of the loss, nats", "its controls"]
         rows = [
             [name, with_interval(delta, ci, "+.3f"), ", ".join(f"{c} {number(x, '+.3f')}" for c, x in controls.items())]
@@ -215,7 +206,7 @@ class Edited:
         ]
         start = f"**{self.model}**, {self.n_seq} sequences of {self.seq_len}, {'with' if self.bos else 'no'} BOS, "
         start += f"commit {self.commit}; loss {self.loss:.3f} nats per token."
-        return [start, "", *markdown_table(header, rows), "", *(f"- {text}" for text in self.causes), ""]
+        return [start, (header, rows), "\n".join(f"- {text}" for text in self.causes)]
 
 
 # model, perplexity: clean, with massive activations zeroed, and with them set to their mean; source
@@ -226,7 +217,7 @@ PUBLISHED_EDITS = (
 )
 
 
-def edits_in_words(edited: list[Edited]) -> list[str]:
+def edits_in_words(edited: list[Edited]) -> list[Part]:
     """The section of results/models.md on interventions; empty if there are none."""
     if not edited:
         return []
@@ -235,8 +226,8 @@ def edits_in_words(edited: list[Edited]) -> list[str]:
         for name, ppl, zero, mean, source in PUBLISHED_EDITS
     ]
     header = ["published", "zeroed, nats", "set to their mean, nats", "source"]
-    lines = [line for model in edited for line in model.lines()]
-    return ["## What changes without them", "", *lines, *markdown_table(header, published), ""]
+    parts = [part for model in edited for part in model.parts()]
+    return ["## What changes without them", *parts, (header, published)]
 
 
 def conditions() -> list[tuple[Model, int, bool]]:
@@ -271,29 +262,24 @@ def with_interval(x: float | None, ci: Interval | None, form: str = ".0%") -> st
     return " ".join(filter(None, (number(x, form), format_interval(ci, form))))
 
 
-def first_cells(row: Row) -> list[str]:
-    """A row's first cells: the model, T, BOS."""
-    return [row.model, str(row.seq_len), "yes" if row.bos else "no"]
-
-
-def cells(r: Row) -> list[str]:
-    """The row's cells in the table."""
-    return [
-        *first_cells(r),
-        str(r.n_seq),
-        number(r.spike_tokens, ".2%"),
-        with_interval(r.spike_sequences, r.spike_sequences_ci95),
-        str(r.states),
-        number(r.read_tokens, ".2%"),
-        number(r.last_tokens, ".2%"),
-        number(r.largest, ".4g"),
-        number(r.ratio, ".0f"),
-        number(r.kurtosis, ".3g"),
-        with_interval(r.sink_1, r.sink_1_ci95, ".1%"),
-        number(r.sink_tokens, ".2%"),
-        with_interval(r.p_sink_given_spike, r.p_sink_given_spike_ci95),
-        number(r.loss, ".3f"),
-    ]
+COLUMNS = [
+    Column("model", lambda row: row.model),
+    Column("T", lambda row: row.seq_len, "d"),
+    Column("BOS", lambda row: "yes" if row.bos else "no"),
+    Column("sequences", lambda row: row.n_seq, "d"),
+    Column("spike tokens", lambda row: row.spike_tokens, ".2%"),
+    Column("sequences with one", lambda row: with_interval(row.spike_sequences, row.spike_sequences_ci95)),
+    Column("states", lambda row: row.states, "d"),
+    Column("as read", lambda row: row.read_tokens, ".2%"),
+    Column("last", lambda row: row.last_tokens, ".2%"),
+    Column("largest h", lambda row: row.largest, ".4g"),
+    Column("top1/median", lambda row: row.ratio, ".0f"),
+    Column("kurtosis", lambda row: row.kurtosis),
+    Column("Sink_1", lambda row: with_interval(row.sink_1, row.sink_1_ci95, ".1%")),
+    Column("sink tokens", lambda row: row.sink_tokens, ".2%"),
+    Column("P(sink given spike)", lambda row: with_interval(row.p_sink_given_spike, row.p_sink_given_spike_ci95)),
+    Column("loss", lambda row: row.loss, ".3f"),
+]
 
 
 def story(r: Row) -> str:
@@ -307,51 +293,36 @@ def story(r: Row) -> str:
     )
 
 
-HEADER = ["model", "T", "BOS", "sequences", "spike tokens", "sequences with one", "states", "as read", "last"]
-HEADER += ["largest h", "top1/median", "kurtosis", "Sink_1", "sink tokens", "P(sink given spike)", "loss"]
-
-
 def markdown(rows: list[Row], edited: list[Edited]) -> str:
     """The text of results/models.md."""
     ran = [row for row in rows if not row.not_run]
     null_rows = [
-        [*first_cells(r), name.replace("_", " "), f"{spikes:.2%}", f"{sinks:.2%}"]
+        [*(column.cell(r) for column in COLUMNS[:3]), name.replace("_", " "), f"{spikes:.2%}", f"{sinks:.2%}"]
         for r in ran
         for name, (spikes, sinks) in (r.nulls or {}).items()
     ]
-    here = {row.model for row in ran}
+    here, weights = {row.model for row in ran}, {row.model: row.weights for row in ran if row.weights}
     published = [
         [m.name, m.hub, m.published, m.source, "measured" if m.name in here else "**not run**"] for m in MODELS
     ]
-    lines = [
+    return document(
         "# Public models: spikes and sinks, both sides of every norm",
-        "",
-        f"`python -m benchmarks.models`, commit {', '.join(sorted({r.commit for r in ran if r.commit}))}, torch",
-        f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before any norm on",
-        "the stream. *as read*: those behind the norm, as sub-layers read them. *last*: those at the last tap,",
-        "which no attention reads. *states* is the number of different states of the spikes. Intervals are 95%",
+        f"`python -m benchmarks.models`, commit {', '.join(sorted({r.commit for r in ran if r.commit}))}, torch\n"
+        f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before any norm "
+        "on\nthe stream. *as read*: those behind the norm, as sub-layers read them. *last*: those at the last tap,\n"
+        "which no attention reads. *states* is the number of different states of the spikes. Intervals are 95%\n"
         "intervals over sequences.",
-        "",
-        *markdown_table(HEADER, [cells(row) for row in ran]),
-        "",
-        *(f"- {name}: {weights}." for name, weights in {r.model: r.weights for r in ran if r.weights}.items()),
-        "",
+        table(COLUMNS, ran),
+        "\n".join(f"- {name}: {kind}." for name, kind in weights.items()),
         "## Where the spikes are",
-        "",
-        *map(story, ran),
-        "",
+        "\n".join(map(story, ran)),
         *edits_in_words(edited),
         "## Nulls: share of tokens",
-        "",
-        *markdown_table(["model", "T", "BOS", "measured on", "spikes", "sinks"], null_rows),
-        "",
+        (["model", "T", "BOS", "measured on", "spikes", "sinks"], null_rows),
         "## What others have published",
-        "",
-        *markdown_table(["model", "hub", "published", "source", "here"], published),
-        "",
+        (["model", "hub", "published", "source", "here"], published),
         f"{len(rows) - len(ran)} of {len(rows)} rows were not run, because a file was missing or the hub not reached.",
-    ]
-    return "\n".join(lines) + "\n"
+    )
 
 
 def main() -> None:
@@ -371,14 +342,14 @@ def main() -> None:
         new = Edited.from_ablation(Ablation.load(args.ablation), commit)
         edited = [*(old for old in edited if old.model != new.model), new]
     rows = {(row.model, row.asked_len, row.bos): row for row in old_rows}
+    save = lambda: schema.save(file, {"rows": [*rows.values()], "edited": edited})
     for model, T, bos in tqdm(conditions(), desc="models", disable=None):
         row = rows.setdefault((model.name, T, bos), Row(model.name, T, bos, not_run="not asked for"))
         wanted = args.ablation is None and (args.only is None or model.name in args.only)
         if wanted and (args.again or row.not_run):
-            row = measure(model, T, bos, args.folder, args.n_long, commit)
-            rows[model.name, T, bos] = row
-            schema.save(file, {"rows": [asdict(row) for row in rows.values()], "edited": edited})
-    schema.save(file, {"rows": [asdict(row) for row in rows.values()], "edited": edited})
+            rows[model.name, T, bos] = measure(model, T, bos, args.folder, args.n_long, commit)
+            save()
+    save()
     text = markdown([rows[model.name, T, bos] for model, T, bos in conditions()], edited)
     save_text(args.out / "models.md", text)
     print(text)

@@ -55,26 +55,18 @@ class PlainGPT(nn.Module):
 class Recipe:
     """A model and its AdamW optimizer."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int, int],
-        device: torch.device,
-        fast: bool,
-        learning_rate: float = 6e-4,
-        weight_decay: float = 0.1,
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], device: torch.device, fast: bool, learning_rate: float = 6e-4) -> None:
         """`shape`: the arguments of PlainGPT. `fast`: use bfloat16 autocast and torch.compile."""
-        cuda = device.type == "cuda"
         self.model = PlainGPT(*shape).to(device)
         self.forward = torch.compile(self.model) if fast else self.model
         self.autocast = torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
         parameters = list(self.model.parameters())
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # as in nanoGPT: fused on a GPU only
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=cuda or None)
+        fused = device.type == "cuda" or None  # as in nanoGPT: on a GPU only
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
 
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         """Makes one update from micro-batches [(ids, targets)]. Returns the mean loss in nats."""

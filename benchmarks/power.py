@@ -9,7 +9,8 @@ trained models (standard deviation 1), and each sequence has one planted token a
 Power is the share of planted tokens that the rule marks; false alarms are the share of other tokens that it marks.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.report import Part, document
 from model import GPT, GPTConfig
 from spikesink import schema
 from spikesink.errors import Flags, cli
@@ -27,10 +29,8 @@ from spikesink.measure.findings import Nulls
 from spikesink.measure.observe import Ordinary, observe
 from spikesink.measure.spikes import PRIMARY, PRIMARY_SPIKE_RULE, SPIKE_RATIO, Usual, spike_entries
 from spikesink.models.subject import Subject, sub_layers_of
-from studies.tables import markdown_table
-from train import provenance
+from train import ROOT, provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 N, H = 100, 4  # sequences, heads
 Row = dict[str, Any]
 
@@ -59,10 +59,8 @@ def subject_of(C: int, T: int, seed: int) -> Subject:
     model = GPT(GPTConfig(n_layer=2, n_head=H, n_embd=C, block_size=T, vocab_size=256))
     with torch.no_grad():
         for _, kind, sub_layer in sub_layers_of(model):
-            if kind != "attn":
-                continue
-            qk = sub_layer.f.c_attn.weight[: 2 * C]
-            qk.mul_(1 / (0.02 * C**0.5))  # q and k of normalised input: entries of variance 1
+            if kind == "attn":  # then q and k of normalised input have entries of variance 1
+                sub_layer.f.c_attn.weight[: 2 * C].mul_(1 / (0.02 * C**0.5))
     return Subject.from_gpt(model, str)
 
 
@@ -73,34 +71,30 @@ def one_each(T: int, choices: int, draw: torch.Generator, prevalence: float = 1.
     return tokens & (torch.rand(N, 1, generator=draw) < prevalence)
 
 
-def rates(hits: torch.Tensor, tokens: torch.Tensor) -> tuple[float, float]:
-    """(power, false alarms) of a rule's hits (N, T) where `tokens` were planted."""
-    return (hits & tokens).sum().item() / int(tokens.sum()), (hits & ~tokens).sum().item() / int((~tokens).sum())
+def share(hits: torch.Tensor) -> float:
+    """The share of True."""
+    return hits.double().mean().item()
 
 
-def normal(tokens: int, C: int) -> torch.Tensor:
-    """States (tokens, C) with standard normal entries."""
-    return torch.randn(tokens, C)
+def average(values: Sequence[float]) -> float:
+    """The mean."""
+    return sum(values) / len(values)
 
 
 def outlier_channels(tokens: int, C: int) -> torch.Tensor:
     """Normal states, with one channel in a hundred (at least three) 10 to 100 times as large in every token."""
-    x, n = normal(tokens, C), max(3, C // 100)
+    x, n = torch.randn(tokens, C), max(3, C // 100)
     x[:, :n] *= 10 ** torch.linspace(1, 2, n)
     return x
 
 
-def heavy_tails(tokens: int, C: int) -> torch.Tensor:
-    """Student's t of 3 degrees of freedom: every token of a wide layer has some extreme entry."""
-    return torch.distributions.StudentT(torch.tensor(3.0)).sample((tokens, C))
-
-
-def log_normal(tokens: int, C: int) -> torch.Tensor:
-    """Entries exp(N(0, 1)), with a random sign."""
-    return normal(tokens, C).exp() * normal(tokens, C).sign()
-
-
-STREAMS = {"normal": normal, "outlier channels": outlier_channels, "heavy tails": heavy_tails, "log-normal": log_normal}
+STREAMS: dict[str, Callable[[int, int], torch.Tensor]] = {  # name -> function for states (tokens, C)
+    "normal": torch.randn,
+    "outlier channels": outlier_channels,
+    # with three degrees of freedom every token of a wide layer has some extreme entry
+    "heavy tails": lambda tokens, C: torch.distributions.StudentT(torch.tensor(3.0)).sample((tokens, C)),
+    "log-normal": lambda tokens, C: torch.randn(tokens, C).exp() * torch.randn(tokens, C).sign(),
+}
 TOKENS = 2048  # half of them define what is usual, the others are judged
 
 
@@ -119,37 +113,34 @@ def alarm_table(plan: Plan) -> list[Row]:
             for seed in range(plan.seeds):
                 torch.manual_seed(seed)
                 usual, x = split(make(TOKENS, C))
-                marked.append(spike_entries(x[None], usual).any(-1).double().mean().item())
-                alone.append((x.abs() >= SPIKE_RATIO * usual.layer).any(-1).double().mean().item())
+                marked.append(share(spike_entries(x[None], usual).any(-1)))
+                alone.append(share((x.abs() >= SPIKE_RATIO * usual.layer).any(-1)))
             rows.append({"stream": name, "C": C, "marked": max(marked), "by the median alone": max(alone)})
     for C, T in plan.shapes:
         observed = []
         for seed in range(plan.seeds):
             subject = subject_of(C, T, seed)  # sets the seed of the ids, too
             observed.append(observe(subject, torch.randint(256, (N, T)), N, progress=False))
-        marked = [obs.spikes[PRIMARY_SPIKE_RULE].double().mean().item() for obs in observed]
-        alone = [(obs.sum.ratio >= SPIKE_RATIO).double().mean().item() for obs in observed]
-        rows.append(
-            {"stream": f"untrained model, T {T}", "C": C, "marked": max(marked), "by the median alone": max(alone)}
-        )
+        name = f"untrained model, T {T}"
+        marked = [share(obs.spikes[PRIMARY_SPIKE_RULE]) for obs in observed]
+        alone = [share(obs.sum.ratio >= SPIKE_RATIO) for obs in observed]
+        rows.append({"stream": name, "C": C, "marked": max(marked), "by the median alone": max(alone)})
     return rows
 
 
 def spike_curve(plan: Plan) -> list[Row]:
     """Power by the size of a planted spike: one entry of each token, in an ordinary channel or in the largest outlier
     channel. The size is over the usual |h| of the layer or of the channel, whichever is larger."""
-    rows = []
-    for C in plan.widths:
-        for name, channel in (("normal", 5), ("outlier channels", 2), ("outlier channels", -1)):
-            for size in plan.sizes:
-                power = []
-                for seed in range(plan.seeds):
-                    torch.manual_seed(seed)
-                    usual, x = split(STREAMS[name](TOKENS, C))
-                    x[:, channel] = size * max(usual.layer, usual.channels[channel])
-                    power.append(spike_entries(x[None], usual)[0, :, channel].double().mean().item())
-                kind = "an ordinary channel" if channel != 2 else "an outlier channel"
-                rows.append({"C": C, "stream": name, "channel": kind, "size": size, "power": sum(power) / len(power)})
+    rows, planted_in = [], (("normal", 5), ("outlier channels", 2), ("outlier channels", -1))
+    for C, (name, channel), size in itertools.product(plan.widths, planted_in, plan.sizes):
+        power = []
+        for seed in range(plan.seeds):
+            torch.manual_seed(seed)
+            usual, x = split(STREAMS[name](TOKENS, C))
+            x[:, channel] = size * max(usual.layer, usual.channels[channel])
+            power.append(share(spike_entries(x[None], usual)[0, :, channel]))
+        kind = "an ordinary channel" if channel != 2 else "an outlier channel"
+        rows.append({"C": C, "stream": name, "channel": kind, "size": size, "power": average(power)})
     return rows
 
 
@@ -157,18 +148,17 @@ def norm_table(plan: Plan) -> list[Row]:
     """A spike of 1000 x the median, as it is read behind RMSNorm, by the gain of its channel over the others'. No entry
     can be larger there than gain x sqrt(C)."""
     rows = []
-    for C in plan.widths:
-        for gain in plan.gains:
-            torch.manual_seed(0)
-            first, second = normal(TOKENS, C).chunk(2)
-            second[:, 5] = 1000 * first.abs().median()
-            weight = torch.ones(C)
-            weight[5] = gain
-            norm = lambda x, weight=weight: torch.nn.functional.rms_norm(x, (x.size(-1),), weight)
-            usual, x = Usual.from_states(norm(first)), norm(second)
-            power = spike_entries(x[None], usual)[0, :, 5].double().mean().item()
-            ratio = (x[:, 5] / usual.layer).median().item()
-            rows.append({"C": C, "gain": gain, "bound": gain * C**0.5 / 0.6745, "ratio": ratio, "found": power})
+    for C, gain in itertools.product(plan.widths, plan.gains):
+        torch.manual_seed(0)
+        first, second = torch.randn(TOKENS, C).chunk(2)
+        second[:, 5] = 1000 * first.abs().median()
+        weight = torch.ones(C)
+        weight[5] = gain
+        first, second = (torch.nn.functional.rms_norm(x, (C,), weight) for x in (first, second))
+        usual = Usual.from_states(first)
+        found = share(spike_entries(second[None], usual)[0, :, 5])
+        ratio = (second[:, 5] / usual.layer).median().item()
+        rows.append({"C": C, "gain": gain, "bound": gain * C**0.5 / 0.6745, "ratio": ratio, "found": found})
     return rows
 
 
@@ -176,31 +166,23 @@ def sink_curve(plan: Plan, C: int, T: int) -> list[Row]:
     """A row per alpha, averaged over seeds. Hits on other keys, in any head, are false alarms."""
     rows = []
     for alpha in plan.alphas:
-        pairs, measured = [], []
+        power, alarms, measured = [], [], []
         for seed in range(plan.seeds):
             draw = torch.Generator().manual_seed(seed)
             subject, tokens = subject_of(C, T, seed), one_each(T, T // 2, draw)
             ids = torch.randint(256, (N, T), generator=draw)
             ordinary = Ordinary.from_ids(subject, ids, N)
-            bias = [
-                planted.bias_from_alpha(alpha, k, T) + 0.5 for k in tokens.int().argmax(1).tolist()
-            ]  # others: e^(1/2)
+            keys = tokens.int().argmax(1).tolist()
+            bias = [planted.bias_from_alpha(alpha, key, T) + 0.5 for key in keys]  # others: e^(1/2)
             with planted.sinks(subject, tokens, layer=1, head=seed, bias=torch.tensor(bias)):
                 obs = observe(subject, ids, batch_size=N, progress=False, ordinary=ordinary)
-            pairs.append(rates(obs.sink_heads > 0, tokens))
+            hits = obs.sink_heads > 0
+            power.append((hits & tokens).sum().item() / int(tokens.sum()))
+            alarms.append((hits & ~tokens).sum().item() / int((~tokens).sum()))
             measured.append(obs.max_alpha[tokens].mean().item())
-        rows.append({"C": C, "T": T, "alpha": alpha, "measured": sum(measured) / plan.seeds, **mean(pairs)})
+        row = {"C": C, "T": T, "alpha": alpha, "measured": average(measured), "power": average(power)}
+        rows.append({**row, "power_range": [min(power), max(power)], "false_alarms": average(alarms)})
     return rows
-
-
-def mean(pairs: list[tuple[float, float]]) -> Row:
-    """The means of (power, false alarms) over seeds, and the range of the power."""
-    power, alarms = zip(*pairs, strict=True)
-    return {
-        "power": sum(power) / len(power),
-        "power_range": [min(power), max(power)],
-        "false_alarms": sum(alarms) / len(alarms),
-    }
 
 
 def verdict_of(n: int, prevalence: float, seed: int) -> str:
@@ -218,11 +200,10 @@ def verdict_of(n: int, prevalence: float, seed: int) -> str:
 def verdict_table(plan: Plan) -> list[Row]:
     """How often each spike verdict is given, by the share of sequences with a spike of 100x, and by sample size."""
     rows = []
-    for prevalence in plan.prevalences:
-        for n in plan.samples:
-            verdicts = [verdict_of(n, prevalence, seed) for seed in range(plan.draws)]
-            shares = {word: verdicts.count(word) / plan.draws for word in ("present", "absent", "underpowered")}
-            rows.append({"prevalence": prevalence, "n_seq": n, **shares})
+    for prevalence, n in itertools.product(plan.prevalences, plan.samples):
+        verdicts = [verdict_of(n, prevalence, seed) for seed in range(plan.draws)]
+        shares = {word: verdicts.count(word) / plan.draws for word in ("present", "absent", "underpowered")}
+        rows.append({"prevalence": prevalence, "n_seq": n, **shares})
     return rows
 
 
@@ -249,10 +230,10 @@ def percent(x: float) -> str:
     return f"{x:.2%}" if 0 < x < 0.1 else f"{x:.0%}"
 
 
-def spike_sections(results: dict[str, Any], sizes: Sequence[int]) -> list[str]:
+def spike_sections(results: dict[str, Any], sizes: Sequence[int]) -> list[Part]:
     """The sections on spikes."""
-    groups = dict.fromkeys((r["C"], r["stream"], r["channel"]) for r in results["spikes"])
-    power = lambda g: [percent(r["power"]) for r in results["spikes"] if (r["C"], r["stream"], r["channel"]) == g]
+    groups = itertools.groupby(results["spikes"], lambda r: (str(r["C"]), r["stream"], r["channel"]))
+    spikes = [[*group, *(percent(r["power"]) for r in rows)] for group, rows in groups]
     alarms = [
         [r["stream"], str(r["C"]), percent(r["marked"]), percent(r["by the median alone"])] for r in results["alarms"]
     ]
@@ -262,26 +243,15 @@ def spike_sections(results: dict[str, Any], sizes: Sequence[int]) -> list[str]:
     ]
     return [
         "## False alarms: tokens that are marked where nothing was planted (the worst of the seeds)",
-        "",
-        "At one tap. An outlier channel is large in every token, and with heavy tails every token of a wide layer has",
+        "At one tap. An outlier channel is large in every token, and with heavy tails every token of a wide layer has\n"
         "some extreme entry. By the layer's median alone these would be spikes.",
-        "",
-        *markdown_table(["stream", "width", "marked", "by 30 x the median alone"], alarms),
-        "",
+        (["stream", "width", "marked", "by 30 x the median alone"], alarms),
         "## Spikes on the sum: power by size, over the larger of the channel's and the layer's usual |h|",
-        "",
-        *markdown_table(
-            ["width", "stream", "planted in", *(f"{size}x" for size in sizes)],
-            [[*map(str, g), *power(g)] for g in groups],
-        ),
-        "",
+        (["width", "stream", "planted in", *(f"{size}x" for size in sizes)], spikes),
         "## Behind a norm: a spike of 1,000 x the median, as read behind RMSNorm",
-        "",
-        "No entry can be larger there than its gain x sqrt(width), so the ratio is at most that over 0.6745. A spike",
+        "No entry can be larger there than its gain x sqrt(width), so the ratio is at most that over 0.6745. A spike\n"
         "that is not found there may still be present in the sum.",
-        "",
-        *markdown_table(["width", "gain of its channel", "largest possible ratio", "ratio", "found"], norms),
-        "",
+        (["width", "gain of its channel", "largest possible ratio", "ratio", "found"], norms),
     ]
 
 
@@ -296,28 +266,20 @@ def markdown(plan: Plan, results: dict[str, Any]) -> str:
         rows = [r for r in results["verdicts"] if r["n_seq"] == n]
         cells = [f"{r['present']:.0%} / {r['absent']:.0%} / {r['underpowered']:.0%}" for r in rows]
         verdict_rows.append([str(n), *cells])
-    lines = [
+    return document(
         "# Power and false alarms on planted truth",
-        "",
-        f"`python -m benchmarks.power`, commit {results['commit']}, torch {torch.__version__}.",
-        f"The spike rule: {PRIMARY.text}.",
-        f"Streams are random tensors of {TOKENS} tokens. Half define the usual, half are judged; {plan.seeds} seeds.",
+        f"`python -m benchmarks.power`, commit {results['commit']}, torch {torch.__version__}.\n"
+        f"The spike rule: {PRIMARY.text}.\n"
+        f"Streams are random tensors of {TOKENS} tokens. Half define the usual, half are judged; {plan.seeds} seeds.\n"
         f"Sinks and verdicts are of random models: {plan.seeds} seeds x {N} sequences, each with a planted token.",
-        "",
         "![power](power.png)",
-        "",
         *spike_sections(results, plan.sizes),
         "## Sinks: power by planted alpha (mean over sequences), and false alarms (share of other tokens, any head)",
-        "",
-        *markdown_table(["C", "T", *(f"{alpha:g}" for alpha in plan.alphas), "false alarms"], sink_rows),
-        "",
+        (["C", "T", *(f"{alpha:g}" for alpha in plan.alphas), "false alarms"], sink_rows),
         f"## The verdict on spikes of 100x, by how many sequences have one ({plan.draws} draws each)",
-        "",
         "present / absent / underpowered, as if the model had 125M parameters.",
-        "",
-        *markdown_table(["sequences", *(f"{p:.0%}" for p in plan.prevalences)], verdict_rows),
-    ]
-    return "\n".join(lines) + "\n"
+        (["sequences", *(f"{p:.0%}" for p in plan.prevalences)], verdict_rows),
+    )
 
 
 def main() -> None:
@@ -326,9 +288,8 @@ def main() -> None:
     flags.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="default: results/")
     args = flags.parse_args()
     plan = QUICK if args.quick else Plan()
-    commit = provenance()["git_commit"][:7]
     results = {
-        "commit": commit,
+        "commit": provenance()["git_commit"][:7],
         "alarms": alarm_table(plan),
         "spikes": spike_curve(plan),
         "norms": norm_table(plan),
@@ -336,9 +297,10 @@ def main() -> None:
         "verdicts": verdict_table(plan),
     }
     schema.save(args.out / "power.json", results)
-    save_text(args.out / "power.md", markdown(plan, results))
+    text = markdown(plan, results)
+    save_text(args.out / "power.md", text)
     draw(plan, results, args.out / "power.png")
-    print(markdown(plan, results))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import spikesink
+from benchmarks.report import document
 from spikesink import schema
 from spikesink.errors import Flags, cli
 from spikesink.files import save_text
@@ -18,10 +19,8 @@ from spikesink.measure.observe import observe
 from spikesink.measure.sinks import PRIMARY_SINK_RULE, SINK_RULES
 from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.show.text import number
-from studies.tables import markdown_table
-from train import provenance
+from train import ROOT, provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 N_SEQ, T = 48, 512
 LONG_LIVED = 0.5  # a long-lived spike stands in this share of the layers or more
 SMOLLM2, SMOLLM2_BOS, MINILM = "SmolLM2, no BOS", "SmolLM2, BOS", "MiniLM, [CLS]"
@@ -109,11 +108,9 @@ def markdown(rows: dict[str, Any], text: str) -> str:
 {N_SEQ} sequences of {T} tokens of {text}. The predictions were committed in studies/PLAN.md
 before these rows were measured. SmolLM2 is SmolLM2-135M-Instruct with 4-bit weights (Q4_1); all-MiniLM-L6-v2 has
 no loss. *As read*: behind the norms, as sub-layers read the stream. *Long-lived*: a spike that stands in half of the
-layers or more.
-"""
-    outcomes = [prediction.cells(rows) for prediction in PREDICTIONS]
-    predicted = markdown_table(["number", "predicted", "measured", "outcome"], outcomes)
-    return "\n".join([about, *predicted, "", *markdown_table(headings, shown), ""])
+layers or more."""
+    outcomes = ["number", "predicted", "measured", "outcome"], [prediction.cells(rows) for prediction in PREDICTIONS]
+    return document(about, outcomes, (headings, shown))
 
 
 def main() -> None:
@@ -123,16 +120,14 @@ def main() -> None:
     args = flags.parse_args()
     path = ROOT / "results" / "predictions.json"
     rows = json.loads(path.read_text()) if path.is_file() else {}
-    for name, (target, bos) in {
-        SMOLLM2: (args.smollm2, False),
-        SMOLLM2_BOS: (args.smollm2, True),
-        MINILM: (args.minilm, True),
-    }.items():
+    models = {SMOLLM2: (args.smollm2, False), SMOLLM2_BOS: (args.smollm2, True), MINILM: (args.minilm, True)}
+    for name, (target, bos) in models.items():
         if name not in rows:
             rows[name] = {"commit": provenance()["git_commit"][:7], **measure(target, args.text, bos)}
             schema.save(path, rows)
-    save_text(path.with_suffix(".md"), markdown(rows, Path(args.text).name))
-    print(markdown(rows, Path(args.text).name))
+    text = markdown(rows, Path(args.text).name)
+    save_text(path.with_suffix(".md"), text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,16 +37,9 @@ def write_model(folder: Path, layers: int, hidden: int, ffn: int, vocab: int) ->
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=hidden // 128,
-        intermediate_size=ffn,
-        vocab_size=vocab,
-        max_position_embeddings=4096,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
+    shape: Any = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 128}
+    shape |= {"intermediate_size": ffn, "vocab_size": vocab, "max_position_embeddings": 4096}
+    config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
@@ -53,17 +47,16 @@ def write_model(folder: Path, layers: int, hidden: int, ffn: int, vocab: int) ->
     for name in shapes:
         block = re.match(r"model\.layers\.\d+", name)
         blocks.setdefault(block[0] if block else "", []).append(name)
-    draw = torch.Generator().manual_seed(0)
+    draw, mlp = torch.Generator().manual_seed(0), f"model.layers.{LAYER}.mlp"
     place: dict[str, str] = {}
     for i, names in enumerate(sorted(blocks.values())):
         tensors = {name: random_weight(name, shapes[name], layers, draw) for name in names}
         if "model.embed_tokens.weight" in tensors:
             direction = tensors["model.embed_tokens.weight"][TOKEN] / hidden**0.5
-        if f"model.layers.{LAYER}.mlp.gate_proj.weight" in tensors:
-            plant(
-                {part: tensors[f"model.layers.{LAYER}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")},
-                direction,
-            )
+        if f"{mlp}.gate_proj.weight" in tensors:
+            gate, up, down = (tensors[f"{mlp}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            gate[0] = up[0] = direction  # unit 0 responds to the token's direction
+            down[CHANNEL, 0] = 0.5
         file = f"model-{i + 1:05d}-of-{len(blocks):05d}.safetensors"
         save_file({name: x.bfloat16() for name, x in tensors.items()}, folder / file, metadata={"format": "pt"})
         place.update(dict.fromkeys(names, file))
@@ -80,19 +73,6 @@ def random_weight(name: str, shape: Sequence[int], layers: int, draw: torch.Gene
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= (2 * layers) ** 0.5
     return torch.empty(shape).normal_(0.0, std, generator=draw)
-
-
-def plant(ffn: dict[str, torch.Tensor], direction: torch.Tensor) -> None:
-    """Makes unit 0 of the FFN respond to `direction` (C,), and write to CHANNEL."""
-    ffn["gate"][0] = ffn["up"][0] = direction
-    ffn["down"][CHANNEL, 0] = 0.5
-
-
-def write_ids(path: Path, vocab: int) -> None:
-    """Writes random ids with the spike's TOKEN: first in every second sequence, and at position 20 in every third."""
-    ids = np.random.default_rng(0).integers(TOKEN + 1, vocab, (N_SEQ, SEQ_LEN))
-    ids[::2, 0] = ids[::3, 20] = TOKEN
-    np.save(path, ids)
 
 
 def run_measured(command: list[str]) -> tuple[float, float, float, str]:
@@ -123,9 +103,7 @@ def plain(folder: str, tokens: str, max_memory: int) -> None:
     print(time.perf_counter() - start)
 
 
-def report(
-    args: argparse.Namespace, rows: list[tuple[str, float, float, float]], findings: Findings, size: int, command: str
-) -> str:
+def report(args: argparse.Namespace, rows: list[tuple[str, float, float, float]], findings: Findings, size: int) -> str:
     """The text of the results file."""
     import transformers
 
@@ -137,7 +115,7 @@ def report(
     table = "\n".join(f"| {name} | {s:.0f} | {own:.2f} | {peak:.2f} |" for name, s, own, peak in rows)
     return f"""# detect.py at the shape of a 7B model
 
-    {command}
+    python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}
 
 Commit {commit.decode().strip()}, torch {torch.__version__}, transformers {transformers.__version__}, {args.machine}.
 A Llama of {args.layers} layers, width {args.hidden}, FFN {args.ffn}, vocabulary {args.vocab}:
@@ -163,32 +141,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 32), ("hidden", 4096), ("ffn", 11008), ("vocab", 32000), ("max_memory", 10)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
-    parser.add_argument(
-        "--folder", help="make a folder for the weights here, and delete it at the end (default: TMPDIR)"
-    )
+    folder_help = "make a folder for the weights here, and delete it at the end (default: TMPDIR)"
+    parser.add_argument("--folder", help=folder_help)
     machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
     parser.add_argument("--machine", default=machine, help="the machine's description in the results file")
     parser.add_argument("--out", type=Path, default=ROOT / "results/seven_b.md")
     parser.add_argument("--plain", nargs=2, help=argparse.SUPPRESS)  # runs `plain`, in its own process
     args = parser.parse_args()
     if args.plain:
-        folder_name, ids_name = args.plain
-        plain(folder_name, ids_name, args.max_memory)
+        plain(args.plain[0], args.plain[1], args.max_memory)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, tokens, memory = Path(name), Path(name, "ids.npy"), f"--max_memory={args.max_memory}"
         write_model(folder, args.layers, args.hidden, args.ffn, args.vocab)
-        write_ids(tokens, args.vocab)
+        ids = np.random.default_rng(0).integers(TOKEN + 1, args.vocab, (N_SEQ, SEQ_LEN))
+        ids[::2, 0] = ids[::3, 20] = TOKEN  # first in every second sequence, and at position 20 in every third
+        np.save(tokens, ids)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         detect = [sys.executable, "detect.py", name, f"--tokens={tokens}", memory]
         alone = [sys.executable, "-m", "benchmarks.seven_b", memory, "--plain", name, str(tokens)]
         seconds, own, peak, out = run_measured(alone)
         rows = [("opening, and a forward pass that nothing observes", seconds, own, peak)]
-        rows += [("the forward pass alone", float(out), own, peak)]
-        rows += [("`detect.py`", *run_measured(detect)[:3])]
+        rows += [("the forward pass alone", float(out), own, peak), ("`detect.py`", *run_measured(detect)[:3])]
         findings = Findings.load(folder / "detect.json")
-    command = f"python detect.py FOLDER --tokens ids.npy --max_memory {args.max_memory}"
-    text = report(args, rows, findings, size, command)
+    text = report(args, rows, findings, size)
     args.out.write_text(text)
     print(text)
 

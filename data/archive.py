@@ -3,7 +3,6 @@
 Nothing is ever unpacked to disk.
 """
 
-import contextlib
 import fnmatch
 import io
 import lzma
@@ -21,13 +20,14 @@ from spikesink.models import hf
 TIMEOUT = 30  # seconds without an answer
 
 
-@contextlib.contextmanager
-def hub(name: str) -> Iterator[None]:
-    """Code in this block may download a dataset of the hub. If it fails, raises UserError, which names --parquet."""
+def hub_files(name: str, config: str, split: str, revision: str | None = None) -> list[str]:
+    """The addresses of a dataset's parquet shards on the hub, in order. Raises UserError, which names --parquet."""
+    from datasets import load_dataset_builder
+
     try:
         if not hf.hub_answers():
             raise ConnectionError("no answer")
-        yield
+        return sorted(load_dataset_builder(name, config, revision=revision).config.data_files[split])
     except Exception as error:
         raise UserError(
             f"cannot reach {name} on the Hugging Face hub ({type(error).__name__}: {str(error)[:80]}); "

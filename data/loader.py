@@ -90,5 +90,4 @@ class Tokens(TokenFile):
         self, step: int, batch_size: int, micro: int = 0, n_micro: int = 1, *, rank: int = 0, world: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x, y of micro-batch `micro` of `n_micro`, at `step`, on `rank` of `world`."""
-        first = ((step * n_micro + micro) * world + rank) * batch_size
-        return self.read([self._window(sample) for sample in range(first, first + batch_size)])
+        return self.read(self.windows((step * n_micro + micro) * world + rank, batch_size))

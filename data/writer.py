@@ -17,6 +17,7 @@ from spikesink.errors import UserError
 from spikesink.files import write_atomic
 from spikesink.text.tokenizers import ByteTokenizer, GPT2Tokenizer
 
+Tokenizer = ByteTokenizer | GPT2Tokenizer
 BATCH = 256  # documents encoded at a time
 STATE = ("settings", "tokens", "documents", "empty", "source")  # attributes of a writer that progress.json stores
 
@@ -36,7 +37,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise UserError(f"another process prepares {folder}: wait for it, or stop it") from None
 
 
-class DatasetWriter:
+class DatasetWriter(contextlib.AbstractContextManager["DatasetWriter"]):
     """Appends encoded documents to train.bin.part and val.bin.part; `finish` renames them.
 
     Every `val_every`-th document goes to val, the others to train; each ends with the tokenizer's bos_id. After a crash
@@ -45,27 +46,22 @@ class DatasetWriter:
     counted (`empty`). Raises UserError while another process writes there.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        tokenizer: ByteTokenizer | GPT2Tokenizer,
-        val_every: int,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.folder, self.tokenizer, self.val_every = Path(folder), tokenizer, val_every
+    def __init__(self, folder: Path, tokenizer: Tokenizer, val_every: int, settings: Mapping[str, Any] = {}) -> None:
+        self.folder, self.tokenizer, self.val_every = folder, tokenizer, val_every
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         own = {"tokenizer": [tokenizer.name, tokenizer.vocab_size, tokenizer.bpe], "val_every": val_every}
-        self.settings = json.loads(json.dumps({**own, **(settings or {})}))  # as progress.json will return them
+        self.settings = json.loads(json.dumps({**own, **settings}))  # as progress.json will return them
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = contextlib.ExitStack()
-        self._lock.enter_context(alone_in(self.folder))
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(alone_in(self.folder))
         self.progress_file = self.folder / "progress.json"
         self.tokens, self.documents, self.empty, self.source = {"train": 0, "val": 0}, 0, 0, 0
         if self.progress_file.exists():
             self._resume()
-        self.files = {split: open(self.folder / f"{split}.bin.part", "ab") for split in self.tokens}
-        for split, file in self.files.items():
-            file.truncate(self.dtype.itemsize * self.tokens[split])
+        self.files = {}
+        for split, count in self.tokens.items():
+            file = self.files[split] = self._open.enter_context(open(self.folder / f"{split}.bin.part", "ab"))
+            file.truncate(self.dtype.itemsize * count)
 
     def _resume(self) -> None:
         """Restores the state of the last `mark`, if everything that was written is still there."""
@@ -89,13 +85,8 @@ class DatasetWriter:
         print(f"{self.folder}: the unfinished preparation there {why}; starting again", file=sys.stderr)
         self.progress_file.unlink()
 
-    def __enter__(self) -> "DatasetWriter":
-        return self
-
     def __exit__(self, *error: object) -> None:
-        for file in self.files.values():
-            file.close()
-        self._lock.close()
+        self._open.close()
 
     def add(self, documents: Iterable[str], split: str | None = None) -> None:
         """Encodes and writes documents. All go to `split`, if it is given."""

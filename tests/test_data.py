@@ -424,9 +424,11 @@ def test_wikitext_documents_are_articles(tmp_path, ranks):
     assert json.loads((tmp_path / "w" / "meta.json").read_text())["documents"] == 8
 
 
-def test_without_the_hub_it_is_one_line():
+def test_without_the_hub_it_is_one_line(tmp_path, ranks):
     with pytest.raises(UserError, match="--parquet"):
-        prepare_module("openwebtext").shards()
+        prepare_module("openwebtext").prepare(tmp_path / "o", GPT2Tokenizer(ranks))
+    with pytest.raises(UserError, match="--parquet"):
+        prepare_module("wikitext103").prepare(tmp_path / "w", GPT2Tokenizer(ranks))
 
 
 def test_backcopy_copies_after_triggers_and_follows_the_bigrams_elsewhere():
@@ -576,7 +578,8 @@ def test_two_preparations_of_a_dataset_do_not_spoil_each_other(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; from pathlib import Path\n"
         "from spikesink.errors import cli; from spikesink.text.tokenizers import ByteTokenizer\n"
         f"prepare = runpy.run_path({str(ROOT / 'data/text/prepare.py')!r})['prepare']\n"
-        f"cli(lambda: prepare([{str(tmp_path / 'other.txt')!r}], Path({str(tmp_path / 'd')!r}), ByteTokenizer(), 2))"
+        f"files = [Path({str(tmp_path / 'other.txt')!r})]\n"
+        f"cli(lambda: prepare(files, Path({str(tmp_path / 'd')!r}), ByteTokenizer(), 2))"
     )
     with DatasetWriter(tmp_path / "d", ByteTokenizer(), 2) as writer:
         writer.add(["one", "two"])

@@ -6,10 +6,8 @@ A sequence is BOS, then 64 characters. After an ordinary character the next one 
 of Python's own documentation; after a trigger the next one is a copy of the character before the trigger. A head
 that copies after triggers has nothing to do elsewhere, and learns to put its attention on BOS.
 
-With one layer and one head (configs/backcopy.py; three seeds in results/backcopy.md), a sink on BOS emerges: Sink_1 at
-epsilon 0.3 goes from 0 at step 50 to 1 at step 800, the norm of BOS's value falls to 0.1-0.2 of the mean, and the
-entropy to nearly 0. The residual peak grows but stays small: the largest entry is 5 to 20 times the median. No spike
-emerges by any rule (30 x the median, or |h| > 100 and 1000 x the median); that takes more than one layer.
+With one layer and one head (configs/backcopy.py), a sink on BOS emerges by step 800, but no spike by any rule: the
+largest entry is at most 23 times the median. A spike takes more than one layer. results/backcopy.md has three seeds.
 """
 
 import pydoc_data.topics
@@ -60,17 +58,15 @@ def prepare(sequences: int = 200_000, seed: int = 0) -> None:
     """Writes train.bin, val.bin (a hundredth as many sequences) and meta.json beside this file."""
     chars, probabilities = bigrams()
     is_trigger = np.isin(list(chars), list(TRIGGERS))
-    rng = np.random.default_rng(seed)
-    tokens = {}
+    rng, sizes = np.random.default_rng(seed), {"train": sequences, "val": max(200, sequences // 100)}
     meta = {"dtype": "uint16", "vocab_size": ALPHABET + 1, "tokenizer": "chars", "chars": chars, "bos_id": ALPHABET}
     with alone_in(FOLDER):
-        for split, n in (("train", sequences), ("val", max(200, sequences // 100))):
+        for split, n in sizes.items():
             with open(FOLDER / f"{split}.bin.part", "wb") as file:
                 for start in range(0, n, 10_000):
                     rows = generate(min(10_000, n - start), probabilities, is_trigger, rng)
                     file.write(rows.astype("<u2").tobytes())
-            tokens[split] = n * LENGTH
-        finish_dataset(FOLDER, meta, tokens)
+        finish_dataset(FOLDER, meta, {split: n * LENGTH for split, n in sizes.items()})
 
 
 def main() -> None:

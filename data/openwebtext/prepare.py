@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.archive import hub, parquet_files, parquet_texts
+from data.archive import hub_files, parquet_files, parquet_texts
 from data.writer import DatasetWriter, identities, progress
 from spikesink.errors import Flags, UserError, cli
 from spikesink.text.tokenizers import GPT2Tokenizer
@@ -23,16 +23,6 @@ from spikesink.text.tokenizers import GPT2Tokenizer
 NAME, CONFIG, REVISION = "Skylion007/openwebtext", "plain_text", "79d93d786212f7344586290adb811d4ae6a1762c"
 ROWS = 8_013_769
 VAL_EVERY = 2000
-
-
-def shards(parquet: str | None = None, column: str = "text") -> list[str]:
-    """The dataset's parquet files in order, as paths under `parquet` or addresses on the hub. Raises UserError."""
-    if parquet:
-        return parquet_files(parquet, column=column)
-    from datasets import load_dataset_builder
-
-    with hub(NAME):
-        return sorted(load_dataset_builder(NAME, CONFIG, revision=REVISION).config.data_files["train"])
 
 
 def prepare(
@@ -46,7 +36,7 @@ def prepare(
 
     Raises UserError if the hub's dataset does not have ROWS documents.
     """
-    files = shards(parquet, column)
+    files = parquet_files(parquet, column=column) if parquet else hub_files(NAME, CONFIG, "train", REVISION)
     shard_ids = identities(files) if parquet else files
     settings = {"source": str(parquet or REVISION), "max_docs": max_docs, "shards": shard_ids, "column": column}
     with DatasetWriter(folder, tokenizer, VAL_EVERY, settings) as writer:

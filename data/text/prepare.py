@@ -21,9 +21,9 @@ from typing import Any
 DATA = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DATA.parent))
 
-from data.writer import DatasetWriter, identities, progress
+from data.writer import DatasetWriter, Tokenizer, identities, progress
 from spikesink.errors import Flags, UserError, cli
-from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, ByteTokenizer, GPT2Tokenizer, split_documents
+from spikesink.text.tokenizers import GPT2_SIZE, TOKENIZERS, split_documents
 
 PIECE = 2**16  # characters
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
@@ -46,9 +46,8 @@ def jsonl_texts(lines: Iterable[str], column: str) -> Iterator[str]:
         yield text or ""
 
 
-def documents(path: str | Path, column: str = "text") -> Iterator[str]:
+def documents(path: Path, column: str = "text") -> Iterator[str]:
     """The documents of one file. Raises UserError naming the file, and the line, that cannot be read."""
-    path = Path(path)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
         raise UserError(f"{path}: know .txt and .jsonl, also as .xz or .gz, not {path.name!r}")
@@ -79,51 +78,38 @@ def pieces(documents: Iterable[str]) -> Iterator[str]:
         if len(document) <= PIECE:
             yield document
             continue
-        lines, size = [], 0
+        piece = ""
         for line in document.splitlines(keepends=True):
-            lines.append(line)
-            size += len(line)
-            if size >= PIECE:
-                yield "".join(lines)
-                lines, size = [], 0
-        if lines:
-            yield "".join(lines)
+            piece += line
+            if len(piece) >= PIECE:
+                yield piece
+                piece = ""
+        if piece:
+            yield piece
 
 
-def prepare(
-    files: Iterable[str | Path],
-    folder: Path,
-    tokenizer: ByteTokenizer | GPT2Tokenizer,
-    val_every: int,
-    column: str = "text",
-) -> None:
+def prepare(files: list[Path], folder: Path, tokenizer: Tokenizer, val_every: int, column: str = "text") -> None:
     """Writes {train,val}.bin and meta.json to `folder`; every `val_every`-th document is validation."""
-    paths = [Path(file) for file in files]
-    for file in paths:
+    for file in files:
         if not file.is_file():
             raise UserError(f"there is no file {file}")
-    with DatasetWriter(folder, tokenizer, val_every, {"files": identities(paths), "column": column}) as writer:
-        for done, file in enumerate(paths):
+    with DatasetWriter(folder, tokenizer, val_every, {"files": identities(files), "column": column}) as writer:
+        for done, file in enumerate(files):
             if done >= writer.source:
                 writer.add(progress(pieces(documents(file, column)), desc=file.name, unit=" documents"))
                 writer.mark(done + 1)
-        writer.finish(files=[file.name for file in paths])
+        writer.finish(files=[file.name for file in files])
 
 
 def main() -> None:
     flags = Flags(description=__doc__)
-    flags.add_argument("files", nargs="+", help="text files")
+    flags.add_argument("files", nargs="+", type=Path, help="text files")
     flags.add_argument("--name", default="text", help="name of the dataset: data/NAME")
     flags.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2")
     flags.add_argument("--column", default="text", help="the key of the text in the JSON objects of .jsonl")
     flags.add_argument("--bpe", help="local file of GPT-2's BPE ranks, if tiktoken cannot download them")
-    flags.add_argument(
-        "--vocab",
-        type=int,
-        default=GPT2_SIZE,
-        metavar="N",
-        help="take only the first N ids of GPT-2's BPE (the last is the end)",
-    )
+    vocab = "take only the first N ids of GPT-2's BPE (the last is the end)"
+    flags.add_argument("--vocab", type=int, default=GPT2_SIZE, metavar="N", help=vocab)
     flags.add_argument("--val_every", type=int, default=200, help="every n-th document is validation")
     flags.add_argument("--overwrite", action="store_true", help="replace a dataset of that name")
     args = flags.parse_args()

@@ -14,24 +14,13 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from data.archive import hub, parquet_files, parquet_texts
+from data.archive import hub_files, parquet_files, parquet_texts
 from data.writer import DatasetWriter, progress
 from spikesink.errors import Flags, cli
 from spikesink.text.tokenizers import GPT2Tokenizer
 
 NAME, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 HEADING = re.compile(r" = [^=].* = \n")
-
-
-def rows(split: str, parquet: str | None = None) -> Iterator[str]:
-    """Streams the lines of one split."""
-    if parquet:
-        return parquet_texts(parquet_files(parquet, f"{split}-*.parquet"))
-    from datasets import load_dataset
-
-    with hub(NAME):
-        lines = load_dataset(NAME, CONFIG, split=split, streaming=True)
-    return (row["text"] for row in lines)
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -50,7 +39,8 @@ def prepare(folder: Path, tokenizer: GPT2Tokenizer, parquet: str | None = None) 
     """Writes {train,val}.bin and meta.json to `folder`."""
     with DatasetWriter(folder, tokenizer, val_every=1) as writer:
         for source, split in (("validation", "val"), ("train", "train")):
-            writer.add(progress(articles(rows(source, parquet)), desc=source, unit=" articles"), split)
+            files = parquet_files(parquet, f"{source}-*.parquet") if parquet else hub_files(NAME, CONFIG, source)
+            writer.add(progress(articles(parquet_texts(files)), desc=source, unit=" articles"), split)
         writer.finish(source=NAME)
 
 

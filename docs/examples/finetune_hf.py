@@ -40,9 +40,8 @@ def model_of(args: argparse.Namespace) -> transformers.PreTrainedModel:
     if args.model:
         return transformers.AutoModelForCausalLM.from_pretrained(args.model)
     shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": args.length, "vocab_size": 256}
-    return transformers.AutoModelForCausalLM.from_config(
-        transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
-    )
+    config = transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def with_trainer(model: transformers.PreTrainedModel, windows: torch.Tensor, args: argparse.Namespace) -> None:
@@ -65,12 +64,9 @@ def with_trainer(model: transformers.PreTrainedModel, windows: torch.Tensor, arg
         trainer.train()
     looks = {row["step"]: row for row in trainer.state.log_history if "sink/heads" in row}
     for row in trainer.state.log_history:
-        if "loss" in row and row["step"] in looks:
-            look = looks[row["step"]]
-            print(
-                f"step {row['step']}: loss {row['loss']:.3f}, spike {look['spike/largest_ratio']:.0f}x, "
-                f"sinks {look['sink/heads']:.0%} of heads"
-            )
+        if "loss" in row and (look := looks.get(row["step"])):
+            spike_and_sinks = f"spike {look['spike/largest_ratio']:.0f}x, sinks {look['sink/heads']:.0%} of heads"
+            print(f"step {row['step']}: loss {row['loss']:.3f}, {spike_and_sinks}")
 
 
 def in_a_loop(model: transformers.PreTrainedModel, windows: torch.Tensor, args: argparse.Namespace) -> None:
