@@ -385,6 +385,7 @@ def load(source: Source, device: str = "cpu", free: float = math.inf, **kwargs: 
     from transformers.utils import cached_file, logging
 
     name, location, arguments = source
+    device = device_named(device)
     logging.set_verbosity_error()
     quiet = not sys.stderr.isatty()
     if quiet:
@@ -403,8 +404,7 @@ def load(source: Source, device: str = "cpu", free: float = math.inf, **kwargs: 
             check_config(str(cached_file(location, "config.json", local_files_only=offline, **arguments)))
         config = AutoConfig.from_pretrained(location, **arguments, trust_remote_code=False, local_files_only=offline)
         kind = model_class(config)
-        on_cpu = str(device_named(device)) == "cpu"
-        on_disk = disk_weights.placement(kind, config, free, source.file) if on_cpu else {}
+        on_disk = disk_weights.placement(kind, config, free, source.file) if str(device) == "cpu" else {}
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
             settings = {**kwargs, **safe, **on_disk, **arguments}
             model, info = kind.from_pretrained(location, **settings, output_loading_info=True)

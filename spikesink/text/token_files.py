@@ -173,8 +173,10 @@ def _map(file: Path, meta: Meta, split: str) -> np.memmap:
         raise UserError(f"{file} {wrong}")
     described = any((file.parent / name).is_file() for name in ("meta.json", "meta.pkl"))
     if not described and len(first) >= 4096 and first.max() < 256:  # GPT-2's first ids are single bytes
-        remedy = """put nanoGPT's meta.pkl, or a meta.json with its "dtype" and "vocab_size", beside it"""
-        raise UserError(f"{file} holds ids up to {first.max()}, which are not GPT-2's: {remedy}")
+        raise UserError(
+            f"{file} holds ids up to {first.max()}, which are not GPT-2's: put nanoGPT's meta.pkl, or a meta.json with "
+            'its "dtype" and "vocab_size", beside it'
+        )
     return tokens
 
 
