@@ -44,7 +44,7 @@ from .options import Options, Sampling
 from .text import default_text
 from .text.sequences import PADDING, Reader, bos_of
 from .text.token_files import Meta, meta_of
-from .text.tokenizers import NoTokenizer, TextTokenizer, tokenizer_of
+from .text.tokenizers import NoTokenizer, TextTokenizer, fingerprint, tokenizer_of
 
 N_SEQ = 100  # sequences, unless asked for otherwise: Gu et al.'s
 
@@ -339,7 +339,7 @@ def _read(loaded: Loaded, options: Options, calibration: bool) -> Look:
         bos=read.bos,
         dtype=loaded.subjects[0].dtype,
         predicted_bytes=loaded.reader.predicted_bytes(ids, loaded.subjects[0].shift),
-        tokenizer=loaded.reader.fingerprint,
+        tokenizer=fingerprint(loaded.reader.tokenizer),
     )
     return Look(loaded, options, ids, data, _other_ids=other_ids)
 

@@ -178,7 +178,7 @@ def test_gains_and_outputs_off_the_stream():
     block = cohere.model.model.layers[0]
     torch.testing.assert_close(cohere.gated[0].gain(), block.input_layernorm.weight.detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(cohere.gated[0].down(), block.mlp.down_proj.weight.detach())
-    assert hf.subject_of(build("granite"), str).gated == []
+    assert hf.subjects_of(build("granite"), str)[0].gated == []
     (olmo,) = hf.subjects_of(build("olmo2"), str)  # no norm before its FFN
     torch.testing.assert_close(olmo.gated[0].gain(), torch.ones(32))
     output = olmo.inner["output"][1]  # before the norm of the update
@@ -207,7 +207,7 @@ def test_updates_add_up_to_the_stream(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "mistral", "gpt_oss"])
 def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
-    subject = hf.subject_of(build(family), str)
+    subject = hf.subjects_of(build(family), str)[0]
     clean = CleanPass.run(subject, IDS)
     received = []
 
@@ -222,7 +222,7 @@ def test_fused_and_explicit_paths_agree_and_a_masked_key_gets_nothing(family):
 
 
 def test_an_encoders_row_that_loses_all_its_keys_is_no_nan():
-    clean = CleanPass.run(hf.subject_of(build("bert"), str), IDS)
+    clean = CleanPass.run(hf.subjects_of(build("bert"), str)[0], IDS)
     clean.sinks = [torch.ones_like(keys) for keys in clean.sinks]
     with interventions.sink_mask(clean):
         assert clean.subject.losses(IDS).isfinite().all()
@@ -293,14 +293,14 @@ REFUSED = {
 def test_what_cannot_be_observed_is_refused_with_the_reason(words):
     model = shaken(AutoModelForCausalLM.from_config(REFUSED[words]()).eval())
     with pytest.raises(UserError, match=words):
-        hf.subject_of(model, str)
+        hf.subjects_of(model, str)[0]
 
 
 def test_an_attention_that_computes_something_else_is_noticed(monkeypatch):
     shares = hf.HFSeam.additive
     monkeypatch.setattr(hf.HFSeam, "additive", lambda self, *args: shares(self, *args) * 0)  # a mask that is lost
     with pytest.raises(UserError, match="gpt_oss cannot be observed: its logits change"):
-        hf.subject_of(build("gpt_oss"), str)
+        hf.subjects_of(build("gpt_oss"), str)[0]
 
 
 # ------------------------------------------------------------------------------- models that the caller trains on
@@ -471,7 +471,7 @@ def test_truncated_and_faraway_weights_are_one_line(tmp_path, cli):
 
 @pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
 def test_chunks_of_rows_are_the_whole(monkeypatch, family):
-    subject = hf.subject_of(build(family), str)
+    subject = hf.subjects_of(build(family), str)[0]
     whole = subject.losses(IDS)
     monkeypatch.setattr("spikesink.models.subject.CHUNK_BYTES", 4 * 3 * 4 * 24 * 5)  # five queries at a time
     torch.testing.assert_close(subject.losses(IDS), whole, atol=1e-5, rtol=1e-5)
@@ -658,7 +658,7 @@ def test_the_seam_takes_every_kind_of_mask(kind):
         "absent": None,
         "boolean": seen,
         "additive": torch.where(seen, 0.0, torch.finfo(torch.float32).min),
-        "lazy": hf.LazyMask(lambda b, h, i, j: (j <= i) & ~((b == 1) & (i >= 3) & (j == 0)), 2, 0, 0, 9, None, "cpu"),
+        "lazy": hf.LazyMask(lambda b, h, i, j: (j <= i) & ~((b == 1) & (i >= 3) & (j == 0)), 2, 0, 0, None, "cpu"),
     }
     bias = torch.randn(1, 4, 9, 9, generator=generator)
     seam = hf.HFSeam()

@@ -140,7 +140,7 @@ def test_padding_is_left_out(family, attention, side):
     mask = torch.ones_like(ids)
     mask[0, 16:] = 0
     padded = torch.where(mask == 1, ids, PADDING)
-    expected = row_of(hf.subject_of(copy.deepcopy(model), str), padded)
+    expected = row_of(hf.subjects_of(copy.deepcopy(model), str)[0], padded)
     positions = torch.arange(24).expand(2, -1).clone()
     if side == "left":
         ids[0], mask[0], positions[0] = ids[0].roll(8), mask[0].roll(8), positions[0].roll(8)
@@ -170,7 +170,7 @@ def test_texts_packed_in_one_row_are_what_they_are_apart(family, attention):
     with apart(0), torch.no_grad():
         logits = model(input_ids=padded, attention_mask=tokens.long()).logits
     torch.testing.assert_close(packed.flatten(0, 1), logits[tokens], atol=1e-4, rtol=1e-4)  # the model agrees
-    subject = hf.subject_of(copy.deepcopy(model), str)
+    subject = hf.subjects_of(copy.deepcopy(model), str)[0]
     expected = row_of(subject, torch.where(tokens, padded, PADDING))
     for found in (monitor, apart):
         assert_same_row(found.row, expected, rel=1e-4)

@@ -35,7 +35,7 @@ class TextEntry(Record):
     """The text: `n_seq` sequences of up to `seq_len` tokens, `tokens` in all; `bos`: each starts with that token.
 
     `predicted_bytes`: bytes of UTF-8 of the predicted tokens' text; 0 if that text is not known. `tokenizer`:
-    identifies it, see Reader.fingerprint. Files of older versions have neither.
+    identifies it, see tokenizers.fingerprint. Files of older versions have neither.
     """
 
     name: str

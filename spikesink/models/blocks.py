@@ -6,15 +6,16 @@ it is the sum after that sub-layer. The next sub-layer gets that sum (pre-norm),
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
-from ..hooks import Hook, Tap, hooked
+from ..hooks import Tap, hooked
 from .subject import PLACES, SEAM, GatedFFN, gated_ffn
 
 
@@ -37,10 +38,8 @@ def stacks_of(model: Any) -> list[nn.ModuleList]:
     expected = 2 if model.config.is_encoder_decoder else 1
     kind = model.config.model_type
     if len(stacks) != expected:
-        raise UserError(
-            f"{kind} cannot be observed: its attention bypasses the interface, or it has {len(stacks)} stacks of "
-            f"blocks with attention where it needs {expected}"
-        )
+        count = f"it has {len(stacks)} stacks of blocks with attention where it needs {expected}"
+        raise UserError(f"{kind} cannot be observed: its attention bypasses the interface, or {count}")
     if not all(map(has_seam, itertools.chain(*stacks))):
         raise UserError(f"{kind} cannot be observed: some blocks have no attention that goes through the interface")
     return stacks
@@ -51,7 +50,7 @@ class Event(NamedTuple):
 
     module: nn.Module
     place: str  # input, output
-    value: torch.Tensor
+    value: Tensor
     only_reader: bool = False  # True for an input that no other module gets
 
 
@@ -68,7 +67,7 @@ Record = Event | SeamCall
 class Stack:
     """A stack of blocks. Watching a trial run shows where in each block the stream is."""
 
-    output: torch.Tensor  # the stream after the last block, (1, T, C), once a run was watched
+    output: Tensor  # the stream after the last block, (1, T, C), once a run was watched
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
@@ -82,41 +81,12 @@ class Stack:
         forward, before = [], []
         for block, seams, records in zip(self.blocks, self.seams, self.records, strict=True):
             for module in block.modules():
-                before.append((module, self._on_input(records, module is block)))
-                forward.append((module, self._on_output(records)))
-            forward += [(seam, self._on_call(records)) for seam in seams]
+                before.append((module, functools.partial(record_input, records, module is block)))
+                forward.append((module, functools.partial(record_output, records)))
+            forward += [(seam, functools.partial(record_call, records)) for seam in seams]
         with hooked(forward, before):
             yield
         self.output = events_in(self.records[-1])[-1].value
-
-    @staticmethod
-    def _on_input(records: list[Record], outermost: bool) -> Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            value: Any = args[0] if args else kwargs.get("hidden_states")
-            if not records and outermost:
-                records.append(Event(module, "input", value))
-            elif outermost or like_stream(value, records):
-                records.append(Event(module, "input", value.view(stream_into(records).shape)))
-
-        return hook
-
-    @staticmethod
-    def _on_output(records: list[Record]) -> Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            if like_stream(value, records):
-                records.append(Event(module, "output", value.view(stream_into(records).shape)))
-
-        return hook
-
-    @staticmethod
-    def _on_call(records: list[Record]) -> Hook:
-        def hook(seam: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            q, k, _ = args
-            seam.heads = q.size(1)
-            records.append(SeamCall(seam, "cross" if k.size(-2) != q.size(-2) else "attn"))
-
-        return hook
 
     def taps(self) -> "Taps":
         """The Taps of the Subject. Raises UserError if a block cannot be understood."""
@@ -184,10 +154,9 @@ def tap_of(layer: int, kind: str, event: Event) -> Tap:
 
 def check_block(block: nn.Module, seams: Sequence[nn.Module], records: list[Record], calls: list[SeamCall]) -> None:
     """Raises UserError for a block whose stream or attention a Subject cannot use."""
+    found = stream_into(records).dim() == 3 and records[-1].module is block
     problems = {
-        "its residual stream is not one vector per token": (
-            stream_into(records).dim() != 3 or records[-1].module is not block
-        ),
+        "its residual stream is not one vector per token": not found,
         "its attention calls the interface more than once, or its layers share weights": len(calls) > len(seams),
         "its attention bypasses the interface": len(calls) < len(seams),
     }
@@ -196,22 +165,45 @@ def check_block(block: nn.Module, seams: Sequence[nn.Module], records: list[Reco
             raise UserError(f"{type(block).__name__} cannot be observed: {problem}")
 
 
+def record_input(records: list[Record], is_block: bool, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A hook before a module: records its input, if that is like the stream. `is_block`: the module is the block."""
+    value: Any = args[0] if args else kwargs.get("hidden_states")
+    if not records and is_block:
+        records.append(Event(module, "input", value))
+    elif is_block or like_stream(value, records):
+        records.append(Event(module, "input", value.view(stream_into(records).shape)))
+
+
+def record_output(records: list[Record], module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """A hook after a module: records its output, if that is like the stream."""
+    value = output[0] if isinstance(output, tuple) else output
+    if like_stream(value, records):
+        records.append(Event(module, "output", value.view(stream_into(records).shape)))
+
+
+def record_call(records: list[Record], seam: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """A hook after a seam: records its call."""
+    q, k, _ = args
+    seam.heads = q.size(1)
+    records.append(SeamCall(seam, "cross" if k.size(-2) != q.size(-2) else "attn"))
+
+
 def events_in(records: Iterable[Record]) -> list[Event]:
     """The events among the records of a block."""
     return [record for record in records if isinstance(record, Event)]
 
 
-def stream_into(records: list[Record]) -> torch.Tensor:
+def stream_into(records: list[Record]) -> Tensor:
     """The stream that the block was called with, which is its first record."""
     entry = records[0]
     assert isinstance(entry, Event)
     return entry.value
 
 
-def like_stream(value: object, records: list[Record]) -> TypeGuard[torch.Tensor]:
+def like_stream(value: object, records: list[Record]) -> TypeGuard[Tensor]:
     """True for a tensor (1, T, C) or (T, C) with the shape of the stream that entered the block."""
     block = stream_into(records)
-    return isinstance(value, torch.Tensor) and value.shape[-2:] == block.shape[-2:] and value.numel() == block.numel()
+    return isinstance(value, Tensor) and value.shape[-2:] == block.shape[-2:] and value.numel() == block.numel()
 
 
 def is_output(record: Record) -> TypeGuard[Event]:
@@ -249,7 +241,7 @@ def sub_layers(records: list[Record]) -> list[Step]:
     return steps if len(steps) > 1 else _parallel(records)
 
 
-def _sequential(records: list[Record], start: int, stream: torch.Tensor) -> list[Step] | None:
+def _sequential(records: list[Record], start: int, stream: Tensor) -> list[Step] | None:
     """The Steps from records[start] on, where the stream is `stream`. None if they miss the block's output."""
     last = events_in(records)[-1]
     for i in range(start, len(records)):
@@ -293,7 +285,7 @@ def _norm_of(records: list[Record], i: int) -> Event | None:
     return next((event for event in filter(is_output, records[i + 1 :]) if event.module is norm), None)
 
 
-def _step(block: list[Record], records: list[Record], stream: torch.Tensor, update: Event, total: Event | None) -> Step:
+def _step(block: list[Record], records: list[Record], stream: Tensor, update: Event, total: Event | None) -> Step:
     """The Step that adds `update` to `stream`, from its own records and those of the whole block."""
     kinds = [call.kind for call in records if isinstance(call, SeamCall)]
     inputs = [event for event in events_in(records) if event.place == "input"]

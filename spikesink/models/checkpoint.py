@@ -54,27 +54,17 @@ class Checkpoint:
     def check_contract(self, contract: str, path: str | Path) -> None:
         """Raises UserError if the current model.py states another contract than the one that made this checkpoint."""
         if self.contract is not None and self.contract != contract:
-            raise UserError(
-                f"{path} was made by a model.py of contract {self.contract!r}, but the model.py here states "
-                f"{contract!r}: use the clone that made it"
-            )
+            current = f"the model.py here states {contract!r}: use the clone that made it"
+            raise UserError(f"{path} was made by a model.py of contract {self.contract!r}, but {current}")
 
 
 Kinds = dict[str, type | tuple[type, ...]]  # entry -> its type, if the entry is there
 KINDS: Kinds = {
-    "model": dict,
-    "model_args": dict,
-    "optimizer": dict,
-    "config": dict,
-    "given": dict,
-    "data": dict,
-    "data_sample": str,
-    "step": int,
-    "tokens": int,
-    "val_loss": (int, float),
-    "best": (int, float),
+    **dict.fromkeys(("model", "model_args", "optimizer", "config", "given", "data"), dict),
+    **dict.fromkeys(("data_sample", "contract"), str),
+    **dict.fromkeys(("step", "tokens"), int),
+    **dict.fromkeys(("val_loss", "best"), (int, float)),
     "loss_watch": list,
-    "contract": str,
 }
 
 
@@ -112,12 +102,6 @@ def _checked(content: dict[str, Any], path: Path) -> Checkpoint:
     return Checkpoint(**entries, extra={key: value for key, value in content.items() if key not in KINDS})
 
 
-def _from_nanogpt(content: dict[str, Any], path: Path) -> Checkpoint:
-    """The Checkpoint of nanoGPT's dict, with our names for its weights. Raises UserError."""
-    checkpoint = _checked({"step": content.get("iter_num"), **content}, path)
-    return dataclasses.replace(checkpoint, model=convert.from_nanogpt(checkpoint.model), maker="nanoGPT")
-
-
 def load(path: str | Path) -> Checkpoint:
     """Loads the Checkpoint in a file, or in the ckpt.pt of a folder, that `save` or nanoGPT wrote. On the CPU.
 
@@ -138,17 +122,15 @@ def load(path: str | Path) -> Checkpoint:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             match = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = "it has more than tensors and plain Python, and nothing in it was executed"
-            todo = f"the first is {match[1]}" if match else todo
-            todo += (
-                "; save it again with float(number) in place of NumPy's numbers"
-                if match and "numpy" in match[1]
-                else ""
-            )
+            if match:
+                remedy = "; save it again with float(number) in place of NumPy's numbers"
+                todo = f"the first is {match[1]}{remedy if 'numpy' in match[1] else ''}"
         raise UserError(f"cannot read checkpoint {path}: {reason}; {todo}") from None
     if isinstance(saved, dict) and saved.get("format") == FORMAT and isinstance(saved.get("content"), dict):
         if content_hash(saved["content"]) != saved.get("sha256"):
             raise UserError(f"checkpoint {path} is damaged (its content hash differs); restore it from a copy")
         return _checked(saved["content"], path)
     if isinstance(saved, dict) and {"model", "model_args"} <= saved.keys():
-        return _from_nanogpt(saved, path)
+        theirs = _checked({"step": saved.get("iter_num"), **saved}, path)
+        return dataclasses.replace(theirs, model=convert.from_nanogpt(theirs.model), maker="nanoGPT")
     raise UserError(f"{path} is neither a checkpoint of train.py nor of nanoGPT")

@@ -44,9 +44,31 @@ LLAMA_ENDS = {
     "lm_head.weight": "lm_head.weight",
 }
 
+# field of GPTConfig -> transformers' name for it
+GPT2_FIELDS = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "tie": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+}
+LLAMA_FIELDS = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "tie": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "ffn_hidden": "intermediate_size",
+}
+
 # our activation -> transformers' name for it
-SAME_NAMES = {name: name for name in ("gelu", "relu", "silu", "tanh", "relu2")}
-ACTIVATIONS = {"gelu_tanh": "gelu_new", **SAME_NAMES}
+ACTIVATIONS = {"gelu_tanh": "gelu_new"} | {name: name for name in ("gelu", "relu", "silu", "tanh", "relu2")}
 SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 
 
@@ -77,18 +99,8 @@ def from_gpt2(config: Any, state: State) -> Weights:
     """Converts a transformers GPT-2. Raises ValueError."""
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise ValueError("this GPT-2 changes the attention scaling, which has no counterpart here")
-    args = {
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "block_size": config.n_positions,
-        "vocab_size": config.vocab_size,
-        "bias": True,
-        "tie": config.tie_word_embeddings,
-        "norm_eps": config.layer_norm_epsilon,
-        "ffn_hidden": config.n_inner or 0,
-        "activation": activation_of(config.activation_function),
-    }
+    args = {ours: getattr(config, theirs) for ours, theirs in GPT2_FIELDS.items()}
+    args |= {"bias": True, "ffn_hidden": config.n_inner or 0, "activation": activation_of(config.activation_function)}
     return Weights(args, from_nanogpt({k: v.T if CONV1D.search(k) else v for k, v in state.items()}))
 
 
@@ -97,23 +109,9 @@ def from_llama(config: Any, state: State) -> Weights:
     rope = config.rope_parameters
     if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
         raise ValueError("this Llama scales its rope or has biases, which has no counterpart here")
-    args = {
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_kv_head": config.num_key_value_heads,
-        "n_embd": config.hidden_size,
-        "head_dim": config.head_dim,
-        "block_size": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "tie": config.tie_word_embeddings,
-        "norm": "rmsnorm",
-        "norm_eps": config.rms_norm_eps,
-        "ffn": "gated",
-        "ffn_hidden": config.intermediate_size,
-        "activation": activation_of(config.hidden_act),
-        "position": "rope",
-        "rope_base": float(rope["rope_theta"]),
-    }
+    args = {ours: getattr(config, theirs) for ours, theirs in LLAMA_FIELDS.items()}
+    args |= {"norm": "rmsnorm", "ffn": "gated", "activation": activation_of(config.hidden_act)}
+    args |= {"position": "rope", "rope_base": float(rope["rope_theta"])}
     model = {ours: state[theirs] for ours, theirs in LLAMA_ENDS.items()}
     for i in range(config.num_hidden_layers):
         for ours, parts in LLAMA_LAYER.items():
@@ -186,19 +184,10 @@ def to_gpt2(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
     """Returns (transformers config, state dict) of a GPT-2 with the same logits."""
     from transformers import GPT2Config
 
-    same = ("n_layer", "n_head", "n_embd", "vocab_size")
-    dropout = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-    settings: dict[str, Any] = {key: args[key] for key in same} | dict.fromkeys(dropout, args["dropout"])
-    config = GPT2Config(
-        **settings,
-        n_positions=args["block_size"],
-        n_inner=args["ffn_hidden"] or None,
-        activation_function=ACTIVATIONS[args["activation"]],
-        bos_token_id=None,
-        eos_token_id=None,
-        layer_norm_epsilon=args["norm_eps"],
-        tie_word_embeddings=args["tie"],
-    )
+    settings: dict[str, Any] = {theirs: args[ours] for ours, theirs in GPT2_FIELDS.items()}
+    settings |= {"n_inner": args["ffn_hidden"] or None, "activation_function": ACTIVATIONS[args["activation"]]}
+    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args["dropout"])
+    config = GPT2Config(**settings, bos_token_id=None, eos_token_id=None)
     model = {rename(k, GPT2_NAMES): v.T.contiguous() if CONV1D.search(k) else v for k, v in state.items()}
     for name in [name for name in model if name.endswith(".weight") and not args["bias"]]:
         outputs = model[name].size(-1)  # GPT-2 always has biases, so we set them to zero
@@ -213,22 +202,12 @@ def to_llama(args: Args, state: State) -> tuple[Any, dict[str, Tensor]]:
 
     head_dim = args["head_dim"] or args["n_embd"] // args["n_head"]
     n_kv_head = args["n_kv_head"] or args["n_head"]
-    config = LlamaConfig(
-        num_hidden_layers=args["n_layer"],
-        num_attention_heads=args["n_head"],
-        num_key_value_heads=n_kv_head,
-        hidden_size=args["n_embd"],
-        head_dim=head_dim,
-        intermediate_size=state["transformer.h.0.mlp.f.c_fc.weight"].size(0),
-        max_position_embeddings=args["block_size"],
-        vocab_size=args["vocab_size"],
-        rms_norm_eps=args["norm_eps"],
-        hidden_act=ACTIVATIONS[args["activation"]],
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=args["tie"],
-        rope_parameters={"rope_type": "default", "rope_theta": args["rope_base"]},
-    )
+    width = state["transformer.h.0.mlp.f.c_fc.weight"].size(0)
+    args = {**args, "head_dim": head_dim, "n_kv_head": n_kv_head, "ffn_hidden": width}
+    settings: dict[str, Any] = {theirs: args[ours] for ours, theirs in LLAMA_FIELDS.items()}
+    settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": args["rope_base"]}}
+    settings |= {"hidden_act": ACTIVATIONS[args["activation"]]}
+    config = LlamaConfig(**settings, bos_token_id=None, eos_token_id=None)
     model = {theirs: state[ours] for ours, theirs in LLAMA_ENDS.items()}
     widths = [head_dim * heads for heads in (args["n_head"], n_kv_head, n_kv_head)]
     for i in range(args["n_layer"]):

@@ -39,11 +39,6 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Size of a model's parameters in float32, in bytes."""
-    return 4 * parameter_count(model)
-
-
 def placement(kind: Any, config: Any, free: float, gguf: object = None) -> dict[str, Any]:
     """The arguments of `kind.from_pretrained` that leave the weights on disk, or {} if they fit into `free` bytes.
 
@@ -53,16 +48,15 @@ def placement(kind: Any, config: Any, free: float, gguf: object = None) -> dict[
     if free == math.inf:
         return {}
     with torch.device("meta"):
-        needed = parameter_bytes(kind.from_config(config))
+        needed = 4 * parameter_count(kind.from_config(config))  # bytes in float32
     if needed <= SHARE * free:
         return {}
     short = f"the model needs {needed / SHARE / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free, and"
     if gguf:
         raise UserError(f"{short} a GGUF file cannot be read part by part")
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError(
-            f"{short} accelerate, which could read it part by part, is missing: pip install 'spikesink[hf]'"
-        )
+        remedy = "pip install 'spikesink[hf]'"
+        raise UserError(f"{short} accelerate, which could read it part by part, is missing: {remedy}")
     print(f"weights of {needed / 2**30:.1f} GiB are read from disk as the model runs", file=sys.stderr)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # its message says the same
     return {"device_map": {"": "disk"}, "offload_folder": temporary_folder()}
@@ -86,7 +80,7 @@ def weights_at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None
 
 def why_no_second_copy(model: nn.Module, free: float) -> str | None:
     """Says why a second model like this one does not fit into `free` bytes; None if it fits."""
-    needed = parameter_bytes(model)
+    needed = 4 * parameter_count(model)
     if needed <= SHARE * free:
         return None
     return f"a second model of {needed / 2**30:.1f} GiB does not fit in the memory that is left"

@@ -6,19 +6,17 @@ tokenizer adds it. The description of the data goes into config.json, so that `d
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import UserError, extra
 from ..text.token_files import Meta
 from ..text.tokenizers import END, GPT2Tokenizer
 from . import convert, hf
 from .checkpoint import META_KINDS, Checkpoint, is_meta
-from .lab import open_lab
+from .lab import Build, open_lab
 
 DATA = "spikesink_data"  # key in config.json: the checkpoint's description of its data, and "bos"
 
@@ -65,7 +63,7 @@ def gpt2_tokenizer(bpe: str | Path, size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END, eos_token=END)
 
 
-def same_logits(content: Checkpoint, build: Callable[[Checkpoint], nn.Module], folder: Path) -> None:
+def same_logits(content: Checkpoint, build: Build, folder: Path) -> None:
     """Raises UserError unless the model in a folder has the same logits as the one that `build` makes."""
     try:
         ours = build(content).eval()
@@ -84,19 +82,13 @@ def same_logits(content: Checkpoint, build: Callable[[Checkpoint], nn.Module], f
         )
 
 
-def export(
-    content: Checkpoint,
-    folder: str | Path,
-    bpe: str | Path | None = None,
-    build: Callable[[Checkpoint], nn.Module] | None = None,
-) -> str:
+def export(content: Checkpoint, folder: str | Path, bpe: str | Path | None = None, build: Build | None = None) -> str:
     """Writes the folder, whole or not at all. Returns a phrase on its tokenizer.
 
     `build` makes the model that the folder must equal. By default the model.py of the current clone does; nanoGPT's
     checkpoints are not compared. Raises UserError if neither family can compute the model, or `bpe` does not exist.
     """
     with extra("hf"):
-        from transformers import GPT2LMHeadModel, LlamaForCausalLM
         from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -113,8 +105,7 @@ def export(
         config.bos_token_id = config.eos_token_id = meta.get("bos_id")
         description = {key: meta[key] for key in (*META_KINDS, "python", "split") if key in meta and key != "bpe"}
         setattr(config, DATA, {**description, "bos": bos} if description else {})
-        kind = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}[config.model_type]
-        model = hf.with_weights(kind, config, state)
+        model = hf.with_weights(config, state)
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()[1:]), str(error)).strip().rstrip(".")
         raise UserError(f"cannot export: these are not the weights of a {config.model_type}: {first}") from None

@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError, extra, no_device
@@ -49,11 +50,10 @@ class LazyMask:
     batch_size: int
     q_offset: int  # position of the first query
     kv_offset: int  # position of the first key
-    kv_length: int
-    padding: torch.Tensor | None  # bool (B, keys), False at padding
+    padding: Tensor | None  # bool (B, keys), False at padding
     device: torch.device | str
 
-    def rows(self, first: int, R: int, T: int) -> torch.Tensor:
+    def rows(self, first: int, R: int, T: int) -> Tensor:
         """Which of the first T keys each query first ... first + R - 1 sees: bool, broadcastable to (B, H, R, T)."""
         batch = torch.arange(self.batch_size, device=self.device)[:, None, None, None]
         query = torch.arange(first, first + R, device=self.device)[:, None] + self.q_offset
@@ -69,7 +69,7 @@ def lazy_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> LazyMask | None:
@@ -81,7 +81,10 @@ def lazy_mask(
         padding = None
     if padding is None and mask_function is causal_mask_function and q_length == kv_length:
         return None
-    return LazyMask(mask_function or causal_mask_function, batch_size, q_offset, kv_offset, kv_length, padding, device)
+    return LazyMask(mask_function or causal_mask_function, batch_size, q_offset, kv_offset, padding, device)
+
+
+Mask = LazyMask | Tensor | None
 
 
 class HFSeam(nn.Module):
@@ -93,26 +96,14 @@ class HFSeam(nn.Module):
 
     spares_own = True
     heads: int  # number of query heads in the last trial run
-    mask: LazyMask | torch.Tensor | None
-    scaling: float | None
-    softcap: float | None
-    position_bias: torch.Tensor | None
-    sinks: torch.Tensor | None
-    causal: bool
 
-    def set(
-        self,
-        module: nn.Module,
-        mask: LazyMask | torch.Tensor | None,
-        scaling: float | None,
-        softcap: float | None = None,
-        position_bias: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> None:
-        """Stores the arguments that transformers passes to its attention function."""
-        self.mask, self.softcap, self.position_bias, self.sinks = mask, softcap, position_bias, sinks
-        self.scaling = scaling
+    def set(self, module: nn.Module, mask: Mask, /, scaling: float | None = None, **others: Any) -> None:
+        """Stores what transformers passes to its attention function."""
+        self.mask, self.scaling = mask, scaling
+        self.softcap: float | None = others.get("softcap")
+        self.position_bias: Tensor | None = others.get("position_bias")
+        self.sinks: Tensor | None = others.get("s_aux", getattr(module, "sinks", None))
+        is_causal = others.get("is_causal")
         self.causal = mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
     @property
@@ -120,12 +111,12 @@ class HFSeam(nn.Module):
         """See Seam."""
         return "one" if self.sinks is None else "slot"
 
-    def seen(self, first: int, R: int, T: int) -> torch.Tensor:
-        """See Seam. The first sequence stands for all, as a batch has sequences of one length without padding."""
+    def seen(self, first: int, R: int, T: int) -> Tensor:
+        """See Seam. The first sequence stands for all, as those of a batch have one length and no padding."""
         visible = self._visible(first, R, T, torch.device("cpu" if self.mask is None else self.mask.device))
         return visible[(0,) * (visible.dim() - 2)].expand(R, T)
 
-    def _visible(self, first: int, R: int, T: int, device: torch.device) -> torch.Tensor:
+    def _visible(self, first: int, R: int, T: int, device: torch.device) -> Tensor:
         """Like `seen`, but broadcastable to (B, H, R, T)."""
         if isinstance(self.mask, LazyMask):
             return self.mask.rows(first, R, T)
@@ -136,26 +127,19 @@ class HFSeam(nn.Module):
         rows = self.mask[..., first : first + R, :T]
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
 
-    def additive(self, first: int, R: int, T: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def additive(self, first: int, R: int, T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The sum of mask and position bias for a chunk of rows, which is added to the logits."""
-        if isinstance(self.mask, torch.Tensor) and self.mask.dtype != torch.bool:
-            # the mask is additive already: the dtype's minimum hides a key
-            rows = self.mask[..., first : first + R, :T].to(dtype)
-            return rows if self.position_bias is None else rows + self.position_bias[:, :, first : first + R, :T]
-        start = torch.zeros((), dtype=dtype, device=device)
-        if self.position_bias is not None:
-            start = self.position_bias[:, :, first : first + R, :T].to(dtype)
+        bias = 0 if self.position_bias is None else self.position_bias[:, :, first : first + R, :T]
+        if isinstance(self.mask, Tensor) and self.mask.dtype != torch.bool:
+            return self.mask[..., first : first + R, :T].to(dtype) + bias  # the dtype's minimum hides a key
+        start = torch.as_tensor(bias, dtype=dtype, device=device)
         return torch.where(self._visible(first, R, T, device), start, torch.finfo(dtype).min)
 
-    def weights(
-        self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, float]:
+    def weights(self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None) -> tuple[Tensor, float]:
         """See Seam. A slot adds nothing to the output here."""
         return self.shares(q, k, first, bias), 0.0
 
-    def shares(
-        self, q: torch.Tensor, k: torch.Tensor, first: int = 0, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def shares(self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None) -> Tensor:
         """Rows of the attention map (B, H, R, T), float32. The share of a sink logit belongs to no key."""
         R, T = q.size(-2), k.size(-2)
         q = q.float() * (q.size(-1) ** -0.5 if self.scaling is None else self.scaling)
@@ -171,9 +155,7 @@ class HFSeam(nn.Module):
         sinks = self.sinks.float().view(1, -1, 1, 1).expand(len(q), -1, R, 1)
         return torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """q (B, H, T, D), k and v (B, key heads, T', D) -> (B, H, T, D), in chunks unless one fused kernel does."""
         chunk = rows_at_once(q, k)
         fused = bias is None and self.sinks is None and self.softcap is None
@@ -200,35 +182,22 @@ def seam_of(module: nn.Module) -> HFSeam:
 
 
 def attention_function(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: LazyMask | torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **kwargs: Any
+) -> tuple[Tensor, None]:
     """Our AttentionInterface function: it passes the call to the module's seam."""
-    sinks = kwargs.get("s_aux", getattr(module, "sinks", None))
     seam = seam_of(module)
-    others = {name: kwargs.get(name) for name in ("softcap", "position_bias", "is_causal")}
-    seam.set(module, attention_mask, scaling, **others, sinks=sinks)
+    seam.set(module, attention_mask, **kwargs)
     return seam(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def gpt_neo_attention(
-    self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: LazyMask | torch.Tensor | None = None,
-) -> tuple[torch.Tensor, None]:
+    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask = None
+) -> tuple[Tensor, None]:
     """GPTNeoSelfAttention._attn through the seam: without scaling, in float32, with a window in local layers."""
     window = self.config.window_size if self.attention_type == "local" else key.size(-2)
     causal = lambda batch, head, q, k: (k <= q) & (k > q - window)
     padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
-    mask = LazyMask(causal, len(query), 0, 0, key.size(-2), padding, query.device)
+    mask = LazyMask(causal, len(query), 0, 0, padding, query.device)
     seam_of(self).set(self, mask, 1.0)
     return seam_of(self)(query.float(), key.float(), value.float()).to(value.dtype), None
 
@@ -249,14 +218,12 @@ def check_folder(path: str | Path) -> None:
 def check_config(file: str | Path) -> None:
     """Raises UserError for a config.json that names code or an attention implementation."""
     config = read_json(file)
-    unsafe_keys = [key for key in REFUSED_KEYS if key in config]
+    unsafe = [key for key in REFUSED_KEYS if key in config]
     quantised = config.get("quantization_config")
     if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4"):
-        unsafe_keys.append("quantization_config")
-    if unsafe_keys:
-        raise UserError(
-            f"{file} sets {unsafe_keys[0]}, which could run foreign code: remove the key if you trust the model"
-        )
+        unsafe.append("quantization_config")
+    if unsafe:
+        raise UserError(f"{file} sets {unsafe[0]}, which could run foreign code: remove the key if you trust the model")
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
@@ -271,12 +238,12 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def device_named(name: str) -> str:
-    """Returns `name`, but for "auto" the GPU if there is one, else the CPU."""
+    """Returns `name`, or for "auto" the GPU if there is one, else the CPU."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def to_device(model: nn.Module, device: str) -> Any:
-    """Moves the model to a device, by a name as in `device_named`. Raises UserError if there is no such device."""
+    """Moves the model to a device, named as in `device_named`. Raises UserError if there is no such device."""
     try:
         return model.to(device_named(device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -291,22 +258,18 @@ def hub_answers(seconds: float = 3.0) -> bool:
     if urllib.request.getproxies().get("https"):
         return True
     address = urllib.parse.urlsplit(ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.create_connection((address.hostname, address.port or 443), seconds):
+        return True
+    return False
 
 
 def need_transformers() -> None:
     """Raises UserError if transformers is missing or too old."""
     with extra("hf"):
         import transformers
-    if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < OLDEST:
-        raise UserError(
-            f"transformers {transformers.__version__} is too old, {'.'.join(map(str, OLDEST))} is needed: "
-            "pip install 'spikesink[hf]'"
-        )
+    version, oldest = transformers.__version__, ".".join(map(str, OLDEST))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        raise UserError(f"transformers {version} is too old, {oldest} is needed: pip install 'spikesink[hf]'")
 
 
 class Source(NamedTuple):
@@ -380,24 +343,18 @@ def text_config(config: Any) -> Any:
 
 def model_class(config: Any) -> Any:
     """The transformers class for this config, with a language-model head if there is such a class."""
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForTextEncoding,
-    )
+    from transformers.models import auto
 
     name = (config.architectures or [""])[0]
     if name.endswith("EncoderModel"):  # the encoder of an encoder-decoder
-        return AutoModelForTextEncoding
+        return auto.AutoModelForTextEncoding
     if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
+        return auto.AutoModelForSeq2SeqLM
     causal = getattr(config, "is_decoder", False) or name.endswith(("ForCausalLM", "LMHeadModel"))
-    kinds: list[Any] = [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel]
-    matches = [kind for kind in kinds[causal:] if type(config) in kind._model_mapping]
-    return matches[0] if matches else AutoModelForCausalLM  # its error says what is wrong
+    kinds: list[Any] = [] if causal else [auto.AutoModelForMaskedLM]
+    kinds += [auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText, auto.AutoModel]
+    # without a match, the error of AutoModelForCausalLM says what is wrong
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), auto.AutoModelForCausalLM)
 
 
 class Opened(NamedTuple):
@@ -482,10 +439,8 @@ def unused_weights(model: Any, unexpected: list[str], name: str) -> dict[str, st
     lists = {key.rpartition(".")[2] for key, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     blocks = [key for key in unexpected if any(re.search(rf"(^|\.){re.escape(stack)}\.\d+\.", key) for stack in lists)]
     if blocks:
-        raise UserError(
-            f"{name} has {len(blocks)} weights of blocks that its config has no place for, the first {blocks[0]}: "
-            "without them it would compute something else"
-        )
+        lost = f"{len(blocks)} weights of blocks that its config has no place for, the first {blocks[0]}"
+        raise UserError(f"{name} has {lost}: without them it would compute something else")
     shown = ", ".join(unexpected[:4]) + (f" and {len(unexpected) - 4} more" if len(unexpected) > 4 else "")
     return {"unused": shown} if unexpected else {}
 
@@ -509,22 +464,19 @@ def transformers_in(model: nn.Module) -> Any:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
-def nanogpt_model(model_args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+def nanogpt_model(model_args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
     """The transformers GPT-2 that computes the same as a nanoGPT checkpoint. Raises ValueError."""
     need_transformers()
-    from transformers import GPT2LMHeadModel
-
     convert.check_nanogpt(model_args)
-    config, state = convert.to_gpt2(
-        {**convert.BOTH_NEED, **convert.GPT2_NEEDS, **convert.DEFAULTS, **model_args}, weights
-    )
-    return with_weights(GPT2LMHeadModel, config, state)
+    return with_weights(*convert.to_hf({**model_args, "position": "learned"}, weights))
 
 
-def with_weights(kind: type, config: Any, state: Mapping[str, torch.Tensor]) -> Any:
-    """A transformers model of this class and config, whose weights are these tensors, not copies."""
+def with_weights(config: Any, state: Mapping[str, Tensor]) -> Any:
+    """The transformers model of this config, whose weights are these tensors, not copies."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        model = kind(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()
@@ -538,7 +490,6 @@ def subjects_of(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     calls its seam once, and the streams are (B, T, C).
     """
     need_transformers()
-    kind = model.config.model_type
     model.eval()
     model.config.return_dict = True
     for config in (model.config, text_config(model.config)):
@@ -548,20 +499,7 @@ def subjects_of(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     except UserError:
         raise
     except Exception as error:  # models fail in many ways
-        raise UserError(f"{kind} cannot be observed: {first_line(error)}") from None
-
-
-def subject_of(model: Any, decode: Callable[[int], str]) -> Subject:
-    """The Subject of a model that is not an encoder-decoder, or the decoder's."""
-    return subjects_of(model, decode)[0]
-
-
-def _caller(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function ids (B, T) -> logits. The decoder of an encoder-decoder gets the same ids, shifted by one."""
-    if not model.config.is_encoder_decoder:
-        return lambda ids: model(ids)[0]
-    start = start_token(model.config)
-    return lambda ids: model(input_ids=ids, decoder_input_ids=after_start(ids, start))[0]
+        raise UserError(f"{model.config.model_type} cannot be observed: {first_line(error)}") from None
 
 
 def start_token(config: Any) -> int:
@@ -570,7 +508,7 @@ def start_token(config: Any) -> int:
     return next((token for token in tokens if token is not None), 0)
 
 
-def trial_inputs(model: Any) -> dict[str, torch.Tensor]:
+def trial_inputs(model: Any) -> dict[str, Tensor]:
     """Ids (1, T) for a trial run. The decoder gets fewer, so that cross-attention is known by its shape."""
     ids = torch.arange(3, 19, device=device_of(model))[None] % text_config(model.config).vocab_size
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :11]} if model.config.is_encoder_decoder else {})
@@ -578,7 +516,7 @@ def trial_inputs(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
-    kind, two_stacks, inputs = model.config.model_type, model.config.is_encoder_decoder, trial_inputs(model)
+    two_stacks, inputs = model.config.is_encoder_decoder, trial_inputs(model)
     run = lambda **changed: model(**{**inputs, **changed})[0]
     take_over(model, run)
     parts: dict[str, dict[str, Any]] = {}
@@ -587,12 +525,13 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     for name, (key, ids), blocks in zip(names, inputs.items(), stacks, strict=True):
         other_end = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % text_config(model.config).vocab_size), dim=1)
         taps, causal = watch(Stack(blocks), run, {key: other_end})
-        start = start_token(model.config) if name == "decoder" else None
-        parts[name] = {**taps._asdict(), "causal": causal, "start": start}
+        parts[name] = {**taps._asdict(), "causal": causal}
+    logits = lambda ids: model(ids)[0]
     if two_stacks:  # the keys of cross-attention are the encoder's tokens
-        seams = parts["decoder"]["attends"]
+        start, seams = start_token(model.config), parts["decoder"]["attends"]
+        logits = lambda ids: model(input_ids=ids, decoder_input_ids=after_start(ids, start))[0]
         parts = {
-            "decoder": {**parts["decoder"], "attends": [tap for tap in seams if tap.kind != "cross"]},
+            "decoder": {**parts["decoder"], "attends": [tap for tap in seams if tap.kind != "cross"], "start": start},
             "encoder": parts["encoder"],
             "cross": {**parts["encoder"], "attends": [tap for tap in seams if tap.kind == "cross"], "causal": False},
         }
@@ -601,14 +540,13 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
         new = type(model)(copy.deepcopy(model.config)).eval().to(device_of(model), model.dtype)
         return next(s for s in subjects_of(new, decode) if s.part == part)
 
-    has_loss, stages = model.get_output_embeddings() is not None, [block for stack in stacks for block in stack]
-    shared: dict[str, Any] = {"n_register": 0, "decode": decode, "logits": _caller(model)}
-    shared |= {"has_loss": has_loss, "stages": stages}
+    shared: dict[str, Any] = {"n_register": 0, "decode": decode, "logits": logits}
+    shared |= {"has_loss": model.get_output_embeddings() is not None, "stages": [*itertools.chain(*stacks)]}
     subjects = []
     for name, part in parts.items():
         heads = {tap.module.heads for tap in part["attends"]}
         if len(heads) != 1:
-            raise UserError(f"{kind} cannot be observed: its layers have different numbers of heads")
+            raise UserError(f"{model.config.model_type} cannot be observed: its layers have different numbers of heads")
         for tap in part["attends"]:
             tap.module.spares_own = part["causal"]
         shift = int(part["causal"] and has_loss and not two_stacks)
@@ -617,7 +555,7 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
     return subjects
 
 
-def take_over(model: Any, run: Callable[[], torch.Tensor]) -> None:
+def take_over(model: Any, run: Callable[[], Tensor]) -> None:
     """Makes a model use our attention function. Raises UserError if its logits, `run()`, change."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -634,7 +572,7 @@ def take_over(model: Any, run: Callable[[], torch.Tensor]) -> None:
         raise UserError(f"{model.config.model_type} cannot be observed: its logits change under our attention")
 
 
-def watch(stack: Stack, run: Callable[..., torch.Tensor], other_end: dict[str, torch.Tensor]) -> tuple[Taps, bool]:
+def watch(stack: Stack, run: Callable[..., Tensor], other_end: dict[str, Tensor]) -> tuple[Taps, bool]:
     """(Taps of a stack, whether it is causal), from one run as it is and one with another last token."""
     with stack.watched():
         run()
@@ -712,22 +650,17 @@ def weights_hash(path: str | Path) -> str | None:
     """SHA-256 of a GGUF file, or of the names and hashes of a folder's safetensors files. None for the hub."""
     if Path(path).is_file():
         return file_hash(path)
-    digest = hashlib.sha256()
     files = sorted(Path(path).glob("*.safetensors"))
-    for file in files:
-        digest.update(f"{file.name} {file_hash(file)}\n".encode())
-    return digest.hexdigest() if files else None
+    lines = "".join(f"{file.name} {file_hash(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest() if files else None
 
 
 def longest(model: Any) -> float:
     """The longest sequence that the model takes, or infinity. In models like RoBERTa, whose positions start after the
     padding id, it is shorter than the config says: 512, not 514."""
-    config = text_config(model.config)
     keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-    stated = [getattr(config, key, None) for key in keys]
-    tables = [
-        len(module.weight) - module.padding_idx - 1
-        for name, module in model.named_modules()
-        if "position" in name.split(".")[-1] and isinstance(getattr(module, "padding_idx", None), int)
-    ]
-    return min((length for length in (*stated, *tables) if isinstance(length, int) and length > 0), default=math.inf)
+    lengths = [getattr(text_config(model.config), key, None) for key in keys]
+    for name, module in model.named_modules():
+        if "position" in name.split(".")[-1] and isinstance(getattr(module, "padding_idx", None), int):
+            lengths.append(len(module.weight) - module.padding_idx - 1)
+    return min((length for length in lengths if isinstance(length, int) and length > 0), default=math.inf)

@@ -17,10 +17,11 @@ from torch import nn
 
 from ..errors import UserError
 from ..text.sequences import Split, validation_split
-from ..text.token_files import TokenFile, Windows
+from ..text.token_files import Windows
 from .checkpoint import Checkpoint
 
 CONTRACT = "spikesink-model-1"  # names the interface of a model.py that Subject and the converters rely on
+Build = Callable[[Checkpoint], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Lab:
     name. `data` is the folder where ablate's probes find BLiMP and the treebank.
     """
 
-    build: Callable[[Checkpoint], nn.Module]
+    build: Build
     split: Split = validation_split
     data: Path = Path("data")
     contract: str = CONTRACT  # stated in the model.py
@@ -82,9 +83,8 @@ def open_lab(file: str | Path | None, checkpoint: str | Path) -> Lab:
     datasets = path.resolve().parent / "data"
 
     def split(name: str, block_size: int, bos: bool = False) -> Windows:
-        if (datasets / name / "val.bin").is_file():
-            return TokenFile(datasets / name, "val", block_size, bos)
-        return validation_split(name, block_size, bos)
+        here = datasets / name
+        return validation_split(str(here) if (here / "val.bin").is_file() else name, block_size, bos)
 
     module = _module(path)
     if not hasattr(module, "GPT"):

@@ -185,20 +185,11 @@ class Subject:
                 seams.append(Tap(layer, kind, f.attend))
             gated += gated_ffn(layer, f, sub_layer.norm_before)
         model.eval()
-        config = model.config
+        n_head, n_register = model.config.n_head, model.config.n_register
+        logits, reads = lambda ids: model(ids)[0], [*inner["normed"], None]
+        new = lambda: cls.from_gpt(type(model)(model.config).to(next(model.parameters())), decode)
         return cls(
-            model,
-            streams,
-            seams,
-            config.n_head,
-            config.n_register,
-            decode,
-            lambda ids: model(ids)[0],
-            [*inner["normed"], None],
-            inner,
-            gated,
-            rebuild=lambda: cls.from_gpt(type(model)(config).to(next(model.parameters())), decode),
-            stages=stages,
+            model, streams, seams, n_head, n_register, decode, logits, reads, inner, gated, rebuild=new, stages=stages
         )
 
     @functools.cached_property

@@ -6,12 +6,13 @@ model's own attention function always computes its attention.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..hooks import Tap, hooked
@@ -34,7 +35,7 @@ class Attention:
 
     name: str
     module: nn.Module
-    seam_inputs: Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]
+    seam_inputs: Callable[[tuple, Part], tuple[Seam, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,30 +70,27 @@ def gpt_view(model: nn.Module) -> View | None:
     if gpt is None:
         return None
     # we hook the sub-layers, since compiled code does not call the modules inside them
-    taps = [Tap(layer, kind, s, compute=_sum_of(s)) for layer, kind, s in sub_layers_of(gpt)]
-    attends = [Attention(tap.name, tap.module, _qk_of(tap.module)) for tap in taps if hasattr(tap.module.f, "attend")]
+    sum_of = lambda s: None if isinstance(s.norm_after, nn.Identity) else functools.partial(_sum_again, s)
+    taps = [Tap(layer, kind, s, compute=sum_of(s)) for layer, kind, s in sub_layers_of(gpt)]
+    attending = [tap for tap in taps if hasattr(tap.module.f, "attend")]
+    attends = [Attention(tap.name, tap.module, functools.partial(_qk_again, tap.module)) for tap in attending]
     return View(gpt, [Tap(-1, "embedding", gpt.transformer.stream), *taps], attends)
 
 
-def _sum_of(sub_layer: Any) -> Callable[[tuple, dict[str, Any], Any], torch.Tensor] | None:
-    """None where a sub-layer returns its sum. Where a norm follows the sum, a function that computes the sum again. It
-    cannot reach the sum of the first pass, so it runs the uncompiled code, with a new dropout mask."""
-    if isinstance(sub_layer.norm_after, nn.Identity):
-        return None
-
-    def compute(args: tuple, kwargs: dict[str, Any], output: Any) -> torch.Tensor:
-        sums: list[torch.Tensor] = []
-        device = args[0].device.type
-        cast = torch.is_autocast_enabled(device)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(hooked(before=[(sub_layer.norm_after, lambda m, args, kwargs: sums.append(args[0]))]))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.random.fork_rng())
-            stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False))
-            type(sub_layer).forward(sub_layer, *(_apart(arg) for arg in args), **kwargs)
-        return sums[0]
-
-    return compute
+def _sum_again(sub_layer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
+    """The sum of a sub-layer that has a norm behind it, computed again, as that of the first pass is out of reach. Runs
+    the uncompiled code, with a new dropout mask."""
+    sums: list[Tensor] = []
+    device = args[0].device.type
+    cast = torch.is_autocast_enabled(device)
+    with (
+        hooked(before=[(sub_layer.norm_after, lambda module, args, kwargs: sums.append(args[0]))]),
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False),
+    ):
+        type(sub_layer).forward(sub_layer, *(_apart(arg) for arg in args), **kwargs)
+    return sums[0]
 
 
 def _apart(arg: Any) -> Any:
@@ -104,14 +102,10 @@ def _apart(arg: Any) -> Any:
     return copied
 
 
-def _qk_of(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, torch.Tensor]]:
-    """A function that computes queries and keys again from the sub-layer's input, as its own are out of reach."""
-
-    def seam_inputs(args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
-        q, k, _ = sub_layer.f.qkv(sub_layer.norm_before(args[0][part.rows, part.span]))
-        return sub_layer.f.attend, q, k
-
-    return seam_inputs
+def _qk_again(sub_layer: Any, args: tuple, part: Part) -> tuple[Seam, Tensor, Tensor]:
+    """(seam, queries, keys), computed again from the sub-layer's input, as its own are out of reach."""
+    q, k, _ = sub_layer.f.qkv(sub_layer.norm_before(args[0][part.rows, part.span]))
+    return sub_layer.f.attend, q, k
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -120,14 +114,14 @@ def _qk_of(sub_layer: Any) -> Callable[[tuple, Part], tuple[Seam, torch.Tensor, 
 class OwnSeam(hf.HFSeam):
     """The seam of an attention module whose own function still computes its output."""
 
-    own_attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+    own_attention: Callable[[Tensor, Tensor, Tensor], Any]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Any:
         """Returns the output of the model's own function."""
         assert bias is None  # views only read
         return self.own_attention(q, k, v)
 
-    def seam_inputs(self, args: tuple, part: Part) -> tuple[Seam, torch.Tensor, torch.Tensor]:
+    def seam_inputs(self, args: tuple, part: Part) -> tuple[Seam, Tensor, Tensor]:
         """See Attention. The mask and the position bias are cut to the part, too."""
         rows, span = part
         cut = lambda x: x[rows if len(x) > 1 else slice(None), :, span if x.size(-2) > 1 else slice(None), span]
@@ -148,19 +142,13 @@ def reading(seam_of: Callable[[nn.Module], "OwnSeam | None"]) -> Iterator[None]:
         own_attention = get_interface(interface, name, default)
 
         def function(
-            module: nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None = None,
-            **kwargs: Any,
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ) -> Any:
             seam = seam_of(module)
             call = lambda q, k, v: own_attention(module, q, k, v, attention_mask, **kwargs)
             if seam is None or name not in ("sdpa", "eager"):  # masks of other implementations are not tensors
                 return call(query, key, value)
-            settings = {key: kwargs.get(key) for key in ("scaling", "softcap", "position_bias", "is_causal")}
-            seam.set(module, attention_mask, **settings, sinks=kwargs.get("s_aux", getattr(module, "sinks", None)))
+            seam.set(module, attention_mask, **kwargs)
             seam.own_attention = call
             try:
                 return seam(query, key, value)

@@ -101,11 +101,8 @@ def titled(name: str, meta: Meta, trained: Meta) -> str:
     data, of meta.json `trained`, is of another Python or split."""
     if "python" not in meta:
         return name
-    current, training = (
-        f"Python {text.get('python')}, split {text.get('split', 'by number')}" for text in (meta, trained)
-    )
-    if "python" in trained and current != training:
-        say_once(
-            f"the model was trained on {name} of {training}, and may have seen some of this text, which is of {current}"
-        )
+    version_of = lambda text: f"Python {text.get('python')}, split {text.get('split', 'by number')}"
+    if "python" in trained and version_of(meta) != version_of(trained):
+        seen = f"may have seen some of this text, which is of {version_of(meta)}"
+        say_once(f"the model was trained on {name} of {version_of(trained)}, and {seen}")
     return f"{name} of Python {meta['python']}"

@@ -1,14 +1,12 @@
 """Reads the sequences that a model is observed on, from a dataset's val split, a text file, or an array of ids."""
 
-import contextlib
 import dataclasses
-import hashlib
 import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +19,6 @@ from .tokenizers import END, NoTokenizer, TextTokenizer, n_bytes, split_document
 
 DEFAULT_LENGTH = 64  # as in Gu et al.
 SHORTEST = 8
-# we take two tokenizers for the same if they split this text in the same way
-FINGERPRINT = (
-    "Naïve quicksilver foxes, 12,345.67 of them: jumped over\n\tdef spikes(x):  return x**2  # 日本語, Ωμέγα 😀"
-)
 PADDING = -100  # marks the positions in ids that have no token
 
 
@@ -72,22 +66,19 @@ class Reader:
         Raises UserError if the tokenizer has no BOS."""
         if bos is None or bos == bool(self.prefix_ids):
             return self
-        if not bos:
-            return dataclasses.replace(self, prefix_ids=())
-        bos_id = bos_of(self.tokenizer, self.meta)
-        if bos_id is None:
+        bos_id = bos_of(self.tokenizer, self.meta) if bos else None
+        if bos and bos_id is None:
             raise UserError("--bos: the model's tokenizer has no BOS")
-        return dataclasses.replace(self, prefix_ids=(bos_id,))
+        return dataclasses.replace(self, prefix_ids=() if bos_id is None else (bos_id,))
 
     def opened(self) -> tuple["Reader", str]:
         """This reader with a token before every text, so that its first token can be scored, and a phrase on it. That
         token is the prefix, else the separator of documents or BOS. The phrase also says if there is none of these."""
         prefix_ids, words = self.prefix_ids, "which starts every text"
         if not prefix_ids:
-            separator = self.separator_id
-            if separator is None:
+            if self.separator_id is None:
                 return self, "without the first, as the vocabulary has nothing to put before it"
-            prefix_ids, words = (separator,), "put before every sentence"
+            prefix_ids, words = (self.separator_id,), "put before every sentence"
         shown = "".join(map(self.tokenizer.decode, prefix_ids))
         return dataclasses.replace(self, prefix_ids=prefix_ids), f"that of the first after {shown}, {words}"
 
@@ -111,9 +102,8 @@ class Reader:
         check_length(ids.size(1), self.block_size)
         self.check_ids(ids, name)
         if options.n_seq and len(ids) < max_sequences:
-            raise UserError(
-                f"{name} has {len(ids)} sequences of {ids.size(1)} tokens, fewer than the {max_sequences} needed"
-            )
+            found = f"{len(ids)} sequences of {ids.size(1)} tokens"
+            raise UserError(f"{name} has {found}, fewer than the {max_sequences} needed")
         start = torch.tensor(self.prefix_ids, dtype=torch.int64)
         if not (ids[:, : len(start)] == start).all():
             bos = self.tokenizer.decode(int(start[0]))
@@ -157,11 +147,10 @@ class Reader:
             return data.read(windows)[0]
         text_of = getattr(tokenizer_of(data.meta), "text", None)
         if text_of is None or isinstance(self.tokenizer, NoTokenizer):
-            raise UserError(
-                f"dataset {name} has a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}"
-                + (f" ({other})" if other else "")
-                + ", and there is no tokenizer to translate; give ids with --tokens FILE.npy"
-            )
+            sizes = f"a vocabulary of {data.meta['vocab_size']}, the model one of {self.vocab_size}"
+            sizes += f" ({other})" if other else ""
+            remedy = "there is no tokenizer to translate; give ids with --tokens FILE.npy"
+            raise UserError(f"dataset {name} has {sizes}, and {remedy}")
         if other:
             say_once(f"{name} has other ids than the model ({other}): its text is encoded again")
         # the text comes from the same places
@@ -221,10 +210,8 @@ class Reader:
         n_text = seq_len - len(self.prefix_ids) - len(self.suffix_ids)
         n = len(ids) // n_text
         if n == 0:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, fewer than one sequence of {n_text}: give a longer text, or a smaller "
-                "--seq_len"
-            )
+            remedy = "give a longer text, or a smaller --seq_len"
+            raise UserError(f"{name} has {len(ids)} tokens, fewer than one sequence of {n_text}: {remedy}")
         return self.framed(ids[: n * n_text].view(n, n_text))
 
     def prompt(self, text: str) -> torch.Tensor:
@@ -246,14 +233,6 @@ class Reader:
     def end_ids(self) -> set[int | None]:
         """The ids that end a text: what stands between documents, and the tokenizer's end-of-text token."""
         return {self.separator_id, getattr(self.tokenizer, "eos_id", None)} - {None}
-
-    @property
-    def fingerprint(self) -> str | None:
-        """A hash of how the tokenizer splits FINGERPRINT; None if it cannot encode text."""
-        with contextlib.suppress(UserError):
-            (ids,) = self.tokenizer.encode([FINGERPRINT])
-            return hashlib.blake2b(repr([int(i) for i in ids]).encode(), digest_size=6).hexdigest()
-        return None
 
     def predicted_bytes(self, ids: torch.Tensor, shift: int) -> int:
         """The number of UTF-8 bytes in the predicted text: ids (N, T) without the first `shift` of each sequence.
@@ -277,10 +256,8 @@ class Reader:
 def check_length(seq_len: int, block_size: float) -> None:
     """Raises UserError for a sequence that is too long for the model, or too short to measure anything."""
     if seq_len > block_size:
-        raise UserError(
-            f"a sequence of {seq_len} tokens is longer than the model's block_size={block_size}; take a --seq_len "
-            "up to that"
-        )
+        limit = f"the model's block_size={block_size}"
+        raise UserError(f"a sequence of {seq_len} tokens is longer than {limit}; take a --seq_len up to that")
     if seq_len < SHORTEST:
         raise UserError(f"sequences of {seq_len} tokens are too short to measure anything; use at least {SHORTEST}")
 
@@ -289,36 +266,29 @@ def ids_of_array(tokens: str | Path | np.ndarray | torch.Tensor, seq_len: int | 
     """int64 ids (N, T) of a tensor or a .npy file, with all padding moved to the end of each row. Raises UserError if
     it is not a 2-D array of integers, or if a row is too short."""
     path = tokens if isinstance(tokens, (str, Path)) else type(tokens).__name__
-    if isinstance(tokens, torch.Tensor):
-        tokens = tokens.numpy(force=True)
-    array = _load(tokens) if isinstance(tokens, (str, Path)) else tokens
+    array: Any = tokens.numpy(force=True) if isinstance(tokens, torch.Tensor) else tokens
+    if isinstance(tokens, (str, Path)):
+        try:
+            array = np.load(tokens, allow_pickle=False)
+        except (ValueError, EOFError):
+            what = "it is not a .npy file of integers; for text use --text"
+            raise UserError(f"cannot read --tokens {path}: {what}") from None
+        except OSError as error:
+            raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu" or array.size == 0:
         raise UserError(f"--tokens {path} is not an integer array [n_seq, seq_len]")
     ids = torch.from_numpy(array.astype(np.int64))
     real = ids != PADDING
     if (real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)).max() > 1:
-        raise UserError(
-            f"--tokens {path} has padding ({PADDING}) between tokens; padding may only come before or after them"
-        )
+        rule = "padding may only come before or after them"
+        raise UserError(f"--tokens {path} has padding ({PADDING}) between tokens; {rule}")
     longest = min(seq_len or ids.size(1), int(real.sum(1).max()))
     ids = ids.gather(1, (~real).int().argsort(dim=1, stable=True))[:, :longest]
     shortest = int((ids != PADDING).sum(1).min())
     if shortest < SHORTEST <= ids.size(1):
-        raise UserError(
-            f"--tokens {path} has a sequence of only {shortest} tokens without padding ({PADDING}); it needs {SHORTEST}"
-        )
+        short = f"a sequence of only {shortest} tokens without padding ({PADDING})"
+        raise UserError(f"--tokens {path} has {short}; it needs {SHORTEST}")
     return ids
-
-
-def _load(path: str | Path) -> object:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError):
-        raise UserError(
-            f"cannot read --tokens {path}: it is not a .npy file of integers; for text use --text"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read --tokens {path}: {error.strerror}") from None
 
 
 def read_text(path: str | Path) -> str:

@@ -40,9 +40,8 @@ def meta_of(path: str | Path) -> Meta:
     try:
         meta = json.loads(file.read_text())
         counts = [meta["vocab_size"], *(meta[key] for key in ("train_tokens", "val_tokens") if key in meta)]
-        valid = (
-            meta["dtype"] in ("uint8", "uint16", "uint32") and min(counts) > 0 and {type(n) for n in counts} == {int}
-        )
+        valid = meta["dtype"] in ("uint8", "uint16", "uint32") and {type(n) for n in counts} == {int}
+        valid = valid and min(counts) > 0
     except (ValueError, KeyError, TypeError):
         valid = False
     if not valid:
@@ -76,18 +75,13 @@ def meta_of_pickle(file: Path) -> Meta:
             raise ValueError("it is too large")
         meta = PlainUnpickler(io.BytesIO(file.read_bytes())).load()
         size, characters = meta["vocab_size"], [meta["itos"][i] for i in range(len(meta["itos"]))]
-        if (
-            type(size) is not int
-            or size != len(characters)
-            or any(type(c) is not str or len(c) != 1 for c in characters)
-        ):
+        single = all(type(c) is str and len(c) == 1 for c in characters)
+        if type(size) is not int or size != len(characters) or not single:
             raise ValueError("it is not a list of characters")
     except Exception as error:  # a hostile or broken pickle fails in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{file} is not a meta.pkl of nanoGPT's character data ({reason[:120]}): put a meta.json beside it, "
-            '{"dtype": "uint16", "vocab_size": ..., "tokenizer": null}'
-        ) from None
+        remedy = 'put a meta.json beside it, {"dtype": "uint16", "vocab_size": ..., "tokenizer": null}'
+        raise UserError(f"{file} is not a meta.pkl of nanoGPT's character data ({reason[:120]}): {remedy}") from None
     return {"dtype": "uint16", "vocab_size": size, "tokenizer": "chars", "chars": "".join(characters)}
 
 
@@ -102,16 +96,13 @@ class Windows:
         self.tokens, self.meta, self.name, self.block_size = tokens, meta, name, block_size
         self.bos_id = meta.get("bos_id") if bos else None
         if bos and not (isinstance(self.bos_id, int) and 0 <= self.bos_id < meta["vocab_size"]):
-            raise UserError(
-                f"bos=True, but {name} has no meta.json beside it with a bos_id inside the vocabulary: use --no-bos"
-            )
+            lack = "no meta.json beside it with a bos_id inside the vocabulary"
+            raise UserError(f"bos=True, but {name} has {lack}: use --no-bos")
         places = range(0, len(tokens), max(2**14, len(tokens) // 64))  # a sample; `read` checks every batch
         largest = max(tokens[place : place + 2**14].max() for place in places)
         if largest >= meta["vocab_size"]:
-            raise UserError(
-                f"{name} holds token {largest}, outside the vocabulary of {meta['vocab_size']}: a meta.json beside it "
-                'must state its "dtype" and "vocab_size"'
-            )
+            remedy = 'a meta.json beside it must state its "dtype" and "vocab_size"'
+            raise UserError(f"{name} holds token {largest}, outside the vocabulary of {meta['vocab_size']}: {remedy}")
         self.span = block_size + (0 if bos else 1)  # tokens read per window
         self.n_windows = (len(tokens) - self.span) // block_size + 1
         if len(tokens) < self.span:
@@ -174,10 +165,8 @@ def _map(file: Path, meta: Meta, split: str) -> np.memmap:
     expected = meta.get(f"{split}_tokens")
     if size % dtype.itemsize or (expected is not None and size != expected * dtype.itemsize):
         expectation = f"{expected} tokens" if expected is not None else "whole tokens"
-        raise UserError(
-            f"{file} has {size} bytes, not {expectation} of {dtype.name}: it is truncated or of another dtype; "
-            "run the dataset's prepare.py again"
-        )
+        cause = "it is truncated or of another dtype; run the dataset's prepare.py again"
+        raise UserError(f"{file} has {size} bytes, not {expectation} of {dtype.name}: {cause}")
     tokens = np.memmap(file, dtype=dtype, mode="r")
     first = np.asarray(tokens[: 2**20])
     if expected is None and (wrong := other_format(first)):

@@ -1,5 +1,6 @@
 """Tokenizers turn text into token ids and back: GPT-2's BPE, or bytes."""
 
+import hashlib
 import itertools
 import re
 import sys
@@ -36,7 +37,8 @@ class TextTokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes. Id 256 begins a sequence and separates documents."""
 
-    name, vocab_size, bos_id, bpe = "byte", 257, 256, None
+    name, vocab_size, bos_id = "byte", 257, 256
+    bpe: str | None = None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """A list of strings -> a list of arrays of ids."""
@@ -44,7 +46,8 @@ class ByteTokenizer:
 
     def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
         """See `spans_of`."""
-        return [spans_of_bytes(text, ids, lambda token: 1) for text, ids in zip(texts, self.encode(texts), strict=True)]
+        length = lambda token: self.n_bytes([token])
+        return [spans_of_bytes(text, ids, length) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show."""
@@ -62,7 +65,7 @@ class ByteTokenizer:
         return sum(i < 256 for i in ids)
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(ByteTokenizer):
     """GPT-2's byte-level BPE from tiktoken. Its last id (<|endoftext|>) begins a sequence and separates documents.
 
     `bpe` is a local file of ranks (gpt2.tiktoken); without it tiktoken downloads them once. A smaller `vocab_size` uses
@@ -93,21 +96,15 @@ class GPT2Tokenizer:
                 explicit_n_vocab=vocab_size,
             )
         except Exception as error:
+            kind = type(error).__name__
             if bpe:
-                raise UserError(f"{bpe} does not hold GPT-2's BPE ranks: {type(error).__name__}") from None
-            raise UserError(
-                f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); "
-                "point at a local copy with --bpe=gpt2.tiktoken"
-            ) from None
+                raise UserError(f"{bpe} does not hold GPT-2's BPE ranks: {kind}") from None
+            remedy = "point at a local copy with --bpe=gpt2.tiktoken"
+            raise UserError(f"tiktoken could not fetch GPT-2's ranks ({kind}); {remedy}") from None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """A list of strings -> a list of arrays of ids. Special tokens in the text are read as plain text."""
         return [np.array(ids, dtype=np.uint16) for ids in self.encoding.encode_ordinary_batch(texts, num_threads=4)]
-
-    def spans(self, texts: list[str]) -> list[tuple[list[int], Spans]]:
-        """See `spans_of`."""
-        length = lambda token: len(self.encoding.decode_single_token_bytes(token))
-        return [spans_of_bytes(text, ids, length) for text, ids in zip(texts, self.encode(texts), strict=True)]
 
     def decode(self, token: int) -> str:
         """One id -> text to show. Ids that pad the vocabulary are shown as numbers."""
@@ -190,7 +187,7 @@ def spans_of_bytes(text: str, ids: np.ndarray, length: Callable[[int], int]) -> 
 
 
 # name -> function (file of ranks, number of ids) -> tokenizer
-TOKENIZERS: dict[str, Callable[..., ByteTokenizer | GPT2Tokenizer]] = {
+TOKENIZERS: dict[str, Callable[..., ByteTokenizer]] = {
     "byte": lambda bpe, vocab_size: ByteTokenizer(),
     "gpt2": GPT2Tokenizer,
 }
@@ -212,13 +209,25 @@ def tokenizer_of(meta: Meta, bpe: str | Path | None = None) -> TextTokenizer:
         return NoTokenizer()
 
 
-def same_tokens(a: TextTokenizer, b: TextTokenizer) -> bool | None:
-    """Whether two tokenizers give the same ids for a sample text; None if one of them cannot encode text."""
-    text = ["The na\u00efve caf\u00e9 of 1990:\n\tdef price(x): return x"]
+# two tokenizers that split this text in the same way are taken for the same
+FINGERPRINT = (
+    "Naïve quicksilver foxes, 12,345.67 of them: jumped over\n\tdef spikes(x):  return x**2  # 日本語, Ωμέγα 😀"
+)
+
+
+def fingerprint(tokenizer: TextTokenizer) -> str | None:
+    """A hash of how a tokenizer splits FINGERPRINT; None if it cannot encode text."""
     try:
-        return [*map(int, a.encode(text)[0])] == [*map(int, b.encode(text)[0])]
+        (ids,) = tokenizer.encode([FINGERPRINT])
     except UserError:
         return None
+    return hashlib.blake2b(repr([int(i) for i in ids]).encode(), digest_size=6).hexdigest()
+
+
+def same_tokens(a: TextTokenizer, b: TextTokenizer) -> bool | None:
+    """Whether two tokenizers have the same fingerprint; None if one of them cannot encode text."""
+    prints = fingerprint(a), fingerprint(b)
+    return None if None in prints else prints[0] == prints[1]
 
 
 def split_documents(lines: Iterable[str]) -> Iterator[str]:
