@@ -540,8 +540,9 @@ def _try_subjects(model: Any, decode: Callable[[int], str]) -> list[Subject]:
         new = type(model)(copy.deepcopy(model.config)).eval().to(device_of(model), model.dtype)
         return next(s for s in subjects_of(new, decode) if s.part == part)
 
-    shared: dict[str, Any] = {"n_register": 0, "decode": decode, "logits": logits}
-    shared |= {"has_loss": model.get_output_embeddings() is not None, "stages": [*itertools.chain(*stacks)]}
+    has_loss = model.get_output_embeddings() is not None
+    shared: dict[str, Any] = {"n_register": 0, "decode": decode, "logits": logits, "has_loss": has_loss}
+    shared["stages"] = [*itertools.chain(*stacks)]
     subjects = []
     for name, part in parts.items():
         heads = {tap.module.heads for tap in part["attends"]}
