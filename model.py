@@ -1039,9 +1039,7 @@ class Transformer(nn.ModuleDict):
 
 class GPT(nn.Module):
     """Embedding, n_layer blocks, a final norm if the norm_place of the last block has one, and the unembedding.
-
-    `losses` and `scalars` are those of the Context of the last pass with targets.
-    """
+    `losses` and `scalars` are those of the Context of the last pass with targets."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -1123,10 +1121,8 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
     def compile_sublayers(self, **kwargs: Any) -> None:
-        """Compiles each sub-layer and the loss separately, in place; `kwargs` go to torch.compile.
-
-        Sub-layers of one kind share a compilation. Hooks between sub-layers, not inside, still see the stream.
-        """
+        """Compiles each sub-layer and the loss separately, in place; `kwargs` go to torch.compile. Sub-layers of one
+        kind share a compilation. Hooks between sub-layers, not inside, still see the stream."""
         torch._dynamo.config.recompile_limit = 64  # per function; sub-layers of all arms and modes count as one
         for sub_layer in self.sub_layers():
             sub_layer.forward = torch.compile(sub_layer.forward, dynamic=False, **kwargs)  # type: ignore[method-assign]
@@ -1152,10 +1148,8 @@ class GPT(nn.Module):
         return flops_of(self.transformer, length) * length // T + flops_of(self.lm_head, T)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """nanoGPT's groups: matrices and embeddings decay; biases, norms, scales and slot keys do not.
-
-        The learning rate of a group is multiplied by its `lr_scale`, if it has one.
-        """
+        """nanoGPT's groups: matrices and embeddings decay; biases, norms, scales and slot keys do not. The learning
+        rate of a group is multiplied by its `lr_scale`, if it has one."""
         decays = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [
@@ -1177,10 +1171,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "GPT":
         """A GPT with GPT-2 or Llama weights from the Hugging Face hub or a folder (`pip install spikesink[hf]`).
-
         `kwargs` go to transformers' `from_pretrained`. Raises UserError if the model cannot be opened completely, and
-        ValueError if this class cannot compute its architecture.
-        """
+        ValueError if this class cannot compute its architecture."""
         from spikesink.models import convert, hf
 
         return cls.from_checkpoint(convert.from_hf(hf.open_model(name_or_path, **kwargs)))
