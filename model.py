@@ -94,8 +94,8 @@ class GPTConfig:
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0: no cap
 
     def __post_init__(self) -> None:
-        for layer in {id(layer): layer for layer in self.layers}.values():
-            layer._check()
+        if self.layers[0] is self:  # otherwise each layer has a config of its own, which has checked itself
+            self._check()
         differs = lambda key: len({getattr(layer, key) for layer in self.layers}) > 1
         embedded = [layer.position for layer in self.layers if POSITIONS[layer.position].embedding is not NO_EMBEDDING]
         if embedded and differs("position"):
@@ -107,12 +107,11 @@ class GPTConfig:
     @functools.cached_property
     def layers(self) -> "list[GPTConfig]":
         """One config per layer, in which every axis has one value. Raises ValueError if a list does not fit n_layer."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.MODEL_WIDE}
-        types = {f.name: f.type for f in fields(self)}
-        varied = {k: by_layer(k, v, types[k], self.n_layer) for k, v in values.items() if is_varied(v)}
+        varied = [f for f in fields(self) if f.name not in self.MODEL_WIDE and is_varied(getattr(self, f.name))]
         if not varied:
             return [self] * (self.n_layer if type(self.n_layer) is int and self.n_layer > 0 else 1)
-        return [replace(self, **{k: column[i] for k, column in varied.items()}) for i in range(self.n_layer)]
+        columns = {f.name: by_layer(f.name, getattr(self, f.name), f.type, self.n_layer) for f in varied}
+        return [replace(self, **{key: column[i] for key, column in columns.items()}) for i in range(self.n_layer)]
 
     def _check(self) -> None:
         """Raises ValueError if this config of one layer is impossible. __post_init__ checks the layers together."""
@@ -139,40 +138,31 @@ class GPTConfig:
         if self.residual_scale not in RESIDUAL_SCALES and not is_number(self.residual_scale):
             known = ", ".join(RESIDUAL_SCALES)
             raise ValueError(f"residual_scale={self.residual_scale!r} is not a number or one of: {known}")
-        default_experts = (self.n_expert, self.n_active) == (GPTConfig.n_expert, GPTConfig.n_active)
-        for refused, reason in (
-            (not self.head_dim and self.n_embd % self.n_head, "n_embd={n_embd} is not a multiple of n_head={n_head}"),
-            (self.n_head % self.n_key_head, "n_head={n_head} is not a multiple of n_kv_head={n_kv_head}"),
-            (self.position == "rope" and self.head_width % 2, "position=rope needs an even head_dim, not {head_width}"),
-            (
-                self.head_out == "differential" and (self.n_head % 2 or self.n_key_head % 2),
-                "head_out=differential takes heads in pairs: n_head={n_head}, n_kv_head={n_key_head}",
-            ),
-            (
-                self.residual_scale == "deepnorm" and self.norm_place != "post",
-                "residual_scale=deepnorm is defined for norm_place=post, not norm_place={norm_place}",
-            ),
-            (
-                self.embedding_init == "unit" and self.tie,
-                "embedding_init=unit would start a tied unembedding at 1 too: it needs tie=False",
-            ),
-            (self.gate == "none" and self.gate_input != "input", "gate_input={gate_input} needs a gate, not gate=none"),
-            (
-                self.ffn_hidden and self.ffn not in ("plain", "gated", "moe"),
-                "ffn_hidden={ffn_hidden} needs ffn=plain, gated or moe, not ffn={ffn}",
-            ),
-            (
-                not default_experts and self.ffn != "moe",
-                "n_expert={n_expert}, n_active={n_active} need ffn=moe, not ffn={ffn}",
-            ),
-            (self.n_active > self.n_expert, "n_active={n_active} is more than n_expert={n_expert}"),
-            (
-                self.window and self.window < 2,
-                "window={window}: a query that sees itself alone is no attention; use 0 (all) or at least 2",
-            ),
-        ):
-            if refused:
-                raise ValueError(reason.format_map({key: getattr(self, key) for key in dir(self)}))
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if self.n_head % self.n_key_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.position == "rope" and self.head_width % 2:
+            raise ValueError(f"position=rope needs an even head_dim, not {self.head_width}")
+        if self.head_out == "differential" and (self.n_head % 2 or self.n_key_head % 2):
+            found = f"n_head={self.n_head}, n_kv_head={self.n_key_head}"
+            raise ValueError(f"head_out=differential takes heads in pairs: {found}")
+        if self.residual_scale == "deepnorm" and self.norm_place != "post":
+            raise ValueError(
+                f"residual_scale=deepnorm is defined for norm_place=post, not norm_place={self.norm_place}"
+            )
+        if self.embedding_init == "unit" and self.tie:
+            raise ValueError("embedding_init=unit would start a tied unembedding at 1 too: it needs tie=False")
+        if self.gate == "none" and self.gate_input != "input":
+            raise ValueError(f"gate_input={self.gate_input} needs a gate, not gate=none")
+        if self.ffn_hidden and self.ffn not in ("plain", "gated", "moe"):
+            raise ValueError(f"ffn_hidden={self.ffn_hidden} needs ffn=plain, gated or moe, not ffn={self.ffn}")
+        if self.ffn != "moe" and (self.n_expert, self.n_active) != (GPTConfig.n_expert, GPTConfig.n_active):
+            raise ValueError(f"n_expert={self.n_expert}, n_active={self.n_active} need ffn=moe, not ffn={self.ffn}")
+        if self.n_active > self.n_expert:
+            raise ValueError(f"n_active={self.n_active} is more than n_expert={self.n_expert}")
+        if self.window == 1:
+            raise ValueError("window=1: a query that sees itself alone is no attention; use 0 (all) or at least 2")
 
     @property
     def n_key_head(self) -> int:
@@ -457,6 +447,8 @@ POSITIONS = {
 
 # ------------------------------------------------------------------------------------------- attention
 
+Weights = tuple[Tensor, Tensor | float]  # (B, H, R, T) of queries for keys, and what a slot adds to the output
+
 
 class RowNormaliser(nn.Module):
     """weights = function(logits), without a slot. `rows` is one, less, any or signed (see Attend)."""
@@ -465,7 +457,7 @@ class RowNormaliser(nn.Module):
         super().__init__()
         self.function, self.rows = function, rows
 
-    def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
+    def forward(self, logits: Tensor, q: Tensor) -> Weights:
         return self.function(logits), 0.0
 
 
@@ -478,20 +470,18 @@ class SlotSoftmax(nn.Module):
 
     rows = "slot"
 
-    def __init__(
-        self, config: GPTConfig, layer: int, logit: bool = False, key: bool = False, value: bool = False
-    ) -> None:
+    def __init__(self, config: GPTConfig, layer: int, learned: tuple[str, ...] = ()) -> None:
         super().__init__()
-        H, D = config.n_head, config.head_width
-        self.logit = nn.Parameter(torch.zeros(H)) if logit else None
-        self.key = nn.Parameter(torch.zeros(H, D)) if key else None
-        self.value = nn.Parameter(torch.zeros(H, config.out_heads[1])) if value else None
+        parameter = lambda name, *size: nn.Parameter(torch.zeros(config.n_head, *size)) if name in learned else None
+        self.logit = parameter("logit")
+        self.key = parameter("key", config.head_width)
+        self.value = parameter("value", config.out_heads[1])
 
     def flops(self, T: int) -> int:
         """FLOPs of q k*."""
         return 0 if self.key is None else 6 * self.key.numel()
 
-    def forward(self, logits: Tensor, q: Tensor) -> tuple[Tensor, Tensor | float]:
+    def forward(self, logits: Tensor, q: Tensor) -> Weights:
         slot = torch.zeros_like(logits[..., :1])  # (B, H, R, 1)
         if self.logit is not None:
             slot = slot + self.logit[:, None, None]
@@ -516,9 +506,9 @@ def softpick(logits: Tensor) -> Tensor:
 ATTENTIONS: dict[str, Part] = {
     "softmax": lambda c, layer: RowNormaliser(lambda logits: logits.softmax(dim=-1)),
     "softmax1": SlotSoftmax,
-    "sink_logit": functools.partial(SlotSoftmax, logit=True),
-    "k_bias": functools.partial(SlotSoftmax, key=True),
-    "kv_bias": functools.partial(SlotSoftmax, key=True, value=True),
+    "sink_logit": functools.partial(SlotSoftmax, learned=("logit",)),
+    "k_bias": functools.partial(SlotSoftmax, learned=("key",)),
+    "kv_bias": functools.partial(SlotSoftmax, learned=("key", "value")),
     # clip((zeta - gamma) softmax + gamma, 0, 1) with zeta 1, gamma -0.03 gives exact zeros (Bondarenko et al. 2023)
     "clipped": lambda c, layer: RowNormaliser(
         lambda logits: (1.03 * logits.softmax(dim=-1) - 0.03).clamp(0, 1), "less"
@@ -578,9 +568,7 @@ class Attend(nn.Module):
         """Which of the first T keys are visible to queries first ... first + R - 1: bool (R, T)."""
         return self.mask(first, R, T, "cpu" if self.slopes is None else self.slopes.device).isfinite().view(-1, R, T)[0]
 
-    def weights(
-        self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | float]:
+    def weights(self, q: Tensor, k: Tensor, first: int = 0, bias: Tensor | None = None) -> Weights:
         """Weights (B, H, R, T) of the queries q (B, H, R, D), the first at position `first`, and the slot's output.
 
         `bias` broadcasts to (B, H, 1, T). It is added to a key's logit for every query except the one at the key's own
@@ -624,10 +612,9 @@ class Attend(nn.Module):
             attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
         outputs = []
         for first in range(0, T, chunk):
-            queries = q[:, :, first : first + chunk]
-            end = first + queries.size(-2)  # later keys are hidden from them
+            end = min(first + chunk, T)  # later keys are hidden from these queries
             key_bias = None if bias is None else bias[..., :end]
-            outputs.append(attend(queries, k[:, :, :end], v[:, :, :end], first, key_bias, dropout))
+            outputs.append(attend(q[:, :, first:end], k[:, :, :end], v[:, :, :end], first, key_bias, dropout))
         return torch.cat(outputs, dim=-2)
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, first: int, bias: Tensor | None, dropout: float) -> Tensor:
@@ -759,7 +746,6 @@ class SelfAttention(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- FFN
-
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -1035,40 +1021,30 @@ class Block(nn.Module):
 
 
 class Transformer(nn.ModuleDict):
-    """The parts of a GPT before the unembedding, with nanoGPT's names."""
+    """The parts of a GPT before the unembedding, with nanoGPT's names. `stream` is a tap before the first block."""
 
-    wte: nn.Embedding  # tokens
-    wpe: nn.Module  # positions
-    registers: nn.Embedding  # if n_register > 0
-    drop: nn.Dropout
-    stream: nn.Identity  # tap: the stream before the first block
-    h: nn.ModuleList
-    ln_f: nn.Module
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        first, last = config.layers[0], config.layers[-1]
+        final = NORM_PLACES[last.norm_place].final
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = POSITIONS[first.position].embedding(first, 0)
+        self.drop = nn.Dropout(first.dropout)
+        self.stream = nn.Identity()
+        self.h = nn.ModuleList(Block(layer_config, i) for i, layer_config in enumerate(config.layers))
+        self.ln_f = NORMS[last.norm](last, config.n_embd, "final") if final else nn.Identity()
+        if config.n_register:
+            self.registers = nn.Embedding(config.n_register, config.n_embd)
 
 
 class GPT(nn.Module):
     """Embedding, n_layer blocks, a final norm if the norm_place of the last block has one, and the unembedding.
-
-    `losses` and `scalars` are those of the Context of the last pass with targets.
-    """
+    `losses` and `scalars` are those of the Context of the last pass with targets."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        first, last = config.layers[0], config.layers[-1]
-        final = NORM_PLACES[last.norm_place].final
-        self.transformer = Transformer(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": POSITIONS[first.position].embedding(first, 0),
-                "drop": nn.Dropout(first.dropout),
-                "stream": nn.Identity(),
-                "h": nn.ModuleList(Block(layer_config, i) for i, layer_config in enumerate(config.layers)),
-                "ln_f": NORMS[last.norm](last, config.n_embd, "final") if final else nn.Identity(),
-            }
-        )
-        if config.n_register:
-            self.transformer["registers"] = nn.Embedding(config.n_register, config.n_embd)
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie:
             self.lm_head.weight = self.transformer.wte.weight
@@ -1145,10 +1121,8 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
     def compile_sublayers(self, **kwargs: Any) -> None:
-        """Compiles each sub-layer and the loss separately, in place; `kwargs` go to torch.compile.
-
-        Sub-layers of one kind share a compilation. Hooks between sub-layers, not inside, still see the stream.
-        """
+        """Compiles each sub-layer and the loss separately, in place; `kwargs` go to torch.compile. Sub-layers of one
+        kind share a compilation. Hooks between sub-layers, not inside, still see the stream."""
         torch._dynamo.config.recompile_limit = 64  # per function; sub-layers of all arms and modes count as one
         for sub_layer in self.sub_layers():
             sub_layer.forward = torch.compile(sub_layer.forward, dynamic=False, **kwargs)  # type: ignore[method-assign]
@@ -1174,10 +1148,8 @@ class GPT(nn.Module):
         return flops_of(self.transformer, length) * length // T + flops_of(self.lm_head, T)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """nanoGPT's groups: matrices and embeddings decay; biases, norms, scales and slot keys do not.
-
-        The learning rate of a group is multiplied by its `lr_scale`, if it has one.
-        """
+        """nanoGPT's groups: matrices and embeddings decay; biases, norms, scales and slot keys do not. The learning
+        rate of a group is multiplied by its `lr_scale`, if it has one."""
         decays = {id(m.weight) for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [
@@ -1199,10 +1171,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path: str, **kwargs: Any) -> "GPT":
         """A GPT with GPT-2 or Llama weights from the Hugging Face hub or a folder (`pip install spikesink[hf]`).
-
         `kwargs` go to transformers' `from_pretrained`. Raises UserError if the model cannot be opened completely, and
-        ValueError if this class cannot compute its architecture.
-        """
+        ValueError if this class cannot compute its architecture."""
         from spikesink.models import convert, hf
 
         return cls.from_checkpoint(convert.from_hf(hf.open_model(name_or_path, **kwargs)))

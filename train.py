@@ -28,6 +28,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ from spikesink.text.token_files import other_ids
 from spikesink.text.tokenizers import TextTokenizer, same_tokens, tokenizer_of
 from trainer import check as contracts
 from trainer import checkpoints, config
-from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, Speed, TensorBoard, Tracker, warn
+from trainer.log import TRACKERS, JsonLines, Log, LossWatch, Progress, TensorBoard, Tracker, warn
 from trainer.machine import DTYPES, PARALLEL, Machine, attempt
 from trainer.signals import StopSignals
 
@@ -159,6 +160,7 @@ RESUMABLE = (
     *("keep_last", "keep_every", "async_save", "monitor", "tensorboard", "tracker"),
 )
 SCHEMAS = (GPTConfig, TrainConfig)
+Keys = Mapping[str, Any]  # {key of either: value}
 EVAL_WINDOWS = 16  # windows in a validation loss, per eval_iters
 
 # name -> function(fraction of the decay that has passed, in [0, 1]) -> multiplier of (learning_rate - min_lr)
@@ -282,11 +284,9 @@ def validation_windows(data: Tokens, cfg: TrainConfig) -> list[int]:
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: Machine) -> float:
-    """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all windows if there are fewer.
-
-    The windows are the same for any batch_size and number of ranks. Batches that are not full get windows that do not
-    count, so that every rank runs the model equally often; sharded models need that.
-    """
+    """Mean loss (nats per token) of 16 `eval_iters` fixed windows, or of all windows if there are fewer. The windows
+    are the same for any batch_size and number of ranks. Batches that are not full get windows that do not count, so
+    that every rank runs the model equally often; sharded models need that."""
     model.eval()
     windows = validation_windows(data, cfg)
     size, total = min(cfg.batch_size, len(windows)), torch.zeros((), device=machine.device)
@@ -304,7 +304,7 @@ def validation_loss(model: nn.Module, data: Tokens, cfg: TrainConfig, machine: M
 # ---------------------------------------------------------------------------------------------- starting a run
 
 
-def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, Checkpoint, TextTokenizer | None]:
+def foreign_model(name: str, overrides: Keys) -> tuple[GPTConfig, Checkpoint, TextTokenizer | None]:
     """(GPTConfig, checkpoint, tokenizer of a Hugging Face folder or None) of `init_from`. Architecture keys among the
     overrides change the config. Raises UserError."""
     tokenizer = None
@@ -331,10 +331,8 @@ def foreign_model(name: str, overrides: Mapping[str, Any]) -> tuple[GPTConfig, C
 def check_start(
     cfg: TrainConfig, block_size: int, data: Tokens, pretrained: Checkpoint, tokenizer: TextTokenizer | None
 ) -> str:
-    """Returns in words how the run differs from the training of the weights of `init_from`, '' if it does not.
-
-    Raises UserError if the ids in the data are not the ids that the weights were trained on.
-    """
+    """Returns in words how the run differs from the training of the weights of `init_from`, '' if it does not. Raises
+    UserError if the ids in the data are not the ids that the weights were trained on."""
     same = same_tokens(tokenizer, tokenizer_of(data.meta)) if tokenizer else None
     other = "" if same else "another tokenizer" if same is False else other_ids(data.meta, pretrained.meta)
     if other:
@@ -363,7 +361,7 @@ def load_weights(model: GPT, weights: Mapping[str, Tensor], origin: str) -> None
         ) from None
 
 
-def fit_vocabulary(model: GPTConfig, cfg: TrainConfig, overrides: Mapping[str, Any], needed: int) -> GPTConfig:
+def fit_vocabulary(model: GPTConfig, cfg: TrainConfig, overrides: Keys, needed: int) -> GPTConfig:
     """The GPTConfig with a vocabulary for `needed` tokens, unless vocab_size is set. Raises UserError if it is less."""
     if "vocab_size" not in overrides and cfg.init_from == "scratch":
         return dataclasses.replace(model, vocab_size=-(-needed // 64) * 64)
@@ -374,9 +372,7 @@ def fit_vocabulary(model: GPTConfig, cfg: TrainConfig, overrides: Mapping[str, A
 
 def saved_run(store: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoint, Path]:
     """The checkpoint to continue from, and its path: the newest intact one, or for `replay` the last before that step.
-
-    If there is none before that step, the checkpoint is of step 0, with the weights of the seed. Raises UserError.
-    """
+    If there is none before that step, the checkpoint is of step 0, with the weights of the seed. Raises UserError."""
     try:
         saved, path = store.newest(before=replay or None)
     except UserError:
@@ -389,12 +385,10 @@ def saved_run(store: checkpoints.Checkpoints, replay: int = 0) -> tuple[Checkpoi
     numbers = [isinstance(value, (int, float)) for value in saved.loss_watch or ()]
     if None in required or not saved.config or not saved.data or numbers != [True] * 3:
         raise UserError(f"{path} is not a run of this train.py: start from it with --init_from={path}")
-    if saved.step == 0:
-        saved = dataclasses.replace(saved, val_loss=None, best=None, loss_watch=LossWatch().state)
     return saved, path
 
 
-def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+def renamed(values: Keys) -> dict[str, Any]:
     """{key: value} with the keys of older versions replaced by those of this one."""
     current = {key: value for key, value in values.items() if key not in ("penalty", "penalty_weight")}
     if values.get("penalty", "none") != "none":
@@ -404,7 +398,7 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def settings_of(saved: Checkpoint, path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(saved: Checkpoint, path: Path, overrides: Keys) -> dict[str, Any]:
     """{key: value} that a resumed run takes from its checkpoint. Raises UserError for any other override."""
     fields, values = config.fields_of(SCHEMAS), {}
     for key, stored in renamed(saved.model_args | saved.config).items():
@@ -473,11 +467,9 @@ class Run:
     model_class: ClassVar = GPT
 
     @classmethod
-    def open(cls, overrides: Mapping[str, Any], out_dir: str | Path, machine: Machine) -> "Run":
-        """The run of a command, new or continued from OUT_DIR, which it locks for this process.
-
-        Every rank must call it. A replay locks nothing and writes nothing. Raises UserError.
-        """
+    def open(cls, overrides: Keys, out_dir: str | Path, machine: Machine) -> "Run":
+        """The run of a command, new or continued from OUT_DIR, which it locks for this process. Every rank must call
+        it. A replay locks nothing and writes nothing. Raises UserError."""
         store, replay = checkpoints.Checkpoints(out_dir), overrides.get("replay", 0)
         if attempt():  # torchrun runs the same command again
             resumes = machine.on_rank0(store.any)
@@ -499,12 +491,7 @@ class Run:
         return run
 
     def __init__(
-        self,
-        model_config: GPTConfig,
-        cfg: TrainConfig,
-        overrides: Mapping[str, Any],
-        machine: Machine,
-        saved: Checkpoint | None = None,
+        self, model_config: GPTConfig, cfg: TrainConfig, overrides: Keys, machine: Machine, saved: Checkpoint | None
     ) -> None:
         self.cfg, self.overrides, self.machine = cfg, dict(overrides), machine.with_dtype(cfg.dtype)
         self.out_dir = Path(cfg.out_dir)
@@ -561,9 +548,7 @@ class Run:
 
     def _take_folder(self) -> None:
         """Locks OUT_DIR for this process, deletes the old run if it is to be overwritten, and writes config.json.
-
-        Raises UserError if OUT_DIR cannot be written or another process trains there.
-        """
+        Raises UserError if OUT_DIR cannot be written or another process trains there."""
         self.lock = filelock.FileLock(self.out_dir / ".lock")
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -582,10 +567,8 @@ class Run:
             raise UserError(f"cannot write {self.out_dir}: {error.strerror}") from None
 
     def _watch_streams(self) -> None:
-        """Hooks the stream after every sub-layer, so that passes with gradients collect its losses.
-
-        Raises UserError if a loss of cfg.losses is neither one of these nor one of the model.
-        """
+        """Hooks the stream after every sub-layer, so that passes with gradients collect its losses. Raises UserError if
+        a loss of cfg.losses is neither one of these nor one of the model."""
         names = [name for name in self.cfg.losses if name in STREAM_LOSSES]
 
         def hook(module: nn.Module, args: Any, x: Tensor) -> None:
@@ -640,10 +623,8 @@ class Run:
         return self.sequences_per_step * self.model_config.block_size
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x, y (B, T) of this rank's micro-batches in the current step. y is -1 where the loss does not count.
-
-        It also seeds the dropout noise of the step, so that no RNG state need be saved.
-        """
+        """x, y (B, T) of this rank's micro-batches in the current step. y is -1 where the loss does not count. It also
+        seeds the dropout noise of the step, so that no RNG state need be saved."""
         cfg, machine = self.cfg, self.machine
         torch.manual_seed(noise_seed(cfg.seed, self.step, machine.rank))
         for micro in range(self.n_micro):
@@ -689,10 +670,8 @@ class Run:
         return self.machine.clip_gradients(self.model.parameters(), self.cfg.grad_clip or math.inf)
 
     def update(self) -> Update:
-        """Makes an optimiser step.
-
-        If the loss or a gradient is not finite, it changes no weight and raises StoppedError on every rank.
-        """
+        """Makes an optimiser step. If the loss or a gradient is not finite, it changes no weight and raises
+        StoppedError on every rank."""
         with self.monitor(self.step + 1):  # the log counts finished steps
             rank_loss = self.gradients()
         loss, means, self.stopping = self.agree(rank_loss)
@@ -713,10 +692,8 @@ class Run:
     # -------------------------------------------------------------------------------------------- the loop
 
     def fit(self, name: str = "") -> None:
-        """Trains to max_iters and unlocks OUT_DIR. `name`: the name of the run in the progress bar.
-
-        Every rank must call it. Raises InterruptedRunError after a signal, StoppedError if the loss is not finite.
-        """
+        """Trains to max_iters and unlocks OUT_DIR. `name`: the name of the run in the progress bar. Every rank must
+        call it. Raises InterruptedRunError after a signal, StoppedError if the loss is not finite."""
         with contextlib.ExitStack() as stack:
             self.logs: list[Log] = []
             self.progress = Progress(self.cfg.max_iters, self.step, name, hidden=not self.machine.is_rank0)
@@ -749,19 +726,19 @@ class Run:
         self.logs.append(self.progress)
 
     def _loop(self) -> None:
-        speed = Speed(self.tokens_per_step, self.step)
+        start, first_step = time.perf_counter(), self.step  # of the steps since the last row of the log
         while not self.done:
             update = self.update()
             self._watch_loss(update)
             evaluates, best = self._is_due(self.cfg.eval_interval), False
             if evaluates or self.monitor.row or self._is_due(self.cfg.log_interval):
-                tokens_per_s = speed.at(self.step)
+                seconds = time.perf_counter() - start
                 if evaluates:
                     best = self.evaluate()
-                self.log(update, tokens_per_s, evaluates)
-                speed.start(self.step)
+                self.log(update, (self.step - first_step) * self.tokens_per_step / seconds, evaluates)
+                start, first_step = time.perf_counter(), self.step
             self.save_if_due(best)
-            self.progress.advance()
+            self.progress.bar.update()
             if self.stopping and not self.done:
                 raise InterruptedRunError(
                     f"{self.stopping} at step {self.step}: saved {self.path}; go on with --resume"
@@ -831,10 +808,8 @@ class Run:
             self.save(best, ends)
 
     def save(self, best: bool = False, last: bool = False) -> None:
-        """Writes a checkpoint from which the run can continue. Every rank must call it; rank 0 writes.
-
-        If it cannot be written, this prints a warning and training continues. The `last` one raises UserError instead.
-        """
+        """Writes a checkpoint from which the run can continue. Every rank must call it; rank 0 writes. If it cannot be
+        written, this prints a warning and training continues. The `last` one raises UserError instead."""
         weights, optimizer = self.machine.state(self.model, self.optimizers)
         if not self.machine.is_rank0:
             return
@@ -956,7 +931,7 @@ def be_deterministic(required: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def print_run(run: Run, overrides: Mapping[str, Any]) -> None:
+def print_run(run: Run, overrides: Keys) -> None:
     """Prints the overrides, the size of the model, the data and the machine."""
     cfg, machine = run.cfg, run.machine
     mode = "compiled" if compiles(cfg, machine) else "eager"

@@ -53,7 +53,7 @@ HEADER = ["arm", "params (M)", "MFLOPs/token", "loss", "val loss", "top1/median"
 
 def try_arm(name: str, steps: int, dataset: str) -> list[str]:
     """A row of the table: an arm's size at 125M, and loss, spike and sink of its nano model after `steps` steps."""
-    parameters, flops = params_and_flops(config.load(SCHEMAS, [name], ROOT)[0][0])
+    parameters, flops = params_and_flops(config.build(SCHEMAS, config.parse_argv(SCHEMAS, [name], ROOT)[0])[0])
     options = [f"--dataset={dataset}", f"--max_iters={steps}", "--warmup_iters=10", "--dtype=float32", "--no-compile"]
     with tempfile.TemporaryDirectory() as folder:
         trial = Run.open(config.parse_argv(SCHEMAS, ["scale/nano", name, *options], ROOT)[0], folder, Machine.find())

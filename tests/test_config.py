@@ -96,7 +96,8 @@ ARMS = {
 
 
 def load(*argv):
-    return config.load(SCHEMAS, list(argv), ROOT)
+    values, names = config.parse_argv(SCHEMAS, list(argv), ROOT)
+    return config.build(SCHEMAS, values), values, names
 
 
 def flat(*argv):

@@ -37,6 +37,7 @@ from spikesink.files import save_text
 from spikesink.hooks import Tap, hooked, on_streams
 from spikesink.models.checkpoint import Checkpoint
 from spikesink.models.export import export as to_folder
+from spikesink.models.hf import first_line
 from spikesink.models.subject import Subject, for_heads
 
 from .machine import Machine
@@ -252,9 +253,10 @@ def rows(copy: Copy) -> Iterator[str]:
     with torch.no_grad():
         with hooked([(tap.module, keep) for tap in Subject.from_gpt(model, str).attends]):
             model(copy.ids)
-        faults = ((call[0], row_fault(*call)) for call in calls)
-        for seam, fault in itertools.islice(((seam, fault) for seam, fault in faults if fault), 1):
-            yield f"{names[seam]}, with rows={seam.rows}: {fault}"
+        for seam, *call in calls:
+            if fault := row_fault(seam, *call):
+                yield f"{names[seam]}, with rows={seam.rows}: {fault}"
+                return
 
 
 def row_fault(seam: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str:
@@ -381,26 +383,22 @@ def group_fault(decays: list[bool], is_matrix: bool) -> str:
     """What is wrong with the groups of a parameter, or ''. `decays`: for each of them, whether it decays."""
     if len(decays) != 1:
         return f"is in {len(decays)} groups, not in one"
-    if decays == [is_matrix]:
-        return ""
-    return (
-        f"{'does not decay, and is' if is_matrix else 'decays, and is not'} the weight of a nn.Linear or nn.Embedding"
-    )
+    fault = "does not decay, and is" if is_matrix else "decays, and is not"
+    return "" if decays == [is_matrix] else f"{fault} the weight of a nn.Linear or nn.Embedding"
 
 
 def uninitialised(copy: Copy) -> list[str]:
     """The names of parameters and buffers with uninitialised memory, which torch fills with NaN here."""
     settings: Any = torch.utils.deterministic
-    fill, deterministic = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         settings.fill_uninitialized_memory = True
         state = copy.model_class(copy.config)
         return [n for n, x in itertools.chain(state.named_parameters(), state.named_buffers()) if x.isnan().any()]
     finally:
-        settings.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def plain_outputs(copy: Copy, model: Any) -> Iterator[str]:
@@ -510,11 +508,6 @@ def raised(error: Exception, model_class: type) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
     return f"{first_line(error)} ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
-
-
-def first_line(error: Exception) -> str:
-    """The type of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def check(model_class: type, config: Any, trainer: Trainer, only: Collection[str] = ()) -> Iterator[Result]:

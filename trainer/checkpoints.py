@@ -44,10 +44,8 @@ class Checkpoints:
         return os.path.lexists(self.path) or bool(self.all())
 
     def newest(self, before: int | None = None) -> tuple[Checkpoint, Path]:
-        """(checkpoint, path) of the newest intact checkpoint, with `before` of a step less than that.
-
-        One line on stderr names the damaged ones that were skipped. Raises UserError if there is none.
-        """
+        """(checkpoint, path) of the newest intact checkpoint, with `before` of a step less than that. One line on
+        stderr names the damaged ones that were skipped. Raises UserError if there is none."""
         paths = [path for step, path in reversed(self.all().items()) if before is None or step < before]
         if self.path.is_file() and not self.path.is_symlink():  # another program's, or an older version's
             paths.insert(0, self.path)

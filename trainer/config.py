@@ -97,10 +97,8 @@ def fields_of(schemas: Schemas) -> dict[str, Key]:
 
 
 def typed(key: str, value: Any, kind: Any, origin: str | Path) -> Any:
-    """`value` as `kind`. A text from the command line is parsed. Raises UserError.
-
-    A list may stand for a tuple and the reverse, as JSON has no tuples; a name may stand for a member of an enum.
-    """
+    """`value` as `kind`. A text from the command line is parsed. Raises UserError. A list may stand for a tuple and the
+    reverse, as JSON has no tuples; a name may stand for a member of an enum."""
     try:
         return _read(value, kind)
     except MISFIT:
@@ -183,9 +181,7 @@ def _as_written(value: Any, kind: Any) -> str:
 
 def split_argv(argv: Sequence[str], fields: Mapping[str, Key]) -> tuple[list[str], Values]:
     """(words that are no flags, {key: value as text, or a bool}) of a command line. The last value of a key counts.
-
-    Raises UserError for a key that is not in `fields` or has no value.
-    """
+    Raises UserError for a key that is not in `fields` or has no value."""
     names: list[str] = []
     values: Values = {}
     words = list(argv)
@@ -214,10 +210,8 @@ def split_argv(argv: Sequence[str], fields: Mapping[str, Key]) -> tuple[list[str
 
 
 def parse_argv(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[Values, list[str]]:
-    """({key: value} from the config files and flags in `argv`, names of the config files).
-
-    Raises UserError for an unknown key or a wrong type.
-    """
+    """({key: value} from the config files and flags in `argv`, names of the config files). Raises UserError for an
+    unknown key or a wrong type."""
     fields = fields_of(schemas)
     names, flags = split_argv(argv, fields)
     paths = [find_config(name, root) for name in names]
@@ -248,12 +242,6 @@ def build(schemas: Schemas, values: Mapping[str, Any]) -> list[Any]:
         return [s(**{f.name: values[f.name] for f in dataclasses.fields(s) if f.name in values}) for s in schemas]
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def load(schemas: Schemas, argv: Sequence[str], root: Path) -> tuple[list[Any], Values, list[str]]:
-    """(instances of `schemas`, {key: value} of what was set, names of the config files). Raises UserError."""
-    values, names = parse_argv(schemas, argv, root)
-    return build(schemas, values), values, names
 
 
 def describe(schemas: Schemas, choices: Mapping[str, Collection[str]] | None = None, width: int | None = None) -> str:

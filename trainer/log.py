@@ -8,11 +8,10 @@ import importlib
 import json
 import math
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,16 +64,6 @@ class JsonLines:
         self.file.close()
 
 
-class Log(Protocol):
-    """Something that rows are written to."""
-
-    def write(self, row: Row) -> None:
-        """Writes the row of a step."""
-
-    def close(self) -> None:
-        """Ends the log."""
-
-
 class Progress:
     """A progress bar with the last loss, and a line on the terminal for every row that has a validation loss."""
 
@@ -82,10 +71,6 @@ class Progress:
         """`name`: the name of the run in the bar and the lines. If stderr is no terminal, the bar is hidden too."""
         self.label, self.spikes_and_sinks = f"{name}: " if name else "", ""
         self.bar = tqdm(total=steps, initial=first, unit="step", desc=name or None, disable=True if hidden else None)
-
-    def advance(self) -> None:
-        """Advances the bar by one step."""
-        self.bar.update()
 
     def write(self, row: Row) -> None:
         """Shows the row of a step."""
@@ -100,22 +85,6 @@ class Progress:
     def close(self) -> None:
         """Closes the bar, which stays visible."""
         self.bar.close()
-
-
-class Speed:
-    """Measures tokens per second since the last `start`."""
-
-    def __init__(self, tokens_per_step: int, step: int) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.start(step)
-
-    def start(self, step: int) -> None:
-        """Starts the clock after step `step`."""
-        self.start_time, self.start_step = time.perf_counter(), step
-
-    def at(self, step: int) -> float:
-        """Tokens per second up to now, after step `step`."""
-        return (step - self.start_step) * self.tokens_per_step / (time.perf_counter() - self.start_time)
 
 
 def numbers(row: Row) -> dict[str, float]:
@@ -134,26 +103,43 @@ HEATMAPS: dict[str, tuple[str, str, bool]] = {
 }
 
 
-class TensorBoard:
+class Sender:
+    """Sends numbers to another program. After a failure it prints one warning and stops sending."""
+
+    client: Any = None  # the other program, while it works
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _try(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
+        """Calls it; True if it did not fail."""
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # no network, no login, a full disk, whatever the other program's thread ran into
+            self.client = None
+            warn(f"no {self.name}: {error}; training goes on")
+            return False
+        return True
+
+
+class TensorBoard(Sender):
     """Writes the numbers of rows to TensorBoard, and at the end heatmaps over layers and steps and the run's entry in
-    the HParams view. After a failed write it prints one warning and stops writing."""
+    the HParams view."""
 
-    def __init__(self, folder: Path, step: int = 0, arm: Row | None = None, rows: Iterable[Row] = ()) -> None:
-        """`arm`: the settings of this run that are no defaults. `rows`: the rows up to `step` of a resumed run.
-
-        Raises UserError if the package is not installed.
-        """
+    def __init__(self, folder: Path, step: int, arm: Row, rows: Iterable[Row]) -> None:
+        """`arm`: the settings of this run that are no defaults. `rows`: the rows up to `step` of a resumed run. Raises
+        UserError if the package is not installed."""
+        super().__init__(f"TensorBoard in {folder}")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-        self.folder, self.arm = folder, dict(arm or {})
-        self.writer: Any = None
+        self.arm = dict(arm)
         self.val_loss: float | None = None
         self.looks: list[Look] = []
         for row in rows:
             self._keep(row)
-        self._try(lambda: setattr(self, "writer", SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)))
+        self._try(lambda: setattr(self, "client", SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)))
 
     def _keep(self, row: Row) -> None:
         self.val_loss = self.val_loss if row.get("val_loss") is None else row["val_loss"]
@@ -164,13 +150,13 @@ class TensorBoard:
         """Writes the numbers of a row."""
         self._keep(row)
         for key, value in numbers(row).items():
-            if self.writer:
-                self._try(self.writer.add_scalar, key, value, row["step"])
+            if self.client:
+                self._try(self.client.add_scalar, key, value, row["step"])
 
     def close(self) -> None:
         """Adds the heatmaps and the HParams entry, and closes the files."""
-        if self.writer:
-            self._try(self._finish, self.writer)
+        if self.client:
+            self._try(self._finish, self.client)
 
     def _finish(self, writer: Any) -> None:
         ends: dict[str, float | None] = {"val_loss": self.val_loss}
@@ -183,13 +169,6 @@ class TensorBoard:
                         writer.add_figure(f"heatmap/{name}", heatmap(self.looks, where, key, log), step)
             ends = {f"hparam/{key}": value for key, value in ends.items() if value is not None}
             writer.add_hparams(self.arm, ends, run_name=".")
-
-    def _try(self, call: Callable[..., object], *args: Any) -> None:
-        try:
-            call(*args)
-        except Exception as error:  # whatever TensorBoard's own thread ran into
-            self.writer = None
-            warn(f"no TensorBoard in {self.folder}: {error}; training goes on")
 
 
 def heatmap(looks: list[Look], where: str, key: str, log: bool) -> Any:
@@ -215,8 +194,8 @@ def heatmap(looks: list[Look], where: str, key: str, log: bool) -> Any:
 TRACKERS: dict[str, str | None] = {"none": None, "wandb": "wandb", "trackio": "trackio"}
 
 
-class Tracker:
-    """Sends the numbers of rows to wandb or trackio. After a failure it prints one warning and stops sending.
+class Tracker(Sender):
+    """Sends the numbers of rows to wandb or trackio.
 
     A resumed run continues its run there, whose id is in OUT_DIR/tracker.json. Neither tracker can delete a step, so
     the steps that a resumed run repeats keep their first numbers there.
@@ -227,8 +206,8 @@ class Tracker:
     def __init__(self, name: str, out_dir: Path, arm: Row, logged: int = 0) -> None:
         """`arm`: the settings of the run. `logged`: the last step in its log so far. Raises UserError if the package is
         not installed."""
-        self.name, self.file, self.last = name, out_dir / self.FILE, 0
-        self.module: Any = None
+        super().__init__(name)
+        self.file, self.last = out_dir / self.FILE, 0
         try:
             module: Any = importlib.import_module(TRACKERS[name] or "")
         except ImportError:
@@ -243,37 +222,28 @@ class Tracker:
         # trackio identifies runs by name only
         names = {"id": self.id, "name": out_dir.name} if name == "wandb" else {"name": f"{out_dir.name}-{self.id}"}
         if self._try(module.init, project="spikesink", **names, config=dict(arm), resume="allow"):
-            self.module = module
+            self.client = module
             self._note({})
 
     def write(self, row: Row) -> None:
         """Sends the numbers of a row, unless its step was sent before."""
-        if self.module and row["step"] > self.last:
-            if self._try(self.module.log, numbers(row), step=row["step"]):
+        if self.client and row["step"] > self.last:
+            if self._try(self.client.log, numbers(row), step=row["step"]):
                 self.last = row["step"]
             else:
                 self._note({"step": self.last})
 
     def close(self) -> None:
         """Ends the run in the tracker."""
-        if self.module:
-            self._try(self.module.finish)
+        if self.client:
+            self._try(self.client.finish)
 
     def _note(self, more: Row) -> None:
-        with contextlib.suppress(OSError):  # if the disk is full, a resumed run becomes a new one in the tracker
-            files.write_atomic(
-                self.file, lambda file: file.write(json.dumps({"name": self.name, "id": self.id, **more}).encode())
-            )
+        with contextlib.suppress(UserError):  # if the disk is full, a resumed run becomes a new one in the tracker
+            files.save_text(self.file, json.dumps({"name": self.name, "id": self.id, **more}))
 
-    def _try(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> bool:
-        """Calls it; True if it did not fail."""
-        try:
-            call(*args, **kwargs)
-        except Exception as error:  # no network, no login, a full disk
-            self.module = None
-            warn(f"no {self.name}: {error}; training goes on")
-            return False
-        return True
+
+Log = JsonLines | Progress | TensorBoard | Tracker  # what rows are written to
 
 
 class LossWatch:

@@ -135,10 +135,8 @@ class Machine:
         return value
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """With FSDP2, reduces the model in place to this rank's shard of every block and of the rest.
-
-        Every rank must have the same weights before. Make the optimisers after it.
-        """
+        """With FSDP2, reduces the model in place to this rank's shard of every block and of the rest. Every rank must
+        have the same weights before. Make the optimisers after it."""
         if self.sharded:
             for block in blocks:
                 fully_shard(block)
@@ -170,11 +168,10 @@ class Machine:
         return norm
 
     def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(weights, optimiser state) by parameter name, gathered on the CPU of rank 0; empty on the other ranks.
-
-        Every rank must call it.
-        """
-        weights, state = get_state_dict(model, optimizers, options=_WHOLE)
+        """(weights, optimiser state) by parameter name, gathered on the CPU of rank 0; empty on the other ranks. Every
+        rank must call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, state = get_state_dict(model, optimizers, options=options)
         first: dict[int, str] = {}  # shared weights stay shared in the file
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in weights:
@@ -194,14 +191,9 @@ class Machine:
             raise UserError(f"the checkpoint does not fit its own settings: {str(error).splitlines()[0]}") from None
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory. Otherwise the kernel maps, zeroes and unmaps every large tensor of every step.
-
-    That would cost a tenth to a fifth of a training step on a CPU. With another C library this does nothing.
-    """
+    That would cost a tenth to a fifth of a training step on a CPU. With another C library this does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -11,10 +11,8 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class StopSignals:
-    """Records which of SIGNALS asked this process to stop after the current step.
-
-    `received`: the name of the signal, or None. A second Ctrl-C or SIGTERM ends the process at once.
-    """
+    """Records which of SIGNALS asked this process to stop after the current step. `received`: the name of the signal,
+    or None. A second Ctrl-C or SIGTERM ends the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
