@@ -11,67 +11,16 @@ with spikesink.open("gpt2", n_seq=20) as look:
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-# of api.py, which is imported when one of these is first asked for
-__all__ = [
-    "Look",
-    "Monitor",
-    "MonitorCallback",
-    "Options",
-    "Sampling",
-    "UserError",
-    "ablate",
-    "detect",
-    "edited",
-    "figures",
-    "open",
-    "page",
-    "sample",
-]
+# ruff: noqa: F403, F405  # names of api.py, which is imported when one of these is first asked for
+__all__ = ["Look", "Monitor", "MonitorCallback", "Options", "Sampling", "UserError"]
+__all__ += ["ablate", "detect", "edited", "figures", "open", "page", "sample"]
 __all__ += ["spike_clip", "spike_constant", "spike_direction", "spike_mean", "spike_project", "spike_scale"]
-__all__ += ["spike_stepup", "spike_zero"]
-__all__ += [
-    "bos_ffn",
-    "bos_remove",
-    "remove_sink_heads",
-    "remove_step_up",
-    "sink_damp",
-    "sink_mask",
-    "sink_null",
-    "sink_relocate",
-]
+__all__ += ["bos_ffn", "bos_remove", "sink_damp", "sink_mask", "sink_null", "sink_relocate"]
+__all__ += ["remove_sink_heads", "remove_step_up", "spike_stepup", "spike_zero"]
 
 if TYPE_CHECKING:
-    from .api import (
-        Look,
-        Monitor,
-        MonitorCallback,
-        Options,
-        Sampling,
-        UserError,
-        ablate,
-        bos_ffn,
-        bos_remove,
-        detect,
-        edited,
-        figures,
-        open,
-        page,
-        remove_sink_heads,
-        remove_step_up,
-        sample,
-        sink_damp,
-        sink_mask,
-        sink_null,
-        sink_relocate,
-        spike_clip,
-        spike_constant,
-        spike_direction,
-        spike_mean,
-        spike_project,
-        spike_scale,
-        spike_stepup,
-        spike_zero,
-    )
+    from .api import *
+    from .api import Monitor, MonitorCallback, Options, Sampling, UserError  # which api.py imports itself
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,4 @@
-"""What `import spikesink` and the commands call: open a model, detect, ablate, edit.
-
-import spikesink
-
-with spikesink.open("gpt2", n_seq=20) as look:
-    findings = spikesink.detect(look)
-    with spikesink.spike_zero(look):
-        print(look.loss())
-"""
+"""What `import spikesink` and the commands call: open a model, detect, ablate, edit."""
 
 import contextlib
 import dataclasses
@@ -59,7 +51,7 @@ class Loaded:
     reader: Reader  # how it reads text
     checkpoint: CheckpointEntry
     model: dict[str, Any]  # the findings' entry: its architecture
-    probe_data: Path  # where BLiMP and the treebank are prepared
+    probe_data: Path = Path("data")  # where BLiMP and the treebank are prepared
 
 
 NO_CHECKPOINT = (".py", ".jsonl", ".html", ".txt", ".md", ".npy", ".csv")
@@ -68,8 +60,8 @@ NO_CHECKPOINT = (".py", ".jsonl", ".html", ".txt", ".md", ".npy", ".csv")
 def load(target: str | Path | nn.Module, options: Options, tokenizer: object = None, lab: Lab | None = None) -> Loaded:
     """The model that `target` names, or is. Raises UserError where it cannot be had, or not observed."""
     loaded = _load(target, options, tokenizer, lab)
-    reader = dataclasses.replace(loaded.reader, special=options.special)
-    return dataclasses.replace(loaded, reader=reader.starting(options.bos))
+    loaded.reader = dataclasses.replace(loaded.reader, special=options.special).starting(options.bos)
+    return loaded
 
 
 def _load(target: str | Path | nn.Module, options: Options, tokenizer: object, lab: Lab | None) -> Loaded:
@@ -105,39 +97,29 @@ def _load(target: str | Path | nn.Module, options: Options, tokenizer: object, l
 def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     """A checkpoint of train.py, which needs its model.py, or of nanoGPT, which needs transformers or a model.py."""
     content = checkpoint.load(path)
+    trained, args = content.config, content.model_args
     if lab is None and (options.model is not None or content.maker == "spikesink"):
         lab = open_lab(options.model, path)
     if lab:
         content.check_contract(lab.contract, path)
     try:
-        model = lab.build(content) if lab else hf.nanogpt_model(content.model_args, content.model)
+        model = lab.build(content) if lab else hf.nanogpt_model(args, content.model)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold a model of this version: {str(error).splitlines()[0]}") from None
     model = hf.to_device(model, options.device)
-    trained, args = content.config, content.model_args
     meta = content.meta or _meta_of_data(options.data, args.get("vocab_size"))
     tokenizer = tokenizer_of(meta, options.bpe)
     dataset = trained.get("dataset", "openwebtext")
     prefix_ids: tuple[Any, ...] = (bos_of(tokenizer, meta),) if trained.get("bos", False) else ()
     about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
-        split, config = lab.split, model.config
-        subjects = [Subject.from_gpt(model, tokenizer.decode)]
-        architecture = {**dataclasses.asdict(config), "parameters": model.num_params()}
-        block_size, vocab_size = config.block_size, config.vocab_size
-        data = lab.data
+        subjects, parameters = [Subject.from_gpt(model, tokenizer.decode)], model.num_params()
+        args = dataclasses.asdict(model.config)
     else:
-        split, data = Reader.split, Path("data")
-        subjects = hf.subjects_of(model, tokenizer.decode)
-        architecture = {**args, "parameters": disk_weights.parameter_count(model)}
-        block_size, vocab_size = args["block_size"], args["vocab_size"]
-    return Loaded(
-        subjects,
-        Reader(tokenizer, meta, dataset, prefix_ids, (), block_size, vocab_size, split),
-        about,
-        architecture,
-        data,
-    )
+        subjects, parameters = hf.subjects_of(model, tokenizer.decode), disk_weights.parameter_count(model)
+    split, data = (lab.split, lab.data) if lab else (Reader.split, Loaded.probe_data)
+    reader = Reader(tokenizer, meta, dataset, prefix_ids, (), args["block_size"], args["vocab_size"], split)
+    return Loaded(subjects, reader, about, {**args, "parameters": parameters}, data)
 
 
 def _meta_of_data(name: str | Path | None, vocab_size: int | None) -> Meta:
@@ -163,22 +145,12 @@ def _of_transformers(model: Any, tokenizer: TextTokenizer, about: CheckpointEntr
         tokenizer = tokenizer_of(meta) if meta.get("tokenizer") in ("byte", "chars") else tokenizer
     suffix_ids = getattr(tokenizer, "suffix_ids", ())
     prefix_ids = getattr(tokenizer, "prefix_ids", (meta["bos_id"],) if meta.get("bos") and "bos_id" in meta else ())
-    shown = [
-        "model_type",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_size",
-        "vocab_size",
-    ]
-    architecture = {key: getattr(config, key) for key in shown if hasattr(config, key)}
-    return Loaded(
-        hf.subjects_of(model, tokenizer.decode),
-        Reader(tokenizer, meta, default_text.NAME, prefix_ids, suffix_ids, hf.longest(model), config.vocab_size),
-        about,
-        {**architecture, "parameters": disk_weights.parameter_count(model)},
-        Path("data"),
-    )
+    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
+    architecture = {key: getattr(config, key) for key in ("model_type", *sizes) if hasattr(config, key)}
+    architecture["parameters"] = disk_weights.parameter_count(model)
+    subjects, longest = hf.subjects_of(model, tokenizer.decode), hf.longest(model)
+    reader = Reader(tokenizer, meta, default_text.NAME, prefix_ids, suffix_ids, longest, config.vocab_size)
+    return Loaded(subjects, reader, about, architecture)
 
 
 def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
@@ -193,7 +165,7 @@ def _in_memory(model: nn.Module, tokenizer: Any) -> Loaded:
     config, prefix_ids = gpt.config, getattr(wrapped, "prefix_ids", ())
     reader = Reader(wrapped, {}, default_text.NAME, prefix_ids, (), config.block_size, config.vocab_size)
     architecture = {**dataclasses.asdict(config), "parameters": gpt.num_params()}
-    return Loaded([Subject.from_gpt(gpt, wrapped.decode)], reader, about, architecture, Path("data"))
+    return Loaded([Subject.from_gpt(gpt, wrapped.decode)], reader, about, architecture)
 
 
 @dataclass
@@ -317,8 +289,7 @@ def open(
     with contextlib.ExitStack() as stack:
         if isinstance(target, nn.Module):
             stack.enter_context(as_it_was(target))
-        loaded = load(target, options, tokenizer, lab)
-        look = _read(loaded, options, calibration)
+        look = _read(load(target, options, tokenizer, lab), options, calibration)
         look._exit = stack.pop_all()
     return look
 
@@ -466,8 +437,7 @@ def figures(folder: str | Path, findings: Findings, ablation: Ablation | None = 
     """
     from .show import page
 
-    more = [(page.ablation_figures.ABLATION, ablation.all_parts)] if ablation else []
-    return page.figure_files(folder, (page.figures.DETECTION, findings.all_parts), *more)
+    return page.figure_files(folder, *page.detection_figures(findings, ablation))
 
 
 # -------------------------------------------------------------------------------------------------------- edits

@@ -5,10 +5,11 @@ The scripts of a clone run the same commands with the clone's own model and data
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from .models.lab import Lab, open_lab
 from .options import Options, Sampling, add_flags, from_flags, option
 from .show import report
 from .show.ablation_text import samples_in_words
-from .show.text import grid, printable
+from .show.text import printable
 
 NO_PAGE = "none: it needs pip install 'spikesink[pages]'"
 
@@ -49,6 +50,30 @@ class Outputs:
         if files[0].resolve() == files[1].resolve():
             raise UserError(f"--json and --html both name {files[0]}")
         return files
+
+    def write(
+        self, paths: tuple[Path, Path], findings: Any, say: Callable[[], str], draw: Callable[[ModuleType], Any]
+    ) -> None:
+        """Writes the JSON, the page and the figures, and prints what say() returns and where they are. draw(show.page)
+        writes the page, and returns the tables of its figures, for `figure_files`. Raises UserError."""
+        schema.save(paths[0], findings)
+        page = pages(self)
+        figures = draw(page) if page else []
+        print(say())
+        if page and self.figures:
+            print(f"\n{page.figure_files(self.figures, *figures)}")
+        print(f"\nfindings: {paths[0]}\npage:     {paths[1] if page else NO_PAGE}")
+
+
+def pages(outputs: Outputs) -> ModuleType | None:
+    """show.page; None where the packages that it needs are missing. Raises UserError if figures are wanted then."""
+    try:
+        from .show import page
+    except UserError:
+        if outputs.figures:
+            raise
+        return None
+    return page
 
 
 def parser_of(description: str) -> Flags:
@@ -78,71 +103,45 @@ def detect(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.compare:
         raise UserError("which checkpoint? Give ckpt.pt, a Hugging Face folder or hub name, or --compare A B")
-    questions = [
-        name for name in ("prompt", "compare", "revisions", "vocab") if getattr(args, name) not in (None, False)
-    ]
-    if len(questions) > 1:
-        raise UserError(f"--{questions[0]} and --{questions[1]} are two questions: ask one at a time")
+    asked = [name for name in ("prompt", "compare", "revisions", "vocab") if getattr(args, name) not in (None, False)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two questions: ask one at a time")
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
     if args.prompt is not None:
-        paths = _prompt(args.checkpoint, args.prompt, options, outputs, lab)
+        _prompt(args.checkpoint, args.prompt, options, outputs, lab)
     elif args.compare:
         targets = ([args.checkpoint] if args.checkpoint else []) + args.compare
-        paths = _compare([(target, options) for target in targets], outputs, lab)
+        _compare([(target, options) for target in targets], outputs, lab)
     elif args.revisions is not None:
-        paths = _compare(revisions_of(args.checkpoint, args.revisions, options), outputs, lab)
+        _compare(revisions_of(args.checkpoint, args.revisions, options), outputs, lab)
     else:
-        paths = _detect(args.checkpoint, args.vocab, options, outputs, lab)
-    print(written(*paths))
+        _detect(args.checkpoint, args.vocab, options, outputs, lab)
 
 
-def pages(outputs: Outputs) -> ModuleType | None:
-    """show.page; None where the packages that it needs are missing. Raises UserError if figures are wanted then."""
-    try:
-        from .show import page
-    except UserError:
-        if outputs.figures:
-            raise
-        return None
-    return page
-
-
-def written(json_path: Path, html_path: Path | None) -> str:
-    """What a command says at its end: where its files are."""
-    return f"\nfindings: {json_path}\npage:     {html_path or NO_PAGE}"
-
-
-def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
+def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: Lab | None) -> None:
     """One checkpoint on many sequences; with `vocab`, every token of its vocabulary too."""
-    page = pages(outputs)
+    pages(outputs)  # what is missing is said before anything is measured
     with api.open(target, options, lab=lab) as look:
-        json_path, html_path = outputs.paths(look.loaded.checkpoint.path, "detect.json", "detect.html")
+        paths = outputs.paths(look.loaded.checkpoint.path, "detect.json", "detect.html")
         findings = api.detect(look)
         if vocab:
             encoder = next((subject for subject in look.subjects if subject.part == "encoder"), look.subjects[0])
             part = dict(findings.all_parts)[encoder.part]
             vocabulary = prompt.vocabulary(encoder, part, look.ids, look.vocab_size)
             findings = dataclasses.replace(findings, vocabulary=vocabulary)
-    findings.save(json_path)
-    if page:
-        page.detection_page(html_path, findings)
-    print(report.terminal(findings))
-    if findings.vocabulary:
-        print(f"\n{report.vocabulary_terminal(findings.vocabulary)}")
-    if page and outputs.figures:
-        print(f"\n{page.figure_files(outputs.figures, (page.figures.DETECTION, findings.all_parts))}")
-    return json_path, html_path if page else None
+    say = lambda: report.terminal(findings)
+    outputs.write(paths, findings, say, lambda page: page.detection_page(paths[1], findings))
 
 
-def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
+def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> None:
     """--prompt: one text, token by token."""
-    page = pages(outputs)
+    pages(outputs)
     other_text = next((flag for flag in ("data", "text", "tokens") if getattr(options, flag) is not None), None)
     if other_text:
         raise UserError(f"--prompt is the text; --{other_text} is another")
     loaded = api.load(target, options, lab=lab)
     ids = loaded.reader.prompt(text)
-    json_path, html_path = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
+    paths = outputs.paths(loaded.checkpoint.path, "prompt.json", "prompt.html")
     ordinary_ids = loaded.reader.ordinary(options, ORDINARY_SEQUENCES).ids
     first, *others = (
         prompt.inspect(
@@ -156,13 +155,8 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
         for subject in loaded.subjects
     )
     findings = dataclasses.replace(first, parts={part.part: part for part in others} or None)
-    schema.save(json_path, findings)
-    if page:
-        page.prompt_page(html_path, findings)
-    print(report.prompt_terminal(findings))
-    if page and outputs.figures:
-        print(f"\n{page.figure_files(outputs.figures, (page.figures.PROMPT, findings.all_parts))}")
-    return json_path, html_path if page else None
+    say = lambda: report.prompt_terminal(findings)
+    outputs.write(paths, findings, say, lambda page: page.prompt_page(paths[1], findings))
 
 
 def revisions_of(target: str, listed: str, options: Options) -> list[tuple[str, Options]]:
@@ -175,28 +169,18 @@ def revisions_of(target: str, listed: str, options: Options) -> list[tuple[str, 
     return [(target, dataclasses.replace(options, revision=name)) for name in names]
 
 
-def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | None) -> tuple[Path, Path | None]:
+def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | None) -> None:
     """--compare, --revisions: several checkpoints side by side, each on the text that its flags give."""
-    page = pages(outputs)
-    json_path, html_path = outputs.paths("", "compare.json", "compare.html")
+    pages(outputs)
+    paths = outputs.paths("", "compare.json", "compare.html")
     findings = []
     for target, options in tqdm(targets, desc="checkpoints", disable=None, leave=False):
         with api.open(target, options, lab=lab) as look:
             findings.append(dataclasses.replace(api.detect(look), examples=None))  # a page of one checkpoint has them
     names = short_names([str(Path(target, options.revision or "")) for target, options in targets])
-    schema.save(json_path, Comparison(names=names, findings=findings))
-    if page:
-        page.comparison_page(html_path, names, findings)
-    print(grid(*report.comparison_table(names, findings)))
-    if warning := report.nats_note(findings):
-        print(f"\n{warning}")
-    differences = report.architecture_table(names, findings)
-    if differences.rows:
-        print("\nwhat differs in their architecture\n" + grid(*differences))
-    if page and outputs.figures:
-        pairs = list(zip(names, findings, strict=True))
-        print(f"\n{page.figure_files(outputs.figures, (page.figures.COMPARISON, [('', pairs)]))}")
-    return json_path, html_path if page else None
+    say = lambda: report.comparison_terminal(names, findings)
+    comparison = Comparison(names=names, findings=findings)
+    outputs.write(paths, comparison, say, lambda page: page.comparison_page(paths[1], names, findings))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -225,26 +209,18 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
     if not args.checkpoint:
         raise UserError("which checkpoint? Give ckpt.pt, or a Hugging Face folder or hub name")
     options, outputs = from_flags(Options, args), from_flags(Outputs, args)
-    page = pages(outputs)
+    pages(outputs)
     with api.open(args.checkpoint, options, lab=lab, calibration=True) as look:
-        path = look.loaded.checkpoint.path
-        json_path, html_path = outputs.paths(path, "ablate.json", "report.html")
+        paths = outputs.paths(look.loaded.checkpoint.path, "ablate.json", "report.html")
         if args.choices:
             choices.questions(args.choices)
-        if json_path.name == "detect.json":
-            raise UserError(f"--json {json_path}: what detect finds on the same text goes there; name another file")
+        if paths[0].name == "detect.json":
+            raise UserError(f"--json {paths[0]}: what detect finds on the same text goes there; name another file")
         findings = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes, args.choices)
-    ablation.save(json_path)
-    findings.save(json_path.with_name("detect.json"))
-    if page:
-        page.detection_page(html_path, findings, ablation)
-    conditions = report.conditions(findings.checkpoint, findings.data)
-    print(f"measured on {conditions}\n\n{report.ablation_terminal(ablation)}")
-    if page and outputs.figures:
-        drawn = (page.figures.DETECTION, findings.all_parts), (page.ablation_figures.ABLATION, ablation.all_parts)
-        print(f"\n{page.figure_files(outputs.figures, *drawn)}")
-    print(written(json_path, html_path if page else None))
+    findings.save(paths[0].with_name("detect.json"))
+    say = lambda: f"measured on {report.conditions(findings)}\n\n{report.ablation_terminal(ablation)}"
+    outputs.write(paths, ablation, say, lambda page: page.detection_page(paths[1], findings, ablation))
 
 
 # ------------------------------------------------------------------------------------------------------- sample

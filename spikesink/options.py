@@ -23,50 +23,41 @@ def option(text: str, default: Any = None, *, metavar: str | None = None, group:
 
 
 TEXT = "on which text (default: its training's validation split, or Python's docs)"
-RUN = "how it runs"
+on_text, on_run = functools.partial(option, group=TEXT), functools.partial(option, group="how it runs")
 
 
 @dataclass(frozen=True)
 class Options:
     """On which text a model is looked at, and how. Raises UserError for what cannot be."""
 
-    data: str | None = option("the validation split of this dataset, a name or a folder", metavar="NAME", group=TEXT)
-    text: str | Path | None = option("a text file, encoded as the training data was", metavar="FILE", group=TEXT)
-    tokens: str | Path | np.ndarray | torch.Tensor | None = option(
-        "integer ids [n_seq, seq_len], used as they are; -100 is padding", metavar="FILE.npy", group=TEXT
+    data: str | None = on_text("the validation split of this dataset, a name or a folder", metavar="NAME")
+    text: str | Path | None = on_text("a text file, encoded as the training data was", metavar="FILE")
+    tokens: str | Path | np.ndarray | torch.Tensor | None = on_text(
+        "integer ids [n_seq, seq_len], used as they are; -100 is padding", metavar="FILE.npy"
     )
-    bos: bool | None = option(
+    bos: bool | None = on_text(
         "BOS before every sequence, or none (default: as its tokenizer or its training has it); of BERT's frame, "
-        "--no-bos drops [CLS] and leaves [SEP]",
-        group=TEXT,
+        "--no-bos drops [CLS] and leaves [SEP]"
     )
-    special: bool = option(
-        "special tokens that a text or a prompt spells, as <s>, are read as these tokens (default: as text)",
-        False,
-        group=TEXT,
+    special: bool = on_text(
+        "special tokens that a text or a prompt spells, as <s>, are read as these tokens (default: as text)", False
     )
-    seq_len: int | None = option("tokens in a sequence, with BOS (default: 64, Gu et al.'s)", metavar="N", group=TEXT)
-    n_seq: int | None = option("number of sequences (default: 100)", metavar="N", group=TEXT)
-    bpe: str | Path | None = option("local file of GPT-2's BPE ranks", metavar="FILE", group=TEXT)
-    device: str = option("auto (default), cpu, cuda, cuda:1 ...", "auto", metavar="NAME", group=RUN)
-    batch_size: int = option("sequences at a time (default: 8)", 8, metavar="N", group=RUN)
-    nulls: int | None = option(
-        "sequences of each null, 0 for none (default: up to 16)", metavar="N", group=RUN, least=0
+    seq_len: int | None = on_text("tokens in a sequence, with BOS (default: 64, Gu et al.'s)", metavar="N")
+    n_seq: int | None = on_text("number of sequences (default: 100)", metavar="N")
+    bpe: str | Path | None = on_text("local file of GPT-2's BPE ranks", metavar="FILE")
+    device: str = on_run("auto (default), cpu, cuda, cuda:1 ...", "auto", metavar="NAME")
+    batch_size: int = on_run("sequences at a time (default: 8)", 8, metavar="N")
+    nulls: int | None = on_run("sequences of each null, 0 for none (default: up to 16)", metavar="N", least=0)
+    revision: str | None = on_run(
+        "of a Hugging Face model: a branch, tag or commit of the hub, or a folder within the folder", metavar="REV"
     )
-    revision: str | None = option(
-        "of a Hugging Face model: a branch, tag or commit of the hub, or a folder within the folder",
-        metavar="REV",
-        group=RUN,
-    )
-    max_memory: int | None = option(
+    max_memory: int | None = on_run(
         "on the CPU, a Hugging Face model that needs more is read from disk as it runs (default: what is free)",
         metavar="GiB",
-        group=RUN,
     )
-    model: str | Path | None = option(
+    model: str | Path | None = on_run(
         "the model.py that made a checkpoint of train.py, whose code is run (default: the one of the current clone)",
         metavar="FILE",
-        group=RUN,
     )
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ def test_without_the_packages_of_pages_the_rest_is_written(cli, trained, tmp_pat
             raise ModuleNotFoundError(f"No module named '{package}'", name=package)
         return real(name, *args, **kwargs)
 
-    for module in ("page", "figures", "drawing", "interactive", "ablation_figures"):
+    for module in ("page", "figures", "drawing", "ablation_figures"):
         monkeypatch.delitem(sys.modules, f"spikesink.show.{module}")
         monkeypatch.delattr(spikesink.show, module)
     monkeypatch.setattr(builtins, "__import__", missing)

@@ -212,7 +212,7 @@ def test_bits_per_byte_are_of_the_bytes_that_were_predicted(tmp_path):
     # without BOS the first byte of each sequence is not predicted; one token is one byte, of whatever character
     assert look.data.predicted_bytes == 9 * 15
     assert found.data.bits_per_byte == pytest.approx(found.data.loss / math.log(2), rel=1e-6)
-    assert f"{found.data.bits_per_byte:.3f} bits per byte" in report.conditions(found.checkpoint, found.data)
+    assert f"{found.data.bits_per_byte:.3f} bits per byte" in report.conditions(found)
     ids = torch.tensor([[256, *b"ab", 256, *b"c"]])
     assert reader_of().predicted_bytes(ids, 1) == 3  # BOS has no byte
     assert reader_of().predicted_bytes(ids[:, 1:], 1) == 2
@@ -241,7 +241,7 @@ def test_nats_of_different_tokenizers_do_not_stand_side_by_side():
     assert rows(same)["loss, nats per token"][0] == f"{a[0].data.loss:.4f}" and report.nats_note(a) is None
     assert "loss, nats per token" not in rows(differ) and "different tokenizers" in report.nats_note([a[0], b[0]])
     assert rows(differ)["bits per byte"] == [f"{a[0].data.bits_per_byte:.4f}", "–"]
-    assert "not at hand" in report.conditions(b[0].checkpoint, b[0].data)
+    assert "not at hand" in report.conditions(b[0])
 
 
 # ---------------------------------------------------------------------------------------------- multiple choice

@@ -1,17 +1,14 @@
 """Figures of ablate's findings."""
 
-from collections.abc import Callable, Iterable
-
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter, SymmetricalLogLocator
 
 from ..edit.causes import MARGIN, NEEDED
-from ..edit.findings import Ablation, Blimp, Cause, Effect, Linear, Lost
-from ..measure.findings import Place
+from ..edit.findings import Ablation, Blimp, Cause, Effect, Linear
+from ..measure.findings import Interval
 from .drawing import GREY, INK, SINK, SPIKE, Figure, canvas, name_ticks, thinned
-from .figures import measured_on
 
 KIND_COLORS = {"spike": SPIKE, "sink": SINK}  # any other kind of intervention: INK
 
@@ -31,14 +28,7 @@ def _deltas(ablation: Ablation) -> Canvas:
     smallest = min((abs(e.change[0]) for _, e, _ in effects if abs(e.change[0]) > 1e-3), default=1e-3)
     axes.set_xscale("symlog", linthresh=smallest)
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest))
-    for i, (_, effect, color) in enumerate(effects):
-        change, ci95 = effect.change
-        if ci95:
-            axes.plot(ci95, [i, i], color=color, lw=2)
-        axes.plot(change, i, "o", color=color, markersize=4)
-    axes.set_yticks(range(len(effects)), [label for label, _, _ in effects])
-    axes.margins(y=0.02)
-    axes.invert_yaxis()
+    _plot_intervals(axes, [(label, *effect.change, color) for label, effect, color in effects])
     axes.axvline(0, color=GREY, lw=0.8)
     axes.set_xlabel(
         "change of the loss, nats per token" if ablation.has_loss else "change of the output states, |o' - o| / |o|"
@@ -46,21 +36,26 @@ def _deltas(ablation: Ablation) -> Canvas:
     return figure
 
 
-def _causes(ablation: Ablation) -> Canvas:
-    losses: list[tuple[str, Lost, str]] = []
-    for cause in _judged_causes(ablation):
-        color = {"sinks": SINK, "spikes": SPIKE}[cause.asked]
-        losses.append((f"{cause.asked} without {cause.removed}: {cause.by}, {cause.verdict}", cause.lost, color))
-        losses += [(f"control: {control.name}", control.lost, GREY) for control in cause.control]
-    figure, axes = canvas(lines=0.95 * len(losses))
-    for i, (_, lost, color) in enumerate(losses):
-        if lost.ci95:
-            axes.plot(lost.ci95, [i, i], color=color, lw=2)
-        if lost.share is not None:
-            axes.plot(lost.share, i, "o", color=color, markersize=4)
-    axes.set_yticks(range(len(losses)), [label for label, _, _ in losses])
+def _plot_intervals(axes: Axes, rows: list[tuple[str, float | None, Interval | None, str]]) -> None:
+    """Plots (label, number, its interval, colour), one row below the other."""
+    for i, (_, value, ci95, color) in enumerate(rows):
+        if ci95:
+            axes.plot(ci95, [i, i], color=color, lw=2)
+        if value is not None:
+            axes.plot(value, i, "o", color=color, markersize=4)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     axes.margins(y=0.02)
     axes.invert_yaxis()
+
+
+def _causes(ablation: Ablation) -> Canvas:
+    rows: list[tuple[str, float | None, Interval | None, str]] = []
+    for cause in _judged_causes(ablation):
+        name = f"{cause.asked} without {cause.removed}: {cause.by}, {cause.verdict}"
+        rows.append((name, cause.lost.share, cause.lost.ci95, {"sinks": SINK, "spikes": SPIKE}[cause.asked]))
+        rows += [(f"control: {one.name}", one.lost.share, one.lost.ci95, GREY) for one in cause.control]
+    figure, axes = canvas(lines=0.95 * len(rows))
+    _plot_intervals(axes, rows)
     for bound in (MARGIN, NEEDED):
         axes.axvline(bound, color=GREY, lw=0.8, ls=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -106,17 +101,13 @@ def _state_change(ablation: Ablation) -> Canvas:
         for name, values in values_by_name.items():
             if None not in values:
                 axes.plot(values, "-o", markersize=3, color=drawn[name], label=name)
-        _name_taps(axes, ablation.taps)
+        name_ticks(axes.xaxis, [tap.name for tap in ablation.taps], 8)
         axes.set_title(title)
     panels[0].set_ylabel("|h' - h| / |h|")
     handles = {h.get_label(): h for axes in panels for h in axes.get_lines()}
     if handles:
         figure.legend(handles=list(handles.values()), ncols=3, loc="outside upper center")
     return figure
-
-
-def _name_taps(axes: Axes, taps: Iterable[Place]) -> None:
-    name_ticks(axes.xaxis, [tap.name for tap in taps], 8)
 
 
 def _selectivity(ablation: Ablation) -> Canvas:
@@ -133,7 +124,7 @@ def _selectivity(ablation: Ablation) -> Canvas:
                 axes.plot([tap.selectivity for tap in taps], style, color=color, label=row.name, lw=1.4)
         low, high = zip(*(tap.selectivity_ci95 for tap in clean), strict=True)
         axes.fill_between(range(len(clean)), low, high, color=GREY, alpha=0.25, lw=0)
-        _name_taps(axes, clean)
+        name_ticks(axes.xaxis, [tap.name for tap in clean], 8)
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set_title(task)
     panels[0].set_ylabel("accuracy - control accuracy")
@@ -162,59 +153,47 @@ def _blimp(ablation: Ablation) -> Canvas:
     return figure
 
 
-def _has_effects(ablation: Ablation) -> bool:
-    return bool(_effects(ablation))
-
-
-def _has_probe(kind: type[Blimp] | type[Linear]) -> Callable[[Ablation], bool]:
-    """Returns whether a probe of an ablation was run under more conditions than the clean model."""
-
-    def is_drawable(ablation: Ablation) -> bool:
-        probes = [p for p in (ablation.probes.blimp, ablation.probes.linear) if isinstance(p, kind)]
-        return _has_effects(ablation) and any(len(probe.conditions) > 1 for probe in probes)
-
-    return is_drawable
-
-
 ABLATION = {
     "deltas": Figure(
         _deltas,
         lambda ablation: (
             f"How {'the loss changes' if ablation.has_loss else 'far the output states move'} under each intervention "
             "(orange: on spikes, blue: on sinks) and under its matched controls (grey), with 95% intervals. The axis "
-            "is linear near 0 and logarithmic beyond." + measured_on(ablation)
+            "is linear near 0 and logarithmic beyond."
         ),
-        is_drawable=_has_effects,
+        is_drawable=_effects,
+        measured=True,
     ),
     "causes": Figure(
         _causes,
-        lambda ablation: (
-            "Do sinks need spikes, and do spikes need sinks? The share of their attention that sinks lose when spikes "
-            "are removed upstream of them, or the share of |h| that spikes lose when sinks are (grey: under controls). "
-            f"Dotted: the bounds of the verdicts, {MARGIN:.0%} and {NEEDED:.0%}." + measured_on(ablation)
-        ),
-        is_drawable=lambda ablation: bool(_judged_causes(ablation)),
+        "Do sinks need spikes, and do spikes need sinks? The share of their attention that sinks lose when spikes "
+        "are removed upstream of them, or the share of |h| that spikes lose when sinks are (grey: under controls). "
+        f"Dotted: the bounds of the verdicts, {MARGIN:.0%} and {NEEDED:.0%}.",
+        is_drawable=_judged_causes,
+        measured=True,
     ),
     "loss_by_position": Figure(
         _loss_by_position,
-        lambda f: "The loss by position, in nats, and how the main interventions change it." + measured_on(f),
-        is_drawable=lambda ablation: ablation.has_loss and _has_effects(ablation),
+        "The loss by position, in nats, and how the main interventions change it.",
+        is_drawable=lambda ablation: ablation.has_loss and _effects(ablation),
+        measured=True,
     ),
     "state_change": Figure(
         _state_change,
-        lambda f: "How far the main interventions move hidden states: |h' - h| / |h| by layer." + measured_on(f),
-        is_drawable=lambda f: _has_effects(f) and any(e.kind == "spike" and e.edited for e in f.interventions),
+        "How far the main interventions move hidden states: |h' - h| / |h| by layer.",
+        is_drawable=lambda f: _effects(f) and any(e.kind == "spike" and e.edited for e in f.interventions),
+        measured=True,
     ),
     "linear": Figure(
         _selectivity,
-        lambda _: "Linear probes: selectivity by layer (accuracy minus that of the control task); band: 95%.",
+        "Linear probes: selectivity by layer (accuracy minus that of the control task); band: 95%.",
         wide=True,
-        is_drawable=_has_probe(Linear),
+        is_drawable=lambda f: _effects(f) and isinstance(f.probes.linear, Linear) and f.probes.linear.conditions[1:],
     ),
     "blimp": Figure(
         _blimp,
-        lambda _: "How the accuracy on BLiMP changes under each intervention and its first control (grey); 95%.",
+        "How the accuracy on BLiMP changes under each intervention and its first control (grey); 95%.",
         wide=True,
-        is_drawable=_has_probe(Blimp),
+        is_drawable=lambda f: _effects(f) and isinstance(f.probes.blimp, Blimp) and f.probes.blimp.conditions[1:],
     ),
 }

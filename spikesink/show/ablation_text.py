@@ -3,28 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..edit.findings import (
-    Ablation,
-    AttentionChange,
-    Blimp,
-    Cause,
-    Choices,
-    ClassChange,
-    Effect,
-    Entry,
-    Int8,
-    Linear,
-    LossChange,
-    Samples,
-    Unavailable,
-)
+from ..edit import findings
+from ..edit.findings import Ablation, Cause, Effect, Entry, Unavailable
 from ..measure.findings import Interval
 from .text import Table, format_interval, number
 
-NOTHING = "nothing to edit"
 
-
-def _format_change(change: LossChange) -> str:
+def _format_change(change: findings.LossChange) -> str:
     """Returns a change of the loss with its interval, such as '+0.0409 [+0.0336, +0.0486]'."""
     return f"{change.delta_loss:+.4f} {format_interval(change.ci95, '+.4f')}".strip()
 
@@ -41,9 +26,7 @@ def _in_words(name: str) -> str:
 
 def _with_controls(entry: Entry) -> str:
     """Returns what an intervention and its controls do to the loss, or to the output states, in words."""
-    controls = "; ".join(
-        f"{_in_words(control.name)} {_format_effect(control)}" for control in entry.controls_that_edited
-    )
+    controls = "; ".join(f"{_in_words(one.name)} {_format_effect(one)}" for one in entry.controls_that_edited)
     change = _format_effect(entry)
     words = f"moves the output states by {change}" if entry.output else f"changes the loss by {change} nats per token"
     return words + (f" (controls: {controls})" if controls else "")
@@ -95,12 +78,12 @@ def _disagreement(causes: list[Cause]) -> list[str]:
     for cause in causes:
         if cause.asked == "sinks" and cause.verdict in ("yes", "partly", "no"):
             answers.setdefault((cause.judged, cause.sequences), set()).add(cause.verdict)
-    differ = any(len(verdicts) > 1 for verdicts in answers.values())
-    words = "Interventions differ in their answers about the same sinks: it also matters what is left of the state."
-    return [words] if differ else []
+    if all(len(verdicts) == 1 for verdicts in answers.values()):
+        return []
+    return ["Interventions differ in their answers about the same sinks: it also matters what is left of the state."]
 
 
-def _short_range(attention: AttentionChange) -> list[str]:
+def _short_range(attention: findings.AttentionChange) -> list[str]:
     if not attention.sequences:
         return []
     changes = ("entropy", "nats", attention.entropy), ("mean distance", "tokens", attention.distance)
@@ -113,7 +96,7 @@ def _short_range(attention: AttentionChange) -> list[str]:
     return [f"Where do heads look without their sinks? Of the attention in heads with sinks, {', '.join(parts)}."]
 
 
-def _quantised(int8: dict[str, Int8] | Unavailable) -> tuple[str, Table | None]:
+def _quantised(int8: dict[str, findings.Int8] | Unavailable) -> tuple[str, Table | None]:
     """Returns what 8 and 4 bits cost, in a table with a row for each way of sharing scales."""
     if isinstance(int8, Unavailable):
         return f"Not quantised: {int8.reason}.", None
@@ -153,7 +136,7 @@ def intervention_table(ablation: Ablation) -> Table:
         ]
     for label, effect, dose in _effects(ablation):
         shares = [number(part.same, ".0%") for part in (effect.spikes_left, effect.sinks_left)]
-        cells = [*change(effect), *shares] if effect.edited else [NOTHING, *[""] * (len(change(effect)) + 1)]
+        cells = [*change(effect), *shares] if effect.edited else ["nothing to edit", *[""] * (len(change(effect)) + 1)]
         rows.append([label, f"{effect.edited:,}", dose, *level(effect), *cells])
     return Table(["intervention", "edited", "dose", *header, "spikes left", "sinks left"], rows)
 
@@ -167,7 +150,7 @@ def class_table(ablation: Ablation) -> Table:
         moved = ([number(x, ".1%") for x in e.output.by_class.values()] for e in edited if e.output)
         return Table(header, [[entry.name, *cells] for entry, cells in zip(edited, moved, strict=True)])
 
-    def cell(change: ClassChange) -> str:
+    def cell(change: findings.ClassChange) -> str:
         return "–" if change.delta_loss is None else f"{change.delta_loss:+.4f} {format_interval(change.ci95, '+.3f')}"
 
     rows = [["none (the loss itself)", *(number(loss.loss, ".4f") for loss in classes.values())]]
@@ -180,15 +163,15 @@ def probe_tables(ablation: Ablation) -> list[tuple[str, Table | None]]:
     and there is no table."""
     makers: dict[type, Callable[[Any], tuple[str, Table | None]]] = {
         Unavailable: lambda probe: (f"Not probed: {probe.reason}.", None),
-        Blimp: _blimp_table,
-        Linear: _linear_table,
-        Choices: _choices_table,
+        findings.Blimp: _blimp_table,
+        findings.Linear: _linear_table,
+        findings.Choices: _choices_table,
     }
     probes = ablation.probes.blimp, ablation.probes.linear, ablation.probes.choices
     return [_quantised(ablation.int8), *(makers[type(probe)](probe) for probe in probes if probe is not None)]
 
 
-def samples_in_words(samples: Samples) -> str:
+def samples_in_words(samples: findings.Samples) -> str:
     """Returns what an intervention did to the samples of a model; the numbers are means over the samples."""
     if not samples.edited or not samples.n_edited:
         return f"{samples.edit} had nothing to edit. {samples.reference} served as ordinary text, to compare with."
@@ -219,18 +202,11 @@ def _starred(change: float, ci: Interval | None) -> str:
 STARS = "* the 95% interval excludes 0, which happens to one in twenty by chance"
 
 
-def _blimp_table(probe: Blimp) -> tuple[str, Table]:
+def _blimp_table(probe: findings.Blimp) -> tuple[str, Table]:
     """Returns the accuracy on BLiMP, in total and by field: first of the clean model, then the changes."""
     clean, *others = probe.conditions
-    rows = [
-        [
-            clean.name,
-            f"{clean.accuracy:.1%}",
-            format_interval(clean.ci95, ".1%"),
-            *("", ""),
-            *(f"{part.accuracy:.1%}" for part in clean.by_field.values()),
-        ]
-    ]
+    first = [clean.name, f"{clean.accuracy:.1%}", format_interval(clean.ci95, ".1%"), "", ""]
+    rows = [first + [f"{part.accuracy:.1%}" for part in clean.by_field.values()]]
     for row in others:
         change = [f"{row.change:+.1%}", format_interval(row.change_ci95, "+.1%")]
         cells = [_starred(row.by_field[name].change, row.by_field[name].change_ci95) for name in clean.by_field]
@@ -245,7 +221,7 @@ def _blimp_table(probe: Blimp) -> tuple[str, Table]:
     )
 
 
-def _choices_table(probe: Choices) -> tuple[str, Table]:
+def _choices_table(probe: findings.Choices) -> tuple[str, Table]:
     """Returns acc and acc_norm on multiple choice, each with its change against the clean model."""
     rows = []
     for row in probe.conditions:
@@ -262,7 +238,7 @@ def _choices_table(probe: Choices) -> tuple[str, Table]:
     )
 
 
-def _linear_table(probe: Linear) -> tuple[str, Table]:
+def _linear_table(probe: findings.Linear) -> tuple[str, Table]:
     """Returns accuracy and selectivity of linear probes on the last tap: of the clean model, then their changes."""
     clean, *others = probe.conditions
     header, first = ["linear probe under"], [clean.name]

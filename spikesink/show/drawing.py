@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure as Canvas
@@ -36,39 +34,42 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.use": True,
 }
 
-
-def _sizes(font: float, width: float, height: float, wide: float) -> dict[bool, dict[str, Any]]:
-    """Returns {is the figure wide: matplotlib's rc entries}; the font is in points, the rest in inches."""
-    sizes = dict.fromkeys(("axes.titlesize", "axes.labelsize", "legend.fontsize"), font)
-    ticks = dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), font - 0.5)
-    return {
-        is_wide: {**STYLE, "font.size": font, **sizes, **ticks, "figure.figsize": (inches, height)}
-        for is_wide, inches in ((False, width), (True, wide))
-    }
+# font size in points, and height, width and width of a wide figure in inches: a page's figures are as wide as a phone's
+# screen, a paper's as one or two columns of a journal
+SIZES = {"page": (9, 2.9, 5.2, 10.4), "paper": (8, 2.1, 3.35, 6.9)}
 
 
-# a page's figures are as wide as a phone's screen, a paper's as one or two columns of a journal
-STYLES = {"page": _sizes(9, 5.2, 2.9, 10.4), "paper": _sizes(8, 3.35, 2.1, 6.9)}
-
-
-def _style(kind: str, wide: bool) -> contextlib.AbstractContextManager[None]:
-    entries: Any = STYLES[kind][wide]
-    return mpl.rc_context(entries)
+def _style(medium: str, is_wide: bool) -> contextlib.AbstractContextManager[None]:
+    font, height, width, wide = SIZES[medium]
+    style: Any = {**STYLE, "font.size": font, "figure.figsize": (wide if is_wide else width, height)}
+    style |= dict.fromkeys(("axes.titlesize", "axes.labelsize", "legend.fontsize"), font)
+    return mpl.rc_context(style | dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), font - 0.5))
 
 
 class Figure(NamedTuple):
     """How to draw a figure of some findings, how to caption it, and whether they have anything to draw."""
 
     draw: Callable[[Any], Canvas]
-    caption: Callable[[Any], str]
+    caption: str | Callable[[Any], str]
     wide: bool = False
     is_drawable: Callable[[Any], Any] = lambda findings: True
+    measured: bool = False  # the caption ends with the text that the findings are about
+
+    def caption_of(self, findings: Any) -> str:
+        """Returns the caption for some findings."""
+        caption = self.caption if isinstance(self.caption, str) else self.caption(findings)
+        return caption + measured_on(findings) if self.measured else caption
+
+
+def measured_on(findings: Any) -> str:
+    """Returns the last sentence of a caption: on which text findings were measured."""
+    text = findings.data
+    return f" Measured on {text.n_seq} sequences of {text.seq_len} tokens of {text.name}, {text.dtype}."
 
 
 class Drawn(NamedTuple):
     """A figure that was drawn for a page."""
 
-    name: str
     svg: str
     caption: str
     wide: bool
@@ -91,7 +92,7 @@ def _svg(figure: Canvas, **options: Any) -> str:
     return text.getvalue()
 
 
-def page_svg(figure: Canvas) -> str:
+def _page_svg(figure: Canvas) -> str:
     """Returns SVG that takes the colours of the page around it."""
     svg = _svg(figure, transparent=True)
     for color, name in PAGE_COLOURS.items():
@@ -99,25 +100,29 @@ def page_svg(figure: Canvas) -> str:
     return svg[svg.index("<svg") :]
 
 
-def for_page(table: Mapping[str, Figure], findings: Any) -> dict[str, Drawn]:
-    """Returns {name: Drawn} of the figures in a {name: Figure} for which the findings have anything to draw."""
-    drawn = {}
+def _draw(table: Mapping[str, Figure], findings: Any, medium: str) -> Iterator[tuple[str, Figure, Canvas]]:
+    """Yields (name, figure, its drawing) of the figures in a table for which the findings have anything to draw. The
+    style holds until the next one."""
     for name, figure in table.items():
         if figure.is_drawable(findings):
-            with _style("page", figure.wide):
-                svg = page_svg(figure.draw(findings))
-                drawn[name] = Drawn(name, svg, figure.caption(findings), figure.wide)
-    return drawn
+            with _style(medium, figure.wide):
+                yield name, figure, figure.draw(findings)
+
+
+def for_page(table: Mapping[str, Figure], findings: Any) -> dict[str, Drawn]:
+    """Returns {name: Drawn} of the figures in a {name: Figure} for which the findings have anything to draw."""
+    return {
+        name: Drawn(_page_svg(drawing), figure.caption_of(findings), figure.wide)
+        for name, figure, drawing in _draw(table, findings, "page")
+    }
 
 
 def for_paper(table: Mapping[str, Figure], findings: Any) -> Iterator[tuple[str, str, bytes, str]]:
     """Yields (name, SVG text, PNG bytes, caption) of the same figures in the style of a paper."""
-    for name, figure in table.items():
-        if figure.is_drawable(findings):
-            with _style("paper", figure.wide):
-                drawing, png = figure.draw(findings), io.BytesIO()
-                drawing.savefig(png, format="png")
-                yield name, _svg(drawing), png.getvalue(), figure.caption(findings)
+    for name, figure, drawing in _draw(table, findings, "paper"):
+        png = io.BytesIO()
+        drawing.savefig(png, format="png")
+        yield name, _svg(drawing), png.getvalue(), figure.caption_of(findings)
 
 
 # ------------------------------------------------------------------------------------------- parts of figures
@@ -127,11 +132,6 @@ def label(text: str, longest: int = 12) -> str:
     """Returns a token's text as a label: visible, short, and with $ escaped, which would start mathematics."""
     shown = visible(text)
     return (shown if len(shown) <= longest else shown[: longest - 1] + "…").replace("$", r"\$")
-
-
-def display_width(text: str) -> int:
-    """Returns how many columns a text takes in a monospaced font."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def name_ticks(axis: Axis, names: Sequence[Any], at_most: int = 14, turn: int = 40) -> None:
@@ -156,29 +156,3 @@ def thinned(values: Sequence[float], at_most: int = 600) -> tuple[list[int], lis
     n = max(1, -(-len(rest) // at_most))
     x = [*range(len(start)), *range(len(start), len(values), n)]
     return x, [*start, *(max(rest[i : i + n]) for i in range(0, len(rest), n))]
-
-
-def shade_bar(figure: Canvas, image: Any, axes: Axes, text: str | None = None) -> Any:
-    """Draws the colour bar of a shaded image."""
-    bar = figure.colorbar(image, ax=axes, label=text)
-    bar.outline.set_visible(False)
-    assert bar.solids
-    bar.solids.set(rasterized=True)
-    return bar
-
-
-def heat(
-    values: Sequence[Sequence[float]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    text: str,
-    color: str,
-    vmax: float | None = None,
-) -> Canvas:
-    """Draws a heat map of tokens (columns) against layers or heads (rows)."""
-    figure, axes = canvas(lines=min(len(rows), 60) * 0.8 + 5)
-    image = axes.imshow(values, aspect="auto", cmap=SHADES[color], vmin=0, vmax=vmax, interpolation="nearest")
-    name_ticks(axes.xaxis, columns, 60, 90)
-    name_ticks(axes.yaxis, rows, 40, 0)
-    shade_bar(figure, image, axes, text)
-    return figure

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
@@ -14,36 +16,11 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from ..measure import history
 from ..measure.calibrate import rules
 from ..measure.examples import unpacked
-from ..measure.findings import (
-    CurvePoint,
-    ExamplesEntry,
-    Findings,
-    HistoryRow,
-    MatrixEntry,
-    Measures,
-    PromptFindings,
-    PromptHead,
-    TokenRow,
-)
+from ..measure.findings import ExamplesEntry, Findings, HistoryRow, MatrixEntry, Measures, PromptFindings, PromptHead
 from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO, SPIKE_RULES
-from .drawing import (
-    GREY,
-    INK,
-    SHADES,
-    SINK,
-    SPIKE,
-    Figure,
-    canvas,
-    display_width,
-    heat,
-    label,
-    log_ticks,
-    name_ticks,
-    shade_bar,
-    thinned,
-)
-from .text import format_interval, on_text
+from .drawing import GREY, INK, SHADES, SINK, SPIKE, Figure, canvas, label, log_ticks, measured_on, name_ticks, thinned
+from .text import format_interval
 
 AnyFindings = Findings | PromptFindings
 Pairs = Sequence[tuple[str, Findings]]  # (short name, findings) of checkpoints side by side
@@ -132,8 +109,16 @@ def _heads(findings: Findings) -> Canvas:
         for side in axes.spines.values():
             side.set(visible=True, color=GREY, linewidth=0.5)
     name_ticks(pair[0].yaxis, [seam.name for seam in sinks.seams], 24, 0)
-    shade_bar(figure, image, pair, "share of sequences")
+    _shade_bar(figure, image, pair, "share of sequences")
     return figure
+
+
+def _shade_bar(figure: Canvas, image: Any, axes: Axes, text: str) -> None:
+    """Draws the colour bar of a shaded image."""
+    bar = figure.colorbar(image, ax=axes, label=text)
+    bar.outline.set_visible(False)
+    assert bar.solids
+    bar.solids.set(rasterized=True)
 
 
 def _positions(findings: Findings) -> Canvas:
@@ -183,7 +168,7 @@ def _text(findings: AnyFindings) -> Canvas:
     placed, x, line = [], 0.0, 0
     for text in sequence.texts:
         shown = label(text, 24)
-        n = display_width(shown.replace(r"\$", "$"))
+        n = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in shown.replace(r"\$", "$"))  # columns
         if x + n > columns:
             x, line = 0.0, line + 1
         placed.append((shown, x, line, n))
@@ -197,18 +182,14 @@ def _text(findings: AnyFindings) -> Canvas:
         placed, relative, sequence.spikes, sequence.sink_heads, sequence.enough_queries, strict=True
     ):
         box = (x, line + 0.1), n, 0.72
-        axes.add_patch(Rectangle(*box, lw=0, color=SHADES[SPIKE](_log_share(ratio))))
+        shade = min(1.0, math.log10(max(float(ratio), 1.0)) / 3)  # from 0 at a ratio of 1 to 1 at 1000 and more
+        axes.add_patch(Rectangle(*box, lw=0, color=SHADES[SPIKE](shade)))
         if spike:
             axes.plot([x, x + n], [line + 0.9] * 2, color=SPIKE, lw=2, solid_capstyle="butt")
         if sink and enough:
             axes.add_patch(Rectangle(*box, fill=False, color=SINK, lw=1.2))
         axes.text(x + n / 2, line + 0.46, shown, family="monospace", ha="center", va="center")
     return figure
-
-
-def _log_share(ratio: float) -> float:
-    """Returns where a ratio to the median lies on a log scale, from 0 at a ratio of 1 to 1 at 1000 and more."""
-    return min(1.0, math.log10(max(float(ratio), 1.0)) / 3)
 
 
 def _text_caption(findings: AnyFindings) -> str:
@@ -222,15 +203,15 @@ def _text_caption(findings: AnyFindings) -> str:
 
 def _tokens(findings: Findings) -> Canvas:
     figure, panels = canvas(1, 2, height=1.1)
-    kinds: tuple[tuple[Sequence[TokenRow], str, str, str], ...] = (
-        (findings.spikes.tokens, "magnitude", SPIKE, "largest |h|"),
-        (findings.sinks.tokens, "alpha", SINK, "alpha, best head"),
+    spikes, sinks = findings.spikes.tokens[:10], findings.sinks.tokens[:10]
+    names_of = lambda tokens: [f"{label(token.text, 10)} @{token.position}" for token in tokens]
+    kinds = (
+        (names_of(spikes), [token.magnitude for token in spikes], SPIKE, "largest |h|"),
+        (names_of(sinks), [token.alpha for token in sinks], SINK, "alpha, best head"),
     )
-    for axes, (tokens, key, color, title) in zip(panels, kinds, strict=True):
-        top = tokens[:10]
-        axes.barh(range(len(top)), [getattr(token, key) for token in top], color=color)
-        names = [f"{label(token.text, 10)} @{token.position}" for token in top]
-        axes.set_yticks(range(len(top)), names)
+    for axes, (names, sizes, color, title) in zip(panels, kinds, strict=True):
+        axes.barh(range(len(sizes)), sizes, color=color)
+        axes.set_yticks(range(len(sizes)), names)
         axes.invert_yaxis()
         axes.set_xlabel(title)
     return figure
@@ -283,10 +264,11 @@ def _co_occurrence_caption(findings: Findings) -> str:
     )
 
 
-def _null_style(name: str) -> dict[str, Any]:
-    """Returns how to draw the line of a null, and its label."""
+def _curve_style(name: str, color: str) -> dict[str, Any]:
+    """Returns how to draw the line of this model in its colour, or that of a null, and its label."""
     shuffled = {"ls": ":", "color": INK, "label": "null: shuffled channels or positions"}
     styles: dict[str, dict[str, Any]] = {
+        "this model": {"ls": "-", "marker": "o", "color": color, "label": "this model"},
         "init": {"ls": "--", "color": GREY, "label": "null: new random weights"},
         "shuffled_channels": shuffled,
         "shuffled_positions": shuffled,
@@ -297,16 +279,13 @@ def _null_style(name: str) -> dict[str, Any]:
 def _sensitivity(findings: Findings) -> Canvas:
     shown = [(rule, rule.curve) for rule in rules().values() if rule.curve and rule.curve.name in findings.sensitivity]
     figure, panels = canvas(1, len(shown), height=0.95, sharey=True)
-    nulls = {name: null.curves for name, null in findings.nulls.items() if isinstance(null, Measures)}
+    curves = {"this model": findings.sensitivity}
+    curves |= {name: null.curves for name, null in findings.nulls.items() if isinstance(null, Measures)}
     for axes, (rule, curve) in zip(panels, shown, strict=True):
         color = SPIKE if rule in SPIKE_RULES.values() else SINK
-        lines: list[tuple[dict[str, list[CurvePoint]], dict[str, Any]]] = [
-            (findings.sensitivity, {"ls": "-", "marker": "o", "color": color, "label": "this model"})
-        ]
-        lines += [(nulls[name], _null_style(name)) for name in rule.nulls if name in nulls]
         place: Callable[[float], Any] = str if curve.scale == "even" else float
-        for curves, style in lines:
-            points = curves[curve.name]
+        for name in ("this model", *(null for null in rule.nulls if null in curves)):
+            points, style = curves[name][curve.name], _curve_style(name, color)
             axes.plot([place(p.at) for p in points], [getattr(p, curve.key) for p in points], markersize=2.5, **style)
         axes.set(ylim=(-0.03, 1.03), xlabel=curve.title)
         if curve.scale == "log":
@@ -385,7 +364,13 @@ def _history_caption(rows: Sequence[HistoryRow]) -> str:
     )
 
 
-HISTORY = Figure(_history, _history_caption, is_drawable=lambda rows: len(rows) > 1)
+def _history_figure(rows_of: Callable[[Any], Sequence[HistoryRow]]) -> Figure:
+    """Returns the figure of the steps that some findings have."""
+    return Figure(
+        lambda findings: _history(rows_of(findings)),
+        lambda findings: _history_caption(rows_of(findings)),
+        is_drawable=lambda findings: len(rows_of(findings)) > 1,
+    )
 
 
 def _prompt_magnitudes(findings: PromptFindings) -> Canvas:
@@ -393,8 +378,7 @@ def _prompt_magnitudes(findings: PromptFindings) -> Canvas:
         [math.log10(max(x / max(median, 1e-30), 1.0)) for x in row]
         for row, median in zip(findings.magnitudes, findings.medians, strict=True)
     ]
-    tokens = [label(token.text) for token in findings.tokens]
-    return heat(relative, findings.layers, tokens, "log10 of |h| / median", SPIKE)
+    return _heat(findings, relative, findings.layers, "log10 of |h| / median", SPIKE)
 
 
 def _strongest_heads(findings: PromptFindings) -> list[PromptHead]:
@@ -403,8 +387,20 @@ def _strongest_heads(findings: PromptFindings) -> list[PromptHead]:
 
 
 def _prompt_received(findings: PromptFindings) -> Canvas:
-    heads, texts = _strongest_heads(findings), [label(token.text) for token in findings.tokens]
-    return heat([head.alpha for head in heads], [head.head for head in heads], texts, "alpha", SINK, 1)
+    heads = _strongest_heads(findings)
+    return _heat(findings, [head.alpha for head in heads], [head.head for head in heads], "alpha", SINK, 1)
+
+
+def _heat(
+    findings: PromptFindings, values: Any, rows: list[str], text: str, color: str, vmax: float | None = None
+) -> Canvas:
+    """Draws a heat map of tokens (columns) against layers or heads (rows)."""
+    figure, axes = canvas(lines=min(len(rows), 60) * 0.8 + 5)
+    image = axes.imshow(values, aspect="auto", cmap=SHADES[color], vmin=0, vmax=vmax, interpolation="nearest")
+    name_ticks(axes.xaxis, [label(token.text) for token in findings.tokens], 60, 90)
+    name_ticks(axes.yaxis, rows, 40, 0)
+    _shade_bar(figure, image, axes, text)
+    return figure
 
 
 def _comparison(pairs: Pairs) -> Canvas:
@@ -432,55 +428,44 @@ def _pairs_history(pairs: Pairs) -> list[HistoryRow]:
     return history.findings_rows([findings for _, findings in pairs])
 
 
-measured_on = lambda findings: f" Measured on {on_text(findings.data)}."
 DETECTION = {
     "matrix": Figure(_matrix, _matrix_caption, is_drawable=lambda f: f.examples and f.examples.matrices),
     "magnitudes": Figure(
         _magnitudes,
-        lambda findings: (
-            "The three largest |h| in a sequence and its median, after each sub-layer; means over the sequences."
-            + measured_on(findings)
-        ),
+        "The three largest |h| in a sequence and its median, after each sub-layer; means over the sequences.",
+        measured=True,
     ),
     "heads": Figure(
         _heads,
-        lambda findings: (
-            "Sinks, head by head: the share of sequences in which the first key (left), or any key that at least T/4 "
-            f"queries see (right), has alpha > {PRIMARY_SINK_EPSILON}." + measured_on(findings)
-        ),
+        "Sinks, head by head: the share of sequences in which the first key (left), or any key that at least T/4 "
+        f"queries see (right), has alpha > {PRIMARY_SINK_EPSILON}.",
+        measured=True,
     ),
-    "positions": Figure(_positions, lambda findings: _positions_caption(findings) + measured_on(findings)),
+    "positions": Figure(_positions, _positions_caption, measured=True),
     "text": Figure(_text, _text_caption, wide=True, is_drawable=lambda f: f.examples and f.examples.sequences),
-    "co_occurrence": Figure(_co_occurrence, lambda findings: _co_occurrence_caption(findings) + measured_on(findings)),
+    "co_occurrence": Figure(_co_occurrence, _co_occurrence_caption, measured=True),
     "tokens": Figure(
         _tokens,
-        lambda findings: (
-            "The tokens with the largest |h|, and those that get the most attention in one head. @ gives the position."
-            + measured_on(findings)
-        ),
+        "The tokens with the largest |h|, and those that get the most attention in one head. @ gives the position.",
+        measured=True,
     ),
     "path": Figure(_path, _path_caption, is_drawable=lambda findings: findings.anatomy),
     "sensitivity": Figure(
         _sensitivity,
-        lambda findings: (
-            "How the findings depend on their thresholds; a vertical line marks the threshold that is used. Keys that "
-            "fewer than T/4 queries see never count." + measured_on(findings)
-        ),
+        "How the findings depend on their thresholds; a vertical line marks the threshold that is used. Keys that "
+        "fewer than T/4 queries see never count.",
         wide=True,
         is_drawable=lambda findings: findings.nulls,
+        measured=True,
     ),
-    "history": Figure(
-        lambda findings: _history(findings.history),
-        lambda findings: _history_caption(findings.history),
-        is_drawable=lambda findings: HISTORY.is_drawable(findings.history or ()),
-    ),
+    "history": _history_figure(lambda findings: findings.history or ()),
 }
 PROMPT = {
     "matrix": DETECTION["matrix"],
     "text": DETECTION["text"],
     "magnitudes": Figure(
         _prompt_magnitudes,
-        lambda _: "The largest |h| of each token, divided by the layer's median, after each sub-layer; log scale.",
+        "The largest |h| of each token, divided by the layer's median, after each sub-layer; log scale.",
         wide=True,
     ),
     "received": Figure(
@@ -501,9 +486,5 @@ COMPARISON = {
             + measured_on(pairs[0][1])
         ),
     ),
-    "history": Figure(
-        lambda pairs: _history(_pairs_history(pairs)),
-        lambda pairs: _history_caption(_pairs_history(pairs)),
-        is_drawable=lambda pairs: HISTORY.is_drawable(_pairs_history(pairs)),
-    ),
+    "history": _history_figure(_pairs_history),
 }

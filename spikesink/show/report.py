@@ -1,30 +1,14 @@
 """Turns findings into words and tables for a terminal. page.py makes pages and figures, which need more packages."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import TypeVar
 
 from ..edit.findings import Ablation
 from ..measure import history
 from ..measure.calibrate import rules
-from ..measure.findings import (
-    Anatomy,
-    CheckpointEntry,
-    CoOccurrence,
-    DataEntry,
-    Episode,
-    Findings,
-    HistoryRow,
-    KeyDimensions,
-    Measures,
-    Overlap,
-    PromptFindings,
-    SideStats,
-    SinkFindings,
-    Skipped,
-    Vocabulary,
-)
+from ..measure.findings import Anatomy, CoOccurrence, Findings, PromptFindings, SinkFindings, Skipped, Vocabulary
 from ..measure.rules import BEST_HEAD, Rule
 from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES, needed_heads
 from ..measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
@@ -36,8 +20,9 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------------------------- in words
 
 
-def conditions(checkpoint: CheckpointEntry, data: DataEntry, nats: bool = True) -> str:
+def conditions(findings: Findings, nats: bool = True) -> str:
     """Returns on what findings were measured, and the loss; without `nats`, the loss in bits per byte alone."""
+    checkpoint, data = findings.checkpoint, findings.data
     digest = (checkpoint.sha256 or "unknown")[:12]
     up_to = "up to " if data.tokens < data.n_seq * data.seq_len else ""
     step = "" if checkpoint.step is None else f"step {checkpoint.step}, "
@@ -58,11 +43,6 @@ def conditions(checkpoint: CheckpointEntry, data: DataEntry, nats: bool = True) 
     )
 
 
-def verdict_lines(findings: Findings) -> list[str]:
-    """Returns a line per phenomenon: present, absent or underpowered, and why."""
-    return [f"{name}: {v.verdict.upper()}. {v.reason}." for name, v in findings.verdicts.by_name.items()]
-
-
 def summary(findings: Findings) -> list[str]:
     """Returns what the numbers say about spikes, sinks and co-occurrence: a paragraph each."""
     sinks = findings.sinks
@@ -70,16 +50,17 @@ def summary(findings: Findings) -> list[str]:
     best = gu.best_eligible
     strongest = "No key is seen by at least T/4 queries"
     if best:
-        strongest = (
-            f"Among keys that at least T/4 queries see, the strongest is position {best.position} ({best.rate:.1%})"
-        )
+        place = f"position {best.position} ({best.rate:.1%})"
+        strongest = f"Among keys that at least T/4 queries see, the strongest is {place}"
+    narrow = [seam.name for seam, possible in zip(sinks.seams, sinks.possible, strict=True) if not possible]
+    windows = f" In {', '.join(narrow)} the window is too short for sinks: too few queries see a key." if narrow else ""
     return [
         _spike_sentences(findings),
         f"Sinks: the first token is a sink in {gu.first:.1%} {format_interval(gu.first_ci95, '.1%')} of heads (Gu et "
         f"al.'s Sink_1 at epsilon {gu.epsilon}). {strongest}. Position 0 gets "
         f"{sinks.share[0]:.1%} of all attention; it would get {sinks.share_uniform[0]:.1%} if every query spread "
         f"its attention evenly. A token is called a sink if it is one in at least {sinks.heads_needed} of the "
-        f"{sum(map(len, sinks.alpha_first))} heads." + _windows(sinks),
+        f"{sum(map(len, sinks.alpha_first))} heads.{windows}",
         _overlap_sentence(findings.co_occurrence),
     ]
 
@@ -114,17 +95,17 @@ def _spike_sentences(findings: Findings) -> str:
     return " ".join(lines)
 
 
-def _windows(sinks: SinkFindings) -> str:
-    """Returns a sentence on the layers that cannot have a sink."""
-    names = [seam.name for seam, possible in zip(sinks.seams, sinks.possible, strict=True) if not possible]
-    return f" In {', '.join(names)} the window is too short for sinks: too few queries see a key." if names else ""
-
-
 def _overlap_sentence(overlap: CoOccurrence) -> str:
     if not (overlap.spike_tokens and overlap.sink_tokens):
         return f"Co-occurrence: undefined, with {overlap.spike_tokens} spike and {overlap.sink_tokens} sink tokens."
     ci, sink_given, spike_given = overlap.ci95, overlap.p_sink_given_spike, overlap.p_spike_given_sink
-    rest = _without_first(overlap.without_first)
+    first = overlap.without_first
+    rest = f"Without position 0 there are {first.spike_tokens} spike tokens and {first.sink_tokens} sink tokens."
+    if first.spike_tokens and first.sink_tokens:
+        rest = (
+            f"Without position 0, P(sink | spike) is {first.p_sink_given_spike:.0%}, and the lift is "
+            f"{number(first.lift, '.2f')}, p {first.p_permutation:.3g}."
+        )
     if overlap.by_construction:
         return (
             f"Co-occurrence: P(sink | spike) is {sink_given:.0%}, P(spike | sink) {spike_given:.0%}. But the spikes or "
@@ -136,15 +117,6 @@ def _overlap_sentence(overlap: CoOccurrence) -> str:
         f"Co-occurrence: P(sink | spike) is {sink_given:.0%} {format_interval(ci.p_sink_given_spike, '.0%')}, "
         f"P(spike | sink) {spike_given:.0%} {format_interval(ci.p_spike_given_sink, '.0%')}. The lift over what "
         f"position alone explains is {lift}, p {overlap.p_permutation:.3g}. {rest}"
-    )
-
-
-def _without_first(rest: Overlap) -> str:
-    if not (rest.spike_tokens and rest.sink_tokens):
-        return f"Without position 0 there are {rest.spike_tokens} spike tokens and {rest.sink_tokens} sink tokens."
-    return (
-        f"Without position 0, P(sink | spike) is {rest.p_sink_given_spike:.0%}, and the lift is "
-        f"{number(rest.lift, '.2f')}, p {rest.p_permutation:.3g}."
     )
 
 
@@ -165,8 +137,13 @@ def anatomy_lines(anatomy: Anatomy | None) -> list[str]:
         f"and {ends}",
         f"They share channels: {channels}.",
     ]
-    if anatomy.episodes:
-        lines.append(f"The spikes last from {'; from '.join(map(_episode, anatomy.episodes))}.")
+    spans = [
+        f"{span.start.name} to {span.end.name} ({span.tokens:.0%} of the spike tokens; |h| is {span.magnitude:.4g} at "
+        f"most, {span.ratio:.0f} x the median, most often in channel {span.channel})"
+        for span in anatomy.episodes
+    ]
+    if spans:
+        lines.append(f"The spikes last from {'; from '.join(spans)}.")
     cosines = [(row.spikes, row) for row in anatomy.normed_cosine if row.spikes is not None]
     if cosines:
         cosine, row = max(cosines, key=lambda pair: pair[0])
@@ -175,38 +152,25 @@ def anatomy_lines(anatomy: Anatomy | None) -> list[str]:
             f"{cosine:.2f}, against {number(row.others, '.2f')} between other tokens."
         )
     heads = [head for row in anatomy.key_subspace for head in row.heads if head.dims95]
-    return lines + ([_key_sentence(heads)] if heads else []) + _form_lines(anatomy)
-
-
-def _episode(episode: Episode) -> str:
-    return (
-        f"{episode.start.name} to {episode.end.name} ({episode.tokens:.0%} of the spike tokens; |h| is "
-        f"{episode.magnitude:.4g} at most, {episode.ratio:.0f} x the median, most often in channel {episode.channel})"
-    )
-
-
-def _key_sentence(heads: list[KeyDimensions]) -> str:
-    mean = lambda counts: sum(count or 0 for count in counts) / len(heads)
-    return (
-        f"Sink keys have 95% of their energy in {mean(head.dims95 for head in heads):.1f} dimensions, as many other "
-        f"keys in {mean(head.others_dims95 for head in heads):.1f} (means over {len(heads)} heads)."
-    )
-
-
-def _form_lines(anatomy: Anatomy) -> list[str]:
+    if heads:
+        mean = lambda counts: sum(count or 0 for count in counts) / len(heads)
+        lines.append(
+            f"Sink keys have 95% of their energy in {mean(head.dims95 for head in heads):.1f} dimensions, as many "
+            f"other keys in {mean(head.others_dims95 for head in heads):.1f} (means over {len(heads)} heads)."
+        )
     form = anatomy.quadratic_form
-    if form is None:
-        return []
-    in_words = lambda channels: ", ".join(f"{c.channel} ({c.norm:.2f}x, {c.dominance:.2f})" for c in channels)
-    return [
-        f"The quadratic form of ffn {form.layer}, by channel (its norm over the median channel's; the part of it in "
-        f"one direction): shared channels {in_words(form.channels)}; random channels {in_words(form.others)}."
-    ]
+    if form:
+        in_words = lambda channels: ", ".join(f"{c.channel} ({c.norm:.2f}x, {c.dominance:.2f})" for c in channels)
+        lines.append(
+            f"The quadratic form of ffn {form.layer}, by channel (its norm over the median channel's; the part of it "
+            f"in one direction): shared channels {in_words(form.channels)}; random channels {in_words(form.others)}."
+        )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
-Sides = tuple[SideStats, SideStats | None]  # a tap's sum, and what the next sub-layer reads of it
+# of a tap: (SideStats of the sum, those of what the next sub-layer reads of it, or None)
 _of_sum = lambda key: lambda sides: attrgetter(key)(sides[0])
 _of_read = lambda key: lambda sides: None if sides[1] is None else attrgetter(key)(sides[1])
 LAYER = (
@@ -246,7 +210,7 @@ LARGEST_TOKEN = (
     Column("layers", attrgetter("persistence"), ".0%"),
     Column("rules", lambda token: ", ".join(token.rules)),
 )
-HISTORY = (
+HISTORY = (  # of HistoryRows
     Column("step", attrgetter("step"), ","),
     *(Column(title, attrgetter(key), ".4g") for key, (title, _) in history.COLUMNS.items()),
 )
@@ -279,10 +243,12 @@ def head_table(findings: Findings, strongest: int | None = None) -> Table:
 
 def null_table(findings: Findings) -> Table:
     """Returns a row for the model and for each null. Percentages are of tokens unless a heading says otherwise."""
-    measured = lambda value: lambda row: "" if isinstance(row[1], Skipped) else value(row[1])
+    is_skipped = lambda row: isinstance(row[1], Skipped)
+    measured = lambda value: lambda row: "" if is_skipped(row) else value(row[1])
     rate = lambda name, key: measured(lambda measures: getattr(measures.rules[name], key))
+    name_of = lambda row: f"{row[0]} (skipped: {row[1].skipped})" if is_skipped(row) else row[0].replace("_", " ")
     columns = [
-        Column("measured on", _null_name),
+        Column("measured on", name_of),
         Column("sequences", measured(attrgetter("n_seq")), "d"),
         Column("largest |h|/median", measured(attrgetter("largest_ratio")), ".4g"),
         Column("kurtosis", measured(attrgetter("kurtosis"))),
@@ -294,11 +260,6 @@ def null_table(findings: Findings) -> Table:
                 columns.append(Column("best head, of sequences", rate(name, BEST_HEAD), ".2%"))
     columns.append(Column("loss", measured(attrgetter("loss")), ".3f"))
     return table(columns, {"this model": findings.measures, **findings.nulls}.items())
-
-
-def _null_name(row: tuple[str, Measures | Skipped]) -> str:
-    name, null = row
-    return f"{name} (skipped: {null.skipped})" if isinstance(null, Skipped) else name.replace("_", " ")
 
 
 def inner_table(anatomy: Anatomy) -> Table:
@@ -319,11 +280,6 @@ def places_sentence(anatomy: Anatomy) -> str:
     return f"Measured on the {anatomy.n_seq} sequences of the anatomy. {places}."
 
 
-def history_table(rows: Iterable[HistoryRow]) -> Table:
-    """Returns a row per step of training."""
-    return table(HISTORY, rows)
-
-
 def by_part(parts: Sequence[tuple[str, T]], text: Callable[[T], str]) -> str:
     """Returns the texts of the parts; if there are several, each under its name."""
     title = lambda name: f"== {name} ==\n\n" if len(parts) > 1 else ""
@@ -331,18 +287,21 @@ def by_part(parts: Sequence[tuple[str, T]], text: Callable[[T], str]) -> str:
 
 
 def terminal(findings: Findings) -> str:
-    """Returns the findings as text, part by part."""
-    return by_part(findings.all_parts, _terminal_part)
+    """Returns the findings as text, part by part, and those on the vocabulary if there are any."""
+    tables = vocabulary_tables(findings.vocabulary) if findings.vocabulary else []
+    parts = by_part(findings.all_parts, _terminal_part)
+    return "\n\n".join([parts, *(f"{sentence}\n\n{grid(*rows)}" for sentence, rows in tables)])
 
 
 def _terminal_part(findings: Findings, heads: int = 16) -> str:
     """Returns one part as text, with the `heads` heads that pay the most attention to the first key."""
+    verdicts = [f"{name}: {v.verdict.upper()}. {v.reason}." for name, v in findings.verdicts.by_name.items()]
     n_heads = sum(map(len, findings.sinks.alpha_first))
     more = f"\n({n_heads - heads} more heads in the JSON and the page)" if n_heads > heads else ""
     return "\n\n".join(
         [
-            f"measured on {conditions(findings.checkpoint, findings.data)}",
-            "\n".join(verdict_lines(findings)),
+            f"measured on {conditions(findings)}",
+            "\n".join(verdicts),
             grid(*layer_table(findings)),
             grid(*head_table(findings, heads)) + more,
             grid(*table(LARGEST_TOKEN, findings.spikes.tokens[:5])),
@@ -387,15 +346,12 @@ def _token_at(findings: PromptFindings, position: int) -> str:
 
 def prompt_head_table(findings: PromptFindings, strongest: int | None = None) -> Table:
     """Returns the token that each head attends to most, the heads with the most attention on it first."""
-    alpha = lambda head: head.alpha[head.most_at]
+    alpha, n = lambda head: head.alpha[head.most_at], len(findings.tokens)
     columns = (
         Column("head", attrgetter("head")),
         Column("attends most to", lambda head: _token_at(findings, head.most_at)),
         Column("alpha", alpha),
-        Column(
-            "queries with their maximum there",
-            lambda head: f"{sum(to == head.most_at for to in head.looks_at)} of {len(findings.tokens)}",
-        ),
+        Column("queries with their maximum there", lambda head: f"{head.looks_at.count(head.most_at)} of {n}"),
     )
     return table(columns, sorted(findings.heads, key=alpha, reverse=True)[:strongest])
 
@@ -434,11 +390,6 @@ def vocabulary_tables(vocabulary: Vocabulary) -> list[tuple[str, Table]]:
     ]
 
 
-def vocabulary_terminal(vocabulary: Vocabulary) -> str:
-    """Returns the findings on the vocabulary as text."""
-    return "\n\n".join(f"{sentence}\n\n{grid(*rows)}" for sentence, rows in vocabulary_tables(vocabulary))
-
-
 def nats_note(all_findings: Sequence[Findings]) -> str | None:
     """Returns why losses in nats per token cannot be compared; None if all models have the same tokenizer."""
     kinds = {f.data.tokenizer or f"unknown, of {f.model.get('vocab_size')} ids" for f in all_findings}
@@ -469,9 +420,7 @@ def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> 
         Column("largest top1/median", attrgetter("largest_ratio"), ".1f"),
         Column("largest kurtosis", attrgetter("largest_kurtosis")),
         *_compared_rules(SPIKE_RULES),
-        Column(
-            "spike tokens as read, behind the norms", lambda f: f.spikes.read.fraction if f.spikes.read else None, ".2%"
-        ),
+        Column("spike tokens as read, behind the norms", lambda f: f.spikes.read and f.spikes.read.fraction, ".2%"),
         Column("spike tokens at the last tap", attrgetter("spikes.sum.last"), ".2%"),
         Column("outlier channels", lambda f: len(f.spikes.outlier_channels), "d"),
         Column(f"Sink_1 ({PRIMARY_SINK_EPSILON})", lambda f: sink_1(f.sinks.at(PRIMARY_SINK_EPSILON))),
@@ -498,6 +447,15 @@ def architecture_table(names: Sequence[str], all_findings: Sequence[Findings]) -
     columns = [Column(key, entry(key)) for key in keys]
     header, rows = transposed_table(names, columns, all_findings)
     return Table(header, [row for row in rows if len(set(row[1:])) > 1])
+
+
+def comparison_terminal(names: Sequence[str], all_findings: Sequence[Findings]) -> str:
+    """Returns checkpoints side by side as text."""
+    lines = [grid(*comparison_table(names, all_findings)), nats_note(all_findings)]
+    differences = architecture_table(names, all_findings)
+    if differences.rows:
+        lines.append("what differs in their architecture\n" + grid(*differences))
+    return "\n\n".join(filter(None, lines))
 
 
 def ablation_terminal(ablation: Ablation) -> str:

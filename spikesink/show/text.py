@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..measure.findings import TextEntry
 from ..text.tokenizers import visible  # noqa: F401  # whoever shows a token imports it from here
 
 
@@ -66,8 +65,3 @@ def grid(header: list[str], rows: list[list[str]]) -> str:
         [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
     )
     return "\n".join(align(row).rstrip() for row in rows)
-
-
-def on_text(text: TextEntry) -> str:
-    """Returns a short description of the sequences that findings are about."""
-    return f"{text.n_seq} sequences of {text.seq_len} tokens of {text.name}, {text.dtype}"
