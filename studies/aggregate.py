@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from studies.runs.measures import measure_of
+from studies.runs.measures import known, measure_of
 from studies.runs.rows import Done, Interval, Point
 
 MIN_SEEDS = 6  # for an interval or a test
@@ -55,11 +55,6 @@ class Difference(Estimate):
 
     paired: bool
     seeds: int  # the number of seeds of the arm that has fewer
-
-
-def known(numbers: Iterable[float | None]) -> list[float]:
-    """The numbers that are defined."""
-    return [x for x in numbers if x is not None]
 
 
 def median_interval(values: Sequence[float]) -> Interval | None:

@@ -172,7 +172,7 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
     points = cached_json(job.folder / "course.json", measure_course)["points"]
     run_identity = identity(job, job.cfg.max_iters, machine)
     last = Point(run_identity["step"], run_identity["tokens"], loss, numbers)
-    ablations: dict[str, Any] = {}
+    ablations = Ablations()
     if study.ablations:
         if not (file := job.folder / "ablate.json").is_file():
             api.ablate(look(), study.ablations, study.probes).save(file)
@@ -186,7 +186,7 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
         weights=files.content_hash(checkpoint.load(path).model)[:16],
         verdicts=findings.verdicts.words,
         measures=numbers,
-        ablations=schema.from_json(Ablations, ablations),
+        ablations=ablations,
         course=[*schema.from_json(list[Point], points), last],
         where=measures.where(findings),
     )
