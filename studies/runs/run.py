@@ -61,11 +61,11 @@ def copy_twin(job: Job) -> bool:
     return True
 
 
-def cached_json(path: Path, make: Callable[[], Any]) -> Any:
-    """The content of a JSON file. If there is no such file, it is made first, from the result of `make()`."""
+def cached(path: Path, make: Callable[[], Any]) -> Path:
+    """The path of a JSON file. If there is no such file, it is made first, from the result of `make()`."""
     if not path.is_file():
         schema.save(path, make())
-    return read_json(path)
+    return path
 
 
 def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
@@ -91,22 +91,19 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
 
 
 def clear_folder(job: Job) -> None:
-    """Removes another run of a study from a job's folder. Raises UserError if anything else is there."""
+    """Removes another run of a study from a job's folder. Raises UserError if anything else is there, or if another
+    process trains in it."""
     if (job.folder / "job.json").is_file():
-        check_idle(job.folder)
+        try:
+            with filelock.FileLock(job.folder / ".lock", timeout=0):
+                pass
+        except filelock.Timeout:
+            problem = f"another study trains in {job.folder}: stop it, or choose another --name for this one"
+            raise UserError(problem) from None
         tqdm.write(f"{job.name}: {job.folder} holds a run of another config, data or code: it is run again")
         shutil.rmtree(job.folder)
     elif job.folder.exists() and any(not path.name.startswith(".") for path in job.folder.iterdir()):
         raise UserError(f"{job.folder} holds something other than a run of a study: choose another --out or --name")
-
-
-def check_idle(folder: Path) -> None:
-    """Raises UserError if another process trains in a folder."""
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            pass
-    except filelock.Timeout:
-        raise UserError(f"another study trains in {folder}: stop it, or choose another --name for this one") from None
 
 
 def identity(job: Job, step: int, machine: Machine) -> dict[str, Any]:
@@ -159,24 +156,20 @@ def train_run(job: Job, machine: Machine) -> float:
 def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
     """The row of a run that was trained to its end. Measurements that are in its folder already are read from there."""
     torch.set_float32_matmul_precision("highest")
-    path = job.folder / "ckpt.pt"
+    folder, path = job.folder, job.folder / "ckpt.pt"
     options = Options(n_seq=study.n_seq, seq_len=study.seq_len, device=str(machine.device))
     look = functools.cache(lambda: api.open(path, options, lab=LAB, calibration=True))
-    if not (file := job.folder / "detect.json").is_file():
-        api.detect(look()).save(file)
-    findings = Findings.load(file)
+    findings = Findings.load(cached(folder / "detect.json", lambda: api.detect(look())))
     numbers: Measures = {"loss": loss, **measures.from_findings(findings)}
     if study.int8:
-        numbers |= cached_json(job.folder / "int8.json", lambda: measures.int8_costs(look()))
-    measure_course = lambda: {"points": schema.to_json(course(job, options, study.int8))}
-    points = cached_json(job.folder / "course.json", measure_course)["points"]
+        numbers |= read_json(cached(folder / "int8.json", lambda: measures.int8_costs(look())))
+    points = read_json(cached(folder / "course.json", lambda: {"points": course(job, options, study.int8)}))["points"]
     run_identity = identity(job, job.cfg.max_iters, machine)
     last = Point(run_identity["step"], run_identity["tokens"], loss, numbers)
     ablations = Ablations()
     if study.ablations:
-        if not (file := job.folder / "ablate.json").is_file():
-            api.ablate(look(), study.ablations, study.probes).save(file)
-        ablation = Ablation.load(file)
+        ablate = lambda: api.ablate(look(), study.ablations, study.probes)
+        ablation = Ablation.load(cached(folder / "ablate.json", ablate))
         numbers, ablations = numbers | measures.from_ablation(ablation), measures.ablations(ablation)
     return Done(
         **run_identity,
