@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from spikesink.api import Look
 from spikesink.edit.findings import Ablation, Blimp, ControlEffect, Entry
 from spikesink.edit.quantise import quantised_losses
-from spikesink.measure.findings import Findings, RuleCount
+from spikesink.measure.findings import Findings, LayerStats, RuleCount
 from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE
 from spikesink.measure.spikes import PRIMARY_SPIKE_RULE
 from spikesink.text.tokenizers import visible
@@ -40,10 +40,9 @@ def _largest(numbers: Iterable[float]) -> float | None:
     return max(filter(math.isfinite, numbers), default=None)
 
 
-def _ratios(findings: Findings) -> dict[str, float]:
-    """{layer: top1/median} of the layers with finite magnitudes."""
-    finite = (layer for layer in findings.attended if math.isfinite(layer.top1) and math.isfinite(layer.median))
-    return {layer.name: layer.ratio for layer in finite}
+def _finite(findings: Findings) -> list[LayerStats]:
+    """The layers with finite magnitudes."""
+    return [layer for layer in findings.attended if math.isfinite(layer.top1) and math.isfinite(layer.median)]
 
 
 def _first(rates: list[float]) -> float | None:
@@ -61,55 +60,44 @@ def _punctuation_of_spikes(findings: Findings) -> float | None:
     return sum(not any(c.isalnum() for c in visible(text)) for text in texts) / len(texts) if texts else None
 
 
-# name -> Measure; magnitudes are averaged over sequences, and taken from the layer where they are largest
+# name -> Measure. Magnitudes are averaged over sequences, and taken from the layer where they are largest. "tokens" and
+# "sequences" are shares: of tokens that are one, of sequences that have one.
 MEASURES: dict[str, Measure[Findings]] = {
-    # the trainer's loss on its validation batches, at the training length, nats per token
-    "loss": Measure("plain", ".4f"),
-    # the loss on detect.py's sequences, nats per token
-    "short loss": Measure("plain", ".4f", lambda f: f.data.loss),
-    # the largest |h| of a sequence
+    "loss": Measure("plain", ".4f"),  # the trainer's, on its validation batches, nats per token
+    "short loss": Measure("plain", ".4f", lambda f: f.data.loss),  # on detect.py's sequences
     "largest |h|": Measure("log", ".4g", lambda f: _largest(layer.inf_norm for layer in f.attended)),
-    "top1/median": Measure("log", ".3g", lambda f: max(_ratios(f).values(), default=None)),
-    # He et al.'s channel kurtosis
-    "kurtosis": Measure("log", ".3g", lambda f: _largest(layer.kurtosis for layer in f.attended)),
-    # share of tokens with a spike by the primary rule
+    "top1/median": Measure("log", ".3g", lambda f: max((layer.ratio for layer in _finite(f)), default=None)),
+    "kurtosis": Measure("log", ".3g", lambda f: _largest(layer.kurtosis for layer in f.attended)),  # He et al.'s
     "spike tokens": Measure("share", ".2%", lambda f: f.spikes.primary_rule.fraction),
     # the same, in what sub-layers read behind their norms
     "spikes as read": Measure("share", ".2%", lambda f: f.spikes.read.fraction if f.spikes.read else None),
-    # the same, at the last tap, which no attention reads
-    "spikes last": Measure("share", ".2%", lambda f: f.spikes.sum.last),
+    "spikes last": Measure("share", ".2%", lambda f: f.spikes.sum.last),  # at the last tap, which no attention reads
     # share of the spike tokens that are spikes in the embedding already
     "spikes in embedding": Measure("share", ".0%", lambda f: f.spikes.sum.in_embedding),
-    # share of sequences with a spike token
     "spike sequences": Measure("share", ".0%", lambda f: f.measures.rules[PRIMARY_SPIKE_RULE].sequences),
     # share of the first token's energy (squared norm) in its largest channel
     "first energy": Measure("share", ".0%", lambda f: max(known(x.first_energy for x in f.attended), default=None)),
     # norm of the first token's state over the median token's
     "first norm": Measure("log", ".3g", lambda f: max(known(x.first_norm for x in f.attended), default=None)),
-    # Gu et al.'s Sink_1 at epsilon 0.3: share of heads and sequences in which the first key has alpha > 0.3
+    # Gu et al.'s at epsilon 0.3: share of heads and sequences in which the first key has alpha > 0.3
     "Sink_1": Measure("share", ".1%", lambda f: f.sinks.at(PRIMARY_SINK_EPSILON).first),
     # share of sequences in which one and the same head has a sink (alpha > 0.3, keys with at least T/4 queries)
     "best head": Measure("share", ".0%", lambda f: f.measures.rules[PRIMARY_SINK_RULE].best_head),
-    # share of tokens with alpha > 0.3 in a head
-    "sink tokens": Measure("share", ".2%", lambda f: f.sinks.primary_rule.fraction),
-    # share of all attention on the first key
-    "first key": Measure("share", ".1%", lambda f: f.sinks.share[0]),
-    # share of the spike tokens that are sinks, and the reverse
+    "sink tokens": Measure("share", ".2%", lambda f: f.sinks.primary_rule.fraction),  # alpha > 0.3 in a head
+    "first key": Measure("share", ".1%", lambda f: f.sinks.share[0]),  # share of all attention on it
     "P(sink | spike)": Measure("share", ".0%", lambda f: f.co_occurrence.p_sink_given_spike),
     "P(spike | sink)": Measure("share", ".0%", lambda f: f.co_occurrence.p_spike_given_sink),
-    # tokens that are spike and sink over tokens that are either
-    "Jaccard": Measure("share", ".2f", lambda f: f.co_occurrence.jaccard),
-    # overlap over the overlap that position alone explains
-    "lift": Measure("log", ".2f", lambda f: f.co_occurrence.lift),
+    "Jaccard": Measure("share", ".2f", lambda f: f.co_occurrence.jaccard),  # spike and sink over spike or sink
+    "lift": Measure("log", ".2f", lambda f: f.co_occurrence.lift),  # overlap over what position alone explains
     # share of the spike tokens, and of the sink tokens, that stand first
     "spikes first": Measure("share", ".0%", lambda f: _first(f.spikes.by_position)),
     "sinks first": Measure("share", ".0%", lambda f: _first(f.sinks.token_rate)),
     # share of the strongest spike tokens after the first position that have no letter and no digit
     "spikes punctuation": Measure("share", ".0%", _punctuation_of_spikes),
-    # share of sequences with a token by the percentile rule, and in the worst of its nulls
+    # the percentile rule's sequences, and those in the worst of its nulls
     "percentile sequences": Measure("share", ".0%", lambda f: f.measures.rules["percentile"].sequences),
     "percentile false": Measure("share", ".0%", lambda f: _false_rate(f.spikes.rules["percentile"])),
-    # share of sequences with a token that gets more than 20% of all attention (sinks.SHARE), and in its nulls
+    # the same for tokens that get more than 20% of all attention (sinks.SHARE)
     "share sequences": Measure("share", ".0%", lambda f: f.measures.rules["share"].sequences),
     "share false": Measure("share", ".0%", lambda f: _false_rate(f.sinks.rules["share"])),
 }
@@ -196,4 +184,5 @@ def measure_of(name: str) -> Measure[Any]:
 
 def where(findings: Findings) -> Where:
     """The layers and the tokens that have spikes, of detect.py's findings."""
-    return Where(_ratios(findings), dict(Counter(visible(token.text) for token in findings.spikes.primary_tokens)))
+    layers = {layer.name: layer.ratio for layer in _finite(findings)}
+    return Where(layers, dict(Counter(visible(token.text) for token in findings.spikes.primary_tokens)))

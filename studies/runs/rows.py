@@ -106,11 +106,6 @@ class Finished:
     seconds: float | None
 
 
-def finished_json(finished: Finished, config_hash: str) -> dict[str, Any]:
-    """The content of row.json."""
-    return {**schema.to_json(finished.row), "what": config_hash, "seconds": finished.seconds}
-
-
 def read_finished(content: dict[str, Any], origin: object) -> Finished:
     """The Finished that row.json holds. Raises UserError if another version has written it."""
     row = {key: value for key, value in content.items() if key not in ("what", "seconds")}

@@ -29,7 +29,7 @@ from spikesink.measure.summarise import summarise
 from spikesink.models import checkpoint
 from spikesink.options import Options
 from studies.runs import measures
-from studies.runs.rows import DIVERGED, DONE, Ablations, Done, Ended, Finished, Measures, Point, finished_json
+from studies.runs.rows import DIVERGED, DONE, Ablations, Done, Ended, Measures, Point
 from trainer import checkpoints
 from trainer.machine import Machine
 
@@ -70,9 +70,7 @@ def cached(path: Path, make: Callable[[], Any]) -> Path:
 
 def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
     """Trains and measures one run, or resumes it. It writes row.json last, so that a run with a row.json is complete.
-
-    Raises UserError if another process uses its folder, or if the folder holds anything but a run of a study.
-    """
+    Raises UserError if another process uses its folder, or if the folder holds anything but a run of a study."""
     if not started(job):
         clear_folder(job)
         if not keep_checkpoints and copy_twin(job):
@@ -85,7 +83,8 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
         row: Ended = measure_run(job, study, machine, train_run(job, machine))
     except Diverged as stop:
         row = Ended(status=DIVERGED, lr=stop.lr, loss=None, **identity(job, stop.step, machine))
-    schema.save(job.folder / "row.json", finished_json(Finished(row, time.perf_counter() - since), job.config_hash))
+    content = {**schema.to_json(row), "what": job.config_hash, "seconds": time.perf_counter() - since}
+    schema.save(job.folder / "row.json", content)  # which read_finished reads
     if not keep_checkpoints:
         checkpoints.Checkpoints(job.folder).clear()
 
@@ -132,10 +131,8 @@ class Diverged(Exception):
 
 
 def train_run(job: Job, machine: Machine) -> float:
-    """Trains a job to its end, with a checkpoint at step 0. Returns its validation loss at the end.
-
-    Raises Diverged, and InterruptedRunError after a signal.
-    """
+    """Trains a job to its end, with a checkpoint at step 0. Returns its validation loss at the end. Raises Diverged,
+    and InterruptedRunError after a signal."""
     resume = checkpoints.Checkpoints(job.folder).any()
     run = train.Run.open({**job.keys, "resume": resume, "overwrite": not resume}, job.folder, machine)
     if run.step == 0:
@@ -186,10 +183,8 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
 
 
 def course(job: Job, options: Options, int8: bool) -> list[Point]:
-    """The measures at the study's points before the last one, on the same sequences.
-
-    A run that was interrupted also has a checkpoint at another step, which is skipped.
-    """
+    """The measures at the study's points before the last one, on the same sequences. The checkpoint at another
+    step that an interrupted run has is skipped."""
     losses = {row["step"]: row["val_loss"] for row in rows_of(job.folder / "log.jsonl")}
     points = []
     for step, path in checkpoints.Checkpoints(job.folder).all().items():
