@@ -23,14 +23,13 @@ already holds are not repeated. Use it to add seeds or arms to a table that
 came with the clone, or to draw its page.
 """
 
-import dataclasses
 import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from spikesink import files, schema
 from spikesink.errors import StoppedError, UserError, cli
 from spikesink.measure.findings import SCHEMA
 from spikesink.show.text import grid, number
-from studies import report, tables
+from studies import figures, tables
 from studies.jobs import KINDS, ROOT, Job, Study, code_version, params_and_flops, plan, read_study, settings
 from studies.runs.rows import NOT_RUN, STARTED, Ended, Finished, Planned, read_finished
 from studies.runs.run import describe_machine, do_run, read_json, started
@@ -78,9 +77,7 @@ class Request(Command):
 
     study: str = ""  # the name on the command line
     command: str = ""  # the command that makes the same table elsewhere
-    extended_rows: dict[str, Finished] = dataclasses.field(
-        default_factory=dict
-    )  # by job, of the table that is extended
+    extended_rows: dict[str, Finished] = field(default_factory=dict)  # by job, of the table that is extended
 
     @property
     def table_folder(self) -> Path:
@@ -111,8 +108,7 @@ def rows_of_table(path: Path, jobs: Sequence[Job]) -> dict[str, Finished]:
     runs = ((f"{name}-{row.seed}", row) for name, arm in table.arms.items() for row in arm.seeds)
     rows = {name: Finished(row, table.times[name]) for name, row in runs if isinstance(row, Ended)}
     planned_ids = {job.id for job in jobs}
-    lost = [name for name, finished in rows.items() if finished.row.job not in planned_ids]
-    if lost:
+    if lost := [name for name, finished in rows.items() if finished.row.job not in planned_ids]:
         raise UserError(
             f"--extend: {path} holds {len(lost)} runs that are not asked for, {lost[0]} the first: ask for all of its "
             f"arms and seeds with its keys ({table.command!r}); runs of other code cannot be kept"
@@ -130,7 +126,7 @@ def write_results(study: Study, jobs: Sequence[Job], request: Request, last: boo
         schema.save(request.table_folder / "table.json", table)
         files.save_text(request.table_folder / "table.md", tables.markdown(table))
         if last:
-            report.study_page(request.runs_folder, table)
+            figures.study_page(request.runs_folder, table)
     return table
 
 
@@ -139,12 +135,13 @@ def table_of(study: Study, jobs: Sequence[Job], request: Request) -> Table:
     first = jobs[0]
     base = settings(first.model, first.cfg)
     finished = {job.id: finished_row(job, request) for job in jobs}
-    seconds = {job_id: row.seconds if row else None for job_id, row in finished.items()}
     arms: dict[str, Arm] = {}
-    for name in study.arms:
+    for name, configs in study.arms.items():
         arm_jobs = [job for job in jobs if job.arm == name]
+        model, cfg = arm_jobs[0].model, arm_jobs[0].cfg
+        changes = {key: value for key, value in settings(model, cfg).items() if value != base[key]}
         rows = [row_of(job, finished[job.id]) for job in arm_jobs]
-        arms[name] = arm_entry(study.arms[name], arm_jobs[0], rows, base)
+        arms[name] = Arm(configs, changes, *params_and_flops(model), arm_jobs[0].tokens, rows)
     return Table(
         name=request.name,
         findings=SCHEMA,
@@ -161,7 +158,7 @@ def table_of(study: Study, jobs: Sequence[Job], request: Request) -> Table:
         published=study.published,
         planned=[(arm, measure) for arm, measure in study.contrasts],
         arms=arms,
-        times={f"{job.arm}-{job.seed}": seconds[job.id] for job in jobs},
+        times={f"{job.arm}-{job.seed}": row.seconds if (row := finished[job.id]) else None for job in jobs},
     )
 
 
@@ -172,18 +169,11 @@ def row_of(job: Job, finished: Finished | None) -> Planned:
     return Planned(job.seed, job.id, job.code_hash, STARTED if started(job) else NOT_RUN)
 
 
-def arm_entry(configs: str | dict[str, Any], job: Job, rows: list[Planned], base: dict[str, Any]) -> Arm:
-    """An arm of the table. `job` is any of the arm's jobs, `base` the settings of the baseline."""
-    parameters, flops = params_and_flops(job.model)
-    changes = {key: value for key, value in settings(job.model, job.cfg).items() if value != base[key]}
-    return Arm(configs, changes, parameters, flops, job.tokens, rows)
-
-
 # ---------------------------------------------------------------------------------------------- cost
 
 
-def cost(jobs: Sequence[Job], request: Request, device: str) -> tuple[list[str], list[list[str]], str]:
-    """(header, rows, sentence) of the plan and its cost. Hours are extrapolated from a few timed updates."""
+def cost(jobs: Sequence[Job], request: Request, device: str) -> str:
+    """The plan and its cost, as text. Hours are extrapolated from a few timed updates."""
     rates: dict[tuple[Any, ...], float] = {}
     rows, tokens, all_flops, all_hours = [], 0, 0.0, 0.0
     for arm in dict.fromkeys(job.arm for job in jobs):
@@ -205,12 +195,12 @@ def cost(jobs: Sequence[Job], request: Request, device: str) -> tuple[list[str],
         f"left: {tokens / 1e6:,.1f}M tokens, {all_flops:.3g} FLOPs, {number(all_hours)} hours of training{unknown} one "
         f"run at a time, on {machine}; measuring the trained models takes more time"
     )
-    return header, rows, sentence
+    return f"{grid(header, rows)}\n\n{sentence}"
 
 
 def tokens_per_second(job: Job, updates: int, device: str) -> float:
     """Tokens per second of a job's training, over `updates` updates after a first one. NaN if it diverges in them."""
-    machine = dataclasses.replace(Machine.find(device), rank=0, world=1)
+    machine = replace(Machine.find(device), rank=0, world=1)
     with tempfile.TemporaryDirectory() as folder:
         run = train.Run.open({**job.keys, "overwrite": True}, folder, machine)
         try:
@@ -266,12 +256,11 @@ def main() -> None:
     jobs = plan(study, request.runs_folder, run_changes, code_version())
     if request.extend:
         path = request.table_folder / "table.json"
-        request = dataclasses.replace(request, extended_rows=rows_of_table(path, jobs))
+        request = replace(request, extended_rows=rows_of_table(path, jobs))
         # contrasts count as planned only if they were written before the first run
-        study = dataclasses.replace(study, contrasts=load_table(path).planned)
+        study = replace(study, contrasts=load_table(path).planned)
     if request.dry:
-        header, rows, sentence = cost(jobs, request, device)
-        print(f"{study.question}\n\n{grid(header, rows)}\n\n{sentence}")
+        print(f"{study.question}\n\n{cost(jobs, request, device)}")
         return
     for path in (request.table_folder / "table.json", request.runs_folder / "row.json"):
         files.check_writable(path)

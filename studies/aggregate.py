@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from studies.runs.measures import measure_of
+from studies.runs.measures import known, measure_of
 from studies.runs.rows import Done, Interval, Point
 
 MIN_SEEDS = 6  # for an interval or a test
@@ -57,11 +57,6 @@ class Difference(Estimate):
     seeds: int  # the number of seeds of the arm that has fewer
 
 
-def known(numbers: Iterable[float | None]) -> list[float]:
-    """The numbers that are defined."""
-    return [x for x in numbers if x is not None]
-
-
 def median_interval(values: Sequence[float]) -> Interval | None:
     """The narrowest symmetric interval of order statistics that covers the median in 95%; None below MIN_SEEDS.
 
@@ -82,9 +77,7 @@ def estimate(numbers: Iterable[float | None]) -> Estimate:
 
 def difference(arm: BySeed, base: BySeed, kind: str = "plain", same_start: bool = False) -> Difference | None:
     """An arm's median minus the baseline's, or over it for `log` numbers. None where that is undefined.
-
-    It is paired by seed if both are the same function at the start and share MIN_SEEDS_PAIRED seeds, else unpaired.
-    """
+    It is paired by seed if both are the same function at the start and share MIN_SEEDS_PAIRED seeds, else unpaired."""
     a, b = known(arm.values()), known(base.values())
     if not a or not b or (kind == "log" and min(*a, *b) <= 0):
         return None
@@ -165,10 +158,11 @@ def at_equal_loss(row: Done, base: Done) -> tuple[Measured, Measured] | None:
     if row.loss is None or base.loss is None:
         return None
     worse, better = (row, base) if row.loss > base.loss else (base, row)
-    match: Measured | None = crossing(better.course, max(row.loss, base.loss))
-    if match is None and abs(row.loss - base.loss) <= LOSS_TOLERANCE:
-        match = better
-    return None if match is None else (worse, match) if worse is row else (match, worse)
+    match = crossing(better.course, max(row.loss, base.loss))
+    if match is None and abs(row.loss - base.loss) > LOSS_TOLERANCE:
+        return None
+    point = match or better
+    return (worse, point) if worse is row else (point, worse)
 
 
 def crossing(course: Sequence[Point], loss: float) -> Point | None:

@@ -1,15 +1,18 @@
-"""The figures of a study: the arms with their seeds and intervals, the course over training, spikes against sinks."""
+"""A study's page, and its figures: the arms with their intervals, the course over training, spikes against sinks."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
 from spikesink.measure.spikes import SPIKE_RATIO
-from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, label, log_ticks
-from studies.aggregate import MIN_SEEDS, known
+from spikesink.show import page
+from spikesink.show.drawing import GREY, INK, SINK, SPIKE, Figure, canvas, for_page, label, log_ticks
+from studies import hypotheses, tables
+from studies.aggregate import MIN_SEEDS
 from studies.runs.measures import measure_of
 from studies.table import Arm, Table
-from studies.tables import INT8
 
 PANELS = {"loss": INK, "top1/median": SPIKE, "Sink_1": SINK, "P(sink | spike)": INK}
 SHADES = mpl.colormaps["tab10"]
@@ -19,20 +22,15 @@ def _done_arms(table: Table) -> dict[str, Arm]:
     return {name: arm for name, arm in table.arms.items() if arm.done}
 
 
-def _known(arm: Arm, name: str) -> list[float]:
-    """The numbers of a measure, of all runs that have it."""
-    return known(row.measures[name] for row in arm.ended.values())
-
-
 def _arms(table: Table) -> Any:
     arms = _done_arms(table)
-    names = [*PANELS, *(name for name in INT8 if name in table.base.measures)]
+    names = [*PANELS, *(name for name in tables.INT8 if name in table.base.measures)]
     figure, panels = canvas(1, len(names), lines=1.6 * len(arms) + 2, sharey=True)
     for axes, name in zip(panels, names, strict=True):
         color = PANELS.get(name, SPIKE)
         for i, arm in enumerate(arms.values()):
-            result, values = arm.measures[name], _known(arm, name)
-            axes.plot(values, [i] * len(values), "o", color=color, markersize=3, alpha=0.45, lw=0)
+            result = arm.measures[name]
+            axes.plot(result.values, [i] * result.n, "o", color=color, markersize=3, alpha=0.45, lw=0)
             if result.ci95:
                 axes.plot(result.ci95, [i + 0.28] * 2, color=color, lw=1.5)
                 axes.plot(result.middle, i + 0.28, "D", color=color, markersize=3.5)
@@ -41,7 +39,7 @@ def _arms(table: Table) -> Any:
             axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", style="italic")
         if measure_of(name).kind == "log":
             axes.set_xscale("log")
-            log_ticks(axes.xaxis, [x for arm in arms.values() for x in _known(arm, name)])
+            log_ticks(axes.xaxis, [x for arm in arms.values() for x in arm.measures[name].values])
             axes.axvline(SPIKE_RATIO, color=GREY, lw=0.8, ls="--")
         if measure_of(name).kind == "share":
             axes.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
@@ -52,9 +50,8 @@ def _arms(table: Table) -> Any:
 
 def _course(table: Table) -> Any:
     arms = _done_arms(table)
-    names = ("loss", "top1/median", "Sink_1", "P(sink | spike)")
-    figure, panels = canvas(len(names), 1, height=2.4, sharex=True)
-    for axes, name in zip(panels, names, strict=True):
+    figure, panels = canvas(len(PANELS), 1, height=2.4, sharex=True)
+    for axes, name in zip(panels, PANELS, strict=True):
         for i, (arm_name, arm) in enumerate(arms.items()):
             for j, row in enumerate(arm.ended.values()):
                 points = [point for point in row.course if point.measures[name] is not None]
@@ -90,33 +87,36 @@ def _plane(table: Table) -> Any:
     return figure
 
 
-def _conditions(table: Table) -> str:
-    measured = table.measured
-    return f" Measured on {measured.n_seq} sequences of {measured.seq_len} tokens of {table.config['dataset']}."
+def _figure(draw: Callable[[Table], Any], caption: str, wide: bool = False) -> Figure:
+    """A figure of the arms that have a finished run."""
+
+    def with_conditions(table: Table) -> str:
+        measured = table.measured
+        text = f"{measured.n_seq} sequences of {measured.seq_len} tokens of {table.config['dataset']}"
+        return f"{caption} Measured on {text}."
+
+    return Figure(draw, with_conditions, wide, is_drawable=_done_arms)
 
 
 STUDY = {
-    "arms": Figure(
+    "arms": _figure(
         _arms,
-        lambda table: (
-            f"Every arm at the end of training, with a circle for each seed. From {MIN_SEEDS} seeds on, the median and "
-            f"its 95% interval are below the circles. Dashed: the spike rule, {SPIKE_RATIO:g} x the median."
-            + _conditions(table)
-        ),
+        f"Every arm at the end of training, with a circle for each seed. From {MIN_SEEDS} seeds on, the median and its "
+        f"95% interval are below the circles. Dashed: the spike rule, {SPIKE_RATIO:g} x the median.",
         wide=True,
-        is_drawable=_done_arms,
     ),
-    "course": Figure(
-        _course,
-        lambda table: "The course over training, with a line for each seed." + _conditions(table),
-        is_drawable=_done_arms,
-    ),
-    "plane": Figure(
+    "course": _figure(_course, "The course over training, with a line for each seed."),
+    "plane": _figure(
         _plane,
-        lambda table: (
-            "Do spikes and sinks come together? Each point is a run. Dashed: the spike rule. Best head: the share of "
-            "sequences in which one and the same head has a sink." + _conditions(table)
-        ),
-        is_drawable=_done_arms,
+        "Do spikes and sinks come together? Each point is a run. Dashed: the spike rule. Best head: the share of "
+        "sequences in which one and the same head has a sink.",
     ),
 }
+
+
+def study_page(folder: Path, table: Table) -> None:
+    """Writes a study's page, and its figures for a paper."""
+    templates, drawn = Path(__file__).with_name("pages"), for_page(STUDY, table)
+    values: dict[str, Any] = {"study": table, "tables": tables, "judged": hypotheses.judge(table), "drawn": drawn}
+    page.write_page(folder / "index.html", "study.html", templates=templates, **values)
+    page.figure_files(folder / "figures", (STUDY, [("", table)]))

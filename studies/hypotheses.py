@@ -76,10 +76,8 @@ class Part:
 @dataclass(frozen=True)
 class Hypothesis:
     """A claim, its rule, its parts (if none, the planned contrasts), and the conditions under which a table can ask it.
-
     One contradicted part contradicts the claim, and all parts must be supported to support it. For contrasts, one that
-    is supported is enough, and all must be contradicted.
-    """
+    is supported is enough, and all must be contradicted."""
 
     claim: str
     rule: str
@@ -100,11 +98,9 @@ class Judgement(NamedTuple):
 
 
 def seeds_needed(part: Part, values: Sequence[float]) -> int | None:
-    """About how many seeds a verdict would take. None if no side of the range (below, within, above) has a majority.
-
-    We assume that further seeds fall on the three sides in the same proportions, and return the least number at which
-    the median's interval excludes all seeds outside the majority.
-    """
+    """About how many seeds a verdict would take: the least number at which the median's interval excludes all seeds
+    outside the majority, if further seeds fall on the range's three sides (below, within, above) in the same
+    proportions. None if no side has a majority."""
     below, above = sum(x < part.low for x in values), sum(x > part.high for x in values)
     majority = max(below, above, len(values) - below - above)
     if 2 * majority <= len(values):

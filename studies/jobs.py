@@ -42,10 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("model.py", "train.py", "detect.py", "ablate.py", "study.py")
 HASHED = ("data/*.py", "trainer/**/*.py", "spikesink/**/*.py", "studies/runs/**/*.py")
 NOT_HASHED = "spikesink/show"
-SET_HERE = (
-    *("eval_interval", "save_interval", "keep_every", "seed", "device"),
-    *("out_dir", "resume", "overwrite", "replay"),
-)
+INTERVALS = ("eval_interval", "save_interval", "keep_every")
+SET_HERE = (*INTERVALS, "seed", "device", "out_dir", "resume", "overwrite", "replay")
 
 
 @dataclass(frozen=True)
@@ -163,15 +161,12 @@ def read_study(name: str, changes: dict[str, Any]) -> Study:
 
 def keys_of(entry: Any, origin: str) -> dict[str, Any]:
     """{key: value} of an arm or of the common keys. `entry` holds names of configs, or is a dict of them and of keys.
-
-    Keys that the study sets itself (SET_HERE) are dropped from the configs. Raises UserError if `entry` has one.
-    """
+    Keys that the study sets itself (SET_HERE) are dropped from the configs. Raises UserError if `entry` has one."""
     entry = {"configs": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict):
         raise UserError(f"{origin} must be names of configs, or a dict of keys; it is {entry!r}")
     keys = {key: value for key, value in entry.items() if key != "configs"}
-    refused = next((key for key in keys if key in SET_HERE), None)
-    if refused:
+    if refused := next((key for key in keys if key in SET_HERE), None):
         raise UserError(f"{origin}: {refused} is set by the study: see seeds, points, --device")
     argv = [*entry.get("configs", "").split(), *(f"--{key}={value}" for key, value in keys.items())]
     values = config.parse_argv(train.SCHEMAS, argv, ROOT)[0]
@@ -276,9 +271,7 @@ def statements(source: str) -> str:
 
 def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) -> list[Job]:
     """The Jobs of a study, seed by seed, so that the first runs to finish can be compared. Raises UserError.
-
-    `changes`: keys of the command line. They override the scale and the common keys; the arm's keys override them.
-    """
+    `changes`: keys of the command line. They override the scale and the common keys; the arm's keys override them."""
     common = {**keys_of(study.scale, "scale"), **keys_of(study.common, "common"), **keys_of(changes, "command line")}
     arm_settings = {arm: arm_keys(study, arm, common) for arm in study.arms}
     jobs: list[Job] = []
@@ -286,8 +279,7 @@ def plan(study: Study, folder: Path, changes: dict[str, Any], code_hash: str) ->
     for seed in study.seeds:
         for arm, (own_keys, start) in arm_settings.items():
             interval = max(1, own_keys.get("max_iters", train.TrainConfig.max_iters) // study.points)
-            intervals = dict.fromkeys(("eval_interval", "save_interval", "keep_every"), interval)
-            keys = {**own_keys, "seed": seed, **intervals}
+            keys = {**own_keys, "seed": seed, **dict.fromkeys(INTERVALS, interval)}
             try:
                 model, cfg = config.build(train.SCHEMAS, keys)
             except UserError as error:

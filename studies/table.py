@@ -78,8 +78,7 @@ class EqualLoss:
 
 def equal_loss(arm: Arm, base: Arm) -> EqualLoss:
     """The differences between an arm and the baseline at equal loss."""
-    shared = [seed for seed in arm.ended if seed in base.ended]
-    points = {seed: aggregate.at_equal_loss(arm.ended[seed], base.ended[seed]) for seed in shared}
+    points = {s: aggregate.at_equal_loss(row, base.ended[s]) for s, row in arm.ended.items() if s in base.ended}
     matches = {seed: pair for seed, pair in points.items() if pair}
     rows, base_rows = ({seed: pair[i] for seed, pair in matches.items()} for i in (0, 1))
     steps = [statistics.fmean(p.step for p in side.values()) if side else None for side in (rows, base_rows)]
@@ -198,11 +197,8 @@ class Table:
 
     @cached_property
     def interactions(self) -> dict[str, dict[str, Estimate]]:
-        """The interactions of a factorial: {A and B: {measure: AB - A - B + baseline, seed by seed}}.
-
-        AB is an arm that has the changes of both A and B. An interaction of 0 (for `log` measures, a factor of 1) means
-        that the effects of A and B add up.
-        """
+        """The interactions of a factorial: {A and B: {measure: AB - A - B + baseline, seed by seed}}. AB is an arm with
+        the changes of both. At 0 (for `log` measures, a factor of 1) the effects of A and B add up."""
         changes = {name: {(key, repr(value)) for key, value in arm.changes.items()} for name, arm in self.arms.items()}
         estimates = {}
         for both, a, b in permutations(self.arms, 3):

@@ -11,9 +11,11 @@ from studies.aggregate import MIN_SEEDS, Change, Estimate, estimate, last_tenth,
 from studies.hypotheses import judge
 from studies.runs.measures import measure_of
 from studies.runs.rows import DIVERGED, DONE, NOT_RUN, STARTED, Done, Ended
-from studies.table import Arm, Table
+from studies.table import Table
 
 Rows = tuple[list[str], list[list[str]]]  # a header, and the rows below it
+RowsOf = Callable[[Table], Rows]
+SECTIONS: list[tuple[str, str, RowsOf]] = []  # (title, note, function for its rows), in their order
 
 # the measures that the tables show; table.json has all of them
 SHOWN = (
@@ -57,20 +59,29 @@ def cells(results: Mapping[str, Estimate], names: Iterable[str], runs: int, diff
     return (cell(results.get(name), name, runs, difference) for name in names)
 
 
-def changes(arm: Arm) -> str:
-    """The keys that an arm changes."""
-    return ", ".join(f"{key}={value}" for key, value in arm.changes.items()) or "the baseline"
+def section(title: str, note: str) -> Callable[[RowsOf], RowsOf]:
+    """Makes the rows that a function returns the next section of a table. It is left out if there are none."""
+
+    def added(rows: RowsOf) -> RowsOf:
+        SECTIONS.append((title, note, rows))
+        return rows
+
+    return added
 
 
+@section(
+    "The arms at the end of training",
+    f"The cells show the values of the seeds; from {MIN_SEEDS} seeds on, their median [95% interval].",
+)
 def arm_rows(table: Table) -> Rows:
-    """(header, rows): every arm at the end of training."""
     header = ["arm", "changes", "params (M)", "ended", *SHOWN]
     header += ["published ppl, sink %, |h|"] if table.published else []
     rows = []
     for name, arm in table.arms.items():
         ended = f"{arm.done} of {len(arm.seeds)}" + (f", {arm.diverged} diverged" if arm.diverged else "")
         parameters = f"{arm.parameters / 1e6:.3f}" + ("" if table.matched(name) else " (not matched)")
-        row = [name, changes(arm), parameters, ended, *cells(arm.measures, SHOWN, arm.done)]
+        changes = ", ".join(f"{key}={value}" for key, value in arm.changes.items()) or "the baseline"
+        row = [name, changes, parameters, ended, *cells(arm.measures, SHOWN, arm.done)]
         if table.published:
             row.append(", ".join(number(x, "g") for x in table.published.get(name, ())) or "–")
         rows.append(row)
@@ -87,8 +98,11 @@ def compared(table: Table) -> list[str]:
     return [*COMPARED, *(name for name in INT8 if name in table.base.measures)]
 
 
+@section(
+    "Before and after",
+    "At step 0 an arm is the checkpoint plus what the arm adds. Measured on detect.py's sequences.",
+)
 def start_rows(table: Table) -> Rows:
-    """(header, rows): measures at step 0 and at the end, for arms that start from a checkpoint."""
     rows = []
     for name, arm in table.arms.items() if table.config.get("init_from", "scratch") != "scratch" else ():
         courses = [row.course for row in arm.ended.values()]
@@ -98,8 +112,12 @@ def start_rows(table: Table) -> Rows:
     return ["arm", *STARTED_FROM], rows
 
 
+@section(
+    "Planned contrasts",
+    "These were written in the study file before it ran. They are the only comparisons that are tested, by exact "
+    "permutation tests with Holm's correction over all of them.",
+)
 def contrast_rows(table: Table) -> Rows:
-    """(header, rows): the planned contrasts."""
     header = ["arm", "measure", "the arm's", "the baseline's", "difference", "p", "p, Holm", "result"]
     rows = []
     for contrast in table.contrasts:
@@ -113,15 +131,23 @@ def contrast_rows(table: Table) -> Rows:
     return header, rows
 
 
+@section(
+    "Against the baseline, at equal tokens",
+    f"Exploratory. The values of fewer than {MIN_SEEDS} seeds, else the median [95% interval]; × is a factor.",
+)
 def difference_rows(table: Table) -> Rows:
-    """(header, rows): every arm against the baseline at equal tokens."""
     names, runs = compared(table), shared_seeds(table)
     rows = [[arm, *cells(changes, names, runs[arm], True)] for arm, changes in table.differences.items() if changes]
     return ["arm - baseline", *names], rows
 
 
+@section(
+    "Against the baseline, at equal loss",
+    "Exploratory. Runs are paired by seed. We take the run with the higher final loss at its end, and the other "
+    "where its course last comes down to that loss, interpolated between two checkpoints. A pair is not matched if "
+    f"there is no such place and the final losses are more than {aggregate.LOSS_TOLERANCE} nat apart.",
+)
 def equal_loss_rows(table: Table) -> Rows:
-    """(header, rows): every arm against the baseline at equal loss, the pairs of runs that match, and their steps."""
     names = [name for name in compared(table) if name != "loss"]
     rows = []
     for arm, equal in table.equal_loss.items():
@@ -138,8 +164,13 @@ def moving(table: Table) -> dict[str, dict[str, list[Change]]]:
     return {measure: {arm: pairs(runs, measure) for arm, runs in courses.items()} for measure in SATURATES}
 
 
+@section(
+    "What still moves at the end",
+    "The value at the end over the value at the checkpoint nearest to 90% of training (80 to 95%), seed by seed; "
+    "for the loss, the difference. A measure moves if it changed by more than "
+    f"{aggregate.MOVING_SHARE:.0%} of the larger value, the loss by more than {aggregate.LOSS_TOLERANCE} nat.",
+)
 def moving_rows(table: Table) -> Rows:
-    """(header, rows): the change over the last tenth of training, run by run."""
     factor = lambda a, b: f"×{b / a:.2f}" if a else "from 0" if b else "0"
     change = lambda pair, m: f"{pair[1] - pair[0]:+.3f}" if measure_of(m).kind == "plain" else factor(*pair)
     shown = lambda pairs, m: f"{' '.join(change(pair, m) for pair in pairs)}; {count_moving(pairs, m)} still moving"
@@ -166,12 +197,14 @@ def still_moving(table: Table) -> str:
 
 def done_runs(table: Table) -> list[tuple[str, Done]]:
     """[(name, row)] of the runs that reached their last step."""
-    runs = ((name, row) for name, arm in table.arms.items() for row in arm.seeds)
-    return [(f"{name}, seed {row.seed}", row) for name, row in runs if isinstance(row, Done)]
+    return [(f"{name}, seed {seed}", row) for name, arm in table.arms.items() for seed, row in arm.ended.items()]
 
 
+@section(
+    "When spikes and sinks appear",
+    "The first checkpoint from which on more than half of the sequences have one, at all later checkpoints too.",
+)
 def onset_rows(table: Table) -> Rows:
-    """(header, rows): the step from which on most sequences have a spike, and a sink in the best head, run by run."""
     rows = []
     for run, row in done_runs(table):
         steps = [onset(row.course, measure) for measure in ("spike sequences", "best head")]
@@ -179,8 +212,11 @@ def onset_rows(table: Table) -> Rows:
     return ["run", "spikes from step", "sinks from step"], rows
 
 
+@section(
+    "Where the spikes are",
+    f"A layer has a spike if top1/median is {SPIKE_RATIO:g} or more. Tokens: the strongest that detect.py lists.",
+)
 def where_rows(table: Table) -> Rows:
-    """(header, rows): the layers and the tokens that have spikes, run by run."""
     rows = []
     for run, row in done_runs(table):
         layers, tokens = row.where.layers, Counter(row.where.tokens)
@@ -192,22 +228,29 @@ def where_rows(table: Table) -> Rows:
     return ["run", "largest after", "top1/median", "layers with a spike", "the first", "on tokens"], rows
 
 
+@section("What two changes do beyond the sum of both", "Exploratory. AB - A - B + baseline, seed by seed.")
+def interaction_rows(table: Table) -> Rows:
+    rows = [[name, *cells(results, COMPARED, table.base.done, True)] for name, results in table.interactions.items()]
+    return ["both - each", *COMPARED], rows
+
+
+@section(
+    "What interventions do",
+    "Measured by ablate.py; – where there was nothing to edit. int8 is simulated, whole and either half alone.",
+)
 def effect_rows(table: Table) -> Rows:
-    """(header, rows): the effects of the interventions in every arm."""
     items = [item for arm in table.arms.values() for item in arm.measures.items()]
     names = dict.fromkeys(name for name, result in items if ": " in name and result.n)
     rows = [[name, *cells(arm.measures, names, arm.done)] for name, arm in table.arms.items()]
     return ["arm", *names], rows if names else []
 
 
-def interaction_rows(table: Table) -> Rows:
-    """(header, rows): the interactions of two changes."""
-    rows = [[name, *cells(results, COMPARED, table.base.done, True)] for name, results in table.interactions.items()]
-    return ["both - each", *COMPARED], rows
-
-
+@section(
+    "Every run",
+    "Diverged runs are counted, but are in no median. job is a hash of keys, data, measures and code; "
+    "weights is a hash of the final weights.",
+)
 def run_rows(table: Table) -> Rows:
-    """(header, rows): every planned run."""
     header = ["run", "status", "step", "loss", "top1/median", "largest |h|", "Sink_1", "P(sink | spike)"]
     header += ["spike", "sink", "co-occurrence", "job", "code", "weights"]
     rows = []
@@ -251,90 +294,27 @@ def counts(table: Table) -> str:
     return f"{status.total()} runs: {', '.join(known)}"
 
 
-def verdict_rows(table: Table) -> Rows:
-    """(header, rows): the verdicts on the hypotheses."""
-    header = ["", "claim", "verdict", "numbers"]
-    return header, [[name, verdict.claim, verdict.verdict, verdict.reason] for name, verdict in judge(table).items()]
-
-
-SECTIONS: dict[str, tuple[Callable[[Table], Rows], str]] = {  # title -> (function for its rows, note)
-    "The arms at the end of training": (
-        arm_rows,
-        f"The cells show the values of the seeds; from {MIN_SEEDS} seeds on, their median [95% interval].",
-    ),
-    "Before and after": (
-        start_rows,
-        "At step 0 an arm is the checkpoint plus what the arm adds. Measured on detect.py's sequences.",
-    ),
-    "Planned contrasts": (
-        contrast_rows,
-        "These were written in the study file before it ran. They are the only comparisons that are tested, by exact "
-        "permutation tests with Holm's correction over all of them.",
-    ),
-    "Against the baseline, at equal tokens": (
-        difference_rows,
-        f"Exploratory. The values of fewer than {MIN_SEEDS} seeds, else the median [95% interval]; × is a factor.",
-    ),
-    "Against the baseline, at equal loss": (
-        equal_loss_rows,
-        "Exploratory. Runs are paired by seed. We take the run with the higher final loss at its end, and the other "
-        "where its course last comes down to that loss, interpolated between two checkpoints. A pair is not matched if "
-        f"there is no such place and the final losses are more than {aggregate.LOSS_TOLERANCE} nat apart.",
-    ),
-    "What still moves at the end": (
-        moving_rows,
-        "The value at the end over the value at the checkpoint nearest to 90% of training (80 to 95%), seed by seed; "
-        "for the loss, the difference. A measure moves if it changed by more than "
-        f"{aggregate.MOVING_SHARE:.0%} of the larger value, the loss by more than {aggregate.LOSS_TOLERANCE} nat.",
-    ),
-    "When spikes and sinks appear": (
-        onset_rows,
-        "The first checkpoint from which on more than half of the sequences have one, at all later checkpoints too.",
-    ),
-    "Where the spikes are": (
-        where_rows,
-        f"A layer has a spike if top1/median is {SPIKE_RATIO:g} or more. Tokens: the strongest that detect.py lists.",
-    ),
-    "What two changes do beyond the sum of both": (
-        interaction_rows,
-        "Exploratory. AB - A - B + baseline, seed by seed.",
-    ),
-    "What interventions do": (
-        effect_rows,
-        "Measured by ablate.py; – where there was nothing to edit. int8 is simulated, whole and either half alone.",
-    ),
-    "Every run": (
-        run_rows,
-        "Diverged runs are counted, but are in no median. job is a hash of keys, data, measures and code; "
-        "weights is a hash of the final weights.",
-    ),
-}
-
-
 def sections(table: Table) -> list[tuple[str, list[str], list[list[str]], str]]:
     """[(title, header, rows, note)] of the sections that have rows."""
-    all_sections = [(title, *rows(table), note) for title, (rows, note) in SECTIONS.items()]
-    return [section for section in all_sections if section[2]]
+    all_sections = ((title, *rows(table), note) for title, note, rows in SECTIONS)
+    return [(title, header, rows, note) for title, header, rows, note in all_sections if rows]
 
 
 def markdown(table: Table) -> str:
     """The table as Markdown."""
-    lines = [
-        f"# {table.name}: {table.question}",
-        "",
-        counts(table) + ".",
-        "",
-        *([*markdown_table(*verdict_rows(table)), ""] if table.asked else []),
-        still_moving(table),
-        "",
-    ]
+    lines, verdicts = [f"# {table.name}: {table.question}", "", f"{counts(table)}.", ""], judge(table)
+    if verdicts:
+        rows = [[name, v.claim, v.verdict, v.reason] for name, v in verdicts.items()]
+        lines += [*markdown_table(["", "claim", "verdict", "numbers"], rows), ""]
+    lines += [still_moving(table), ""]
     for text in conditions(table):
         lines += [text.replace("Command: ", "Command: `") + ("`" if text.startswith("Command") else ""), ""]
     for title, header, rows, note in sections(table):
         lines += [f"## {title}", "", note, "", *markdown_table(header, rows), ""]
     lines += ["## Notes", "", NOTE, "", *([DIFFERS, ""] if table.published else [])]
-    rules = [f"- {verdict.rule}" for verdict in judge(table).values()]
-    return "\n".join([*lines, *(["Rules of the verdicts:", "", *rules, ""] if rules else [])])
+    if verdicts:
+        lines += ["Rules of the verdicts:", "", *(f"- {verdict.rule}" for verdict in verdicts.values()), ""]
+    return "\n".join(lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,14 +6,7 @@ seeds = [1, 2, 3, 4, 5, 6]
 contrasts = [("swiglu", "top1/median"), ("relu", "top1/median"), ("linear", "top1/median"), ("linear", "Sink_1")]
 arms = {
     "gelu": "prenorm",
-    "relu": "relu",
-    "relu2": "relu2",
-    "silu": "silu",
-    "tanh": "tanh",
-    "identity": "identity",
-    "geglu": "geglu",
-    "swiglu": "swiglu",
-    "linear": "linear",
+    **{arm: arm for arm in ("relu", "relu2", "silu", "tanh", "identity", "geglu", "swiglu", "linear")},
     "attention": "attention_ffn",
 }
 hypotheses = ["H7"]

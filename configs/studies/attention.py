@@ -14,12 +14,7 @@ arms = {
     "sigmoid": "sigmoid",
     "relu": "relu_attention",
     "registers": "registers",
-    "gate_channel": "gate_channel",
-    "gate_head": "gate_head",
-    "gate_single": "gate_single",
-    "gate_constant": "gate_constant",
-    "gate_position": "gate_position",
-    "gate_token": "gate_token",
+    **{f"gate_{kind}": f"gate_{kind}" for kind in ("channel", "head", "single", "constant", "position", "token")},
 }
 published = {
     "softmax": (10.1, 46.0, 3818),

@@ -6,13 +6,8 @@ seeds = [1, 2, 3, 4, 5, 6]
 contrasts = [("4x8", "Sink_1"), ("4x64", "top1/median")]
 arms = {
     "4x32": {},
-    "4x8": {"head_dim": 8},
-    "4x16": {"head_dim": 16},
-    "4x64": {"head_dim": 64},
-    "1x32": {"n_head": 1},
-    "2x32": {"n_head": 2},
-    "8x32": {"n_head": 8},
-    "16x32": {"n_head": 16},
+    **{f"4x{width}": {"head_dim": width} for width in (8, 16, 64)},
+    **{f"{n}x32": {"n_head": n} for n in (1, 2, 8, 16)},
 }
 published = {
     "4x8": (11.3, 4.1, 291),

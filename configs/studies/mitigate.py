@@ -8,12 +8,8 @@ the command line: --max_iters, --learning_rate, --penalty_weight (of the penalty
 
 question = "Can the spikes be trained away, and what is int8 like then?"
 scale = ""  # the checkpoint's
-common = {
-    "init_from": "out/quickstart/ckpt.pt",
-    "max_iters": 600,
-    "warmup_iters": 60,  # the optimiser's state is new
-    "compile": False,
-}
+# it warms up because the optimiser's state is new
+common = {"init_from": "out/quickstart/ckpt.pt", "max_iters": 600, "warmup_iters": 60, "compile": False}
 seeds = [1, 2, 3, 4, 5, 6, 7, 8]
 contrasts = [("clip", "int8 per tensor: loss"), ("penalty", "int8 per tensor: loss"), ("gate", "top1/median")]
 arms = {

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikesink import schema
-from spikesink.edit.findings import Exposed
+from spikesink.edit.findings import Exposed, Named, RemainingShare
 from spikesink.errors import UserError
+from spikesink.schema import Record
 
 DONE, DIVERGED, STARTED, NOT_RUN = "done", "diverged", "started", "not run"
 
@@ -35,46 +36,26 @@ class Ended(Planned):
     torch: str
 
 
-@dataclass(frozen=True)
-class RemainingIntervals:
-    """Intervals of the shares in Remaining, over sequences."""
-
-    same: Interval | None
-    all: Interval | None
-
-
-@dataclass(frozen=True)
-class Remaining:
-    """How many spikes, or sinks, remain after an edit."""
-
-    sequences: int
-    same: float | None  # share of the earlier ones that are still there
-    all: float | None  # the number after the edit, new ones included, over the number before
-    ci95: RemainingIntervals | None
-
-
-@dataclass(frozen=True)
-class Control:
-    """A matched control of an intervention."""
-
-    name: str
-    edited: int  # entries
-    delta_loss: float  # nats per token
-    ci95: Interval
-    spikes_left: Remaining
-    sinks_left: Remaining
-    exposed: Exposed | None = schema.sometimes()
-
-
-@dataclass(frozen=True)
-class Effect:
-    """An intervention: the fields of a Control, and its controls."""
+class Change(Record):
+    """What an intervention or a control changes: how many entries it `edited`, the loss (nats per token), and the
+    spikes and sinks that remain."""
 
     edited: int
     delta_loss: float
     ci95: Interval
-    spikes_left: Remaining
-    sinks_left: Remaining
+    spikes_left: RemainingShare
+    sinks_left: RemainingShare
+
+
+class Control(Change, Named):
+    """A matched control of an intervention."""
+
+    exposed: Exposed | None = schema.sometimes()
+
+
+class Effect(Change):
+    """An intervention and its controls."""
+
     control: list[Control]
     exposed: Exposed | None = schema.sometimes()
 
@@ -123,11 +104,6 @@ class Finished:
 
     row: Ended
     seconds: float | None
-
-
-def finished_json(finished: Finished, config_hash: str) -> dict[str, Any]:
-    """The content of row.json."""
-    return {**schema.to_json(finished.row), "what": config_hash, "seconds": finished.seconds}
 
 
 def read_finished(content: dict[str, Any], origin: object) -> Finished:

@@ -29,7 +29,7 @@ from spikesink.measure.summarise import summarise
 from spikesink.models import checkpoint
 from spikesink.options import Options
 from studies.runs import measures
-from studies.runs.rows import DIVERGED, DONE, Ablations, Done, Ended, Finished, Measures, Point, finished_json
+from studies.runs.rows import DIVERGED, DONE, Ablations, Done, Ended, Measures, Point
 from trainer import checkpoints
 from trainer.machine import Machine
 
@@ -61,18 +61,16 @@ def copy_twin(job: Job) -> bool:
     return True
 
 
-def cached_json(path: Path, make: Callable[[], Any]) -> Any:
-    """The content of a JSON file. If there is no such file, it is made first, from the result of `make()`."""
+def cached(path: Path, make: Callable[[], Any]) -> Path:
+    """The path of a JSON file. If there is no such file, it is made first, from the result of `make()`."""
     if not path.is_file():
         schema.save(path, make())
-    return read_json(path)
+    return path
 
 
 def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
     """Trains and measures one run, or resumes it. It writes row.json last, so that a run with a row.json is complete.
-
-    Raises UserError if another process uses its folder, or if the folder holds anything but a run of a study.
-    """
+    Raises UserError if another process uses its folder, or if the folder holds anything but a run of a study."""
     if not started(job):
         clear_folder(job)
         if not keep_checkpoints and copy_twin(job):
@@ -85,28 +83,26 @@ def do_run(job: Job, study: Study, device: str, keep_checkpoints: bool) -> None:
         row: Ended = measure_run(job, study, machine, train_run(job, machine))
     except Diverged as stop:
         row = Ended(status=DIVERGED, lr=stop.lr, loss=None, **identity(job, stop.step, machine))
-    schema.save(job.folder / "row.json", finished_json(Finished(row, time.perf_counter() - since), job.config_hash))
+    content = {**schema.to_json(row), "what": job.config_hash, "seconds": time.perf_counter() - since}
+    schema.save(job.folder / "row.json", content)  # which read_finished reads
     if not keep_checkpoints:
         checkpoints.Checkpoints(job.folder).clear()
 
 
 def clear_folder(job: Job) -> None:
-    """Removes another run of a study from a job's folder. Raises UserError if anything else is there."""
+    """Removes another run of a study from a job's folder. Raises UserError if anything else is there, or if another
+    process trains in it."""
     if (job.folder / "job.json").is_file():
-        check_idle(job.folder)
+        try:
+            with filelock.FileLock(job.folder / ".lock", timeout=0):
+                pass
+        except filelock.Timeout:
+            problem = f"another study trains in {job.folder}: stop it, or choose another --name for this one"
+            raise UserError(problem) from None
         tqdm.write(f"{job.name}: {job.folder} holds a run of another config, data or code: it is run again")
         shutil.rmtree(job.folder)
     elif job.folder.exists() and any(not path.name.startswith(".") for path in job.folder.iterdir()):
         raise UserError(f"{job.folder} holds something other than a run of a study: choose another --out or --name")
-
-
-def check_idle(folder: Path) -> None:
-    """Raises UserError if another process trains in a folder."""
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            pass
-    except filelock.Timeout:
-        raise UserError(f"another study trains in {folder}: stop it, or choose another --name for this one") from None
 
 
 def identity(job: Job, step: int, machine: Machine) -> dict[str, Any]:
@@ -135,10 +131,8 @@ class Diverged(Exception):
 
 
 def train_run(job: Job, machine: Machine) -> float:
-    """Trains a job to its end, with a checkpoint at step 0. Returns its validation loss at the end.
-
-    Raises Diverged, and InterruptedRunError after a signal.
-    """
+    """Trains a job to its end, with a checkpoint at step 0. Returns its validation loss at the end. Raises Diverged,
+    and InterruptedRunError after a signal."""
     resume = checkpoints.Checkpoints(job.folder).any()
     run = train.Run.open({**job.keys, "resume": resume, "overwrite": not resume}, job.folder, machine)
     if run.step == 0:
@@ -159,24 +153,20 @@ def train_run(job: Job, machine: Machine) -> float:
 def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
     """The row of a run that was trained to its end. Measurements that are in its folder already are read from there."""
     torch.set_float32_matmul_precision("highest")
-    path = job.folder / "ckpt.pt"
+    folder, path = job.folder, job.folder / "ckpt.pt"
     options = Options(n_seq=study.n_seq, seq_len=study.seq_len, device=str(machine.device))
     look = functools.cache(lambda: api.open(path, options, lab=LAB, calibration=True))
-    if not (file := job.folder / "detect.json").is_file():
-        api.detect(look()).save(file)
-    findings = Findings.load(file)
+    findings = Findings.load(cached(folder / "detect.json", lambda: api.detect(look())))
     numbers: Measures = {"loss": loss, **measures.from_findings(findings)}
     if study.int8:
-        numbers |= cached_json(job.folder / "int8.json", lambda: measures.int8_costs(look()))
-    measure_course = lambda: {"points": schema.to_json(course(job, options, study.int8))}
-    points = cached_json(job.folder / "course.json", measure_course)["points"]
+        numbers |= read_json(cached(folder / "int8.json", lambda: measures.int8_costs(look())))
+    points = read_json(cached(folder / "course.json", lambda: {"points": course(job, options, study.int8)}))["points"]
     run_identity = identity(job, job.cfg.max_iters, machine)
     last = Point(run_identity["step"], run_identity["tokens"], loss, numbers)
-    ablations: dict[str, Any] = {}
+    ablations = Ablations()
     if study.ablations:
-        if not (file := job.folder / "ablate.json").is_file():
-            api.ablate(look(), study.ablations, study.probes).save(file)
-        ablation = Ablation.load(file)
+        ablate = lambda: api.ablate(look(), study.ablations, study.probes)
+        ablation = Ablation.load(cached(folder / "ablate.json", ablate))
         numbers, ablations = numbers | measures.from_ablation(ablation), measures.ablations(ablation)
     return Done(
         **run_identity,
@@ -186,17 +176,15 @@ def measure_run(job: Job, study: Study, machine: Machine, loss: float) -> Done:
         weights=files.content_hash(checkpoint.load(path).model)[:16],
         verdicts=findings.verdicts.words,
         measures=numbers,
-        ablations=schema.from_json(Ablations, ablations),
+        ablations=ablations,
         course=[*schema.from_json(list[Point], points), last],
         where=measures.where(findings),
     )
 
 
 def course(job: Job, options: Options, int8: bool) -> list[Point]:
-    """The measures at the study's points before the last one, on the same sequences.
-
-    A run that was interrupted also has a checkpoint at another step, which is skipped.
-    """
+    """The measures at the study's points before the last one, on the same sequences. The checkpoint at another
+    step that an interrupted run has is skipped."""
     losses = {row["step"]: row["val_loss"] for row in rows_of(job.folder / "log.jsonl")}
     points = []
     for step, path in checkpoints.Checkpoints(job.folder).all().items():
