@@ -6,6 +6,7 @@ import difflib
 import functools
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -125,6 +126,10 @@ def exit_code(main: Callable[[], None]) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
+        cut_off = re.search(r"(\S+)/\w\w/\S+\.so: file too short", str(error))
+        if cut_off:  # a run that was killed while it compiled
+            print(f"error: torch.compile's cache is damaged: delete {cut_off[1]}, and run this again", file=sys.stderr)
+            return UserError.exit_code
         if not out_of_memory(error):
             raise
         message = " ".join(str(error).split())[:120] or type(error).__name__

@@ -309,6 +309,16 @@ def test_too_little_memory_says_what_to_lower(capsys, error):
     assert stop.value.code == 2 and err.count("\n") == 1 and "--batch_size" in err
 
 
+def test_a_compilation_that_was_cut_off_says_what_to_delete(capsys):
+    def main():  # as torch 2.13 raises it: InductorError is a RuntimeError
+        raise RuntimeError("ImportError: /tmp/torchinductor_me/tl/ctl6xuld.main.so: file too short")
+
+    with pytest.raises(SystemExit):
+        cli(main)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "delete /tmp/torchinductor_me, and run" in err
+
+
 def test_other_errors_stay_tracebacks():
     def main():
         raise RuntimeError("something else")
