@@ -54,7 +54,7 @@ def test_episodes_are_runs_that_begin_at_the_same_tap():
     """40 tokens: all rise at tap 1 and most fall after 3, one after 2, one after 4; half rise again at 5."""
     taps = [Tap(i // 2, ("ffn", "attn")[i % 2], nn.Identity()) for i in range(8)]
     usual = [Usual(torch.tensor(2.0), torch.ones(4), torch.ones(())) for _ in taps]
-    side = Side.empty(taps, usual, slice(0, -1), 1, 50)
+    side = Side(taps, usual, slice(0, -1), 1, 50)
     side.spikes["spike"][0, :40] = True
     side.strengths[1:4, 0, :39], side.strengths[1:3, 0, 39] = 1.5, 1.5
     side.strengths[2, 0, :40] = 0.5  # no spike, but it holds on

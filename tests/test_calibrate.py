@@ -11,7 +11,7 @@ from spikesink.measure import calibrate, metrics, planted
 from spikesink.measure.anatomy import anatomy
 from spikesink.measure.findings import CoOccurrence, Measures, Overlap, OverlapIntervals, Skipped, Verdict
 from spikesink.measure.observe import Ordinary, observe
-from spikesink.measure.sinks import queries_per_key, uniform_share
+from spikesink.measure.sinks import uniform_share
 from spikesink.measure.spikes import Usual
 from spikesink.measure.summarise import co_occurrence
 from spikesink.text.sequences import PADDING
@@ -150,7 +150,7 @@ def test_a_sink_is_gone_when_positions_are_shuffled():
         gone = observe(subject, ids, shuffle=calibrate.shuffles(0)["shuffled_positions"], **how)
     assert (kept.sink_heads > 0).sum() == 32
     assert (gone.sink_heads > 0).sum() == 0
-    uniform = uniform_share(queries_per_key(32), causal=True)
+    uniform = uniform_share(32, causal=True)
     one_head = gone.attention[0].sums["alpha"][0] / 32  # (T,)
     expected = uniform * 32 / torch.arange(32, 0, -1)
     torch.testing.assert_close(one_head[:16], expected[:16], atol=0.05, rtol=0.3)

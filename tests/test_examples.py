@@ -9,7 +9,7 @@ from spikesink.measure import examples
 from spikesink.measure.examples import Examples, unpacked
 from spikesink.measure.findings import Packed
 from spikesink.measure.observe import observe
-from spikesink.measure.summarise import summarise
+from spikesink.measure.summarise import examples_entry, summarise
 from spikesink.schema import from_json, to_json
 
 from .conftest import subject_of
@@ -56,13 +56,13 @@ def test_examples_are_what_explicit_maps_say(batch_size):
 def test_extreme_channels_stand_alone_and_no_maximum_is_lost():
     size = torch.rand(10, 4096)
     size[2, 1000], size[5, 1001], size[7, 4095] = 50.0, 60.0, 70.0
-    of = examples.matrix(size, 0.5)
-    assert len(of.starts) <= examples.CHANNELS and of.values.shape == (10, len(of.starts))
-    assert {1000, 1001, 1002, 4095} <= set(of.starts) and of.starts[0] == 0
-    torch.testing.assert_close(of.values.amax(1), size.amax(1))
-    ends = [*of.starts[1:], 4096]
-    for i, (start, end) in enumerate(zip(of.starts, ends, strict=True)):
-        torch.testing.assert_close(of.values[:, i], size[:, start:end].amax(1))
+    values, starts = examples.binned(size)
+    assert len(starts) <= examples.CHANNELS and values.shape == (10, len(starts))
+    assert {1000, 1001, 1002, 4095} <= set(starts) and starts[0] == 0
+    torch.testing.assert_close(values.amax(1), size.amax(1))
+    ends = [*starts[1:], 4096]
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        torch.testing.assert_close(values[:, i], size[:, start:end].amax(1))
 
 
 def test_a_large_model_has_a_small_entry():
@@ -72,7 +72,7 @@ def test_a_large_model_has_a_small_entry():
     kept, rows, T = Examples(), torch.arange(4), 300
     layer = SimpleNamespace(x=torch.randn(4, T, 4096), magnitude=torch.rand(4, T), median=torch.rand(4))
     for tap in range(65):
-        kept.add_stream(tap, rows, layer)
+        kept.add_stream(tap, "attn 0", rows, layer)
     for seam in range(32):
         kept.add_attention(seam, rows, torch.rand(4, 32, T))
     tap = SimpleNamespace(name="attn 0")
@@ -87,5 +87,6 @@ def test_a_large_model_has_a_small_entry():
         sink_heads=torch.zeros(4, T),
         share=torch.rand(4, T),
         loss=torch.rand(4),
+        examples=kept,
     )
-    assert len(json.dumps(to_json(kept.result(subject, obs)), indent=1)) < 1.5e6
+    assert len(json.dumps(to_json(examples_entry(subject, obs)), indent=1)) < 1.5e6

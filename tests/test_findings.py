@@ -16,7 +16,7 @@ from spikesink.measure.findings import Findings, Skipped
 from spikesink.measure.observe import observe
 from spikesink.measure.rules import Curve
 from spikesink.measure.sinks import SinkRule
-from spikesink.measure.spikes import ThresholdRule
+from spikesink.measure.spikes import SpikeRule, beyond
 from spikesink.measure.summarise import summarise
 from spikesink.show import figures, page, report
 
@@ -79,11 +79,11 @@ def test_files_of_another_schema_are_refused(tmp_path):
 
 def test_a_rule_of_the_tables_is_everywhere_by_itself(tmp_path, monkeypatch):
     """One entry each, of spikes and of sinks: in the findings, the nulls, the curves, the terminal and the page."""
-    fixed = ThresholdRule(
+    fixed = SpikeRule(
         text="|h| >= 7",
         heading="over seven",
         compared="tokens over seven",
-        bounds=lambda median, mean, std: (torch.zeros_like(mean), torch.full_like(mean, 7.0)),
+        marked=beyond(lambda batch: (torch.zeros_like(batch.mean), torch.full_like(batch.mean, 7.0))),
     )
     mass = Curve("mass", "sink: mass", (0.1, 0.4), 0.4, tokens=lambda obs, share: obs.share > share)
     heavy = SinkRule(text="share > 40%", heading="heavy", compared="heavy tokens", curve=mass)

@@ -20,9 +20,8 @@ from spikesink.hooks import hooked
 from spikesink.measure import metrics
 from spikesink.measure.monitor import Monitor, MonitorCallback, flat, headline
 from spikesink.measure.observe import observe
-from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SINK_RULES
+from spikesink.measure.sinks import PRIMARY_SINK_EPSILON, SINK_RULES, alpha_in
 from spikesink.models import checkpoint, hf
-from spikesink.models.subject import attention_received
 from spikesink.text.sequences import PADDING
 from train import cpp_compiler
 from trainer import config
@@ -193,17 +192,15 @@ def test_statistics_are_float32_under_autocast(ids, monkeypatch, attention):
     """Queries and keys are made in bfloat16, as in the model; their map is not."""
     model, received, given = tiny(attention=attention), [], []
     attends = [block.attn.f.attend for block in model.transformer.h]
-    seen = attention_received
-    monkeypatch.setattr(
-        "spikesink.measure.monitor.attention_received", lambda *how: received.append(seen(*how)) or received[-1]
-    )
+    seen = alpha_in
+    monkeypatch.setattr("spikesink.measure.monitor.alpha_in", lambda *how: received.append(seen(*how)) or received[-1])
     pairs = [(attend, lambda module, args, kwargs, out: given.append((module, *args[:2]))) for attend in attends]
     monitor = Monitor(model, sequences=6)
     with torch.no_grad(), hooked(pairs), torch.autocast("cpu", torch.bfloat16), monitor(0):
         model(ids, ids)
-    for ours, (attend, q, k) in zip(received, given, strict=True):
+    for (ours, _), (attend, q, k) in zip(received, given, strict=True):
         assert q.dtype == torch.bfloat16
-        torch.testing.assert_close(ours, seen(attend, q, k, True), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, seen(attend, q, k, True)[0], rtol=1e-6, atol=1e-6)
     assert monitor.row["layers"][0] == pytest.approx(row_of(subject_of(model), ids)["layers"][0])
 
 

@@ -9,8 +9,8 @@ from model import GPT, GPTConfig
 from spikesink.hooks import hooked
 from spikesink.measure import metrics
 from spikesink.measure.observe import StreamStats, observe
-from spikesink.measure.sinks import eligible_keys, needed_heads, queries_per_key, sink_alpha, uniform_share
-from spikesink.measure.spikes import SPIKE_RULES, Usual, spike_entries
+from spikesink.measure.sinks import eligible_keys, needed_heads, sink_alpha, uniform_share
+from spikesink.measure.spikes import PERCENTILES, SPIKE_RULES, Usual, spike_entries
 from spikesink.measure.summarise import summarise
 from spikesink.models.subject import sub_layers_of
 
@@ -47,7 +47,7 @@ def test_attention_metrics_are_those_of_explicit_maps(marked_ids, monkeypatch, c
     alpha = torch.zeros(L, N, H, T)
     for k in range(1, T + 1):  # Gu et al.'s formula, keys counted from 1
         alpha[..., k - 1] = sum(maps[..., i - 1, k - 1] for i in range(k, T + 1)) / (T - k + 1)
-    torch.testing.assert_close(torch.stack([sink_alpha(m.sum(-2), queries_per_key(T)) for m in maps]), alpha)
+    torch.testing.assert_close(torch.stack([sink_alpha(m.sum(-2), torch.arange(T, 0, -1)) for m in maps]), alpha)
     for epsilon in (0.2, 0.3, 0.5, 0.8):
         hits = (alpha > epsilon).float()
         ours = sinks.at(epsilon)
@@ -134,11 +134,11 @@ def test_kurtosis_bounds():
 def test_uniform_share_is_that_of_uniform_attention():
     maps = torch.ones(9, 9).tril().double()
     maps /= maps.sum(-1, keepdim=True)
-    torch.testing.assert_close(uniform_share(queries_per_key(9), causal=True), maps.sum(0) / 9)
+    torch.testing.assert_close(uniform_share(9, causal=True), maps.sum(0) / 9)
 
 
 def test_eligible_keys_have_a_quarter_of_the_queries():
-    eligible = lambda T: eligible_keys(queries_per_key(T), T)
+    eligible = lambda T: eligible_keys(torch.arange(T, 0, -1), T)
     assert eligible(64).nonzero().flatten().tolist() == list(range(49))  # key 48 has 16 queries
     assert eligible(10).sum() == 8  # key 7 has 3, key 8 has 2 < 2.5
 
@@ -273,7 +273,8 @@ def test_percentile_rule_is_counted_over_layers_entry_by_entry(ids):
         model(ids)
     obs = observe(subject, ids, batch_size=4, progress=False)
     streams.pop()  # no attention reads the last
-    for percentile, hits in obs.percentiles.items():
+    for percentile in PERCENTILES:
+        hits = obs.spikes[f"percentile {percentile}"]
         surely, perhaps = torch.zeros((*ids.shape, 32)), torch.zeros((*ids.shape, 32))
         for x in streams:
             size = x.abs()

@@ -8,32 +8,16 @@ about the quadratic form x^T U_k x with U_k = sum_i W_down[k,i] W_gate[i] W_up[i
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 from ..hooks import Tap, hooked, on_streams
 from ..models.subject import PLACES, Subject, batches, for_heads
-from . import metrics
-from .findings import (
-    Anatomy,
-    ChannelForm,
-    Episode,
-    KeyDimensions,
-    KeySubspace,
-    LayerStats,
-    NormedCosine,
-    Place,
-    QuadraticForm,
-    SharedChannel,
-    Step,
-    StepChange,
-    Steps,
-)
+from . import findings, metrics
 from .observe import Observation, Side, StreamStats, observed_state_key, state_key
-from .sinks import sinks_in
+from .sinks import alpha_in, are_sinks
 from .spikes import PRIMARY_SPIKE_RULE
 
 SEQUENCES, PER_SEQUENCE = 16, 4  # so many sequences are dissected, and so many tokens in each
@@ -42,40 +26,73 @@ LEAST_FALL = 0.1  # of the peak: a smaller fall is no step-down
 Keys = list[tuple[int, Hashable, torch.Tensor]]  # (head, state_key of the token, its key vector (D,))
 
 
-@dataclass
 class Dissection:
-    """What the second pass fills in for K tokens: the chosen ones, then as many others."""
+    """The second pass over K tokens, (K, 2) of sequence and position: the chosen ones, then as many others."""
 
-    tokens: torch.Tensor  # (K, 2): sequence and position
-    rows: dict[str, list[torch.Tensor]]  # place -> the tokens' states (K, C) at each tap
-    stats: dict[str, list[StreamStats]]  # place off the stream -> the statistics of each tap
-    sink_keys: list[Keys]  # of each layer of attention
-    other_keys: list[Keys]  # as many random others
-    seed: int
+    def __init__(self, subject: Subject, tokens: torch.Tensor, seed: int) -> None:
+        self.subject, self.tokens, self.seed = subject, tokens, seed
+        self.states: dict[tuple[str, int], torch.Tensor] = {}  # (place, tap) -> (K, C)
+        # place off the stream -> the statistics of each tap; what sub-layers read was measured on all sequences before
+        self.stats = {place: [StreamStats() for _ in subject.inner[place]] for place in ("output", "update")}
+        self.sink_keys: list[Keys] = [[] for _ in subject.attends]  # of each layer of attention
+        self.other_keys: list[Keys] = [[] for _ in subject.attends]  # as many random others
+
+    @torch.no_grad()
+    def add(self, ids: torch.Tensor, sequences: torch.Tensor) -> None:
+        """Fills in the tokens' states at every tap, and sink keys, in one forward pass over some of the sequences."""
+        in_batch = torch.isin(self.tokens[:, 0], sequences)
+        b, t = torch.searchsorted(sequences, self.tokens[in_batch, 0].contiguous()), self.tokens[in_batch, 1]
+        B, T = self.subject.stream_ids(ids).shape
+
+        def record(place: str, index: int, x: torch.Tensor) -> None:
+            x = x.detach().float().view(B, T, -1)
+            states = self.states.setdefault((place, index), torch.zeros(len(self.tokens), x.size(-1)))
+            states[in_batch] = x[b, t].cpu()
+            if place in self.stats:
+                self.stats[place][index].add(x)
+
+        places = {"stream": self.subject.streams, **self.subject.inner}.items()
+        taps = [(tap, functools.partial(record, place, i)) for place, taps in places for i, tap in enumerate(taps)]
+        seams = [
+            (seam.module, functools.partial(self._add_keys, ids, sequences, i))
+            for i, seam in enumerate(self.subject.attends)
+        ]
+        with on_streams(*zip(*taps, strict=True)), hooked(seams):
+            self.subject.losses(ids)
+
+    def _add_keys(
+        self, ids: torch.Tensor, sequences: torch.Tensor, index: int, module: Any, args: tuple, *rest: object
+    ) -> None:
+        """A hook of a seam that collects the keys of its sinks, and as many random other keys."""
+        subject, (q, k, _) = self.subject, args
+        tokens = subject.stream_ids(ids) if subject.part != "cross" else ids
+        sinks = are_sinks(*alpha_in(module, q, k, subject.causal), q.size(-2))
+        k = for_heads(k.float().cpu(), q.size(1))
+        draw = metrics.uniform(sequences, sinks.shape[1:], self.seed, index).masked_fill(sinks, -1.0)
+        draw[..., : subject.n_register + 1] = -1.0  # no controls: these are often the same in every sequence
+        control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
+        for chosen, keys in ((sinks, self.sink_keys[index]), (control, self.other_keys[index])):
+            for i, head, position in chosen.nonzero().tolist():
+                state = state_key(subject, int(sequences[i]), position, int(tokens[i, position]))
+                keys.append((head, state, k[i, head, position]))
 
 
-def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: int = 8, seed: int = 0) -> Anatomy:
+def anatomy(
+    subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: int = 8, seed: int = 0
+) -> findings.Anatomy:
     """The findings' entry `anatomy` from ids (N, T) and their Observation."""
     tokens, are_spikes = chosen_tokens(obs)
-    sequences = tokens[:, 0].unique()
-    dissection = Dissection(
-        tokens=torch.cat((tokens, other_tokens(obs, tokens, seed))),
-        rows={place: [torch.zeros(0)] * len(taps) for place, taps in _taps(subject).items()},
-        # what sub-layers read has been measured on all sequences
-        stats={place: [StreamStats() for _ in subject.inner[place]] for place in ("output", "update")},
-        sink_keys=[[] for _ in subject.attends],
-        other_keys=[[] for _ in subject.attends],
-        seed=seed,
-    )
+    sequences, K = tokens[:, 0].unique(), len(tokens)
+    dissection = Dissection(subject, torch.cat((tokens, other_tokens(obs, tokens, seed))), seed)
     for numbers, batch in batches(ids[sequences], batch_size):
-        _dissect_batch(subject, batch, sequences[numbers], dissection)
-    K = len(tokens)
+        dissection.add(batch, sequences[numbers])
+    states = dissection.states
     distinct = distinct_tokens(subject, obs, tokens)
-    steps = step_up_and_down(torch.stack(dissection.rows["stream"])[:, :K], subject.streams)
-    normed = zip(subject.inner["normed"], dissection.rows["normed"], strict=True)
+    path = torch.stack([states["stream", i][:K] for i in range(len(subject.streams))])
+    steps = step_up_and_down(path, subject.streams)
     keys = zip(subject.attends, dissection.sink_keys, dissection.other_keys, strict=True)
     spiking = [channel.channel for channel in steps.channels[:4]]
-    return Anatomy(
+    return findings.Anatomy(
         of="tokens that the primary rule marks" if are_spikes else "each sequence's largest token: none is a spike",
         n_seq=len(sequences),
         tokens=K,
@@ -83,27 +100,28 @@ def anatomy(subject: Subject, ids: torch.Tensor, obs: Observation, batch_size: i
         episodes=episodes(obs.sum, subject.streams),
         **vars(steps),
         normed_cosine=[
-            NormedCosine(layer=tap.layer, kind=tap.kind, spikes=mean_cosine(x[:K][distinct]), others=mean_cosine(x[K:]))
-            for tap, x in normed
+            findings.NormedCosine(
+                layer=tap.layer,
+                kind=tap.kind,
+                spikes=mean_cosine(states["normed", i][distinct]),
+                others=mean_cosine(states["normed", i][K:]),
+            )
+            for i, tap in enumerate(subject.inner["normed"])
         ],
         inner={
             place: [
-                LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(tap_stats.result()))
-                for i, (tap, tap_stats) in enumerate(zip(subject.inner[place], all_stats, strict=True))
+                findings.LayerStats(index=i, layer=tap.layer, kind=tap.kind, **vars(all_stats[i].result()))
+                for i, tap in enumerate(subject.inner[place])
             ]
             for place, all_stats in dissection.stats.items()
         },
         places={place: PLACES[place] for place in dissection.stats},
         key_subspace=[
-            KeySubspace(layer=tap.layer, kind=tap.kind, heads=key_subspace(sinks, others, subject.n_head))
+            findings.KeySubspace(layer=tap.layer, kind=tap.kind, heads=key_subspace(sinks, others, subject.n_head))
             for tap, sinks, others in keys
         ],
         quadratic_form=quadratic_form(subject, steps.step_up, spiking, torch.Generator().manual_seed(seed)),
     )
-
-
-def _taps(subject: Subject) -> dict[str, list[Tap]]:
-    return {"stream": subject.streams, **subject.inner}
 
 
 def chosen_tokens(obs: Observation) -> tuple[torch.Tensor, bool]:
@@ -139,53 +157,7 @@ def distinct_tokens(subject: Subject, obs: Observation, tokens: torch.Tensor) ->
     return sorted(states.values())
 
 
-@torch.no_grad()
-def _dissect_batch(subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, dissection: Dissection) -> None:
-    """Fills in the tokens' states at every tap, and sink keys, in one forward pass over some of the sequences."""
-    in_batch = torch.isin(dissection.tokens[:, 0], sequences)
-    batch_index = {int(n): i for i, n in enumerate(sequences)}
-    b = torch.tensor([batch_index[int(n)] for n in dissection.tokens[in_batch, 0]])
-    t = dissection.tokens[in_batch, 1]
-    B, T = subject.stream_ids(ids).shape
-
-    def record(place: str, index: int, x: torch.Tensor) -> None:
-        x = x.detach().float().view(B, T, -1)
-        rows = dissection.rows[place]
-        if not rows[index].numel():
-            rows[index] = torch.zeros(len(dissection.tokens), x.size(-1))
-        rows[index][in_batch] = x[b, t].cpu()
-        if place in dissection.stats:
-            dissection.stats[place][index].add(x)
-
-    places = _taps(subject).items()
-    taps = [(tap, functools.partial(record, place, i)) for place, taps in places for i, tap in enumerate(taps)]
-    seams = [(seam.module, _on_keys(subject, ids, sequences, dissection, i)) for i, seam in enumerate(subject.attends)]
-    with on_streams([tap for tap, _ in taps], [function for _, function in taps]), hooked(seams):
-        subject.losses(ids)
-
-
-def _on_keys(
-    subject: Subject, ids: torch.Tensor, sequences: torch.Tensor, dissection: Dissection, index: int
-) -> Callable[..., None]:
-    """A hook of a seam that collects the keys of its sinks, and as many random other keys."""
-    tokens = subject.stream_ids(ids) if subject.part != "cross" else ids
-
-    def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
-        q, k, _ = args
-        sinks = sinks_in(module, q, k, subject.causal)
-        k = for_heads(k.float().cpu(), q.size(1))
-        draw = metrics.uniform(sequences, sinks.shape[1:], dissection.seed, index).masked_fill(sinks, -1.0)
-        draw[..., : subject.n_register + 1] = -1.0  # no controls: these are often the same in every sequence
-        control = draw.argsort(-1, descending=True).argsort(-1) < sinks.sum(-1, keepdim=True)
-        for chosen, keys in ((sinks, dissection.sink_keys[index]), (control, dissection.other_keys[index])):
-            for i, head, position in chosen.nonzero().tolist():
-                state = state_key(subject, int(sequences[i]), position, int(tokens[i, position]))
-                keys.append((head, state, k[i, head, position]))
-
-    return hook
-
-
-def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> Steps:
+def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> findings.Steps:
     """Where spikes rise and fall, and the channels they share, from the tokens' streams at every tap (taps, K, C).
 
     A token's channel is that of its largest |h|. Its step-up is the tap at which that entry gains most towards its
@@ -195,46 +167,34 @@ def step_up_and_down(path: torch.Tensor, taps: Sequence[Tap]) -> Steps:
     K, C = path.shape[1:]
     largest = path.abs().transpose(0, 1).flatten(1).argmax(1)
     peak_tap, channel = largest // C, largest % C
-    token = torch.arange(K)
+    token, tap = torch.arange(K), torch.arange(len(path))[:, None]
     entry = path[:, token, channel]  # (taps, K)
     peak = entry[peak_tap, token]
-    change = entry.diff(dim=0) * peak.sign() / peak.abs().clamp_min(1e-30)  # (taps - 1, K), as a part of the peak
-    tap = torch.arange(1, len(path))[:, None]
-    up = change.masked_fill(tap > peak_tap, -torch.inf).argmax(0) + 1 if len(path) > 1 else torch.zeros_like(token)
-    starts = entry[0] * peak.sign() / peak.abs().clamp_min(1e-30)
-    up = torch.where(starts >= change[up - 1, token], 0, up) if len(path) > 1 else up  # large from the embedding on
+    # (taps, K), what each tap adds, as a part of the peak; a spike that is there from the embedding on rises at tap 0
+    change = entry.diff(dim=0, prepend=entry.new_zeros(1, K)) * peak.sign() / peak.abs().clamp_min(1e-30)
+    up = change.masked_fill(tap > peak_tap, -torch.inf).argmax(0)
     later = change.masked_fill(tap <= peak_tap, torch.inf)
-    falls = (peak_tap < len(path) - 1) & (later.amin(0) <= -LEAST_FALL)
-    tap_entry = lambda index: {"index": index, "layer": taps[index].layer, "kind": taps[index].kind}
+    falls = later.amin(0) <= -LEAST_FALL
+    down = later.argmin(0)[falls]
+    step = lambda i, n: {"index": i, "layer": taps[i].layer, "kind": taps[i].kind, "tokens": n / K}
 
-    up_index = int(up.mode().values)
-    part = torch.cat((starts[None], change))
-    step_up = StepChange(
-        **tap_entry(up_index),
-        tokens=(up == up_index).double().mean().item(),
-        part_of_peak=part[up_index, up == up_index].mean().item(),
-    )
-    step_down = None
-    if falls.any():
-        down = later.argmin(0)[falls] + 1
-        index = int(down.mode().values)
-        step_down = StepChange(
-            **tap_entry(index),
-            tokens=(down == index).double().sum().item() / K,
-            part_of_peak=change[index - 1, falls][down == index].mean().item(),
-        )
+    def most_frequent(steps: torch.Tensor, change: torch.Tensor) -> findings.StepChange:
+        index = int(steps.mode().values)
+        part = change[index, steps == index]
+        return findings.StepChange(**step(index, len(part)), part_of_peak=part.mean().item())
+
     at = int(peak_tap.mode().values)  # where most tokens have their peak
     channels = shared_channels(path[at])
-    return Steps(
+    return findings.Steps(
         path={str(shared.channel): path[:, :, shared.channel].mean(1).tolist() for shared in channels[:3]},
-        step_up=step_up,
-        step_down=step_down,
-        peak=Step(**tap_entry(at), tokens=(peak_tap == at).double().mean().item()),
+        step_up=most_frequent(up, change),
+        step_down=most_frequent(down, change[:, falls]) if falls.any() else None,
+        peak=findings.Step(**step(at, int((peak_tap == at).sum()))),
         channels=channels,
     )
 
 
-def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
+def episodes(side: Side, taps: Sequence[Tap]) -> list[findings.Episode]:
     """The runs of taps at which the spike tokens of a side are large; those that start at the same tap are one episode.
     Episodes of fewer than a twentieth of the tokens are left out.
 
@@ -249,7 +209,7 @@ def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
             run = [*group]
             if large and bool((strength[run, token] >= 1).any()):
                 runs.setdefault(run[0], []).append((run[-1], token, run[int(magnitudes[run, token].argmax())]))
-    step = lambda i, n: Step(index=i, layer=taps[i].layer, kind=taps[i].kind, tokens=n / strength.size(1))
+    step = lambda i, n: findings.Step(index=i, layer=taps[i].layer, kind=taps[i].kind, tokens=n / strength.size(1))
     entries = []
     for start, rows in sorted(runs.items()):
         if len(rows) < strength.size(1) / 20:
@@ -258,7 +218,7 @@ def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
         end, peak = int(ends.mode().values), magnitudes[peaks, tokens]
         usual = torch.stack([u.layer.cpu() for u in side.usual[attended] if u is not None])
         entries.append(
-            Episode(
+            findings.Episode(
                 start=step(start, len(rows)),
                 end=step(end, int((ends == end).sum())),
                 tokens=len(rows) / strength.size(1),
@@ -270,13 +230,13 @@ def episodes(side: Side, taps: Sequence[Tap]) -> list[Episode]:
     return entries
 
 
-def shared_channels(x: torch.Tensor) -> list[SharedChannel]:
+def shared_channels(x: torch.Tensor) -> list[findings.SharedChannel]:
     """The channels with the largest mean |h| over tokens x (K, C)."""
     top = x.abs().mean(0).argsort(descending=True, stable=True)[:CHANNELS]
     values = x[:, top]
     relative = values / values[:, :1].abs().clamp_min(1e-30)
     return [
-        SharedChannel(
+        findings.SharedChannel(
             channel=channel,
             value=values[:, i].mean().item(),
             same_sign=(values[:, i].sign() == values[:, i].mean().sign()).double().mean().item(),
@@ -297,7 +257,7 @@ def mean_cosine(x: torch.Tensor) -> float | None:
     return (total - n) / (n * (n - 1))
 
 
-def key_subspace(sinks: Keys, others: Keys, n_head: int) -> list[KeyDimensions]:
+def key_subspace(sinks: Keys, others: Keys, n_head: int) -> list[findings.KeyDimensions]:
     """The number of dimensions in which each head's sink keys lie, and the same for as many other keys.
 
     `dims95`: how many singular values have 95% of the keys' energy; `participation`: (sum s^2)^2 / sum s^4.
@@ -306,33 +266,26 @@ def key_subspace(sinks: Keys, others: Keys, n_head: int) -> list[KeyDimensions]:
     for head in range(n_head):
         different = {token: key for h, token, key in sinks if h == head}
         control = {token: key for h, token, key in others if h == head}
-        dims95, participation = _dimensions([*different.values()])
-        others_dims95, others_participation = _dimensions([*control.values()][: len(different)])
-        rows.append(
-            KeyDimensions(
-                head=head,
-                keys=len(different),
-                dims95=dims95,
-                participation=participation,
-                others_dims95=others_dims95,
-                others_participation=others_participation,
-            )
-        )
+        dimensions = _dimensions([*different.values()])
+        others_dimensions = _dimensions([*control.values()][: len(different)], "others_")
+        rows.append(findings.KeyDimensions(head=head, keys=len(different), **dimensions, **others_dimensions))
     return rows
 
 
-def _dimensions(keys: list[torch.Tensor]) -> tuple[int, float] | tuple[None, None]:
-    """(dims95, participation) of keys (D,)."""
+def _dimensions(keys: list[torch.Tensor], prefix: str = "") -> dict[str, Any]:
+    """`dims95` and `participation` of keys (D,), None for fewer than two, with a prefix before the names."""
     if len(keys) < 2:
-        return None, None
+        return {f"{prefix}dims95": None, f"{prefix}participation": None}
     energy = torch.linalg.svdvals(torch.stack(keys).double()).square()
-    dims95 = int((energy.cumsum(0) < 0.95 * energy.sum()).sum()) + 1
-    return dims95, (energy.sum() ** 2 / energy.square().sum().clamp_min(1e-30)).item()
+    return {
+        f"{prefix}dims95": int((energy.cumsum(0) < 0.95 * energy.sum()).sum()) + 1,
+        f"{prefix}participation": (energy.sum() ** 2 / energy.square().sum().clamp_min(1e-30)).item(),
+    }
 
 
 def quadratic_form(
-    subject: Subject, step_up: Place, spiking: list[int], generator: torch.Generator
-) -> QuadraticForm | None:
+    subject: Subject, step_up: findings.Place, spiking: list[int], generator: torch.Generator
+) -> findings.QuadraticForm | None:
     """Is a `spiking` channel's form in the step-up's gated FFN an outlier, and of rank one? None without such an FFN.
 
     `norm`: ||U_k||_F over the median of all channels'; `dominance`: the largest eigenvalue^2 of S_k = (U_k + U_k^T) / 2
@@ -351,10 +304,10 @@ def quadratic_form(
     channels = [*spiking, *random]
     parts = dominance(gate, up, down[channels], norms[channels], generator)
     forms = [
-        ChannelForm(channel=k, norm=norm, dominance=part)
+        findings.ChannelForm(channel=k, norm=norm, dominance=part)
         for k, norm, part in zip(channels, (norms[channels] / norms.median()).tolist(), parts.tolist(), strict=True)
     ]
-    return QuadraticForm(
+    return findings.QuadraticForm(
         layer=ffn.layer,
         channels=forms[: len(spiking)],
         others=forms[len(spiking) :],
@@ -369,12 +322,7 @@ def form_norms(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torc
 
 
 def dominance(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    rows: torch.Tensor,
-    norms: torch.Tensor,
-    generator: torch.Generator,
-    iterations: int = 200,
+    gate: torch.Tensor, up: torch.Tensor, rows: torch.Tensor, norms: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """lambda_1^2 / ||S||_F^2 of each S = (U + U^T) / 2, U = sum_i row_i gate_i up_i^T, by power iteration on S^2: (K,).
 
@@ -382,7 +330,7 @@ def dominance(
     """
     apply = lambda x: 0.5 * (gate.T @ (rows.T * (up @ x)) + up.T @ (rows.T * (gate @ x)))  # (C, K) -> (C, K)
     x = torch.randn(gate.size(1), len(rows), generator=generator).to(gate)
-    for _ in range(iterations):
+    for _ in range(200):
         x = apply(x)
         x = x / x.norm(dim=0).clamp_min(1e-30)
     cross = gate @ up.T

@@ -22,22 +22,9 @@ import torch
 
 from ..models.subject import Subject
 from ..text.sequences import PADDING
-from . import metrics
-from .findings import (
-    CoOccurrence,
-    CurvePoint,
-    FalsePositives,
-    Measures,
-    Nulls,
-    Rate,
-    RateVerdict,
-    RuleRates,
-    Skipped,
-    Verdict,
-    Verdicts,
-)
+from . import findings, metrics
 from .observe import Observation, Ordinary, Shuffle, observe
-from .rules import SEQUENCES, Curve, ObservationLike, Rule
+from .rules import SEQUENCES, Curve, Rule
 from .sinks import PRIMARY_SINK_RULE, SINK_RULES
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 
@@ -117,7 +104,7 @@ def nulls(
     seed: int = 0,
     no_init: str | None = None,
     ordinary: Ordinary | None = None,
-) -> Nulls:
+) -> findings.Nulls:
     """{name: measures of that null} on the first sequences of ids (N, T), at most `n_seq` (0: no nulls).
 
     `no_init`: why the model cannot get new weights, for that null. `ordinary`: the trained model's usual magnitudes.
@@ -126,9 +113,9 @@ def nulls(
     if not n_seq:
         return {}
     ids = ids[:n_seq]
-    entries: Nulls = {}
+    entries: findings.Nulls = {}
     if no_init or not subject.rebuild:
-        entries["init"] = Skipped(skipped=no_init or "this model cannot be made anew")
+        entries["init"] = findings.Skipped(skipped=no_init or "this model cannot be made anew")
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -142,35 +129,31 @@ def nulls(
     return entries
 
 
-def measures_entry(obs: Observation) -> Measures:
+def measures_entry(obs: Observation) -> findings.Measures:
     """What is compared between the model and its nulls."""
-    return Measures(
+    spikes, sinks = obs.spikes[PRIMARY_SPIKE_RULE], SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
+    return findings.Measures(
         n_seq=len(obs.ids),
         loss=obs.loss.mean().item(),
         largest_ratio=obs.sum.ratio.max().item(),
         kurtosis=max(stats.result().kurtosis for stats in obs.sum.stats[obs.sum.attended]),
         first_alpha=obs.first_alpha.mean().item(),
-        p_sink_given_spike=sinks_among(obs, obs.spikes[PRIMARY_SPIKE_RULE]),
+        p_sink_given_spike=(sinks & spikes).sum().item() / int(spikes.sum()) if spikes.any() else math.nan,
         rules=rates(obs),
         curves=curves(obs),
     )
 
 
-def sinks_among(obs: ObservationLike, spikes: torch.Tensor) -> float:
-    """P(sink | spike): the share of the spike tokens (N, T) that are sinks by the primary rule; nan without spikes."""
-    sinks = SINK_RULES[PRIMARY_SINK_RULE].tokens(obs)
-    return (sinks & spikes).sum().item() / int(spikes.sum()) if spikes.any() else float("nan")
-
-
-def rates(obs: Observation) -> dict[str, RuleRates]:
+def rates(obs: Observation) -> dict[str, findings.RuleRates]:
     """{rule: how much it marks}, for every rule."""
-    entries = {name: RuleRates(**_shares(obs, obs.spikes[name])) for name in SPIKE_RULES}
+    entries = {name: findings.RuleRates(**_shares(obs, obs.spikes[name])) for name in SPIKE_RULES}
     for name, rule in SINK_RULES.items():
-        entries[name] = RuleRates(**_shares(obs, rule.tokens(obs)), best_head=_best_head(rule.curve, obs))
+        best_head = _best_head(rule.curve, obs, rule.curve.used)
+        entries[name] = findings.RuleRates(**_shares(obs, rule.tokens(obs)), best_head=best_head)
     return entries
 
 
-def _shares(obs: ObservationLike, hits: torch.Tensor) -> dict[str, float]:
+def _shares(obs: Observation, hits: torch.Tensor) -> dict[str, float]:
     """The shares of tokens and of sequences with a hit. `hits`: bool (N, T)."""
     tokens = obs.tokens
     return {
@@ -179,77 +162,69 @@ def _shares(obs: ObservationLike, hits: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _best_head(curve: Curve, obs: ObservationLike, threshold: float | None = None) -> float | None:
+def _best_head(curve: Curve, obs: Observation, threshold: float) -> float | None:
     """The share of sequences with a hit in the head that has most; None for a rule that does not go by heads."""
-    if curve.best_head is None:
-        return None
-    return curve.best_head(obs, curve.used if threshold is None else threshold).double().mean(0).max().item()
+    return curve.best_head(obs, threshold).double().mean(0).max().item() if curve.best_head else None
 
 
-def curves(obs: ObservationLike) -> dict[str, list[CurvePoint]]:
+def curves(obs: Observation) -> dict[str, list[findings.CurvePoint]]:
     """{curve: how the findings change with its threshold}. Keys with too few queries never count."""
     return {
-        rule.curve.name: [_point(rule.curve, obs, threshold) for threshold in rule.curve.thresholds]
-        for rule in rules().values()
-        if rule.curve
+        curve.name: [
+            findings.CurvePoint(
+                at=threshold,
+                **_shares(obs, curve.tokens(obs, threshold)),
+                sink_1=curve.sink_1(obs, threshold).double().mean().item() if curve.sink_1 else None,
+                best_head=_best_head(curve, obs, threshold),
+            )
+            for threshold in curve.thresholds
+        ]
+        for curve in (rule.curve for rule in rules().values())
+        if curve
     }
 
 
-def _point(curve: Curve, obs: ObservationLike, threshold: float) -> CurvePoint:
-    return CurvePoint(
-        at=threshold,
-        **_shares(obs, curve.tokens(obs, threshold)),
-        sink_1=curve.sink_1(obs, threshold).double().mean().item() if curve.sink_1 else None,
-        best_head=_best_head(curve, obs, threshold),
-    )
-
-
-def _measured_nulls(null: Nulls, rule: Rule) -> dict[str, Measures]:
+def _measured_nulls(null: findings.Nulls, rule: Rule) -> dict[str, findings.Measures]:
     """The nulls of a rule that were run."""
-    return {name: entry for name in rule.nulls if isinstance(entry := null.get(name), Measures)}
+    return {name: entry for name in rule.nulls if isinstance(entry := null.get(name), findings.Measures)}
 
 
-def false_positives(null: Nulls, name: str, key: str = SEQUENCES) -> FalsePositives | None:
+def false_positives(null: findings.Nulls, name: str, key: str = SEQUENCES) -> findings.FalsePositives | None:
     """The rate at which a rule fires in the worst of its nulls, with its 95% interval; None if none was run."""
     entries = _measured_nulls(null, rules()[name])
     if not entries:
         return None
     worst = max(entries.values(), key=lambda entry: getattr(entry.rules[name], key))
-    rate = _rate(getattr(worst.rules[name], key), worst.n_seq)
-    return FalsePositives(**vars(rate), nulls=[*entries])
+    rate = getattr(worst.rules[name], key)
+    return findings.FalsePositives(rate=rate, ci95=_interval(rate, worst.n_seq), n_seq=worst.n_seq, nulls=[*entries])
 
 
-def _rate(rate: float, n: int, tests: int = 1) -> Rate:
-    return Rate(rate=rate, ci95=metrics.wilson(round(rate * n), n, tests), n_seq=n)
+def _interval(rate: float, n: int, tests: int = 1) -> findings.Interval:
+    """The 95% interval of a share of n sequences."""
+    return metrics.wilson(round(rate * n), n, tests)
 
 
 def verdicts(
-    obs: Observation,
-    null: Nulls,
-    overlap: CoOccurrence,
-    heads: list[str],
-    parameters: int,
-    step: int | None,
-    trained_tokens: int | None,
-) -> Verdicts:
+    obs: Observation, null: findings.Nulls, overlap: findings.CoOccurrence, heads: list[str], weaknesses: list[str]
+) -> findings.Verdicts:
     """Verdicts on spikes, sinks and their co-occurrence, with reasons: present, absent or underpowered.
 
-    Present: most sequences have it (sinks: in one and the same head), and fewer do in the nulls. Absent needs power: a
-    model of at least 50M parameters, 1e9 tokens of training where that is known, and 60 sequences, because published
-    models below that have shown no more. Everything between is underpowered. `heads`: names of the L x H heads.
+    Present: most sequences have it (sinks: in one and the same head), and fewer do in the nulls. Absent needs power,
+    see `weakness`. Everything between is underpowered. `heads`: names of the L x H heads.
     """
-    weaknesses = weakness(len(obs.ids), parameters, step, trained_tokens)
     spike, sink = spike_verdict(obs, null, weaknesses), sink_verdict(obs, null, weaknesses, heads)
-    return Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weaknesses, null))
+    return findings.Verdicts(spike=spike, sink=sink, co_occurrence=co_verdict(spike, sink, overlap, weaknesses, null))
 
 
-def spike_verdict(obs: Observation, null: Nulls, weaknesses: list[str]) -> RateVerdict:
+def spike_verdict(obs: Observation, null: findings.Nulls, weaknesses: list[str]) -> findings.RateVerdict:
     """Do most sequences have a spike token? `weaknesses`: see `weakness`."""
     share = obs.spikes[PRIMARY_SPIKE_RULE].any(1).double().mean().item()
     return _verdict("of sequences have a spike token", PRIMARY_SPIKE_RULE, obs, null, share, weaknesses)
 
 
-def sink_verdict(obs: Observation, null: Nulls, weaknesses: list[str], heads: list[str]) -> RateVerdict:
+def sink_verdict(
+    obs: Observation, null: findings.Nulls, weaknesses: list[str], heads: list[str]
+) -> findings.RateVerdict:
     """Do most sequences have a sink in one and the same head?"""
     curve = SINK_RULES[PRIMARY_SINK_RULE].curve
     assert curve.best_head
@@ -259,7 +234,10 @@ def sink_verdict(obs: Observation, null: Nulls, weaknesses: list[str], heads: li
 
 
 def weakness(n_seq: int, parameters: float, step: int | None, trained_tokens: float | None) -> list[str]:
-    """The reasons why a missing phenomenon would not be evidence of absence; empty if there are none."""
+    """The reasons why a missing phenomenon would not be evidence of absence; empty if there are none.
+
+    Published models of fewer than 50M parameters, or 1e9 tokens of training where that is known, have shown no more.
+    """
     weaknesses = []
     if parameters < POWERED_PARAMETERS:
         weaknesses.append(f"{parameters / 1e6:.3g}M parameters, fewer than {POWERED_PARAMETERS / 1e6:.0f}M")
@@ -272,53 +250,56 @@ def weakness(n_seq: int, parameters: float, step: int | None, trained_tokens: fl
     return weaknesses
 
 
-def _holding_thresholds(rule: Rule, curve: Curve, obs: Observation, null: Nulls, tests: int) -> list[float]:
+def _holding_thresholds(rule: Rule, curve: Curve, obs: Observation, null: findings.Nulls, tests: int) -> list[float]:
     """The thresholds of a rule's curve at which most sequences of the model have it, and fewer do in the nulls."""
-    thresholds = []
-    for i, threshold in enumerate(curve.thresholds):
-        low = _rate(getattr(_point(curve, obs, threshold), curve.key), len(obs.ids), tests).ci95[0]
-        entries = _measured_nulls(null, rule).values()
-        null_rates = [_rate(getattr(entry.curves[curve.name][i], curve.key), entry.n_seq) for entry in entries]
-        if low > max([MAJORITY, *(rate.ci95[1] for rate in null_rates)]):
-            thresholds.append(threshold)
+    entries, thresholds = _measured_nulls(null, rule).values(), []
+    for i, point in enumerate(curves(obs)[curve.name]):
+        low = _interval(getattr(point, curve.key), len(obs.ids), tests)[0]
+        highs = [_interval(getattr(entry.curves[curve.name][i], curve.key), entry.n_seq)[1] for entry in entries]
+        if low > max([MAJORITY, *highs]):
+            thresholds.append(point.at)
     return thresholds
 
 
 def _verdict(
-    claim: str, name: str, obs: Observation, null: Nulls, share: float, weaknesses: list[str], tests: int = 1
-) -> RateVerdict:
+    claim: str, name: str, obs: Observation, null: findings.Nulls, share: float, weaknesses: list[str], tests: int = 1
+) -> findings.RateVerdict:
     """One phenomenon's verdict from the share of sequences that have it and from its nulls."""
     rule = rules()[name]
     assert rule.curve
     knob, used, holds = rule.curve.name, rule.curve.used, _holding_thresholds(rule, rule.curve, obs, null, tests)
-    null_rate, ci = false_positives(null, name, rule.curve.key), _rate(share, len(obs.ids), tests).ci95
+    null_rate, ci = false_positives(null, name, rule.curve.key), _interval(share, len(obs.ids), tests)
     reason = f"{share:.0%} [{ci[0]:.0%}, {ci[1]:.0%}] {claim}"
     if null_rate is None:
         reason += "; no null was run"
     else:
         changes = " or ".join(NULL_WORDS.get(null, null) for null in null_rate.nulls)
         reason += f", {null_rate.rate:.0%} [{null_rate.ci95[0]:.0%}, {null_rate.ci95[1]:.0%}] with {changes}"
+    verdict = "underpowered"
     if ci[0] > MAJORITY and (null_rate is None or null_rate.ci95[1] < ci[0]):
         verdict = "present"
         reason += f"; this holds for every {knob} tried from {min(holds):g} to {max(holds):g} (the rule takes {used:g})"
     elif ci[0] > MAJORITY:
-        verdict = "underpowered"
         reason += "; the nulls have it as often, or are too few to tell"
     elif ci[1] > MAJORITY:
-        verdict = "underpowered"
         reason += "; more sequences would decide whether most have it"
     elif weaknesses:
-        verdict = "underpowered"
         reason += f"; absence would need more: {', '.join(weaknesses)}"
     else:
         verdict = "absent"
         reason += "; not in most sequences of a model and a sample large enough to show it"
         if holds:
             reason += f" (but in most at a {knob} of {max(holds):g})"
-    return RateVerdict(verdict=verdict, reason=reason, rate=share, ci95=ci, null=null_rate, holds=holds)
+    return findings.RateVerdict(verdict=verdict, reason=reason, rate=share, ci95=ci, null=null_rate, holds=holds)
 
 
-def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weaknesses: list[str], null: Nulls) -> Verdict:
+def co_verdict(
+    spike: findings.Verdict,
+    sink: findings.Verdict,
+    overlap: findings.CoOccurrence,
+    weaknesses: list[str],
+    null: findings.Nulls,
+) -> findings.Verdict:
     """Do spikes and sinks fall on the same tokens, and does position alone explain it?
 
     If all spikes or all sinks are one state that is the same in every sequence, all sequences together are one
@@ -327,7 +308,7 @@ def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weaknesses:
     missing = [name for name, verdict in (("spikes", spike), ("sinks", sink)) if verdict.verdict != "present"]
     if missing:
         reason = f"{' and '.join(missing)} are not present: nothing to compare"
-        return Verdict(verdict="underpowered", reason=reason)
+        return findings.Verdict(verdict="underpowered", reason=reason)
     if overlap.by_construction:
         return _one_state_verdict(overlap, null)
     ci, lift_ci = overlap.ci95.lift_anywhere, overlap.ci95.lift
@@ -342,21 +323,21 @@ def co_verdict(spike: Verdict, sink: Verdict, overlap: CoOccurrence, weaknesses:
             reason += "and sequences that have the one have the other less often than that"
         else:
             reason += f"and there is no more than that (p = {p:.3g})"
-        return Verdict(verdict="present", reason=reason)
+        return findings.Verdict(verdict="present", reason=reason)
     if ci and ci[1] < UNRELATED and not weaknesses:
-        return Verdict(verdict="absent", reason=reason)
+        return findings.Verdict(verdict="absent", reason=reason)
     lacking = f"absence would need more: {', '.join(weaknesses)}" if weaknesses else "the interval leaves room for more"
-    return Verdict(verdict="underpowered", reason=f"{reason}; {lacking}")
+    return findings.Verdict(verdict="underpowered", reason=f"{reason}; {lacking}")
 
 
-def _one_state_verdict(overlap: CoOccurrence, null: Nulls) -> Verdict:
+def _one_state_verdict(overlap: findings.CoOccurrence, null: findings.Nulls) -> findings.Verdict:
     reason = (
         f"P(sink | spike) is {overlap.p_sink_given_spike:.0%}, but the spikes or the sinks are one state, the same in "
         "every sequence: they are one observation, which no permutation of sequences changes"
     )
     other = null.get("no_first")
-    if not isinstance(other, Measures) or math.isnan(other.p_sink_given_spike):
-        more = "there are no spikes" if isinstance(other, Measures) else "nothing was measured"
-        return Verdict(verdict="underpowered", reason=f"{reason}; without that first token {more}")
+    if not isinstance(other, findings.Measures) or math.isnan(other.p_sink_given_spike):
+        more = "there are no spikes" if isinstance(other, findings.Measures) else "nothing was measured"
+        return findings.Verdict(verdict="underpowered", reason=f"{reason}; without that first token {more}")
     reason += f"; without that first token it is {other.p_sink_given_spike:.0%}, in {other.n_seq} sequences"
-    return Verdict(verdict="present" if other.p_sink_given_spike > MAJORITY else "underpowered", reason=reason)
+    return findings.Verdict(verdict="present" if other.p_sink_given_spike > MAJORITY else "underpowered", reason=reason)

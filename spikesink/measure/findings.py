@@ -128,17 +128,12 @@ class UsualEntry(Record):
 # ---------------------------------------------------------------------------------------------- rates and verdicts
 
 
-class Rate(Record):
-    """A share of `n_seq` sequences."""
+class FalsePositives(Record):
+    """The share of `n_seq` sequences in which a rule fires, in the worst of the `nulls` that were run."""
 
     rate: float
     ci95: Interval
     n_seq: int
-
-
-class FalsePositives(Rate):
-    """The share of sequences in which a rule fires, in the worst of the `nulls` that were run."""
-
     nulls: list[str]
 
 
@@ -386,11 +381,10 @@ class SinkFindings(Record):
 
     def at(self, epsilon: float = PRIMARY_SINK_EPSILON) -> SinkRates:
         """Gu et al.'s metric at a threshold. Raises KeyError if that was not measured."""
-        try:
-            return next(rates for rates in self.gu if rates.epsilon == epsilon)
-        except StopIteration:
-            known = ", ".join(f"{rates.epsilon:g}" for rates in self.gu)
-            raise KeyError(f"epsilon {epsilon:g} was not measured, only {known}") from None
+        by_epsilon = {rates.epsilon: rates for rates in self.gu}
+        if epsilon not in by_epsilon:
+            raise KeyError(f"epsilon {epsilon:g} was not measured, only {', '.join(f'{e:g}' for e in by_epsilon)}")
+        return by_epsilon[epsilon]
 
     @property
     def first(self) -> float:

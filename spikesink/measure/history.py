@@ -46,21 +46,18 @@ def _largest(layers: list[dict[str, Any]], key: str) -> float | None:
 
 def findings_rows(all_findings: Sequence[Findings]) -> list[HistoryRow]:
     """Rows of checkpoints of one run, by step; [] unless they have one architecture and different steps."""
-    steps = [findings.checkpoint.step for findings in all_findings]
-    known = [step for step in steps if step is not None]
-    if len(known) < len(steps) or len(set(known)) < max(2, len(known)):
-        return []
-    if any(findings.model != all_findings[0].model for findings in all_findings):
-        return []
     rows = [
         HistoryRow(
-            step=step,
+            step=findings.checkpoint.step,
             loss=findings.data.loss,
             ratio=findings.largest_ratio,
             kurtosis=findings.largest_kurtosis,
             sink_rate=max(findings.sinks.at().by_layer),
             p_sink_given_spike=findings.co_occurrence.p_sink_given_spike,
         )
-        for step, findings in zip(known, all_findings, strict=True)
+        for findings in all_findings
+        if findings.checkpoint.step is not None and findings.model == all_findings[0].model
     ]
+    if len({row.step for row in rows}) < max(2, len(all_findings)):
+        return []
     return sorted(rows, key=lambda row: row.step)

@@ -114,17 +114,13 @@ def overlap(
 
 
 def permutation_p(
-    spike: torch.Tensor,
-    sink: torch.Tensor,
-    tokens: torch.Tensor | None = None,
-    permutations: int = 999,
-    seed: int = 0,
+    spike: torch.Tensor, sink: torch.Tensor, tokens: torch.Tensor | None = None, permutations: int = 999
 ) -> float:
     """One-sided p of the overlap of bool arrays (N, T) when whole sequences' sink labels are permuted.
 
     Sequences are permuted as wholes, because tokens cluster in them, among those with equally many `tokens` (N, T).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     lengths = torch.full((len(spike),), spike.size(1)) if tokens is None else tokens.sum(1)
     columns = (spike.any(0) & sink.any(0)).nonzero()[:, 0]  # at other positions the overlap is always zero
     if not len(columns):
@@ -154,24 +150,22 @@ def rate_ci(rates: torch.Tensor) -> Interval | None:
 
 
 @overload
-def bootstrap_ci(
-    statistic: Callable[[torch.Tensor], float], n: int, resamples: int = ..., seed: int = ...
-) -> Interval | None: ...
+def bootstrap_ci(statistic: Callable[[torch.Tensor], float], n: int, resamples: int = ...) -> Interval | None: ...
 
 
 @overload
 def bootstrap_ci(
-    statistic: Callable[[torch.Tensor], dict[str, float]], n: int, resamples: int = ..., seed: int = ...
+    statistic: Callable[[torch.Tensor], dict[str, float]], n: int, resamples: int = ...
 ) -> dict[str, Interval | None]: ...
 
 
-def bootstrap_ci(statistic: Callable[[torch.Tensor], Any], n: int, resamples: int = 1000, seed: int = 0) -> Any:
+def bootstrap_ci(statistic: Callable[[torch.Tensor], Any], n: int, resamples: int = 1000) -> Any:
     """The 95% interval of `statistic(indices)` over resampled sequences; None where it is undefined, as for n = 1.
 
     The percentiles are expanded, so that the interval is not too narrow for few sequences: Hesterberg 2015 (1411.5279),
     section 5.2. `statistic` maps a LongTensor (n,) of sequence numbers to a float, or to a dict of floats.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     if n < 2:
         value = statistic(torch.zeros(1, dtype=torch.int64))
         return dict.fromkeys(value) if isinstance(value, dict) else None

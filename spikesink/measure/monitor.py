@@ -25,21 +25,21 @@ Definitions and sources are those of metrics.py, in float32. Numbers that are no
 """
 
 import contextlib
+import functools
 import inspect
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..hooks import hooked, on_streams
-from ..models.subject import attention_received
 from ..models.views import Attention, Part, View, compiled, no_stream, view_of
 from ..schema import to_json
 from . import metrics
 from .observe import StreamStats
-from .sinks import PRIMARY_SINK_EPSILON, eligible_keys, needed_heads, queries_that_see, sink_alpha
+from .sinks import alpha_in, are_sinks, eligible_keys, needed_heads
 from .spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES, Usual
 
 Row = dict[str, Any]  # of a log, see above
@@ -95,7 +95,7 @@ class BatchObserver:
         self.positions: torch.Tensor | None = None
         self.shape = torch.Size()  # (B, T) of the batch
         self.parts: list[Part] | None = None
-        self.layers: dict[str, Row] = {}  # name -> its numbers in the row
+        self.layers: dict[str, Row] = {}  # name -> its entry in the row
         self.attention: dict[str, Row] = {}
         self.spikes: list[torch.Tensor] = []  # each part's spikes in any attended layer, bool (sequences, T)
         self.sink_heads: list[torch.Tensor] = []  # alike, the number of heads in which a token is a sink
@@ -103,11 +103,10 @@ class BatchObserver:
 
     def watching(self) -> contextlib.ExitStack:
         """A context in which the model is measured."""
-        stack = contextlib.ExitStack()
+        stack, taps = contextlib.ExitStack(), self.view.streams
         stack.enter_context(self.view.around())
-        taps = self.view.streams
-        stack.enter_context(on_streams(taps, [self._on_stream(tap.name) for tap in taps]))
-        seams = [(attention.module, self._on_attention(attention)) for attention in self.view.attends]
+        stack.enter_context(on_streams(taps, [functools.partial(self._on_stream, tap.name) for tap in taps]))
+        seams = [(seam.module, functools.partial(self._on_attention, seam)) for seam in self.view.attends]
         stack.enter_context(hooked(seams, [(self.view.model, self._on_call)]))
         return stack
 
@@ -137,18 +136,15 @@ class BatchObserver:
                 at = (texts == text).nonzero()[:, 0]
                 self.parts.append(Part(slice(i, i + 1), slice(int(at[0]), int(at[-1]) + 1)))
 
-    def _on_stream(self, name: str) -> Callable[[torch.Tensor], None]:
-        def function(stream: torch.Tensor) -> None:
-            if name in self.layers:
-                return
-            if self.parts is None:
-                if not isinstance(stream, torch.Tensor) or stream.dim() != 3:
-                    raise no_stream(self.view.model)
-                self._find_parts(stream)
-            with measuring(stream):
-                self._measure_stream(name, stream.detach().view(*self.shape, -1))
-
-        return function
+    def _on_stream(self, name: str, stream: torch.Tensor) -> None:
+        if name in self.layers:
+            return
+        if self.parts is None:
+            if not isinstance(stream, torch.Tensor) or stream.dim() != 3:
+                raise no_stream(self.view.model)
+            self._find_parts(stream)
+        with measuring(stream):
+            self._measure_stream(name, stream.detach().view(*self.shape, -1))
 
     def _measure_stream(self, name: str, stream: torch.Tensor) -> None:
         stats, rule = StreamStats(), SPIKE_RULES[PRIMARY_SPIKE_RULE]
@@ -163,21 +159,20 @@ class BatchObserver:
                 self.spikes[i].view(-1)[rule.marked(batch, usual, batch.strength(usual)) // C] = True
         result = stats.result()
         self.layers[name] = {
+            "name": name,
             "top1": result.top1,
             "median": result.median,
             "ratio": result.ratio if result.median else None,
             "kurtosis": result.kurtosis,
         }
 
-    def _on_attention(self, attention: Attention) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
-            if attention.name in self.attention or self.parts is None:
-                return
+    def _on_attention(
+        self, attention: Attention, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
+    ) -> None:
+        if attention.name not in self.attention and self.parts is not None:
             cast = torch.is_autocast_enabled(args[0].device.type)
             with measuring(args[0]):
                 self._measure_attention(attention, args, cast)
-
-        return hook
 
     def _measure_attention(self, attention: Attention, args: tuple, cast: bool) -> None:
         device, hits, mass = args[0].device.type, [], torch.zeros(self.shape[1])
@@ -186,19 +181,16 @@ class BatchObserver:
             with torch.autocast(device, torch.get_autocast_dtype(device), cast, cache_enabled=False):
                 seam, q, k = attention.seam_inputs(args, part)
             later = seam.shares(q[:, :, :1].float(), k.float())[..., 1:]
-            causal = not bool((later > 0).any())
-            T = k.size(-2)
-            queries, _ = queries_that_see(seam, T, q.size(-2), causal)
-            alpha = sink_alpha(attention_received(seam, q, k, causal).cpu(), queries)  # (B, H, T)
-            eligible = eligible_keys(queries, q.size(-2))
-            is_sink = (alpha > PRIMARY_SINK_EPSILON) & eligible
+            alpha, queries = alpha_in(seam, q, k, not bool((later > 0).any()))  # (B, H, T), (T,)
+            eligible, is_sink = eligible_keys(queries, q.size(-2)), are_sinks(alpha, queries, q.size(-2))
             hits.append(is_sink.any(-1).flatten())
-            mass[:T] += (alpha * eligible).sum((0, 1))
+            mass[: k.size(-2)] += (alpha * eligible).sum((0, 1))
             if len(self.sink_heads) == i:
-                self.sink_heads.append(torch.zeros(len(alpha), T, dtype=torch.int64))
+                self.sink_heads.append(torch.zeros(len(alpha), k.size(-2), dtype=torch.int64))
             self.sink_heads[i] += is_sink.sum(1)
         self.heads += alpha.size(1)
         self.attention[attention.name] = {
+            "name": attention.name,
             "sink_rate": torch.cat(hits).double().mean().item(),
             "best_position": int(mass.argmax()) if mass.any() else None,
         }
@@ -213,8 +205,8 @@ class BatchObserver:
         both = None if spike is None or sink is None else metrics.overlap(spike, sink)
         return to_json(
             {
-                "layers": [{"name": name, **numbers} for name, numbers in self.layers.items()],
-                "attention": [{"name": name, **numbers} for name, numbers in self.attention.items()],
+                "layers": [*self.layers.values()],
+                "attention": [*self.attention.values()],
                 "spike_tokens": None if spike is None else spike.double().mean().item(),
                 "sink_tokens": None if sink is None else sink.double().mean().item(),
                 "p_sink_given_spike": both.p_sink_given_spike if both else None,

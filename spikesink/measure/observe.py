@@ -4,7 +4,6 @@ The pass keeps running sums, the largest magnitude of every token at every layer
 It never keeps a T x T map, nor an activation after its sub-layer has run.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -21,8 +20,9 @@ from ..text.sequences import PADDING
 from . import metrics
 from .examples import Examples
 from .findings import Magnitudes
+from .rules import Scores
 from .sinks import EPSILONS, PRIMARY_SINK_EPSILON, eligible_keys, needed_heads, queries_that_see, sink_alpha
-from .spikes import PERCENTILE_RULES, PERCENTILES, SPIKE_RULES, SpikeRule, TapBatch, Usual, spike_entries
+from .spikes import TapBatch, Usual, marking_rules, spike_entries
 
 # (rows of the map (B, H, R, keys), the first query, whether attention is causal) -> the rows to measure in their place
 ShuffleRows = Callable[[torch.Tensor, int, bool], torch.Tensor]
@@ -85,26 +85,16 @@ class AttentionStats:
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         value = value.double().cpu()
-        old = self.sums.get(name)
-        if old is not None and old.shape != value.shape:  # the lengths differ: aligned at the first position
-            short, long = sorted((old, value), key=lambda x: x.size(-1))
-            long = long.clone()
-            long[..., : short.size(-1)] += short
-            self.sums[name] = long
-        else:
-            self.sums[name] = value if old is None else old + value
+        old = self.sums.get(name, torch.zeros_like(value))
+        short, long = sorted((old, value), key=lambda x: x.size(-1))
+        long[..., : short.size(-1)] += short  # lengths that differ are aligned at the first position
+        self.sums[name] = long
 
     def add(
-        self,
-        seam: Seam,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bias: torch.Tensor | None,
-        causal: bool,
-        shuffled: ShuffleRows,
+        self, seam: Seam, qkv: tuple[torch.Tensor, ...], bias: torch.Tensor | None, causal: bool, shuffled: ShuffleRows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Adds a batch. Returns, on the CPU, each key's mass and alpha (B, H, T), and the eligible keys (T,)."""
+        q, k, v = qkv
         (B, H, n_queries, _), T = q.shape, k.size(-2)
         received = q.new_zeros(B, H, T, dtype=torch.float32)
         late, distance = torch.zeros_like(received), torch.zeros_like(received)
@@ -156,126 +146,6 @@ class AttentionStats:
         return received.cpu(), alpha, eligible
 
 
-@dataclass
-class Side:
-    """One side of the taps (see Subject) as observed in N sequences of up to T tokens; False or 0 at padding.
-
-    Statistics over all taps use those in `Subject.attended`. The last tap, which no attention reads, is separate.
-    """
-
-    usual: list[Usual | None]
-    taps: Sequence[Tap | None]
-    attended: slice
-    stats: list[StreamStats]
-    magnitudes: torch.Tensor  # (taps, N, T), each token's largest |h|
-    channels: torch.Tensor  # (taps, N, T), the channel of that
-    norms: torch.Tensor  # (taps, N, T), each token's norm
-    strengths: torch.Tensor  # (taps, N, T), largest |h| over its threshold: the primary rule marks it from 1 on
-    ratio: torch.Tensor  # (N, T), largest |h| / median |h| of the layer, at the tap where that is largest
-    spikes: dict[str, torch.Tensor]  # rule -> the tokens it marks, bool (N, T)
-    spike_channels: dict[str, torch.Tensor]  # rule -> how often it marks each channel (C,)
-    percentiles: dict[float, torch.Tensor]  # percentile -> the tokens above it in enough layers, bool (N, T)
-
-    @classmethod
-    def empty(cls, taps: Sequence[Tap | None], usual: list[Usual | None], attended: slice, N: int, T: int) -> "Side":
-        """A Side before the pass."""
-        rows = lambda: torch.zeros(len(taps), N, T)
-        none = lambda: torch.zeros(N, T, dtype=torch.bool)
-        return cls(
-            usual,
-            taps,
-            attended,
-            [StreamStats() for _ in taps],
-            magnitudes=rows(),
-            channels=rows().int(),
-            norms=rows(),
-            strengths=rows(),
-            ratio=torch.zeros(N, T),
-            spikes={rule: none() for rule in SPIKE_RULES},
-            spike_channels={rule: torch.zeros((), dtype=torch.int64) for rule in SPIKE_RULES},
-            percentiles={percentile: none() for percentile in PERCENTILES},
-        )
-
-    @property
-    def strength(self) -> torch.Tensor:
-        """Each token's largest |h| over its threshold, among the attended taps: (N, T)."""
-        return self.strengths[self.attended].amax(0)
-
-    @property
-    def attended_taps(self) -> range:
-        """The numbers of the attended taps."""
-        return range(len(self.taps))[self.attended]
-
-    @property
-    def known(self) -> list[tuple[int, Tap]]:
-        """The taps that were observed on this side, with their numbers."""
-        return [(i, tap) for i, tap in enumerate(self.taps) if tap is not None]
-
-
-@dataclass
-class Observation:
-    """What one pass observed of N sequences of up to T tokens (registers included); L attention layers, H heads.
-
-    Padding follows the shorter sequences. There ids are PADDING, and everything else is False or 0.
-    """
-
-    ids: torch.Tensor  # (N, T)
-    sum: Side  # the stream before any norm on it
-    read: Side  # the stream as the next sub-layer reads it
-    attention: list[AttentionStats]
-    share: torch.Tensor  # (N, T), each key's share of its sequence's attention mass
-    max_alpha: torch.Tensor  # (N, T), the largest alpha over layers and heads
-    strong_alpha: torch.Tensor  # (N, T), the alpha that a twentieth of all heads reaches
-    sink_heads: torch.Tensor  # (N, T), the number of heads in which the token is a sink by Gu's rule
-    eligible: torch.Tensor  # bool (N, T), keys with enough queries in some layer
-    first_alpha: torch.Tensor  # (N, L, H), the first key's alpha
-    best_alpha: torch.Tensor  # (N, L, H), the largest alpha of an eligible key
-    loss: torch.Tensor  # (N,), mean loss per predicted token, nats
-    predicted: torch.Tensor  # (N,), the number of predicted tokens
-    examples: Examples  # some sequences, token by token
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """Which entries of (N, T) are tokens: bool."""
-        return self.ids != PADDING
-
-    # the sum's, for the rules
-
-    @property
-    def strength(self) -> torch.Tensor:
-        """See Side."""
-        return self.sum.strength
-
-    @property
-    def spikes(self) -> dict[str, torch.Tensor]:
-        """See Side."""
-        return self.sum.spikes
-
-    @property
-    def percentiles(self) -> dict[float, torch.Tensor]:
-        """See Side."""
-        return self.sum.percentiles
-
-
-def state_key(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
-    """A key for what a token's state depends on. Equal keys are the same state, not two similar ones.
-
-    Under causal attention a register has the same state in every sequence, and so have equal first tokens after the
-    registers, except in a decoder that reads an encoder's text.
-    """
-    if subject.causal and subject.part != "decoder":
-        if position < subject.n_register:
-            return ("register", position)
-        if position == subject.n_register:
-            return ("first", token)
-    return (sequence, position)
-
-
-def observed_state_key(subject: Subject, obs: Observation, sequence: int, position: int) -> Hashable:
-    """The `state_key` of a token of an Observation."""
-    return state_key(subject, sequence, position, int(obs.ids[sequence, position]))
-
-
 @dataclass(frozen=True)
 class Shuffle:
     """Replaces the measured streams and maps, for nulls, while the model continues with its own.
@@ -310,22 +180,96 @@ class Ordinary:
         """Measures the first sequences of ids (N, T) in one pass."""
         change = (shuffle or Shuffle()).stream
         sides: tuple[Sequence[Tap | None], ...] = (subject.streams, subject.reads)
-        states: list[list[list[torch.Tensor]]] = [[[] for _ in taps] for taps in sides]
+        places = {(side, i): tap for side, taps in enumerate(sides) for i, tap in enumerate(taps) if tap}
+        states: dict[tuple[int, int], list[torch.Tensor]] = {place: [] for place in places}
 
-        def keep(side: int, index: int, rows: torch.Tensor, T: int, x: torch.Tensor) -> None:
+        def keep(place: tuple[int, int], rows: torch.Tensor, T: int, x: torch.Tensor) -> None:
             positions = torch.linspace(0, T - 1, min(T, ORDINARY_TOKENS)).long()
-            x = change(x.detach().float().view(len(rows), T, -1), rows, side, index)
-            states[side][index].append(x[:, positions].flatten(0, 1))
+            x = change(x.detach().float().view(len(rows), T, -1), rows, *place)
+            states[place].append(x[:, positions].flatten(0, 1))
 
         for rows, batch in batches(ids[:ORDINARY_SEQUENCES], batch_size):
             T = subject.stream_ids(batch).size(1)
-            with contextlib.ExitStack() as stack:
-                for side, taps in enumerate(sides):
-                    known = [(i, tap) for i, tap in enumerate(taps) if tap]
-                    hooks = [functools.partial(keep, side, i, rows, T) for i, _ in known]
-                    stack.enter_context(on_streams([tap for _, tap in known], hooks))
+            with on_streams(places.values(), [functools.partial(keep, place, rows, T) for place in places]):
                 subject.logits(batch.to(subject.device))
-        return cls(*([Usual.from_states(torch.cat(x)) if x else None for x in taps] for taps in states))
+        usual = {place: Usual.from_states(torch.cat(x)) for place, x in states.items()}
+        return cls(*([usual.get((side, i)) for i in range(len(taps))] for side, taps in enumerate(sides)))
+
+
+class Side:
+    """One side of the taps (see Subject) as observed in N sequences of up to T tokens; False or 0 at padding.
+
+    Statistics over all taps use those in `Subject.attended`. The last tap, which no attention reads, is separate.
+    """
+
+    def __init__(self, taps: Sequence[Tap | None], usual: list[Usual | None], attended: slice, N: int, T: int) -> None:
+        self.taps, self.usual, self.attended = taps, usual, attended
+        self.stats = [StreamStats() for _ in taps]
+        size = len(taps), N, T  # of what is kept of every token at every tap:
+        self.magnitudes = torch.zeros(size)  # each token's largest |h|
+        self.channels = torch.zeros(size, dtype=torch.int32)  # the channel of that
+        self.norms = torch.zeros(size)  # each token's norm
+        self.strengths = torch.zeros(size)  # largest |h| over its threshold: the primary rule marks it from 1 on
+        self.ratio = torch.zeros(N, T)  # largest |h| / median |h| of the layer, at the tap where that is largest
+        # rule -> the tokens that it marks (N, T), and how often it marks each channel (C,)
+        self.spikes = {name: torch.zeros(N, T, dtype=torch.bool) for name in marking_rules()}
+        self.spike_channels = {name: torch.zeros((), dtype=torch.int64) for name in marking_rules()}
+
+    @property
+    def attended_taps(self) -> range:
+        """The numbers of the attended taps."""
+        return range(len(self.taps))[self.attended]
+
+    @property
+    def known(self) -> list[tuple[int, Tap]]:
+        """The taps that were observed on this side, with their numbers."""
+        return [(i, tap) for i, tap in enumerate(self.taps) if tap is not None]
+
+
+class Observation(Scores):
+    """What one pass observed of N sequences of up to T tokens (registers included); L attention layers, H heads.
+
+    Padding follows the shorter sequences. There ids are PADDING, and everything else is False or 0.
+    """
+
+    def __init__(self, subject: Subject, ordinary: Ordinary, N: int, T: int, examples: Examples) -> None:
+        heads = N, len(subject.attends), subject.n_head
+        self.ids = torch.full((N, T), PADDING)
+        self.sum = Side(subject.streams, ordinary.sums, subject.attended, N, T)  # the stream before any norm on it
+        self.read = Side(subject.reads, ordinary.reads, subject.attended, N, T)  # as the next sub-layer reads it
+        self.spikes = self.sum.spikes
+        self.attention = [AttentionStats() for _ in subject.attends]
+        self.strength, self.share, self.strong_alpha = torch.zeros(3, N, T)
+        self.max_alpha = torch.zeros(N, T)  # the largest alpha over layers and heads
+        self.sink_heads = torch.zeros(N, T)  # the number of heads in which the token is a sink by Gu's rule
+        self.eligible = torch.zeros(N, T, dtype=torch.bool)  # keys with enough queries in some layer
+        self.first_alpha, self.best_alpha = torch.zeros(heads), torch.zeros(heads)
+        self.loss, self.predicted = torch.zeros(N), torch.zeros(N)  # mean nats per predicted token, and their number
+        self.examples = examples  # some sequences, token by token
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Which entries of (N, T) are tokens: bool."""
+        return self.ids != PADDING
+
+
+def state_key(subject: Subject, sequence: int, position: int, token: int) -> Hashable:
+    """A key for what a token's state depends on. Equal keys are the same state, not two similar ones.
+
+    Under causal attention a register has the same state in every sequence, and so have equal first tokens after the
+    registers, except in a decoder that reads an encoder's text.
+    """
+    if subject.causal and subject.part != "decoder":
+        if position < subject.n_register:
+            return ("register", position)
+        if position == subject.n_register:
+            return ("first", token)
+    return (sequence, position)
+
+
+def observed_state_key(subject: Subject, obs: Observation, sequence: int, position: int) -> Hashable:
+    """The `state_key` of a token of an Observation."""
+    return state_key(subject, sequence, position, int(obs.ids[sequence, position]))
 
 
 def observe(
@@ -347,26 +291,9 @@ def observe(
     ordinary = ordinary or Ordinary.from_ids(subject, ids, batch_size, shuffle)
     tokens = [(rows, batch, subject.stream_ids(batch)) for rows, batch in batches(ids, batch_size)]
     N, T = len(ids), max(batch_tokens.size(1) for _, _, batch_tokens in tokens)
-    L, H, taps = len(subject.attends), subject.n_head, len(subject.streams)
-    zeros = functools.partial(torch.zeros, dtype=torch.float32)
-    obs = Observation(
-        ids=torch.full((N, T), PADDING),
-        sum=Side.empty(subject.streams, ordinary.sums, subject.attended, N, T),
-        read=Side.empty(subject.reads, ordinary.reads, subject.attended, N, T),
-        attention=[AttentionStats() for _ in range(L)],
-        share=zeros(N, T),
-        max_alpha=zeros(N, T),
-        strong_alpha=zeros(N, T),
-        sink_heads=zeros(N, T),
-        eligible=zeros(N, T, dtype=torch.bool),
-        first_alpha=zeros(N, L, H),
-        best_alpha=zeros(N, L, H),
-        loss=zeros(N),
-        predicted=zeros(N),
-        examples=examples or Examples(sequences=0),
-    )
-    bar = tqdm(total=N * max(1, taps - 1), desc=desc, unit="layer", disable=None if progress else True, leave=False)
-    with bar:
+    obs = Observation(subject, ordinary, N, T, examples or Examples(sequences=0))
+    total = N * max(1, len(subject.streams) - 1)
+    with tqdm(total=total, desc=desc, unit="layer", disable=None if progress else True, leave=False) as bar:
         for rows, batch, batch_tokens in tokens:
             obs.ids[rows, : batch_tokens.size(1)] = batch_tokens
             _observe_batch(subject, batch, rows, obs, shuffle, bar)
@@ -379,8 +306,8 @@ class SideBatch:
     def __init__(self, side: Side, number: int, rows: torch.Tensor, shape: torch.Size, shuffle: Shuffle) -> None:
         self.side, self.number, self.rows, self.shape, self.shuffle = side, number, rows, shape, shuffle
         self.ratio = torch.zeros(shape)
-        rules = (*SPIKE_RULES.values(), *PERCENTILE_RULES.values())
-        self.marked: dict[SpikeRule, list[torch.Tensor]] = {rule: [] for rule in rules}
+        # rule -> at each attended tap, indices of the entries that it marks
+        self.marked = {rule: [torch.zeros(0, dtype=torch.int64)] for rule in marking_rules().values()}
         self.C = 1
 
     def add(self, index: int, stream: torch.Tensor) -> TapBatch:
@@ -405,14 +332,13 @@ class SideBatch:
         """Fills in the tokens that the rules mark in these sequences."""
         (B, T), side = self.shape, self.side
         side.ratio[self.rows, :T] = self.ratio
-        needed = lambda rule: max(1, math.ceil(rule.persistence * len(side.attended_taps)))
-        hits = {rule: _marked_often(entries, needed(rule)) for rule, entries in self.marked.items()}
-        for name, rule in SPIKE_RULES.items():
-            side.spikes[name][self.rows, :T] = _marked_tokens(hits[rule], B, T, self.C)
-            counts = (hits[rule] % self.C).bincount(minlength=self.C)
-            side.spike_channels[name] = side.spike_channels[name] + counts
-        for percentile, rule in PERCENTILE_RULES.items():
-            side.percentiles[percentile][self.rows, :T] = _marked_tokens(hits[rule], B, T, self.C)
+        for name, rule in marking_rules().items():
+            entries, taps = torch.cat(self.marked[rule]).unique(return_counts=True)
+            hits = entries[taps >= max(1, math.ceil(rule.persistence * len(side.attended_taps)))]
+            tokens = torch.zeros(B * T, dtype=torch.bool)
+            tokens[hits // self.C] = True
+            side.spikes[name][self.rows, :T] = tokens.view(B, T)
+            side.spike_channels[name] = side.spike_channels[name] + (hits % self.C).bincount(minlength=self.C)
 
 
 @torch.no_grad()
@@ -423,68 +349,42 @@ def _observe_batch(
     shape = subject.stream_ids(ids).shape
     T = shape[1]
     sums, reads = (SideBatch(side, number, rows, shape, shuffle) for number, side in enumerate((obs.sum, obs.read)))
-    share, sink_heads, alphas = torch.zeros(shape), torch.zeros(shape), []
+    share, alphas = torch.zeros(shape), []
 
-    def on_sum(index: int) -> Callable[[torch.Tensor], None]:
-        def function(stream: torch.Tensor) -> None:
-            obs.examples.add_stream(index, rows, sums.add(index, stream))
-            bar.update(len(rows) if index else 0)
+    def on_sum(index: int, stream: torch.Tensor) -> None:
+        obs.examples.add_stream(index, subject.streams[index].name, rows, sums.add(index, stream))
+        bar.update(len(rows) if index else 0)
 
-        return function
+    def on_read(index: int, stream: torch.Tensor) -> None:
+        reads.add(index, stream)
 
-    def on_read(index: int) -> Callable[[torch.Tensor], None]:
-        def function(stream: torch.Tensor) -> None:
-            reads.add(index, stream)
+    def on_attention(index: int, module: Any, args: tuple, kwargs: dict[str, Any], output: object) -> None:
+        change = shuffle.rows(rows, index, args[0].shape[1:3])
+        received, alpha, eligible = obs.attention[index].add(module, args, kwargs.get("bias"), subject.causal, change)
+        obs.examples.add_attention(index, rows, alpha)
+        share.add_(received.sum(1))
+        alphas.append(alpha.masked_fill(~eligible, 0.0))
+        obs.eligible[rows, :T] |= eligible
+        obs.first_alpha[rows, index] = alpha[..., 0]
+        obs.best_alpha[rows, index] = alphas[-1].amax(-1)
 
-        return function
-
-    def on_attention(index: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
-            q, k, v = args
-            bias = kwargs.get("bias")
-            change = shuffle.rows(rows, index, q.shape[1:3])
-            received, alpha, eligible = obs.attention[index].add(module, q, k, v, bias, subject.causal, change)
-            obs.examples.add_attention(index, rows, alpha)
-            share.add_(received.sum(1))
-            alphas.append(alpha.masked_fill(~eligible, 0.0))
-            sink_heads.add_((alphas[-1] > PRIMARY_SINK_EPSILON).sum(1))
-            obs.eligible[rows, :T] |= eligible
-            obs.first_alpha[rows, index] = alpha[..., 0]
-            obs.best_alpha[rows, index] = alphas[-1].amax(-1)
-
-        return hook
-
-    taps = [(tap, on_sum(i)) for i, tap in obs.sum.known] + [(tap, on_read(i)) for i, tap in obs.read.known]
-    seams = [(seam.module, on_attention(i)) for i, seam in enumerate(subject.attends)]
+    taps = [(tap, functools.partial(on_sum, i)) for i, tap in obs.sum.known]
+    taps += [(tap, functools.partial(on_read, i)) for i, tap in obs.read.known]
+    seams = [(seam.module, functools.partial(on_attention, i)) for i, seam in enumerate(subject.attends)]
     with on_streams(*zip(*taps, strict=True)), hooked(seams):
         losses = subject.losses(ids)
     loss = losses.mean(1)
-    losses_if_any = [loss] if subject.has_loss else []
-    if not all(numbers.isfinite().all() for numbers in (obs.sum.magnitudes[:, rows, :T], *losses_if_any)):
+    if not obs.sum.magnitudes[:, rows, :T].isfinite().all() or (subject.has_loss and not loss.isfinite().all()):
         raise UserError(
             f"the states or the loss are not finite: the weights are broken, or they overflow in {subject.dtype}"
         )
 
     obs.loss[rows], obs.predicted[rows] = loss, losses.size(1)
+    obs.strength[rows] = obs.sum.strengths[obs.sum.attended][:, rows].amax(0)
     obs.share[rows, :T] = share / metrics.zero_is_nan(share.sum(1, keepdim=True))
-    obs.sink_heads[rows, :T] = sink_heads
     heads = torch.cat(alphas, 1)  # (B, L * H, T)
+    obs.sink_heads[rows, :T] = (heads > PRIMARY_SINK_EPSILON).sum(1).float()
     strongest = heads.topk(needed_heads(heads.size(1)), dim=1).values
     obs.max_alpha[rows, :T], obs.strong_alpha[rows, :T] = strongest[:, 0], strongest[:, -1]
     for side in (sums, reads):
         side.finish()
-
-
-def _marked_often(marked: list[torch.Tensor], needed: int) -> torch.Tensor:
-    """The entries of (B, T, C), as indices, that are marked in at least `needed` layers."""
-    if not marked:
-        return torch.zeros(0, dtype=torch.int64)
-    entries, layers = torch.cat(marked).unique(return_counts=True)
-    return entries[layers >= needed]
-
-
-def _marked_tokens(entries: torch.Tensor, B: int, T: int, C: int) -> torch.Tensor:
-    """The tokens that have one of the entries: bool (B, T)."""
-    tokens = torch.zeros(B * T, dtype=torch.bool)
-    tokens[entries // C] = True
-    return tokens.view(B, T)

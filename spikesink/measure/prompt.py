@@ -5,7 +5,6 @@ And the whole vocabulary, token by token: which of them spikes when it stands fi
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,23 +12,11 @@ from tqdm import tqdm
 
 from ..hooks import hooked, on_streams
 from ..models.subject import Subject, map_rows
-from . import metrics
+from . import findings, metrics
 from .examples import TOKENS, Examples, unpacked
-from .findings import (
-    CheckpointEntry,
-    Findings,
-    Histogram,
-    LookedAt,
-    PromptFindings,
-    PromptHead,
-    PromptToken,
-    Vocabulary,
-    VocabularyPlace,
-    VocabularyToken,
-)
 from .observe import Observation, Ordinary, observe
-from .spikes import Usual, peaked
-from .summarise import Peaks
+from .spikes import SPIKE_RULES, Usual, peaked
+from .summarise import Peaks, examples_entry
 
 BINS = tuple(round(10 ** (i / 4), 3) for i in range(-8, 9))  # of largest |h| / its threshold, 0.01 ... 100
 SHOWN = 40  # tokens of the vocabulary, and channels, that are listed
@@ -38,25 +25,32 @@ SHOWN = 40  # tokens of the vocabulary, and channels, that are listed
 def inspect(
     subject: Subject,
     ids: torch.Tensor,
-    checkpoint: CheckpointEntry,
+    checkpoint: findings.CheckpointEntry,
     model: dict[str, Any],
     ordinary: Ordinary,
     predicted_bytes: int | None = None,
-) -> PromptFindings:
+) -> findings.PromptFindings:
     """Findings of one sequence, ids (1, T): per token, and per head where each query looks.
 
     `ordinary`: what is usual on ordinary text; a prompt has too few tokens to say. `predicted_bytes`: of the predicted
     tokens' text. Memory is O(T) per head, since only the key that gets most is kept of each row of a map.
     """
     looks: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: the key that gets most, and how much (H, T)
+
+    def look(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
+        q, k, _ = args
+        tops = [weights[0].max(-1) for _, weights in map_rows(module, q, k, subject.causal)]  # (H, R) each
+        keys, most = torch.cat([top.indices for top in tops], 1), torch.cat([top.values for top in tops], 1)
+        looks.append((keys.cpu(), most.cpu()))
+
     whole = Examples(sequences=1, tokens=subject.stream_ids(ids).size(1), shown=4 * TOKENS)
-    with hooked([(seam.module, _on_looks(subject, looks)) for seam in subject.attends]):
+    with hooked([(seam.module, look) for seam in subject.attends]):
         obs = observe(subject, ids, 1, progress=False, examples=whole, ordinary=ordinary)
     alpha = torch.cat([whole.alpha[i, 0] for i in range(len(subject.attends))])  # (L * H, T)
     targets, weights = (torch.cat(parts) for parts in zip(*looks, strict=True))  # (L * H, T) each
     T, peaks = obs.ids.size(1), Peaks(obs.sum)
-    received = torch.cat([a.sums["received"][None] for a in obs.attention]).flatten(0, 1)  # (L * H, T)
-    return PromptFindings(
+    received = torch.cat([a.sums["received"] for a in obs.attention])  # (L * H, T)
+    return findings.PromptFindings(
         part=subject.part,
         checkpoint=checkpoint,
         model=model,
@@ -67,7 +61,7 @@ def inspect(
         magnitudes=obs.sum.magnitudes[:, 0].tolist(),
         medians=[usual.layer.item() for usual in obs.sum.usual if usual],
         heads=[
-            PromptHead(
+            findings.PromptHead(
                 head=name,
                 alpha=alpha[i].tolist(),
                 looks_at=targets[i].tolist(),
@@ -76,48 +70,33 @@ def inspect(
             )
             for i, name in enumerate(subject.heads)
         ],
-        examples=whole.result(subject, obs),
+        examples=examples_entry(subject, obs),
     )
-
-
-def _on_looks(subject: Subject, looks: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:
-    """A hook of a seam that keeps where each query looks."""
-
-    def hook(module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: object) -> None:
-        q, k, _ = args
-        best, most = [], []
-        for _, weights in map_rows(module, q, k, subject.causal):
-            top = weights[0].max(-1)  # (H, R) each
-            best.append(top.indices.cpu())
-            most.append(top.values.cpu())
-        looks.append((torch.cat(best, 1), torch.cat(most, 1)))
-
-    return hook
 
 
 def _token(
     subject: Subject, obs: Observation, peaks: Peaks, t: int, alpha: torch.Tensor, targets: torch.Tensor
-) -> PromptToken:
+) -> findings.PromptToken:
     """What is said of the token at position t, from alpha and where each head looks (L * H, T)."""
-    tap, magnitude = int(peaks.tap[0, t]), peaks.magnitude[0, t].item()
-    usual = obs.sum.usual[tap]
+    peak = peaks.at(0, t)
+    usual = obs.sum.usual[peak["index"]]
     head, token, most = int(alpha[:, t].argmax()), int(obs.ids[0, t]), targets[:, t].mode().values
-    return PromptToken(
+    return findings.PromptToken(
         position=t,
         id=token,
         text=subject.text(token),
-        magnitude=magnitude,
-        ratio=magnitude / usual.layer.item() if usual and usual.layer > 0 else math.nan,
-        strength=peaks.strength[0, t].item(),
-        channel=int(peaks.channel[0, t]),
-        after=subject.streams[tap].name,
-        rules=[rule for rule, hits in obs.spikes.items() if hits[0, t]],
+        magnitude=peak["magnitude"],
+        ratio=peak["magnitude"] / usual.layer.item() if usual and usual.layer > 0 else math.nan,
+        strength=peak["strength"],
+        channel=peak["channel"],
+        after=subject.streams[peak["index"]].name,
+        rules=[rule for rule in SPIKE_RULES if obs.spikes[rule][0, t]],
         share=obs.share[0, t].item(),
         alpha=alpha[head, t].item(),
         head=subject.heads[head],
         sink_heads=int(obs.sink_heads[0, t]),
         few_queries=not bool(obs.eligible[0, t]),
-        looks_at=LookedAt(position=int(most), heads=int((targets[:, t] == most).sum())),
+        looks_at=findings.LookedAt(position=int(most), heads=int((targets[:, t] == most).sum())),
     )
 
 
@@ -127,27 +106,27 @@ class Enough(Exception):
 
 @torch.no_grad()
 def vocabulary(
-    subject: Subject, findings: Findings, ids: torch.Tensor, vocab_size: int, batch_size: int = 512
-) -> Vocabulary:
+    subject: Subject, detected: findings.Findings, ids: torch.Tensor, vocab_size: int, batch_size: int = 512
+) -> findings.Vocabulary:
     """For every token of the vocabulary, how far above its threshold its |h| is when it stands first, and second.
 
-    The thresholds are those of the `findings` on ordinary text, since a lone token has none worth the name. In second
-    place it follows the first token of the first sequence of `ids`.
+    The thresholds are those of `detected`, the findings on ordinary text, since a lone token has none worth the name.
+    In second place it follows the first token of the first sequence of `ids`.
     """
     before = ids[:1, :1]
     with tqdm(total=2 * vocab_size, desc="vocabulary", disable=None, leave=False) as bar:
-        places = [
-            _vocabulary_place(subject, findings, context, vocab_size, batch_size, bar)
+        first, second = (
+            _vocabulary_place(subject, detected, context, vocab_size, batch_size, bar)
             for context in (ids[:1, :0], before)
-        ]
-    return Vocabulary(vocab_size=vocab_size, before=subject.text(int(before)), first=places[0], second=places[1])
+        )
+    return findings.Vocabulary(vocab_size=vocab_size, before=subject.text(int(before)), first=first, second=second)
 
 
 def _vocabulary_place(
-    subject: Subject, findings: Findings, context: torch.Tensor, vocab_size: int, batch_size: int, bar: tqdm
-) -> VocabularyPlace:
+    subject: Subject, detected: findings.Findings, context: torch.Tensor, vocab_size: int, batch_size: int, bar: tqdm
+) -> findings.VocabularyPlace:
     """Every token after the `context` (1, T)."""
-    entries = [layer.usual for layer in findings.layers[: subject.attended.stop]]
+    entries = [layer.usual for layer in detected.layers[: subject.attended.stop]]
     usual = [
         Usual(torch.tensor(u.layer), torch.from_numpy(unpacked(u.channels)), torch.tensor(u.typical)) for u in entries
     ]
@@ -158,22 +137,22 @@ def _vocabulary_place(
         bar.update(len(some))
     strength, ratio, layer, channel = torch.cat(peaks, dim=1)
     spiking, edges = strength >= 1, torch.tensor(BINS)
-    return VocabularyPlace(
+    return findings.VocabularyPlace(
         spiking=int(spiking.sum()),
         fraction=spiking.double().mean().item(),
-        histogram=Histogram(
+        histogram=findings.Histogram(
             edges=[*BINS], counts=torch.histogram(strength.clamp(BINS[0], BINS[-1]), edges).hist.int().tolist()
         ),
         channels=[int(c) for c in channel[spiking].unique()[:SHOWN]],
         strength=[round(r, 3) for r in strength.tolist()],
         tokens=[
-            VocabularyToken(
+            findings.VocabularyToken(
                 id=i,
                 text=subject.text(i),
                 ratio=ratio[i].item(),
                 strength=strength[i].item(),
-                after=findings.layers[int(layer[i])].kind,
-                layer=findings.layers[int(layer[i])].layer,
+                after=detected.layers[int(layer[i])].kind,
+                layer=detected.layers[int(layer[i])].layer,
                 channel=int(channel[i]),
             )
             for i in strength.argsort(descending=True)[:SHOWN].tolist()

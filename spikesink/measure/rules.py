@@ -5,7 +5,6 @@ Rules are in spikes.SPIKE_RULES and sinks.SINK_RULES. Shapes: N sequences, T tok
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -13,37 +12,18 @@ BEST_HEAD = "best_head"
 SEQUENCES = "sequences"
 
 
-class ObservationLike(Protocol):
-    """The part of an observe.Observation that rules and examples need; see there."""
+class Scores:
+    """What curves compare with their thresholds, a part of an observe.Observation. At padding it is False or 0."""
 
-    ids: torch.Tensor
-    share: torch.Tensor
-    max_alpha: torch.Tensor
-    strong_alpha: torch.Tensor
-    sink_heads: torch.Tensor
-    eligible: torch.Tensor
-    first_alpha: torch.Tensor
-    best_alpha: torch.Tensor
-    loss: torch.Tensor
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """Which entries are tokens and not padding."""
-
-    @property
-    def strength(self) -> torch.Tensor:
-        """Each token's largest |h| over its threshold."""
-
-    @property
-    def spikes(self) -> dict[str, torch.Tensor]:
-        """The tokens that each spike rule marks."""
-
-    @property
-    def percentiles(self) -> dict[float, torch.Tensor]:
-        """The tokens that each percentile rule marks."""
+    strength: torch.Tensor  # (N, T), each token's largest |h| over its threshold, among the attended taps
+    spikes: dict[str, torch.Tensor]  # spikes.marking_rules -> the tokens that each marks, bool (N, T)
+    share: torch.Tensor  # (N, T), each key's share of its sequence's attention mass
+    strong_alpha: torch.Tensor  # (N, T), the alpha that a twentieth of all heads reaches
+    first_alpha: torch.Tensor  # (N, L, H), the first key's alpha
+    best_alpha: torch.Tensor  # (N, L, H), the largest alpha of an eligible key
 
 
-Hits = Callable[[ObservationLike, float], torch.Tensor]
+Hits = Callable[[Scores, float], torch.Tensor]
 
 
 @dataclass(frozen=True)

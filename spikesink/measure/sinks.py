@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.subject import Seam, map_rows
-from .rules import Curve, ObservationLike, Rule
+from .rules import Curve, Rule, Scores
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)  # thresholds of Gu et al.'s sink metric; 0.3 is theirs
 SHARE = 0.2  # of all attention mass, for the share rule
@@ -19,12 +19,6 @@ EPSILON_CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 PRIMARY_SINK_EPSILON = 0.3
 HEAD_SHARE = 0.05  # a sink token is a sink in at least this share of all heads
-
-
-def queries_per_key(T: int, n_queries: int | None = None) -> torch.Tensor:
-    """The number of queries that see key k if only the future is hidden: T - k under causal attention, else all
-    `n_queries`. (T,)"""
-    return torch.arange(T, 0, -1) if n_queries is None else torch.full((T,), n_queries)
 
 
 def queries_that_see(seam: Seam, T: int, n_queries: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,9 +56,8 @@ def needed_heads(heads: int) -> int:
     return max(1, math.ceil(HEAD_SHARE * heads))
 
 
-def uniform_share(queries: torch.Tensor, causal: bool) -> torch.Tensor:
+def uniform_share(T: int, causal: bool) -> torch.Tensor:
     """Each key's share of the mass if every query spread its attention evenly over what it may see: (T,), sums to 1."""
-    T = len(queries)
     if not causal:
         return torch.full((T,), 1 / T, dtype=torch.float64)
     per_query = 1.0 / torch.arange(1, T + 1, dtype=torch.float64)
@@ -96,18 +89,13 @@ def are_sinks(alpha: torch.Tensor, queries: torch.Tensor, n_queries: int) -> tor
     return (alpha > PRIMARY_SINK_EPSILON) & eligible_keys(queries, n_queries)
 
 
-def sinks_in(seam: Seam, q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Which keys of a seam's map are sinks: bool (B, H, T), on the CPU."""
-    return are_sinks(*alpha_in(seam, q, k, causal), q.size(-2))
-
-
 @dataclass(frozen=True, kw_only=True)
 class SinkRule(Rule):
     """Marks the tokens that its curve counts at the rule's own threshold."""
 
     curve: Curve
 
-    def tokens(self, obs: ObservationLike) -> torch.Tensor:
+    def tokens(self, obs: Scores) -> torch.Tensor:
         """The marked tokens: bool (N, T)."""
         return self.curve.tokens(obs, self.curve.used)
 

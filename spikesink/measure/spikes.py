@@ -78,17 +78,9 @@ def peaked(magnitude: torch.Tensor, norm: torch.Tensor, channels: int) -> torch.
     return (magnitude / (PEAKED * rest).clamp_min(1e-30)).float()
 
 
-def massive_threshold(median: torch.Tensor) -> torch.Tensor:
-    """The threshold max(100, 1000 x median |h|) of each sequence: (N,). Massive activations, Sun et al. 2402.17762.
-
-    Their rule is |h| > 100 and |h| >= 1000 x median. It rarely fires below about 1B parameters.
-    """
-    return (1000 * median).clamp_min(torch.nextafter(torch.tensor(100.0), torch.tensor(torch.inf)).item())
-
-
-def sigma_threshold(std: torch.Tensor, sigmas: float = 6.0) -> torch.Tensor:
-    """The exclusive threshold |x - mu| > 6 sigma of each sequence's entries: (N,). Bondarenko 2306.12929."""
-    return torch.nextafter(sigmas * std, torch.full_like(std, torch.inf))
+def just_above(x: torch.Tensor) -> torch.Tensor:
+    """The next larger numbers: entries that reach these exceed x."""
+    return torch.nextafter(x, torch.full_like(x, torch.inf))
 
 
 @dataclass
@@ -130,16 +122,16 @@ class TapBatch:
         )
 
 
+# (the batch, what is usual, batch.strength(usual)) -> the marked entries, as indices into x.flatten(), on the CPU
+Marks = Callable[[TapBatch, Usual, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpikeRule(Rule):
     """A rule that marks entries. A token counts if one is marked in at least `persistence` of the taps (0: in any)."""
 
+    marked: Marks
     persistence: float = 0.0
-
-    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """Indices into x.flatten(), on the CPU, of the entries that the rule marks. `strength`:
-        batch.strength(usual)."""
-        raise NotImplementedError
 
 
 def _entries(
@@ -152,45 +144,35 @@ def _entries(
     return ((rows[token, 0] * T + rows[token, 1]) * C + channel).cpu()
 
 
-@dataclass(frozen=True, kw_only=True)
-class UsualRule(SpikeRule):
+def unusual(batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
     """Marks entries that reach the thresholds of the usual magnitudes at the tap."""
-
-    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """See SpikeRule."""
-        return _entries(batch, strength >= 1, lambda x, sequence: x.abs() >= usual.thresholds)
+    return _entries(batch, strength >= 1, lambda x, sequence: x.abs() >= usual.thresholds)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThresholdRule(SpikeRule):
-    """Marks entries with |x - centre| >= threshold."""
+def beyond(bounds: Callable[[TapBatch], tuple[torch.Tensor, torch.Tensor]]) -> Marks:
+    """Marks entries with |x - centre| >= threshold; `bounds` gives each sequence's centre and threshold, (B,) each."""
 
-    # (median |h|, mean, standard deviation) of each sequence -> (its centre, its threshold), all (N,)
-    bounds: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """See SpikeRule. Only tokens whose largest entry could pass are examined."""
-        centre, threshold = self.bounds(batch.median, batch.mean, batch.std)
-        candidates = (batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]
+    def marked(batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
+        centre, threshold = bounds(batch)
+        candidates = (batch.magnitude + centre.abs()[:, None]) >= threshold[:, None]  # no other token's entry can pass
         return _entries(batch, candidates, lambda x, n: (x - centre[n, None]).abs() >= threshold[n, None])
 
+    return marked
 
-@dataclass(frozen=True, kw_only=True)
-class PercentileRule(SpikeRule):
+
+def above(percentile: float) -> Marks:
     """Marks entries above a percentile of their sequence's |x|."""
 
-    percentile: float
+    def marked(batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
+        (indices, abs_x), limits = batch.top, batch.percentiles[percentile]
+        return indices[abs_x > limits[indices // batch.x[0].numel()]].cpu()
 
-    def marked(self, batch: TapBatch, usual: Usual, strength: torch.Tensor) -> torch.Tensor:
-        """See SpikeRule."""
-        _, T, C = batch.x.shape
-        (indices, abs_x), limits = batch.top, batch.percentiles[self.percentile]
-        return indices[abs_x > limits[indices // (T * C)]].cpu()
+    return marked
 
 
 PRIMARY_SPIKE_RULE = "spike"
 PERCENTILE_RULES = {  # one for each point of the curve; one of them is also in SPIKE_RULES
-    percentile: PercentileRule(
+    f"percentile {percentile}": SpikeRule(
         text=f"|h| above its layer's {percentile}th percentile in at least {PERSISTENCE:.0%} of the layers",
         heading="percentile",
         compared=None,
@@ -200,19 +182,20 @@ PERCENTILE_RULES = {  # one for each point of the curve; one of them is also in 
             title="spike: percentile",
             thresholds=PERCENTILES,
             used=PERCENTILE,
-            tokens=lambda obs, percentile: obs.percentiles[percentile],
+            tokens=lambda obs, percentile: obs.spikes[f"percentile {percentile}"],
             scale="even",
         ),
-        percentile=percentile,
+        marked=above(percentile),
         persistence=PERSISTENCE,
     )
     for percentile in PERCENTILES
 }
-PRIMARY = UsualRule(
+PRIMARY = SpikeRule(
     text=f"|h| >= {SPIKE_RATIO:g} x its layer's median, {PROMINENCE:g} x as prominent as a typical token's most "
     f"prominent entry, in a token whose largest |h| is >= {PEAKED:g} x the rms of its other channels",
     heading="spikes",
     compared="spike tokens",
+    marked=unusual,
     curve=Curve(
         name="strictness",
         title="spike: x the rule's thresholds",
@@ -222,22 +205,30 @@ PRIMARY = UsualRule(
         scale="log",
     ),
 )
-SPIKE_RULES: dict[str, SpikeRule] = {
+OVER_100 = just_above(torch.tensor(100.0)).item()
+SPIKE_RULES = {
     PRIMARY_SPIKE_RULE: PRIMARY,
-    "massive": ThresholdRule(
+    # massive activations, Sun et al. 2402.17762; their rule rarely fires below about 1B parameters
+    "massive": SpikeRule(
         text="|h| > 100 and |h| >= 1000 x median |h| of the layer",
         heading="massive",
         compared="massive tokens",
-        bounds=lambda median, mean, std: (torch.zeros_like(mean), massive_threshold(median)),
+        marked=beyond(lambda batch: (torch.zeros_like(batch.mean), (1000 * batch.median).clamp_min(OVER_100))),
     ),
-    "six_sigma": ThresholdRule(
+    # Bondarenko 2306.12929
+    "six_sigma": SpikeRule(
         text="|x - mu| > 6 sigma of the layer",
         heading="6 sigma",
         compared=None,
-        bounds=lambda median, mean, std: (mean, sigma_threshold(std)),
+        marked=beyond(lambda batch: (batch.mean, just_above(6 * batch.std))),
     ),
-    "percentile": PERCENTILE_RULES[PERCENTILE],
+    "percentile": PERCENTILE_RULES[f"percentile {PERCENTILE}"],
 }
+
+
+def marking_rules() -> dict[str, SpikeRule]:
+    """All rules that mark entries of the stream, those of the curve of percentiles too."""
+    return {**SPIKE_RULES, **PERCENTILE_RULES}
 
 
 def spike_entries(x: torch.Tensor, usual: Usual) -> torch.Tensor:
