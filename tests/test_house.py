@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import io
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -116,12 +118,23 @@ def test_the_top_level_is_six_scripts():
     assert {file.stem for file in ROOT.glob("*.py")} == set(SCRIPTS)
 
 
+def lines_of_code(source):
+    """How many lines have code: not blank, no comment, no docstring."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented) and ast.get_docstring(node)]
+    docstrings = {n for node in nodes for n in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
+    return len({n for token in tokens for n in range(token.start[0], token.end[0] + 1)} - docstrings)
+
+
 def test_it_grows_no_further():
-    """16,000 lines are the aim, and far away. Types, dataclasses and the API had made 19,200 of 15,269; both sides of
-    every norm and any checkpoint 1,000 more; causes, statistics of seeds, their simulations and faults of other
-    people's reports 1,889; samples, bits per byte and multiple choice 587; arms of 2024 to 2026, axes by layer and what
-    checks a fork 1,050; the GPU day 380; the planned study 90. What is added next, takes something away."""
-    assert sum(len(file.read_text("utf-8").splitlines()) for file in FILES) <= 24_450
+    """16,000 lines were the aim. The code is near it; with docstrings and blank lines it is far away. We went through
+    every folder once to make it smaller, and what is left is what users can ask for. What is added next, takes
+    something away."""
+    sources = [file.read_text("utf-8") for file in FILES]
+    assert sum(map(lines_of_code, sources)) <= 16_250
+    assert sum(len(source.splitlines()) for source in sources) <= 23_260
 
 
 def test_functions_are_short():

@@ -79,14 +79,6 @@ def map_rows(
         yield first, rows_of(part, k[:, :, :n_keys], first, None if bias is None else bias[..., :n_keys])
 
 
-def attention_received(seam: Seam, q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
-    """The attention that each key receives, summed over the queries of q (B, H, T, D): float32 (B, H, keys)."""
-    received = q.new_zeros(*q.shape[:2], k.size(-2), dtype=torch.float32)
-    for _, weights in map_rows(seam, q, k, causal):
-        received[..., : weights.size(-1)] += weights.sum(-2)
-    return received
-
-
 def after_start(ids: torch.Tensor, start: int) -> torch.Tensor:
     """The decoder input for the targets ids (B, T): `start`, then the ids without the last one."""
     return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)
