@@ -5,7 +5,7 @@ The scripts of a clone run the same commands with the clone's own model and data
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -52,11 +52,16 @@ class Outputs:
         return files
 
     def write(
-        self, paths: tuple[Path, Path], findings: Any, say: Callable[[], str], draw: Callable[[ModuleType], Any]
+        self,
+        paths: tuple[Path, Path],
+        files: Mapping[Path, Any],
+        say: Callable[[], str],
+        draw: Callable[[ModuleType], Any],
     ) -> None:
-        """Writes the JSON, the page and the figures, and prints what say() returns and where they are. draw(show.page)
-        writes the page, and returns the tables of its figures, for `figure_files`. Raises UserError."""
-        schema.save(paths[0], findings)
+        """Writes the findings in `files` as JSON, the page and the figures, and prints what say() returns and where
+        they are. draw(show.page) writes the page, and returns the tables of its figures. Raises UserError."""
+        for path, findings in files.items():
+            schema.save(path, findings)
         page = pages(self)
         figures = draw(page) if page else []
         print(say())
@@ -130,7 +135,7 @@ def _detect(target: str, vocab: bool, options: Options, outputs: Outputs, lab: L
             vocabulary = prompt.vocabulary(encoder, part, look.ids, look.vocab_size)
             findings = dataclasses.replace(findings, vocabulary=vocabulary)
     say = lambda: report.terminal(findings)
-    outputs.write(paths, findings, say, lambda page: page.detection_page(paths[1], findings))
+    outputs.write(paths, {paths[0]: findings}, say, lambda page: page.detection_page(paths[1], findings))
 
 
 def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab | None) -> None:
@@ -156,7 +161,7 @@ def _prompt(target: str, text: str, options: Options, outputs: Outputs, lab: Lab
     )
     findings = dataclasses.replace(first, parts={part.part: part for part in others} or None)
     say = lambda: report.prompt_terminal(findings)
-    outputs.write(paths, findings, say, lambda page: page.prompt_page(paths[1], findings))
+    outputs.write(paths, {paths[0]: findings}, say, lambda page: page.prompt_page(paths[1], findings))
 
 
 def revisions_of(target: str, listed: str, options: Options) -> list[tuple[str, Options]]:
@@ -180,7 +185,7 @@ def _compare(targets: list[tuple[str, Options]], outputs: Outputs, lab: Lab | No
     names = short_names([str(Path(target, options.revision or "")) for target, options in targets])
     say = lambda: report.comparison_terminal(names, findings)
     comparison = Comparison(names=names, findings=findings)
-    outputs.write(paths, comparison, say, lambda page: page.comparison_page(paths[1], names, findings))
+    outputs.write(paths, {paths[0]: comparison}, say, lambda page: page.comparison_page(paths[1], names, findings))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -218,9 +223,9 @@ def ablate(argv: Sequence[str], description: str, lab: Lab | None = None) -> Non
             raise UserError(f"--json {paths[0]}: what detect finds on the same text goes there; name another file")
         findings = api.detect(look)
         ablation = api.ablate(look, args.only, args.probes, args.choices)
-    findings.save(paths[0].with_name("detect.json"))
     say = lambda: f"measured on {report.conditions(findings)}\n\n{report.ablation_terminal(ablation)}"
-    outputs.write(paths, ablation, say, lambda page: page.detection_page(paths[1], findings, ablation))
+    files = {paths[0]: ablation, paths[0].with_name("detect.json"): findings}
+    outputs.write(paths, files, say, lambda page: page.detection_page(paths[1], findings, ablation))
 
 
 # ------------------------------------------------------------------------------------------------------- sample

@@ -134,7 +134,7 @@ def test_it_grows_no_further():
     something away."""
     sources = [file.read_text("utf-8") for file in FILES]
     assert sum(map(lines_of_code, sources)) <= 16_250
-    assert sum(len(source.splitlines()) for source in sources) <= 23_260
+    assert sum(len(source.splitlines()) for source in sources) <= 23_270
 
 
 def test_functions_are_short():
