@@ -620,6 +620,21 @@ def test_export_refuses_a_fork_that_computes_something_else(tmp_path, arm):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "setting, words", [({"position": "rope"}, "no position=rope"), ({"norm": "rmsnorm"}, "rmsnorm")]
+)
+def test_a_fork_of_nanogpt_is_not_opened_as_a_gpt2(tmp_path, setting, words):
+    """Its weights fit a GPT-2, but it computes something else."""
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64, "bias": True}
+    content = {"model": tiny(bias=True).state_dict(), "iter_num": 1, "config": {}}
+    torch.save({**content, "model_args": args}, tmp_path / "ckpt.pt")
+    with spikesink.open(tmp_path / "ckpt.pt", tokens=IDS, n_seq=1) as look:
+        assert look.loss() > 0
+    torch.save({**content, "model_args": args | setting}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=words):
+        spikesink.open(tmp_path / "ckpt.pt", tokens=IDS)
+
+
 @pytest.mark.parametrize("key", hf.REFUSED_KEYS)
 def test_a_config_that_names_code_is_refused_before_anything_loads(cli, tmp_path, key):
     config = {"model_type": "llama", key: "someone/evil-kernel"}

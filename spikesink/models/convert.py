@@ -175,7 +175,8 @@ DEFAULTS |= {"tie": True, "bias": False, "dropout": 0.0}
 def check_nanogpt(args: Args) -> None:
     """Raises ValueError for settings that nanoGPT does not have. Such a checkpoint is a fork's, whose code we lack."""
     known_keys = {*BOTH_NEED, *GPT2_NEEDS, *DEFAULTS, "n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    other = [f"{key}={value}" for key, value in args.items() if key not in known_keys and value]
+    foreign = lambda key, value: value != "learned" if key == "position" else value and key not in known_keys
+    other = [f"{key}={value}" for key, value in args.items() if foreign(key, value)]
     if other:
         raise ValueError(f"nanoGPT's model has no {', '.join(other)}")
 

@@ -468,7 +468,7 @@ def nanogpt_model(model_args: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     """The transformers GPT-2 that computes the same as a nanoGPT checkpoint. Raises ValueError."""
     need_transformers()
     convert.check_nanogpt(model_args)
-    return with_weights(*convert.to_hf({**model_args, "position": "learned"}, weights))
+    return with_weights(*convert.to_hf(model_args, weights))
 
 
 def with_weights(config: Any, state: Mapping[str, Tensor]) -> Any:
