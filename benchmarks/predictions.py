@@ -60,7 +60,7 @@ def measure(target: str, text: str, bos: bool) -> dict[str, float | None]:
         "p_sink_given_spike": findings.co_occurrence.p_sink_given_spike,
         "n_long_lived": n_long_lived,
         "p_sink_given_long_lived": int((long_lived & sinks).sum()) / n_long_lived if n_long_lived else math.nan,
-        "read_per_sum": None if read is None else read / spikes.sum.fraction,
+        "read_per_sum": read / spikes.sum.fraction if read is not None and spikes.sum.fraction else None,
     }
 
 
