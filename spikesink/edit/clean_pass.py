@@ -180,8 +180,7 @@ class CleanPass:
         return ()
 
     def _with_noise(self, noisy: Tap) -> list[tuple[Tap, torch.Tensor]]:
-        """Returns the stream at a tap with noise on it and at every later tap, then the losses or
-        the output states."""
+        """Returns the stream at a tap with noise on it and at every later tap, then the losses or output states."""
         noise = lambda x: x + x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         streams: list[tuple[Tap, torch.Tensor]] = []
         later = [tap for tap in self.subject.streams if self.subject.stage_of(tap) >= self.subject.stage_of(noisy)]
