@@ -208,7 +208,7 @@ def by_layer(key: str, text: str, kind: Any, n_layer: int) -> list[Any]:
             parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
             if is_varied(parsed):  # a lone bracket, which would be read as a list again, without end
                 raise ValueError
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, OverflowError):
             raise ValueError(f"{key}={text!r}: {entry!r} is not a value of {key}, or value*count") from None
         n = max(1, n) if is_percentage else n
         if not cycle and not counted and i == len(entries) - 1:

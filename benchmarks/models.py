@@ -27,7 +27,7 @@ from spikesink.errors import Flags, UserError, cli
 from spikesink.files import save_text
 from spikesink.measure.findings import Findings, Interval, Measures
 from spikesink.show.ablation_text import cause_in_words
-from spikesink.show.text import Column, format_interval, number, table, visible
+from spikesink.show.text import Column, number, table, visible, with_interval
 from train import ROOT, provenance
 
 
@@ -193,8 +193,9 @@ class Edited:
             for entry in ablation.entries
             if entry.edited
         }
-        data, causes = ablation.data, [cause_in_words(cause) for cause in ablation.causes]
-        name = Path(ablation.checkpoint.path).stem
+        lost = lambda cause: with_interval(cause.lost.share, cause.lost.ci95, "z.0%")
+        causes = [f"{cause_in_words(cause)} Lost: {lost(cause)}." for cause in ablation.causes]
+        data, name = ablation.data, Path(ablation.checkpoint.path).stem
         return cls(name, data.n_seq, data.seq_len, data.bos, commit, ablation.baseline.loss, changes, causes)
 
     def parts(self) -> list[Part]:
@@ -257,18 +258,13 @@ def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long
     return Row(model.name, asked_len, bos, not_run=reason)
 
 
-def with_interval(x: float | None, ci: Interval | None, form: str = ".0%") -> str:
-    """A number with its interval, as text."""
-    return " ".join(filter(None, (number(x, form), format_interval(ci, form))))
-
-
 COLUMNS = [
     Column("model", lambda row: row.model),
     Column("T", lambda row: row.seq_len, "d"),
     Column("BOS", lambda row: "yes" if row.bos else "no"),
     Column("sequences", lambda row: row.n_seq, "d"),
     Column("spike tokens", lambda row: row.spike_tokens, ".2%"),
-    Column("sequences with one", lambda row: with_interval(row.spike_sequences, row.spike_sequences_ci95)),
+    Column("sequences with one", lambda row: with_interval(row.spike_sequences, row.spike_sequences_ci95, ".0%")),
     Column("states", lambda row: row.states, "d"),
     Column("as read", lambda row: row.read_tokens, ".2%"),
     Column("last", lambda row: row.last_tokens, ".2%"),
@@ -277,7 +273,7 @@ COLUMNS = [
     Column("kurtosis", lambda row: row.kurtosis),
     Column("Sink_1", lambda row: with_interval(row.sink_1, row.sink_1_ci95, ".1%")),
     Column("sink tokens", lambda row: row.sink_tokens, ".2%"),
-    Column("P(sink given spike)", lambda row: with_interval(row.p_sink_given_spike, row.p_sink_given_spike_ci95)),
+    Column("P(sink given spike)", lambda r: with_interval(r.p_sink_given_spike, r.p_sink_given_spike_ci95, ".0%")),
     Column("loss", lambda row: row.loss, ".3f"),
 ]
 

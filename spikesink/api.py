@@ -114,11 +114,12 @@ def _checkpoint(path: Path, options: Options, lab: Lab | None) -> Loaded:
     about = CheckpointEntry(path=str(path), sha256=file_hash(path), step=content.step, tokens=content.tokens)
     if lab:
         subjects, parameters = [Subject.from_gpt(model, tokenizer.decode)], model.num_params()
-        args = dataclasses.asdict(model.config)
+        args, sizes = dataclasses.asdict(model.config), (model.config.block_size, model.config.vocab_size)
     else:
+        sizes = args["block_size"], args["vocab_size"]
         subjects, parameters = hf.subjects_of(model, tokenizer.decode), disk_weights.parameter_count(model)
     split, data = (lab.split, lab.data) if lab else (Reader.split, Loaded.probe_data)
-    reader = Reader(tokenizer, meta, dataset, prefix_ids, (), args["block_size"], args["vocab_size"], split)
+    reader = Reader(tokenizer, meta, dataset, prefix_ids, (), *sizes, split)
     return Loaded(subjects, reader, about, {**args, "parameters": parameters}, data)
 
 

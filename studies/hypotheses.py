@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from spikesink.show.text import format_interval, number
+from spikesink.show.text import number, with_interval
 from studies.aggregate import MIN_SEEDS, Estimate, estimate, known
 from studies.runs.measures import measure_of
 from studies.table import Arm, Contrast, Table
@@ -117,7 +117,7 @@ def judge_part(part: Part, name: str, arm: Arm) -> Judgement:
     ci, absent = result.ci95, [f"{kind}s" for kind in part.needs if arm.present(kind) < max(1, arm.done)]
     shown = " ".join(number(x, part.form) for x in result.values) or "–"
     if ci:
-        shown = f"{number(result.middle, part.form)} {format_interval(ci, part.form)} of {result.n} seeds"
+        shown = f"{with_interval(result.middle, ci, part.form)} of {result.n} seeds"
     verdict, need = CANNOT_TELL, ""
     if absent:
         need = f"{' and '.join(absent)} in all runs of {name}"
@@ -144,7 +144,7 @@ def judge_contrast(contrast: Contrast) -> Judgement:
     inside = low <= change.ci95[0] and change.ci95[1] <= high
     clear = contrast.clear and not low <= change.middle <= high
     verdict = CONTRADICTED if inside else SUPPORTED if clear else CANNOT_TELL
-    words = f"{arm} {number(change.middle, form)} {format_interval(change.ci95, form)}"
+    words = f"{arm} {with_interval(change.middle, change.ci95, form)}"
     return Judgement(verdict, contrast.measure, words, f"more seeds of {arm}")
 
 

@@ -274,6 +274,7 @@ def test_gpt2_small_has_gpt2s_parameters():
         ({"norm_place": "post*1 pre*2"}, "does not fit n_layer=2"),
         ({"norm_place": "cycle(post*2 pre)"}, "describes 3 layers and does not fit n_layer=2"),
         ({"norm_place": "post*x pre"}, "'post\\*x' is not a value of norm_place, or value\\*count"),
+        ({"norm_place": "post*inf% pre"}, "is not a value of norm_place"),
         ({"window": "4 wide"}, "'wide' is not a value of window"),
         ({"qk_norm": "none ("}, "'\\(' is not a value of qk_norm"),
         ({"norm_place": "past pre"}, "norm_place='past' is not one of"),

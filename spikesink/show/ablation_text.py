@@ -6,18 +6,13 @@ from typing import Any
 from ..edit import findings
 from ..edit.findings import Ablation, Cause, Effect, Entry, Unavailable
 from ..measure.findings import Interval
-from .text import Table, format_interval, number
-
-
-def _format_change(change: findings.LossChange) -> str:
-    """Returns a change of the loss with its interval, such as '+0.0409 [+0.0336, +0.0486]'."""
-    return f"{change.delta_loss:+.4f} {format_interval(change.ci95, '+.4f')}".strip()
+from .text import Table, format_interval, number, with_interval
 
 
 def _format_effect(effect: Effect) -> str:
     """Returns a change of the loss or of the output states with its interval, such as '34.1% [32.0%, 36.3%]'."""
     form = ".1%" if effect.output else "+.4f"
-    return f"{effect.change[0]:{form}} {format_interval(effect.change[1], form)}".strip()
+    return with_interval(*effect.change, form)
 
 
 def _in_words(name: str) -> str:
@@ -44,8 +39,7 @@ QUESTIONS = {
 
 def answers(ablation: Ablation) -> list[str]:
     """Returns sentences: what spikes and sinks do, whether they need each other, where heads look without sinks."""
-    by_name = {entry.name: entry for entry in ablation.entries}
-    entries = [by_name[name] for name in QUESTIONS if name in by_name]
+    entries = [entry for name in QUESTIONS for entry in ablation.entries if entry.name == name]
     lines = [QUESTIONS[entry.name].format(_with_controls(entry)) for entry in entries if entry.edited]
     kinds = dict.fromkeys(entry.kind for entry in entries if not entry.edited)
     lines += [f"The model has no {kind}s on this text." for kind in kinds]
@@ -54,22 +48,26 @@ def answers(ablation: Ablation) -> list[str]:
 
 
 def cause_in_words(cause: Cause) -> str:
-    """Returns an intervention's verdict on whether sinks need spikes, or spikes sinks, with reason and numbers."""
-    start = f"Do {cause.asked} need {cause.removed}? By {cause.by}: {cause.verdict}, {cause.reason}."
-    if not cause.judged or cause.lost.share is None:
-        return start
-    share, ci95, verb = cause.lost.share, cause.lost.ci95, "lose"
-    if share < 0 and (ci95 is None or ci95[1] < 0):
-        share, ci95, verb = -share, ci95 and [-ci95[1], -ci95[0]], "gain"
-    measure = {"sinks": "attention", "spikes": "|h|"}[cause.asked]
-    controls = ", ".join(f"{_in_words(control.name)} {number(control.lost.share, 'z.0%')}" for control in cause.control)
-    states = "one state" if cause.states == 1 else f"{cause.states:,} states"
-    return (
-        f"{start} {cause.judged:,} of {cause.there:,} {cause.asked} lie downstream of the edit, on {states} in "
-        f"{cause.sequences} sequences. They {verb} {share:z.0%} {format_interval(ci95, 'z.0%')} of their {measure}"
-        f"{f' (lost under controls: {controls})' if controls else ''}, and {cause.left:,} still count as "
-        f"{cause.asked}. Of the {cause.edited:,} {cause.removed} that were edited, {cause.still:,} are still there."
+    """Returns an intervention's verdict on whether sinks need spikes, or spikes sinks, with its reason."""
+    return f"Do {cause.asked} need {cause.removed}? By {cause.by}: {cause.verdict}, {cause.reason}."
+
+
+def cause_tables(ablation: Ablation) -> list[tuple[str, Table | None]]:
+    """Returns [(sentence, table)] with the numbers behind the verdicts on causes; nothing if none could be judged."""
+    rows = []
+    for one in (cause for cause in ablation.causes if cause.judged):
+        label, still = f"{one.asked} without {one.removed}: {one.by}", f"{one.still:,} of {one.edited:,}"
+        lost = with_interval(one.lost.share, one.lost.ci95, "z.0%")
+        controls = ", ".join(f"{_in_words(other.name)} {number(other.lost.share, 'z.0%')}" for other in one.control)
+        judged = f"{one.judged:,} of {one.there:,}", f"{one.sequences:,}", f"{one.states:,}", f"{one.left:,}"
+        rows.append([label, lost, controls, *judged, still])
+    words = (
+        "How much do they lose? Sinks of their attention, spikes of their |h|, on average; below 0 they gain. Only "
+        "those downstream of the edit are judged. states: how many different ones their tokens have; equal first "
+        "tokens have one. left: how many still count by the rule. not removed: how much of what was edited stays."
     )
+    header = ["", "lost", "under controls", "downstream", "sequences", "states", "left", "not removed"]
+    return [(words, Table(header, rows))] if rows else []
 
 
 def _disagreement(causes: list[Cause]) -> list[str]:
@@ -89,7 +87,7 @@ def _short_range(attention: findings.AttentionChange) -> list[str]:
     changes = ("entropy", "nats", attention.entropy), ("mean distance", "tokens", attention.distance)
     parts = [
         f"the {kind} goes from {number(maps.with_sink, '.2f')} to {number(maps.without_sink, '.2f')} {unit} (change "
-        f"{number(maps.change, '+.2f')} {format_interval(maps.ci95, '+.2f')}; without as many random keys "
+        f"{with_interval(maps.change, maps.ci95, '+.2f')}; without as many random keys "
         f"{number(maps.control.change, '+.2f')})"
         for kind, unit, maps in changes
     ]
@@ -104,7 +102,7 @@ def _quantised(int8: dict[str, findings.Int8] | Unavailable) -> tuple[str, Table
     for name, scheme in int8.items():
         activations = f"{scheme.activation_bits} bits, {scheme.activations}" if scheme.activation_bits else "float"
         changes = (scheme, scheme.weights_only, scheme.activations_only)
-        costs = [_format_change(change) if change else "–" for change in changes]
+        costs = [with_interval(c.delta_loss, c.ci95, "+.4f") if c else "–" for c in changes]
         rows.append([_in_words(name), f"{scheme.weight_bits} bits, {scheme.weights}", activations, *costs])
     header = ["int8 and int4", "weights", "activations", "delta loss", "weights alone", "activations alone"]
     words = "What do 8 and 4 bits cost? In nats per token. Static scales round the residual stream too."
@@ -132,7 +130,7 @@ def intervention_table(ablation: Ablation) -> Table:
         header, level = ["output moves", "95% interval", "pooled: 1 - cos"], lambda e: []
         change = lambda e: [
             *(f"{e.output.change:.1%}", format_interval(e.output.ci95, ".1%")),
-            f"{e.output.pooled:z.3f} {format_interval(e.output.pooled_ci95, 'z.3f')}",
+            with_interval(e.output.pooled, e.output.pooled_ci95, "z.3f"),
         ]
     for label, effect, dose in _effects(ablation):
         shares = [number(part.same, ".0%") for part in (effect.spikes_left, effect.sinks_left)]
@@ -150,9 +148,7 @@ def class_table(ablation: Ablation) -> Table:
         moved = ([number(x, ".1%") for x in e.output.by_class.values()] for e in edited if e.output)
         return Table(header, [[entry.name, *cells] for entry, cells in zip(edited, moved, strict=True)])
 
-    def cell(change: findings.ClassChange) -> str:
-        return "–" if change.delta_loss is None else f"{change.delta_loss:+.4f} {format_interval(change.ci95, '+.3f')}"
-
+    cell = lambda change: with_interval(change.delta_loss, change.ci95, "+.4f")
     rows = [["none (the loss itself)", *(number(loss.loss, ".4f") for loss in classes.values())]]
     rows += [[entry.name, *map(cell, entry.by_class.values())] for entry in edited]
     return Table(header, rows)

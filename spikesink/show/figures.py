@@ -20,7 +20,7 @@ from ..measure.findings import ExamplesEntry, Findings, HistoryRow, MatrixEntry,
 from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON
 from ..measure.spikes import SPIKE_RATIO, SPIKE_RULES
 from .drawing import GREY, INK, SHADES, SINK, SPIKE, Figure, canvas, label, log_ticks, measured_on, name_ticks, thinned
-from .text import format_interval
+from .text import with_interval
 
 AnyFindings = Findings | PromptFindings
 Pairs = Sequence[tuple[str, Findings]]  # (short name, findings) of checkpoints side by side
@@ -255,7 +255,7 @@ def _co_occurrence_caption(findings: Findings) -> str:
     if math.isnan(overlap.lift):
         lift = "is undefined, since no position has both kinds"
     else:
-        words = f"{overlap.lift:.2f} {format_interval(overlap.ci95.lift, '.2f')}".strip()
+        words = with_interval(overlap.lift, overlap.ci95.lift, ".2f")
         lift = f"is {words}, p {overlap.p_permutation:.2g}"
     return (
         f"Tokens that are spikes, sinks (alpha > {PRIMARY_SINK_EPSILON} in at least {HEAD_SHARE:.0%} of heads), or "

@@ -91,6 +91,7 @@ def ablation_parts(ablation: Ablation) -> list[dict[str, Any]]:
             "note": part.note,
             "has_loss": part.has_loss,
             "answers": ablation_text.answers(part),
+            "causes": ablation_text.cause_tables(part),
             "table": ablation_text.intervention_table(part),
             "classes": ablation_text.class_table(part),
             "probes": ablation_text.probe_tables(part),

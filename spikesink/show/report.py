@@ -13,7 +13,7 @@ from ..measure.rules import BEST_HEAD, Rule
 from ..measure.sinks import HEAD_SHARE, PRIMARY_SINK_EPSILON, PRIMARY_SINK_RULE, SINK_RULES, needed_heads
 from ..measure.spikes import PRIMARY_SPIKE_RULE, SPIKE_RULES
 from . import ablation_text
-from .text import Column, Table, format_interval, grid, number, table, transposed_table, visible
+from .text import Column, Table, grid, number, table, transposed_table, visible, with_interval
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def summary(findings: Findings) -> list[str]:
     windows = f" In {', '.join(narrow)} the window is too short for sinks: too few queries see a key." if narrow else ""
     return [
         _spike_sentences(findings),
-        f"Sinks: the first token is a sink in {gu.first:.1%} {format_interval(gu.first_ci95, '.1%')} of heads (Gu et "
+        f"Sinks: the first token is a sink in {with_interval(gu.first, gu.first_ci95, '.1%')} of heads (Gu et "
         f"al.'s Sink_1 at epsilon {gu.epsilon}). {strongest}. Position 0 gets "
         f"{sinks.share[0]:.1%} of all attention; it would get {sinks.share_uniform[0]:.1%} if every query spread "
         f"its attention evenly. A token is called a sink if it is one in at least {sinks.heads_needed} of the "
@@ -112,10 +112,10 @@ def _overlap_sentence(overlap: CoOccurrence) -> str:
             "the sinks are the same state in every sequence, so this is a single observation, which position explains "
             f"by construction. {rest}"
         )
-    lift = f"{number(overlap.lift, '.2f')} {format_interval(ci.lift, '.2f')}".strip()
+    lift = with_interval(overlap.lift, ci.lift, ".2f")
     return (
-        f"Co-occurrence: P(sink | spike) is {sink_given:.0%} {format_interval(ci.p_sink_given_spike, '.0%')}, "
-        f"P(spike | sink) {spike_given:.0%} {format_interval(ci.p_spike_given_sink, '.0%')}. The lift over what "
+        f"Co-occurrence: P(sink | spike) is {with_interval(sink_given, ci.p_sink_given_spike, '.0%')}, "
+        f"P(spike | sink) {with_interval(spike_given, ci.p_spike_given_sink, '.0%')}. The lift over what "
         f"position alone explains is {lift}, p {overlap.p_permutation:.3g}. {rest}"
     )
 
@@ -403,7 +403,7 @@ def nats_note(all_findings: Sequence[Findings]) -> str | None:
 
 def comparison_table(names: Sequence[str], all_findings: Sequence[Findings]) -> Table:
     """Returns a table with a column per checkpoint and a row per measure."""
-    sink_1 = lambda rates: f"{rates.first:.1%} {format_interval(rates.first_ci95, '.1%')}"
+    sink_1 = lambda rates: with_interval(rates.first, rates.first_ci95, ".1%")
     measures = [
         Column("part", lambda f: f.part or "–"),
         Column("step", attrgetter("checkpoint.step"), "d"),
@@ -463,7 +463,8 @@ def ablation_terminal(ablation: Ablation) -> str:
     lines = []
     for name, part in ablation.all_parts:
         lines += [f"== {name} =="] if name else []
-        lines += [*ablation_text.answers(part), grid(*ablation_text.intervention_table(part))]
-        for sentence, probe in ablation_text.probe_tables(part):
-            lines.append(f"{sentence}\n{grid(*probe)}" if probe else sentence)
+        tables = [*ablation_text.cause_tables(part), ("", ablation_text.intervention_table(part))]
+        tables += ablation_text.probe_tables(part)
+        told = (f"{sentence}\n{grid(*table) if table else ''}".strip() for sentence, table in tables)
+        lines += [*ablation_text.answers(part), *told]
     return "\n\n".join([*lines, ablation.note])

@@ -24,6 +24,11 @@ def format_interval(ci: Sequence[float] | None, form: str = ".3g") -> str:
     return "" if ci is None else f"[{ci[0]:{form}}, {ci[1]:{form}}]"
 
 
+def with_interval(value: float | None, ci: Sequence[float] | None, form: str = ".3g") -> str:
+    """Returns a number as a table shows it, followed by its interval if it has one: "0.41 [0.34, 0.49]"."""
+    return f"{number(value, form)} {format_interval(ci, form)}".strip()
+
+
 class Table(NamedTuple):
     """Text in columns, for a terminal or a page."""
 
