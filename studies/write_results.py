@@ -5,6 +5,7 @@ table.md again from the rows of its table.json, so that today's statistics and v
 
 {STUDY; ARM; MEASURE}           the values of the arm's seeds; from six seeds on, their median with its 95% interval
 {STUDY; ARM - BASELINE; MEASURE}  the difference at equal tokens; with = in place of -, at equal loss
+{STUDY; ARM; MEASURE; FORM}     the values of its runs that have it, printed by FORM
 {STUDY; ARM SEED; MEASURE}      the number of one run; also its status, step and lr
 {STUDY; ARM, ARM ...; MEASURE, MEASURE ...}  a table; * stands for all arms
 {STUDY; ARM; exposed left EDIT CONTROL}  see `values_of`
@@ -96,6 +97,8 @@ def filled(field: str, tables: Mapping[str, Table]) -> str:
         if len(path) == 1:
             value = (table.config | vars(table))[path[0]]
             return f"{value:,}" if isinstance(value, int) else str(value)
+        if len(path) == 3 and path[0] in table.arms:
+            return ", ".join(number(x, path[2]) for x in values_of(table, *path[:2]))
         arm, measure = path
         if measure.startswith("range "):
             values = [x for name in arm.split(", ") for x in values_of(table, name, measure.removeprefix("range "))]

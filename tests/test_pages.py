@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from spikesink import files, schema
+from spikesink.edit.findings import Ablation
 from spikesink.measure import history
 from spikesink.measure.examples import unpacked
 from spikesink.measure.findings import Findings
-from spikesink.show import figures, page
+from spikesink.show import ablation_figures, drawing, figures, page
 from spikesink.show.text import visible
 
 from .conftest import ROOT, SMALL_RUN
@@ -206,6 +209,27 @@ def test_still_figures_stay_without_scripts(show):
     page = show("detect", 400, "light", java_script_enabled=False)
     for name in ("matrix", "text"):
         assert page.locator(f"#{name} .still svg").is_visible()
+
+
+@pytest.mark.parametrize("medium", drawing.SIZES)
+def test_labels_stay_within_their_figure(made, medium):
+    edits = json.loads((made / "ablate.json").read_text())
+    for cause in edits["causes"]:
+        cause.update(judged=9, verdict="cannot tell", lost={"share": 0.3, "ci95": [0.2, 0.4]})
+    drawn = itertools.chain(
+        drawing._draw(figures.DETECTION, Findings.load(made / "detect.json"), medium),
+        drawing._draw(ablation_figures.ABLATION, schema.from_json(Ablation, edits), medium),
+    )
+    names = set()
+    for name, _, canvas in drawn:
+        names.add(name)
+        FigureCanvasAgg(canvas).draw()
+        width, height = canvas.bbox.size
+        for axes in canvas.axes:
+            for text in filter(Text.get_text, (axes.xaxis.label, axes.yaxis.label, axes.title)):
+                (left, bottom), (right, top) = text.get_window_extent().get_points()
+                assert min(left, bottom) > -1 and right < width + 1 and top < height + 1, (name, text.get_text())
+    assert {"tokens", "causes"} <= names
 
 
 @pytest.mark.parametrize("kind", KINDS)

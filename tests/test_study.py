@@ -304,7 +304,8 @@ def test_a_run_that_another_study_has_done_is_not_done_again(whole):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_resolves(name, cli, tmp_path):
-    size = ["--scale=scale/toy"] * (name in ("rates", "placement", "clip_levels", "levers", "octave", "octave_rates"))  # text not here
+    on_text = name in ("rates", "placement", "clip_levels", "levers", "octave", "octave_rates")  # it is not here
+    size = ["--scale=scale/toy"] * on_text
     code, out, err = cli("study.py", f"configs/studies/{name}.py", "--dry", "--warmup=0", *size, *folders(tmp_path))
     assert code == 0, err
     assert "left: " in out and "not measured" in out and not list(tmp_path.iterdir())

@@ -30,9 +30,7 @@ def _deltas(ablation: Ablation) -> Canvas:
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest))
     _plot_intervals(axes, [(label, *effect.change, color) for label, effect, color in effects])
     axes.axvline(0, color=GREY, lw=0.8)
-    axes.set_xlabel(
-        "change of the loss, nats per token" if ablation.has_loss else "change of the output states, |o' - o| / |o|"
-    )
+    axes.set_xlabel(f"change of the {'loss, nats per token' if ablation.has_loss else 'output states'}")
     return figure
 
 
@@ -44,14 +42,13 @@ def _plot_intervals(axes: Axes, rows: list[tuple[str, float | None, Interval | N
         if value is not None:
             axes.plot(value, i, "o", color=color, markersize=4)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.margins(y=0.02)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def _causes(ablation: Ablation) -> Canvas:
     rows: list[tuple[str, float | None, Interval | None, str]] = []
     for cause in _judged_causes(ablation):
-        name = f"{cause.asked} without {cause.removed}: {cause.by}, {cause.verdict}"
+        name = f"{cause.asked}, {cause.by}: {cause.verdict}"
         rows.append((name, cause.lost.share, cause.lost.ci95, {"sinks": SINK, "spikes": SPIKE}[cause.asked]))
         rows += [(f"control: {one.name}", one.lost.share, one.lost.ci95, GREY) for one in cause.control]
     figure, axes = canvas(lines=0.95 * len(rows))
@@ -60,7 +57,7 @@ def _causes(ablation: Ablation) -> Canvas:
         axes.axvline(bound, color=GREY, lw=0.8, ls=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlim(left=max(-1.05, axes.get_xlim()[0]))  # sinks may grow many times
-    axes.set_xlabel("share that is lost (dotted: bounds)")
+    axes.set_xlabel("share that is lost")
     return figure
 
 

@@ -51,8 +51,9 @@ def _matrix(findings: AnyFindings) -> Canvas:
     spikes = examples_of(findings).sequences[0].spikes[: len(values)]
     colors = [SPIKE if spike else GREY for spike in spikes]
     axes.add_collection3d(Line3DCollection(lines[::-1], colors=colors[::-1], linewidths=0.7))
-    axes.set(xlim=(0, matrix.n_channels - 1), ylim=(len(values) - 1, 0), zlim=(0, float(values.max()) or 1))
-    axes.set(xlabel="channel", ylabel="position", zlabel="|h|")
+    last, top = matrix.n_channels - 1, float(values.max()) or 1
+    axes.set(xlim=(0, last), ylim=(len(values) - 1, 0), zlim=(0, top), xlabel="channel", ylabel="position")
+    axes.text(last, 0, 1.06 * top, "|h|", ha="center")  # a label of the axis would leave a narrow figure
     axes.set_box_aspect((1.5, 1, 0.8), zoom=1.0)
     axes.view_init(24, -55)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
@@ -207,7 +208,7 @@ def _tokens(findings: Findings) -> Canvas:
     names_of = lambda tokens: [f"{label(token.text, 10)} @{token.position}" for token in tokens]
     kinds = (
         (names_of(spikes), [token.magnitude for token in spikes], SPIKE, "largest |h|"),
-        (names_of(sinks), [token.alpha for token in sinks], SINK, "alpha, best head"),
+        (names_of(sinks), [token.alpha for token in sinks], SINK, "largest alpha"),
     )
     for axes, (names, sizes, color, title) in zip(panels, kinds, strict=True):
         axes.barh(range(len(sizes)), sizes, color=color)
