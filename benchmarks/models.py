@@ -12,8 +12,9 @@ numbers are of other texts. Each model runs at T = 64 and 1,024 (or its longest)
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -90,41 +91,13 @@ SHORT, LONG = 64, 1024
 
 @dataclass(frozen=True)
 class Row:
-    """The measurements of one model under one condition, or the reason why it was not run."""
+    """The measurements of one model under one condition by name, see `row_of`, or the reason why it was not run."""
 
     model: str
     asked_len: int
     bos: bool
     not_run: str | None = None
-    seq_len: int = 0  # asked_len, or the model's longest
-    commit: str | None = None
-    n_seq: int = 0
-    weights: str | None = None
-    loss: float | None = None
-    spike_verdict: str | None = None
-    spike_tokens: float | None = None
-    spike_sequences: float | None = None
-    spike_sequences_ci95: Interval | None = None
-    states: int | None = None
-    read_tokens: float | None = None
-    last_tokens: float | None = None
-    first_tokens: float | None = None  # of the first tokens, the share that are spikes
-    largest: float | None = None
-    ratio: float | None = None
-    channel: int | None = None
-    token: str | None = None
-    position: int | None = None
-    kurtosis: float | None = None
-    step_up: str | None = None
-    step_down: str | None = None
-    episodes: list[str] | None = None
-    holds: list[float] | None = None
-    sink_1: float | None = None
-    sink_1_ci95: Interval | None = None
-    sink_tokens: float | None = None
-    p_sink_given_spike: float | None = None
-    p_sink_given_spike_ci95: Interval | None = None
-    nulls: dict[str, list[float]] | None = None  # name -> share of spike tokens, of sink tokens
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 def row_of(model: Model, asked_len: int, bos: bool, findings: Findings, commit: str) -> Row:
@@ -132,43 +105,41 @@ def row_of(model: Model, asked_len: int, bos: bool, findings: Findings, commit: 
     spikes, overlap, verdict = findings.spikes, findings.co_occurrence, findings.verdicts.spike
     top, steps, sink_1 = spikes.tokens[0], findings.anatomy if spikes.sum.tokens else None, findings.sinks.at()
     shares = lambda null: [null.rules["spike"].tokens, null.rules["gu"].tokens]
-    return Row(
-        model.name,
-        asked_len,
-        bos,
-        seq_len=findings.data.seq_len,
-        commit=commit,
-        n_seq=findings.data.n_seq,
-        weights=findings.model.get("weights"),
-        loss=findings.data.loss,
-        spike_verdict=verdict.verdict,
-        spike_tokens=spikes.sum.fraction,
-        spike_sequences=verdict.rate,
-        spike_sequences_ci95=verdict.ci95,
-        states=spikes.sum.states,
-        read_tokens=spikes.read.fraction if spikes.read else None,
-        last_tokens=spikes.sum.last,
-        first_tokens=spikes.by_position[0],
-        largest=max(layer.max for layer in findings.attended),
-        ratio=findings.largest_ratio,
-        channel=top.channel,
-        token=visible(top.text),
-        position=top.position,
-        kurtosis=findings.largest_kurtosis,
-        step_up=steps.step_up.name if steps else None,
-        step_down=steps.step_down.name if steps and steps.step_down else None,
-        episodes=[
+    measured = {
+        "seq_len": findings.data.seq_len,
+        "commit": commit,
+        "n_seq": findings.data.n_seq,
+        "weights": findings.model.get("weights"),
+        "loss": findings.data.loss,
+        "spike_verdict": verdict.verdict,
+        "spike_tokens": spikes.sum.fraction,
+        "spike_sequences": verdict.rate,
+        "spike_sequences_ci95": verdict.ci95,
+        "states": spikes.sum.states,
+        "read_tokens": spikes.read.fraction if spikes.read else None,
+        "last_tokens": spikes.sum.last,
+        "first_tokens": spikes.by_position[0],
+        "largest": max(layer.max for layer in findings.attended),
+        "ratio": findings.largest_ratio,
+        "channel": top.channel,
+        "token": visible(top.text),
+        "position": top.position,
+        "kurtosis": findings.largest_kurtosis,
+        "step_up": steps.step_up.name if steps else None,
+        "step_down": steps.step_down.name if steps and steps.step_down else None,
+        "episodes": [
             f"{e.start.name} to {e.end.name}: {e.tokens:.0%} of them, |h| {e.magnitude:.4g}, channel {e.channel}"
             for e in (steps.episodes if steps else ())
         ],
-        holds=verdict.holds,
-        sink_1=sink_1.first,
-        sink_1_ci95=sink_1.first_ci95,
-        sink_tokens=findings.sinks.primary_rule.fraction,
-        p_sink_given_spike=overlap.p_sink_given_spike,
-        p_sink_given_spike_ci95=overlap.ci95.p_sink_given_spike,
-        nulls={name: shares(null) for name, null in findings.nulls.items() if isinstance(null, Measures)},
-    )
+        "holds": verdict.holds,
+        "sink_1": sink_1.first,
+        "sink_1_ci95": sink_1.first_ci95,
+        "sink_tokens": findings.sinks.primary_rule.fraction,
+        "p_sink_given_spike": overlap.p_sink_given_spike,
+        "p_sink_given_spike_ci95": overlap.ci95.p_sink_given_spike,
+        "nulls": {name: shares(null) for name, null in findings.nulls.items() if isinstance(null, Measures)},
+    }
+    return Row(model.name, asked_len, bos, measured=measured)
 
 
 @dataclass(frozen=True)
@@ -258,34 +229,37 @@ def measure(model: Model, asked_len: int, bos: bool, folder: Path | None, n_long
     return Row(model.name, asked_len, bos, not_run=reason)
 
 
+_of = lambda key: lambda row: row.measured[key]
+_with_ci = lambda key, form: lambda row: with_interval(row.measured[key], row.measured[f"{key}_ci95"], form)
 COLUMNS = [
     Column("model", lambda row: row.model),
-    Column("T", lambda row: row.seq_len, "d"),
+    Column("T", _of("seq_len"), "d"),
     Column("BOS", lambda row: "yes" if row.bos else "no"),
-    Column("sequences", lambda row: row.n_seq, "d"),
-    Column("spike tokens", lambda row: row.spike_tokens, ".2%"),
-    Column("sequences with one", lambda row: with_interval(row.spike_sequences, row.spike_sequences_ci95, ".0%")),
-    Column("states", lambda row: row.states, "d"),
-    Column("as read", lambda row: row.read_tokens, ".2%"),
-    Column("last", lambda row: row.last_tokens, ".2%"),
-    Column("largest h", lambda row: row.largest, ".4g"),
-    Column("top1/median", lambda row: row.ratio, ".0f"),
-    Column("kurtosis", lambda row: row.kurtosis),
-    Column("Sink_1", lambda row: with_interval(row.sink_1, row.sink_1_ci95, ".1%")),
-    Column("sink tokens", lambda row: row.sink_tokens, ".2%"),
-    Column("P(sink given spike)", lambda r: with_interval(r.p_sink_given_spike, r.p_sink_given_spike_ci95, ".0%")),
-    Column("loss", lambda row: row.loss, ".3f"),
+    Column("sequences", _of("n_seq"), "d"),
+    Column("spike tokens", _of("spike_tokens"), ".2%"),
+    Column("sequences with one", _with_ci("spike_sequences", ".0%")),
+    Column("states", _of("states"), "d"),
+    Column("as read", _of("read_tokens"), ".2%"),
+    Column("last", _of("last_tokens"), ".2%"),
+    Column("largest h", _of("largest"), ".4g"),
+    Column("top1/median", _of("ratio"), ".0f"),
+    Column("kurtosis", _of("kurtosis")),
+    Column("Sink_1", _with_ci("sink_1", ".1%")),
+    Column("sink tokens", _of("sink_tokens"), ".2%"),
+    Column("P(sink given spike)", _with_ci("p_sink_given_spike", ".0%")),
+    Column("loss", _of("loss"), ".3f"),
 ]
 
 
 def story(r: Row) -> str:
     """A line on where the spikes of a row are."""
-    holds = f"x{min(r.holds):g} to x{max(r.holds):g}" if r.holds else "none"
+    f = SimpleNamespace(**r.measured)
+    holds = f"x{min(f.holds):g} to x{max(f.holds):g}" if f.holds else "none"
     return (
-        f"- **{r.model}**, T {r.seq_len}, {'with' if r.bos else 'no'} BOS: spike {r.spike_verdict} (at {holds} of "
-        f"the rule's thresholds); {number(r.first_tokens, '.0%')} of first tokens are spikes; the strongest is "
-        f"{r.token} at position {r.position}, channel {r.channel}; step-up {r.step_up or '–'}, step-down "
-        f"{r.step_down or '–'}. Episodes: {'; '.join(r.episodes or ()) or 'none'}."
+        f"- **{r.model}**, T {f.seq_len}, {'with' if r.bos else 'no'} BOS: spike {f.spike_verdict} (at {holds} of "
+        f"the rule's thresholds); {number(f.first_tokens, '.0%')} of first tokens are spikes; the strongest is "
+        f"{f.token} at position {f.position}, channel {f.channel}; step-up {f.step_up or '–'}, step-down "
+        f"{f.step_down or '–'}. Episodes: {'; '.join(f.episodes or ()) or 'none'}."
     )
 
 
@@ -295,21 +269,21 @@ def markdown(rows: list[Row], edited: list[Edited]) -> str:
     null_rows = [
         [*(column.cell(r) for column in COLUMNS[:3]), name.replace("_", " "), f"{spikes:.2%}", f"{sinks:.2%}"]
         for r in ran
-        for name, (spikes, sinks) in (r.nulls or {}).items()
+        for name, (spikes, sinks) in r.measured["nulls"].items()
     ]
-    here, weights = {row.model for row in ran}, {row.model: row.weights for row in ran if row.weights}
+    here, weights = {row.model for row in ran}, {(row.model, row.measured["weights"]) for row in ran}
     published = [
         [m.name, m.hub, m.published, m.source, "measured" if m.name in here else "**not run**"] for m in MODELS
     ]
     return document(
         "# Public models: spikes and sinks, both sides of every norm",
-        f"`python -m benchmarks.models`, commit {', '.join(sorted({r.commit for r in ran if r.commit}))}, torch\n"
+        f"`python -m benchmarks.models`, commit {', '.join(sorted({r.measured['commit'] for r in ran}))}, torch\n"
         f"{torch.__version__}, float32, on Python's own documentation. Spikes are those of the sum, before any norm "
         "on\nthe stream. *as read*: those behind the norm, as sub-layers read them. *last*: those at the last tap,\n"
         "which no attention reads. *states* is the number of different states of the spikes. Intervals are 95%\n"
         "intervals over sequences.",
         table(COLUMNS, ran),
-        "\n".join(f"- {name}: {kind}." for name, kind in weights.items()),
+        "\n".join(f"- {name}: {kind}." for name, kind in sorted(weights) if kind),
         "## Where the spikes are",
         "\n".join(map(story, ran)),
         *edits_in_words(edited),

@@ -216,8 +216,9 @@ def test_verdicts_by_their_rule():
     )
     undecided = causes.undecided
     assert undecided(20, [0.05, 0.25], {"c": [0.05, 0.25]}) == (  # twice as narrow, four times as many
-        "an interval contains a bound of the rule: about 80 sequences would decide"
+        "the interval of what is lost contains 10%: about 80 such sequences would decide"
     )
+    assert "lost beyond c contains 10%" in undecided(20, [0.6, 0.8], {"c": [0.05, 0.25]})
     assert undecided(20, [0.6, 0.8], {"a": [-0.05, 0.05], "b": [0.4, 0.6]}) == "about as much is lost under a"
     assert undecided(20, [-0.05, 0.02], {"a": [0.25, 0.4]}) == "little is lost, but there is a gain under a"
 

@@ -249,11 +249,12 @@ def undecided(n: int, lost: Interval, beyond: Mapping[str, Interval]) -> str:
             return f"little is lost, but there is a gain under {name}"
         if lost[0] > MARGIN and high < MARGIN:
             return f"about as much is lost under {name}"
-    bounds = [(lost, MARGIN), (lost, NEEDED), *((ci, MARGIN) for ci in beyond.values())]
+    bounds = [("lost", lost, MARGIN), ("lost", lost, NEEDED), *((name, ci, MARGIN) for name, ci in beyond.items())]
     required = [
-        n * ((high - low) / 2 / max(abs((low + high) / 2 - bound), 0.01)) ** 2
-        for (low, high), bound in bounds
+        (n * ((high - low) / 2 / max(abs((low + high) / 2 - bound), 0.01)) ** 2, name, bound)
+        for name, (low, high), bound in bounds
         if low <= bound <= high
     ]
-    enough = max(n + 1, round(max(required, default=0.0), -1))
-    return f"an interval contains a bound of the rule: about {enough:,.0f} sequences would decide"
+    enough, name, bound = max(required)
+    interval = f"the interval of what is lost{'' if name == 'lost' else f' beyond {name}'} contains {bound:.0%}"
+    return f"{interval}: about {max(n + 1, round(enough, -1)):,.0f} such sequences would decide"

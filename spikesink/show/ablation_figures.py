@@ -56,7 +56,7 @@ def _causes(ablation: Ablation) -> Canvas:
     for bound in (MARGIN, NEEDED):
         axes.axvline(bound, color=GREY, lw=0.8, ls=":")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlim(left=max(-1.05, axes.get_xlim()[0]))  # sinks may grow many times
+    axes.set_xlim(left=min(0, max(-1.05, axes.get_xlim()[0])))  # sinks may grow many times
     axes.set_xlabel("share that is lost")
     return figure
 

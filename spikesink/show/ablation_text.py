@@ -54,31 +54,30 @@ def cause_in_words(cause: Cause) -> str:
 
 def cause_tables(ablation: Ablation) -> list[tuple[str, Table | None]]:
     """Returns [(sentence, table)] with the numbers behind the verdicts on causes; nothing if none could be judged."""
+    share = lambda part, form: with_interval(part.share, part.ci95, form)
     rows = []
     for one in (cause for cause in ablation.causes if cause.judged):
-        label, still = f"{one.asked} without {one.removed}: {one.by}", f"{one.still:,} of {one.edited:,}"
-        lost = with_interval(one.lost.share, one.lost.ci95, "z.0%")
-        controls = ", ".join(f"{_in_words(other.name)} {number(other.lost.share, 'z.0%')}" for other in one.control)
-        judged = f"{one.judged:,} of {one.there:,}", f"{one.sequences:,}", f"{one.states:,}", f"{one.left:,}"
-        rows.append([label, lost, controls, *judged, still])
+        judged = f"{one.judged:,} of {one.there:,}", f"{one.sequences:,}", f"{one.states:,}"
+        ends = f"{one.left:,} of {one.judged:,}", f"{one.still:,} of {one.edited:,}"
+        rows.append([f"{one.asked}, {one.by}: {one.verdict}", share(one.lost, "z.1%"), "", *judged, *ends])
+        for control in one.control:
+            lost = share(control.lost, "z.1%"), share(control.beyond, "+z.1%")
+            rows.append([f"  control: {control.name}", *lost, *[""] * 5])
     words = (
-        "How much do they lose? Sinks of their attention, spikes of their |h|, on average; below 0 they gain. Only "
-        "those downstream of the edit are judged. states: how many different ones their tokens have; equal first "
-        "tokens have one. left: how many still count by the rule. not removed: how much of what was edited stays."
+        "How much of their attention do sinks lose, or spikes of their |h|? Only those downstream of the edit are "
+        "judged. beyond it: how much more the edit takes than this control. states: how many different ones their "
+        "tokens have; equal first tokens have one. removal failed: of what was edited; a spike counts if a tenth of "
+        "its |h| is there afterwards. Smaller ones may come up again: spikes left, below, counts them too."
     )
-    header = ["", "lost", "under controls", "downstream", "sequences", "states", "left", "not removed"]
+    header = ["", "lost", "beyond it", "judged", "in sequences", "states", "still count", "removal failed"]
     return [(words, Table(header, rows))] if rows else []
 
 
 def _disagreement(causes: list[Cause]) -> list[str]:
     """Returns a sentence if interventions give different answers about the very same sinks."""
-    answers: dict[tuple[int, int], set[str]] = {}
-    for cause in causes:
-        if cause.asked == "sinks" and cause.verdict in ("yes", "partly", "no"):
-            answers.setdefault((cause.judged, cause.sequences), set()).add(cause.verdict)
-    if all(len(verdicts) == 1 for verdicts in answers.values()):
-        return []
-    return ["Interventions differ in their answers about the same sinks: it also matters what is left of the state."]
+    sinks = [one for one in causes if one.asked == "sinks" and one.verdict in ("yes", "partly", "no")]
+    differ = len({(one.judged, one.sequences, one.verdict) for one in sinks}) > len({one.judged for one in sinks})
+    return ["The answers about the same sinks differ, as the edits leave different states behind."] if differ else []
 
 
 def _short_range(attention: findings.AttentionChange) -> list[str]:
