@@ -76,7 +76,8 @@ def cause_tables(ablation: Ablation) -> list[tuple[str, Table | None]]:
 def _disagreement(causes: list[Cause]) -> list[str]:
     """Returns a sentence if interventions give different answers about the very same sinks."""
     sinks = [one for one in causes if one.asked == "sinks" and one.verdict in ("yes", "partly", "no")]
-    differ = len({(one.judged, one.sequences, one.verdict) for one in sinks}) > len({one.judged for one in sinks})
+    answers = {(one.judged, one.sequences, one.verdict) for one in sinks}
+    differ = len(answers) > len({a[:2] for a in answers})
     return ["The answers about the same sinks differ, as the edits leave different states behind."] if differ else []
 
 
